@@ -1,0 +1,1 @@
+"""Driver, store, reports and command line of the sensitivity sweep."""

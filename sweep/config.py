@@ -1,0 +1,196 @@
+"""The configuration as types: frozen dataclasses inside, mappings only at the gate, checks before anything runs."""
+
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, Literal, Self
+
+from sweep.errors import SweepError, require_known
+
+NumberFormat = Literal["int4", "int8", "fp4", "fp8", "fp16"]
+Size = Literal["small", "medium", "large"]
+
+_NAME = re.compile(r"[a-z0-9_]+")
+_MISSING = "???"  # Hydra's word for a value that must be given
+
+
+class _Section:
+    """One group of the config; `from_node` is the only place where untyped values enter."""
+
+    @classmethod
+    def from_node(cls, section: str, node: Mapping[str, Any]) -> Self:
+        """Check keys and types of a composed node.
+
+        Raises: SweepError: an unknown or missing key, or a value of another type; says what to type.
+        """
+        hints = _hints(cls)
+        for key in node:
+            if key not in hints:
+                require_known("key", f"{section}.{key}", [f"{section}.{name}" for name in hints])
+        for name, hint in hints.items():
+            if name not in node or node[name] == _MISSING:
+                raise SweepError(f"{section}.{name} has no value. Type {section}.{name}=VALUE.")
+            if not _fits(node[name], hint):
+                raise SweepError(f"{section}.{name}={node[name]!r} is not allowed. Allowed: {_describe(hint)}.")
+        return cls(**node)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig(_Section):
+    """Which checkpoint is measured."""
+
+    name: str | None  # [a-z0-9_]+, in published paths; None: a slug of the path
+    path: str | None  # directory or hub id; None: the bundled model
+    dtype: Literal["auto", "float32", "bfloat16"]  # what the model computes in; auto: float32 on a CPU, bfloat16 on a GPU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetConfig(_Section):
+    """Which samples calibrate and score."""
+
+    name: str  # [a-z0-9_]+, in published paths
+    kind: Literal["bundled", "scenes", "captions"]  # texts shipped with the bundled model; drawn images; a file or hub data set
+    size: Size  # 16, 128, 512 samples; each a prefix of the next
+    max_tokens: int  # tokens; longer samples are cut
+    captions_path: str | None  # text file, one caption a line; wins over the hub
+    hub_id: str | None  # Hugging Face data set
+    hub_split: str | None
+    hub_column: str | None  # text, or list of texts of which the first counts
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 2:
+            raise SweepError(f"dataset.max_tokens={self.max_tokens} leaves no token to predict. Type at least 2; 512 is the default.")
+        if self.kind == "captions" and self.captions_path is None and None in (self.hub_id, self.hub_split, self.hub_column):
+            raise SweepError(f"Data set {self.name!r} names no source. Type dataset.captions_path=FILE, or dataset.hub_id, hub_split and hub_column.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairConfig(_Section):
+    """Number formats of weights and activations; fp16 means left unquantized."""
+
+    name: str  # [a-z0-9_]+
+    weight: NumberFormat
+    activation: NumberFormat
+    format_name: str  # ModelOpt preset that it starts from
+    quant_cfg_overrides: Mapping[str, Mapping[str, Any]]  # quantizers of the preset that it replaces
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GranularityConfig(_Section):
+    """An overlay on a pair: what shares a scale."""
+
+    name: str  # [a-z0-9_]+
+    quant_cfg_overrides: Mapping[str, Mapping[str, Any]]  # fields merged into the pair's quantizers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SensitivityConfig(_Section):
+    """What is measured."""
+
+    method: Literal["gradient"]  # sum over tokens and outputs of (dLoss/dy * dy)^2
+    engine: Literal["layerwise", "modelopt"]  # ours, or stock mtq.auto_quantize as a cross-check
+    coverage: Literal["lm_only", "all_layers"]  # all_layers: vision tower and mergers too
+    lm_head: bool  # score lm_head as well
+    quant_algorithm: str  # ModelOpt's calibration algorithm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputConfig(_Section):
+    """Where reports go."""
+
+    name: Literal["tmp", "publish"]
+    root: str  # directory; {run_id} names the grid
+    overwrite: bool  # replace folders of another model revision or data set content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig(_Section):
+    """What computes."""
+
+    device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is a GPU
+    workers: int | Literal["auto"]  # auto: one a GPU (or share of one), else one a CPU core
+    gpus_per_worker: float  # fractions share a GPU
+    retry_failed: bool  # try trials again that failed for their own reason
+
+    def __post_init__(self) -> None:
+        if self.workers != "auto" and self.workers < 1:
+            raise SweepError(f"cluster.workers={self.workers} leaves nobody to work. Type at least 1, or auto.")
+        share = self.gpus_per_worker
+        if not (0 < share <= 1 or (1 < share < math.inf and share == int(share))):  # refuses NaN as well
+            raise SweepError(f"cluster.gpus_per_worker={share:g} is not allowed. Type a fraction up to 1, or a whole number.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig(_Section):
+    """Where scores are kept."""
+
+    uri: str  # absolute local path or fsspec URL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepConfig:
+    """One point of a grid, composed."""
+
+    model: ModelConfig
+    dataset: DatasetConfig
+    quant_pair: PairConfig
+    quant_granularity: GranularityConfig
+    sensitivity: SensitivityConfig
+    output_layout: OutputConfig
+    cluster: ClusterConfig
+    store: StoreConfig
+
+    def __post_init__(self) -> None:
+        names = {"model.name": self.model.name, "dataset.name": self.dataset.name}
+        names |= {"quant_pair.name": self.quant_pair.name, "quant_granularity.name": self.quant_granularity.name}
+        for key, name in names.items():
+            if name is None or not _NAME.fullmatch(name):
+                raise SweepError(f"{key}={name!r} is no name. It becomes part of paths: use lower-case letters, digits and _ only.")
+
+
+SECTIONS: Mapping[str, type[_Section]] = {name: hint for name, hint in typing.get_type_hints(SweepConfig).items()}
+
+
+def to_plain(config: SweepConfig) -> dict[str, Any]:
+    """The composed config as JSON can hold it, always in the same order."""
+    return _plain(asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@cache
+def _hints(section: type[_Section]) -> dict[str, Any]:
+    return typing.get_type_hints(section)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return value in typing.get_args(hint) and not isinstance(value, bool)
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(_fits(item, typing.get_args(hint)[1]) for item in value.values())
+    if hint is Any:
+        return True
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _describe(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return ", ".join(str(option) for option in typing.get_args(hint))
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    return words.get(hint, "a mapping of quantizers to their fields")

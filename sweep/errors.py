@@ -1,0 +1,21 @@
+"""What a user can fix, said so that she can fix it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SweepError(Exception):
+    """Wrong input. The message says what was found, what is allowed and what to type; the CLI prints it and exits 2."""
+
+
+class InvalidRecipe(SweepError):
+    """A pair and a granularity that make no recipe: alone an error, in a grid a trial with ``state=skipped``."""
+
+
+def require_known(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise SweepError, naming the nearest known spelling, unless ``name`` is one of ``known``."""
+    allowed = sorted(known)
+    if name not in allowed:
+        near = difflib.get_close_matches(name, allowed, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise SweepError(f"Unknown {kind} {name!r}. {hint}Choose one of: {', '.join(allowed)}.")

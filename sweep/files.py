@@ -1,0 +1,104 @@
+"""Whole files or none, on a local disk or behind any fsspec URL.
+
+Locally a file appears by rename after fsync; on object storage one PUT is already whole.
+"""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from sweep.errors import SweepError
+
+
+class Files:
+    """Files under one root, named by relative paths with forward slashes."""
+
+    def __init__(self, uri: str) -> None:
+        """Open the root; it need not exist yet.
+
+        Args:
+            uri: absolute local path, or a URL that fsspec knows (``s3://bucket/prefix``).
+
+        Raises: SweepError: a URL whose protocol has no fsspec driver installed.
+        """
+        self.uri = uri
+        self._local = Path(uri) if "://" not in uri else None
+        if self._local is None:
+            import fsspec
+
+            try:
+                self._fs, self._root = fsspec.core.url_to_fs(uri)
+            except (ImportError, ValueError) as error:
+                raise SweepError(f"Cannot open {uri!r}: {error}. Give a local path, or install the driver for that protocol.") from error
+
+    def check_writable(self) -> None:
+        """Write and remove a small file, so that hours of work are not lost for want of a place to keep them.
+
+        Raises: SweepError: the root cannot be written.
+        """
+        name = f".writable-{secrets.token_hex(4)}"
+        try:
+            self.write(name, b"")
+            self.remove(name)
+        except OSError as error:
+            raise SweepError(f"Cannot write to {self.uri}: {error.strerror or error}. Choose a writable place: store.uri=DIR.") from error
+
+    def write(self, path: str, data: bytes) -> None:
+        """Put a whole file in place, over an older one of that name."""
+        if self._local is None:
+            self._fs.pipe_file(f"{self._root}/{path}", data)
+            return
+        final = self._local / path
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(final)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def read(self, path: str) -> bytes:
+        """A file's content. Raises FileNotFoundError."""
+        if self._local is None:
+            content: Any = self._fs.cat_file(f"{self._root}/{path}")
+            return bytes(content)
+        return (self._local / path).read_bytes()
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file."""
+        if self._local is None:
+            return bool(self._fs.exists(f"{self._root}/{path}"))
+        return (self._local / path).is_file()
+
+    def names(self, directory: str) -> list[str]:
+        """Names in a directory, sorted, without hidden ones; empty if there is no such directory."""
+        if self._local is None:
+            try:
+                found: list[str] = self._fs.ls(f"{self._root}/{directory}", detail=False)
+            except FileNotFoundError:
+                return []
+            names = [name.rstrip("/").rsplit("/", 1)[-1] for name in found]
+        else:
+            try:
+                names = os.listdir(self._local / directory)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return sorted(name for name in names if not name.startswith("."))
+
+    def remove(self, path: str) -> None:
+        """Remove a file and, locally, the directory that it leaves empty; nothing happens if it is gone already."""
+        if self._local is None:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(f"{self._root}/{path}")
+            return
+        final = self._local / path
+        final.unlink(missing_ok=True)
+        if "/" in path:
+            with contextlib.suppress(OSError):  # not empty, or another process was faster
+                final.parent.rmdir()

@@ -1,0 +1,337 @@
+"""From composed points to trials, cells and tasks: what is asked, what it is by content, what a worker must do for it.
+
+Needs no GPU and, once its facts are remembered on disk, no heavy import: a run that finds nothing left to do takes a second.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from sweep import cache
+from sweep.config import DatasetConfig, ModelConfig, SweepConfig, to_plain
+from sweep.errors import InvalidRecipe, SweepError
+from sweep.paths import bundled_model_dir
+from sweep.recipe import Recipe, attributes_for, resolve
+from workers.checkpoint import check_checkpoint, file_key, revision, weight_files
+from workers.data import SIZES, Plan, Sample, make_plan, read_captions, read_hub_captions, scene_captions, text_samples, with_scenes
+from workers.task import GroupSpec, ModelSpec, Task, part_of
+
+# 1: summed loss, delta form, canonical plan of at most 512 tokens a batch.
+SCORE_VERSION: Final = 1
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTrial:
+    """One point of the grid: its config, its identity, and the cell that answers it."""
+
+    trial_id: str
+    config: SweepConfig
+    model_revision: str
+    dataset_revision: str
+    cell_id: str | None  # None: no valid recipe, see reason
+    task_id: str | None
+    reason: str | None
+
+    @property
+    def name(self) -> str:
+        """For people: ``wfp8_afp8/default/large``."""
+        return f"{self.config.quant_pair.name}/{self.config.quant_granularity.name}/{self.config.dataset.size}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepPlan:
+    """Everything a run needs to know before it starts."""
+
+    trials: tuple[PlannedTrial, ...]  # in the order asked for
+    tasks: Mapping[str, Task]  # by task id, with the cells of every size asked for
+    plans: Mapping[str, Plan]  # by Task.plan_id
+
+    def pending(self, finished: Iterable[str]) -> dict[str, Task]:
+        """Tasks that still lack cells, each with only those."""
+        done = set(finished)
+        left = {task_id: {size: cell for size, cell in task.cells.items() if cell not in done} for task_id, task in self.tasks.items()}
+        return {task_id: replace(self.tasks[task_id], cells=cells) for task_id, cells in left.items() if cells}
+
+
+def plan_sweep(points: Sequence[SweepConfig], device: Device) -> SweepPlan:
+    """Resolve every point of a grid.
+
+    Args:
+        points: composed configs.
+        device: what the workers compute on; it decides the default precision and which formats can run.
+
+    Raises: SweepError: wrong input, or not one point of the grid makes a valid recipe.
+    """
+    planner = _Planner(points, device)
+    trials = tuple(planner.trial(point) for point in points)
+    if all(trial.cell_id is None for trial in trials):
+        reasons = list(dict.fromkeys(f"{trial.name}: {trial.reason}" for trial in trials))
+        raise SweepError("Nothing can be scored.\n" + "\n".join(reasons[:10]) + (f"\nand {len(reasons) - 10} more" if len(reasons) > 10 else ""))
+    return SweepPlan(trials=trials, tasks=planner.tasks, plans=planner.plans)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a score."""
+    return {name: version(name) for name in ("nvidia-modelopt", "torch", "transformers", "ray", "pyarrow")} | {"score": str(SCORE_VERSION)}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A checkpoint's facts."""
+
+    path: Path
+
+    @cached_property
+    def revision(self) -> str:
+        return revision(self.path)
+
+    @cached_property
+    def structure(self) -> dict[str, Any]:
+        """`linears`: [name, inputs, outputs] in the model's order; `groups`: modules by first module; `packable`."""
+        key = [1, file_key(self.path / "config.json"), version("transformers"), version("nvidia-modelopt")]
+        return cache.remember("model-structure", key, self._read_structure)
+
+    def _read_structure(self) -> dict[str, Any]:
+        from workers import modeling, quantization
+
+        linears = modeling.linears(self.path)
+        return {
+            "linears": [list(linear) for linear in linears],
+            "groups": {first: list(modules) for first, modules in quantization.layer_groups(name for name, _, _ in linears).items()},
+            "packable": modeling.read_config(self.path).model_type in modeling.PACKABLE,
+        }
+
+    @cached_property
+    def inputs(self) -> dict[str, int]:
+        """Inputs of each linear."""
+        return {name: n_inputs for name, n_inputs, _ in self.structure["linears"]}
+
+    def tokenize(self, source: object, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids, remembered by the texts' source and the tokenizer's files."""
+
+        def compute() -> list[list[int]]:
+            from workers import modeling
+
+            return modeling.tokenize(self.path, texts)
+
+        files = sorted(path for path in self.path.glob("*") if "token" in path.name or path.suffix in {".txt", ".model", ".jinja"})
+        return cache.remember("token-ids", [source, [file_key(file) for file in files], version("transformers")], compute)
+
+    def image_tokens(self) -> dict[str, int]:
+        def compute() -> dict[str, int]:
+            from workers import modeling
+
+            return modeling.image_tokens(self.path)
+
+        return cache.remember("image-tokens", [file_key(self.path / "config.json"), version("transformers")], compute)
+
+
+class _Planner:
+    """Finds each fact once, however many points ask for it."""
+
+    def __init__(self, points: Sequence[SweepConfig], device: Device) -> None:
+        self.device: Device = device
+        self.tasks: dict[str, Task] = {}
+        self.plans: dict[str, Plan] = {}
+        self._largest: dict[tuple[object, ...], int] = {}
+        for point in points:
+            key = _data_key(point)
+            self._largest[key] = max(self._largest.get(key, 0), SIZES[point.dataset.size])
+        self._models: dict[str, _Model] = {}
+        self._data: dict[tuple[object, ...], tuple[str, Plan]] = {}
+        self._digests: dict[tuple[str, str], str] = {}
+        self._coverage: dict[str, tuple[GroupSpec, ...]] = {}
+
+    def trial(self, point: SweepConfig) -> PlannedTrial:
+        """Identify one point and enter its cell into the task of its recipe."""
+        model = self._model(point.model)
+        plan_id, plan = self._plan(point, model)
+        digest = self._digest(plan_id, plan, point.dataset.size)
+        cell_id, task_id, reason = None, None, None
+        try:
+            cell_id, task_id = self._enter(point, model, plan_id, digest)
+        except InvalidRecipe as error:
+            reason = str(error)
+        asked = [point.model.name, model.revision, digest, point.dataset.name, point.dataset.size, point.quant_pair.name, point.quant_granularity.name]
+        asked += [point.sensitivity.coverage, point.sensitivity.lm_head, point.sensitivity.method, point.sensitivity.engine, self._dtype(point), cell_id]
+        name = f"{point.quant_pair.name}-{point.quant_granularity.name}-{point.dataset.size}"
+        return PlannedTrial(
+            trial_id=f"{name}-{_hash(asked)[:10]}",
+            config=point,
+            model_revision=model.revision,
+            dataset_revision=digest,
+            cell_id=cell_id,
+            task_id=task_id,
+            reason=reason,
+        )
+
+    def _enter(self, point: SweepConfig, model: _Model, plan_id: str, digest: str) -> tuple[str, str]:
+        recipe = _recipe(point)
+        if recipe.needs_cuda and self.device == "cpu":
+            raise InvalidRecipe("Dynamic block formats (FP4 and MX) need a CUDA GPU: ModelOpt has no CPU kernel for them.")
+        groups = self._covered(model, recipe)
+        _check_block_size(recipe, model, groups)
+        dtype = self._dtype(point)
+        common = {
+            "score_version": SCORE_VERSION,
+            "modelopt": version("nvidia-modelopt"),
+            "model": model.revision,
+            "recipe": recipe.canonical,
+            "groups": [group.modules for group in groups],
+            "coverage": point.sensitivity.coverage,
+            "method": point.sensitivity.method,
+            "engine": point.sensitivity.engine,
+            "dtype": dtype,
+        }
+        cell_id = _hash(common | {"data": digest})[:20]
+        task_id = _hash(common | {"plan": plan_id})[:20]
+        if task_id not in self.tasks:
+            self.tasks[task_id] = Task(
+                label=f"{point.quant_pair.name}/{point.quant_granularity.name}",
+                model=ModelSpec(path=str(model.path), revision=model.revision, dtype=dtype),
+                plan_id=plan_id,
+                engine=point.sensitivity.engine,
+                quant_cfg=tuple(recipe.quant_cfg),
+                algorithm=recipe.algorithm,
+                weight_attributes=recipe.weight and recipe.weight.attributes,
+                input_attributes=recipe.activation and recipe.activation.attributes,
+                calibrates_inputs=recipe.calibrates_activations,
+                effective_bits=recipe.effective_bits,
+                groups=groups,
+                cells={},
+            )
+        cells = {**self.tasks[task_id].cells, point.dataset.size: cell_id}
+        ordered = {size: cells[size] for size in SIZES if size in cells}
+        self.tasks[task_id] = replace(self.tasks[task_id], cells=ordered)
+        return cell_id, task_id
+
+    def _dtype(self, point: SweepConfig) -> Literal["float32", "bfloat16"]:
+        if point.model.dtype != "auto":
+            return point.model.dtype
+        return "bfloat16" if self.device == "cuda" else "float32"
+
+    def _model(self, config: ModelConfig) -> _Model:
+        if config.path not in self._models:
+            self._models[config.path] = _Model(checkpoint_dir(config))
+        return self._models[config.path]
+
+    def _plan(self, point: SweepConfig, model: _Model) -> tuple[str, Plan]:
+        key = _data_key(point)
+        if key not in self._data:
+            samples = _samples(point.dataset, model, self._largest[key])
+            plan = make_plan(samples, packed=model.structure["packable"])
+            largest = next(size for size, n in SIZES.items() if n == self._largest[key])
+            plan_id = plan.digest(largest)
+            self._data[key] = plan_id, plan
+            self.plans[plan_id] = plan
+        return self._data[key]
+
+    def _digest(self, plan_id: str, plan: Plan, size: str) -> str:
+        if (plan_id, size) not in self._digests:
+            self._digests[plan_id, size] = plan.digest(size)
+        return self._digests[plan_id, size]
+
+    def _covered(self, model: _Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
+        """Groups that the recipe quantizes; decided by its patterns, not by its formats."""
+        skeleton = [[entry["quantizer_name"], entry.get("parent_class"), entry.get("enable"), "cfg" in entry] for entry in recipe.quant_cfg]
+        key = _hash([model.revision, skeleton])
+        if key not in self._coverage:
+            self._coverage[key] = _covered_groups(model, recipe)
+        return self._coverage[key]
+
+
+def checkpoint_dir(config: ModelConfig) -> Path:
+    """The local directory of a configured model.
+
+    Raises: SweepError: there is none, or it cannot be loaded safely.
+    """
+    path = bundled_model_dir() if config.path is None else Path(config.path).expanduser()
+    if not path.exists() and config.path is not None and config.path.count("/") == 1 and not config.path.startswith((".", "~")):
+        from workers import modeling
+
+        return modeling.local_checkpoint(config.path)
+    check_checkpoint(path)
+    return path.resolve()
+
+
+def checkpoint_gb(path: Path) -> float:
+    """Size of the weight files in GB (1e9 bytes)."""
+    return sum(file.stat().st_size for file in weight_files(path)) / 1e9
+
+
+def _recipe(point: SweepConfig) -> Recipe:
+    def compute() -> dict[str, Any]:
+        from workers import quantization
+
+        return quantization.preset(point.quant_pair.format_name)
+
+    preset = cache.remember("preset", [1, version("nvidia-modelopt"), point.quant_pair.format_name], compute)
+    return resolve(
+        point.quant_pair,
+        point.quant_granularity,
+        preset,
+        coverage=point.sensitivity.coverage,
+        lm_head=point.sensitivity.lm_head,
+        algorithm=point.sensitivity.quant_algorithm,
+    )
+
+
+def _covered_groups(model: _Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
+    def is_covered(module: str) -> bool:
+        found = (attributes_for(recipe.quant_cfg, module, quantizer, "nn.Linear") for quantizer in ("weight_quantizer", "input_quantizer"))
+        return any(attributes is not None for attributes in found)
+
+    outputs = {name: n_outputs for name, _, n_outputs in model.structure["linears"]}
+    covered = {name for name in outputs if is_covered(name)}
+    groups: list[GroupSpec] = []
+    for first, modules in model.structure["groups"].items():
+        if not all(module in covered for module in modules):
+            continue
+        part, layer_index = part_of(first, vision=any(word in first for word in ("visual", "vision")))
+        elements = sum(model.inputs[module] * outputs[module] for module in modules)
+        groups.append(GroupSpec(name=first, modules=tuple(modules), part=part, layer_index=layer_index, weight_elements=elements))
+    if not groups:
+        raise SweepError(f"{model.path} has no linear that the recipe covers. Choose sensitivity.coverage=all_layers, or another model.")
+    return tuple(groups)
+
+
+def _check_block_size(recipe: Recipe, model: _Model, groups: Sequence[GroupSpec]) -> None:
+    modules = [module for group in groups for module in group.modules]
+    for block in recipe.block_lengths:
+        bad = [module for module in modules if model.inputs[module] % block]
+        if bad:
+            allowed = [str(size) for size in (16, 32, 64, 128) if not any(model.inputs[module] % size for module in modules)]
+            advice = f"Sizes that divide every layer: {', '.join(allowed)}." if allowed else "Choose a granularity without groups."
+            raise InvalidRecipe(
+                f"Groups of {block} do not divide the {model.inputs[bad[0]]} inputs of {bad[0]} ({len(bad)} such layers), and ModelOpt would pad silently. {advice}"
+            )
+
+
+def _samples(dataset: DatasetConfig, model: _Model, n_samples: int) -> list[Sample]:
+    if dataset.kind == "scenes":
+        captions = scene_captions(n_samples)
+        source: object = ["scenes", n_samples, hashlib.sha256("\n".join(captions).encode()).hexdigest()]
+        return with_scenes(text_samples(model.tokenize(source, captions), dataset.max_tokens), **model.image_tokens())
+    if dataset.kind == "bundled" or dataset.captions_path is not None:
+        path = Path(dataset.captions_path).expanduser() if dataset.captions_path is not None else bundled_model_dir() / f"{dataset.name}.txt"
+        texts = read_captions(path, n_samples)
+        return text_samples(model.tokenize([file_key(path), n_samples], texts), dataset.max_tokens)
+    texts = read_hub_captions(dataset.hub_id, dataset.hub_split, dataset.hub_column, n_samples)
+    source = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    return text_samples(model.tokenize(source, texts), dataset.max_tokens)
+
+
+def _data_key(point: SweepConfig) -> tuple[object, ...]:
+    dataset = to_plain(point)["dataset"]
+    return (point.model.path, json.dumps({key: value for key, value in dataset.items() if key != "size"}, sort_keys=True))
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

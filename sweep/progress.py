@@ -1,0 +1,138 @@
+"""What a person sees while a sweep runs: a live table on a terminal, a line now and then elsewhere."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from workers.task import Progress, Task
+
+_LINE_SECONDS = 10.0  # between lines where there is no terminal
+_SHOWN_TASKS = 6  # running recipes listed below the totals
+
+
+class Tally:
+    """Layer groups and trials done, and how fast; plain numbers, shared by the display and the heartbeat."""
+
+    def __init__(self, tasks: Mapping[str, Task], trials_of: Mapping[str, int], n_trials: int) -> None:
+        """Start with nothing done of what is left.
+
+        Args:
+            tasks: what is left, by task id.
+            trials_of: number of trials that each task answers.
+            n_trials: all trials of the grid; those without a task here are done or skipped already.
+        """
+        self.tasks = tasks
+        self.total_groups = sum(task.n_steps for task in tasks.values())
+        self.n_trials = n_trials
+        self._trials_of = trials_of
+        self._done = dict.fromkeys(tasks, 0)
+        self._resumed: dict[str, int] = {}  # groups that were in the store before this run
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """The workers are ready; the clock for rate and ETA starts."""
+        self._started = time.monotonic()
+
+    def update(self, task_id: str, progress: Progress) -> None:
+        """Take over a task's progress."""
+        self._resumed.setdefault(task_id, progress.done)
+        self._done[task_id] = progress.done
+
+    @property
+    def done_groups(self) -> int:
+        """Layer groups done, over all cells."""
+        return sum(self._done.values())
+
+    @property
+    def done_trials(self) -> int:
+        """Trials that need nothing more."""
+        left = sum(self._trials_of[task_id] for task_id, task in self.tasks.items() if self._done[task_id] < task.n_steps)
+        return self.n_trials - left
+
+    @property
+    def running(self) -> list[tuple[Task, int]]:
+        """Tasks under way, with their groups done."""
+        return [(task, self._done[task_id]) for task_id, task in self.tasks.items() if task_id in self._resumed and self._done[task_id] < task.n_steps]
+
+    @property
+    def groups_per_second(self) -> float:
+        """Rate of this run, parts found in the store not counted."""
+        if self._started is None:
+            return 0.0
+        return (self.done_groups - sum(self._resumed.values())) / max(time.monotonic() - self._started, 1e-3)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds left at this rate; None while there is no rate."""
+        rate = self.groups_per_second
+        return (self.total_groups - self.done_groups) / rate if rate else None
+
+
+class Display:
+    """Shows a tally until it is left."""
+
+    def __init__(self, console: Console, tally: Tally) -> None:
+        self._console, self._tally = console, tally
+        self._stage = "starting"
+        self._last_line = time.monotonic()
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def stage(self, text: str) -> None:
+        """What is happening now, in words."""
+        self._stage = text
+        if not self._live:
+            self._console.print(text)
+
+    def update(self) -> None:
+        """The tally has changed."""
+        if not self._live and time.monotonic() - self._last_line > _LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(self._totals())
+
+    def _totals(self) -> str:
+        tally = self._tally
+        eta = tally.eta_seconds
+        left = "" if eta is None else f", about {duration(eta)} left"
+        return (
+            f"{tally.done_trials} of {tally.n_trials} trials, {tally.done_groups} of {tally.total_groups} layer groups, {tally.groups_per_second:.0f}/s{left}"
+        )
+
+    def _render(self) -> Any:
+        tally = self._tally
+        table = Table.grid(padding=(0, 2))
+        table.add_row(Text("sweep", style="bold"), ProgressBar(total=max(tally.total_groups, 1), completed=tally.done_groups, width=40), self._totals())
+        running = tally.running
+        for task, done in running[:_SHOWN_TASKS]:
+            sizes = ", ".join(task.cells)
+            table.add_row(
+                Text(task.label, style="cyan"), ProgressBar(total=task.n_steps, completed=done, width=40), f"{done} of {task.n_steps} layer groups ({sizes})"
+            )
+        if not running:
+            return Group(table, Text(self._stage, style="dim"))
+        return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``48 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

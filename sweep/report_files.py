@@ -1,0 +1,119 @@
+"""What one published folder holds, as bytes. Equal trials give equal bytes; nothing here depends on time, host or path."""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from sweep.analysis import summarize
+from sweep.errors import SweepError
+from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, FinishedTrial
+from sweep.report import render_json, render_markdown
+from sweep.report_rows import portable_config
+
+# Raise it when the text of a report or the set of files changes, so that folders published before are written anew.
+LAYOUT_VERSION = 1
+MANIFEST = "quant-manifest.json"
+STATE = "autoquant-state.pt"  # the only file that git ignores
+FILES = ("per-layer-sensitivity.md", "per-layer-sensitivity.json", "composed-config.yaml", "scores.parquet", STATE, MANIFEST)
+_RECIPE = ("quant_pair", "quant_granularity", "coverage", "method", "engine")
+_IDENTITY = ("trial_id", "cell_id", "model", "model_revision", "dataset", "dataset_revision", "size", *_RECIPE)
+_PUBLISHED_SCHEMA = pa.schema([field for field in SCORES_SCHEMA if field.name != "sample_scores"], metadata=SCORES_SCHEMA.metadata)
+
+
+def render_files(finished: FinishedTrial) -> dict[str, bytes]:
+    """Every file of the folder by name, the manifest last."""
+    files = {
+        "per-layer-sensitivity.md": render_markdown(finished).encode(),
+        "per-layer-sensitivity.json": render_json(finished).encode(),
+        "composed-config.yaml": _config_yaml(finished),
+        "scores.parquet": _parquet(published_scores(finished)),
+        STATE: _autoquant_state(finished),
+    }
+    manifest = {**manifest_identity(finished), "files": checksums(files)}
+    return {**files, MANIFEST: (json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()}
+
+
+def manifest_identity(finished: FinishedTrial) -> dict[str, Any]:
+    """The manifest without the checksums: what was measured, of what, with what, and the key figures for index pages."""
+    trial = finished.trial
+    summary = asdict(summarize(finished.scores))
+    modules = dict(zip(finished.scores["group"].to_pylist(), finished.scores["modules"].to_pylist(), strict=True))
+    identity = {
+        "layout_version": LAYOUT_VERSION,
+        "schema_version": SCHEMA_VERSION,
+        **{name: getattr(trial, name) for name in _IDENTITY},
+        "versions": json.loads(trial.versions),
+        "config": portable_config(trial),
+        "summary": {**summary, "top_modules": modules[summary["top_groups"][0]] if summary["top_groups"] else []},
+    }
+    return json.loads(json.dumps(identity))  # as it reads back: lists for tuples, text for keys
+
+
+def published_scores(finished: FinishedTrial) -> pa.Table:
+    """The cell's rows without the per-sample scores."""
+    return finished.scores.select(_PUBLISHED_SCHEMA.names).cast(_PUBLISHED_SCHEMA).combine_chunks()
+
+
+def checksums(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each other file."""
+    return {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
+
+
+def pair_directory(finished: FinishedTrial) -> str:
+    """``weight-<weight>-act-<activation>``.
+
+    Raises: SweepError: the composed config does not say which formats the pair has.
+    """
+    pair = json.loads(finished.trial.config).get("quant_pair", {})
+    if "weight" not in pair or "activation" not in pair:
+        raise SweepError(f"Trial {finished.trial.trial_id} names no quant_pair.weight and .activation in its config. Run it again to publish it.")
+    return f"weight-{pair['weight']}-act-{pair['activation']}"
+
+
+def _config_yaml(finished: FinishedTrial) -> bytes:
+    return yaml.safe_dump(portable_config(finished.trial), sort_keys=False, allow_unicode=True, width=150).encode()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _autoquant_state(finished: FinishedTrial) -> bytes:
+    """ModelOpt's searcher state (0.47: `candidate_stats` by hparam name) in plain types, for ``torch.load(weights_only=True)``.
+
+    Costs are weight elements x bits / 16, as ModelOpt counts them. Groups never called have no score and are left out.
+    """
+    import torch  # 1-2 s; only needed when a folder is written
+
+    recipe = f"{finished.trial.quant_pair}.{finished.trial.quant_granularity}"
+    stats: dict[str, dict[str, Any]] = {}
+    for row in published_scores(finished).to_pylist():
+        if row["score"] is None:
+            continue
+        stats[f"{row['group']}.quant_recipe"] = {
+            "formats": [recipe, "NONE"],
+            "scores": [row["score"], 0.0],
+            "costs": [row["weight_elements"] * row["effective_bits"] / 16, float(row["weight_elements"])],
+            "module_names": row["modules"],
+            "cost_weight": 1.0,
+            "allow_no_quant": True,
+            "is_fixed": False,
+            "uncompressed_cost": float(row["weight_elements"]),
+        }
+    state = {
+        "method": finished.trial.method,
+        "candidate_stats": stats,
+        "best": {"recipe": {}, "constraints": {}, "score": float("inf"), "is_satisfied": False},
+    }
+    buffer = io.BytesIO()  # torch.save to a path would put the file's name into the bytes
+    torch.save(state, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,81 @@
+"""`sweep status`: how far a store's sweeps are, from its tables and heartbeats alone; needs neither Ray nor a GPU."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sweep.compose import expand
+from sweep.progress import duration
+from sweep.store import Store
+
+_ALIVE_SECONDS = 15.0  # a heartbeat older than this means that the driver is gone
+_SHOWN_FAILURES = 10
+
+
+def read_status(store: Store) -> dict[str, Any]:
+    """Trials by state, failures with their reasons, and the last run's progress."""
+    trials = store.trials()
+    states = Counter(row.state for row in trials.values())
+    runs = store.runs()
+    last = next(reversed(runs.values()), None)
+    running = last is not None and _is_alive(last)
+    if not running and (gone := states.pop("running", 0)):  # whoever ran them is gone
+        states["planned"] += gone
+    return {
+        "store": store.uri,
+        "trials": {"total": len(trials), **{state: states[state] for state in ("planned", "running", "done", "failed", "skipped")}},
+        "failures": [{"trial": row.trial_id, "reason": row.reason} for row in trials.values() if row.state == "failed"],
+        "running": running,
+        "last_run": last,
+    }
+
+
+def print_status(overrides: Sequence[str], *, as_json: bool) -> int:
+    """Print the status of the store that the overrides name. Returns the exit code.
+
+    Raises: SweepError: wrong overrides, or a damaged store.
+    """
+    status = read_status(Store(expand(overrides, multirun=False).points[0].store.uri))
+    console = Console()
+    if as_json:
+        print(json.dumps(status, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
+        return 0
+    trials = status["trials"]
+    if not trials["total"]:
+        console.print(f"No trials in {status['store']} yet. Type: sweep run", highlight=False)
+        return 0
+    console.print(f"{trials['done']} of {trials['total']} trials done ({status['store']})", highlight=False)
+    table = Table("state", "trials", box=None)
+    for state in ("running", "planned", "failed", "skipped", "done"):
+        if trials[state]:
+            table.add_row(state, str(trials[state]))
+    console.print(table)
+    for failure in status["failures"][:_SHOWN_FAILURES]:
+        console.print(f"failed: {failure['trial']}: {failure['reason']}", style="red", highlight=False)
+    if last := status["last_run"]:
+        console.print(_run_line(last, running=status["running"]), highlight=False)
+    if not status["running"] and trials["planned"]:
+        console.print("Interrupted: type the same `sweep run` command again to resume.")
+    return 0
+
+
+def _run_line(run: dict[str, Any], *, running: bool) -> str:
+    groups = f"{run['groups_done']} of {run['groups_total']} layer groups"
+    workers = f"{run.get('workers', 0)} workers on {run['host']}"
+    if running:
+        eta = run.get("eta_seconds")
+        return f"Running: {groups}, {workers}, {run['groups_per_second']:.0f}/s" + ("" if eta is None else f", about {duration(eta)} left")
+    ended = run.get("ended_at")
+    return f"Last run: {groups}, {workers}, " + (
+        f"ended {ended} with exit code {run['exit_code']}" if ended else f"no sign of life since {run['heartbeat_at']}"
+    )
+
+
+def _is_alive(run: dict[str, Any]) -> bool:
+    age = datetime.now(UTC) - datetime.fromisoformat(run["heartbeat_at"])
+    return "ended_at" not in run and age.total_seconds() < _ALIVE_SECONDS

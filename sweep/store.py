@@ -1,0 +1,151 @@
+"""The Parquet store: the only truth about what is measured. Readers need nothing of ours.
+
+``parts/cell=<id>/<part>.parquet`` hold a cell's finished decoder layers; ``scores/cell=<id>/scores.parquet`` appears once,
+whole, when the cell is complete. Equal inputs give equal bytes, so two writers of one cell do no harm.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sweep.errors import SweepError
+from sweep.files import Files
+from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, TrialRow
+
+
+class Store:
+    """Cells, trials and runs under one root."""
+
+    def __init__(self, uri: str) -> None:
+        """Open a store; it need not exist yet.
+
+        Args:
+            uri: absolute local path or fsspec URL.
+        """
+        self.uri = uri
+        self.files = Files(uri)
+
+    # Cells
+
+    def is_finished(self, cell_id: str) -> bool:
+        """Whether the cell's scores are complete."""
+        return self.files.exists(_scores_path(cell_id))
+
+    def finished_parts(self, cell_id: str) -> set[str]:
+        """Names of the parts of an unfinished cell that need no scoring again."""
+        return {name.removesuffix(".parquet") for name in self.files.names(f"parts/cell={cell_id}") if name.endswith(".parquet")}
+
+    def write_part(self, cell_id: str, part: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep one finished decoder layer (or top-level block) of a cell."""
+        self.files.write(_part_path(cell_id, part), _parquet(pa.Table.from_pylist(list(rows), schema=SCORES_SCHEMA)))
+
+    def complete(self, cell_id: str, parts: Sequence[str]) -> None:
+        """Join the parts, in this order, into the cell's scores and drop them.
+
+        Raises: SweepError: a part is not readable; run again and it is scored again.
+        """
+        table = pa.concat_tables([self._read_part(cell_id, part) for part in parts])
+        self.files.write(_scores_path(cell_id), _parquet(table.combine_chunks()))
+        self.drop_parts(cell_id)
+
+    def drop_parts(self, cell_id: str) -> None:
+        """Remove what is left of a finished cell's parts."""
+        for part in self.finished_parts(cell_id):
+            self.files.remove(_part_path(cell_id, part))
+
+    def scores(self, cell_id: str) -> pa.Table:
+        """A finished cell's rows (SCORES_SCHEMA).
+
+        Raises: SweepError: the file is damaged, or of a newer schema version.
+        """
+        return _read_parquet(self.files.read(_scores_path(cell_id)), f"{self.uri}/{_scores_path(cell_id)}")
+
+    def _read_part(self, cell_id: str, part: str) -> pa.Table:
+        path = _part_path(cell_id, part)
+        try:
+            return _read_parquet(self.files.read(path), f"{self.uri}/{path}")
+        except SweepError:
+            self.files.remove(path)  # scored again by the next run
+            raise
+
+    # Trials
+
+    def write_trials(self, run_id: str, rows: Iterable[TrialRow]) -> None:
+        """Record a run's trials as they are now; the run's earlier record is replaced."""
+        table = pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA)
+        self.files.write(f"trials/run-{run_id}.parquet", _parquet(table))
+
+    def trials(self) -> dict[str, TrialRow]:
+        """Every trial's latest event, by trial id, in the order of their first recording."""
+        return _latest(row for name in self._trial_files() for row in self._read_trials(name))
+
+    def compact_trials(self, ended_runs: Iterable[str]) -> None:
+        """Join the records of runs that have ended into one file. Reading before, during and after gives the same."""
+        ended = {f"run-{run_id}.parquet" for run_id in ended_runs}
+        names = [name for name in self._trial_files() if name in ended or name.startswith("compact-")]
+        if len(names) < 2:
+            return
+        rows = _latest(row for name in names for row in self._read_trials(name))
+        stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
+        self.files.write(f"trials/compact-{stamp}.parquet", _parquet(pa.Table.from_pylist([asdict(row) for row in rows.values()], schema=TRIALS_SCHEMA)))
+        for name in names:
+            self.files.remove(f"trials/{name}")
+
+    def _trial_files(self) -> list[str]:
+        return [name for name in self.files.names("trials") if name.endswith(".parquet")]
+
+    def _read_trials(self, name: str) -> list[TrialRow]:
+        try:
+            data = self.files.read(f"trials/{name}")
+        except FileNotFoundError:  # compacted by another driver since it was listed: its rows are in a newer file
+            return []
+        return [TrialRow.from_mapping(row) for row in _read_parquet(data, f"{self.uri}/trials/{name}").to_pylist()]
+
+    # Runs
+
+    def write_run(self, run_id: str, record: dict[str, Any]) -> None:
+        """Replace a run's heartbeat: whatever may differ between two equal runs."""
+        self.files.write(f"runs/{run_id}.json", json.dumps(record, indent=1).encode())
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """Every run's last heartbeat, oldest first."""
+        names = [name for name in self.files.names("runs") if name.endswith(".json")]
+        return {name.removesuffix(".json"): json.loads(self.files.read(f"runs/{name}")) for name in names}
+
+
+def _latest(rows: Iterable[TrialRow]) -> dict[str, TrialRow]:
+    latest: dict[str, TrialRow] = {}
+    for row in rows:
+        if row.trial_id not in latest or latest[row.trial_id].created_at <= row.created_at:
+            latest[row.trial_id] = row
+    return latest
+
+
+def _scores_path(cell_id: str) -> str:
+    return f"scores/cell={cell_id}/scores.parquet"
+
+
+def _part_path(cell_id: str, part: str) -> str:
+    return f"parts/cell={cell_id}/{part}.parquet"
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _read_parquet(data: bytes, where: str) -> pa.Table:
+    try:
+        table: pa.Table = pq.read_table(pa.BufferReader(data), partitioning=None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SweepError(f"{where} is damaged: {str(error).splitlines()[0]} Move it away and run again: what it held is scored again.") from error
+    version = (table.schema.metadata or {}).get(b"schema_version", b"missing").decode()
+    if version != str(SCHEMA_VERSION):
+        raise SweepError(f"{where} has schema version {version}; this program reads {SCHEMA_VERSION}. Use the program that wrote it, or another store.uri.")
+    return table

@@ -1,0 +1,34 @@
+"""`sweep publish`: put every finished trial of a store into the models directory."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from sweep.compose import expand
+from sweep.errors import SweepError
+from sweep.publish import publish
+from sweep.records import FinishedTrial
+from sweep.store import Store
+
+
+def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -> int:
+    """Sync the store that the overrides name; unfinished trials stay out. Returns the exit code.
+
+    Raises: SweepError: nothing finished to publish, or a folder that another model revision or data set content left.
+    """
+    config = expand(["output_layout=publish", *overrides], multirun=False).points[0]
+    store = Store(config.store.uri)
+    rows = [row for row in store.trials().values() if row.state == "done" and row.cell_id is not None]
+    if not rows:
+        raise SweepError(f"The store {store.uri} holds no finished trial. Type `sweep run` first, or store.uri=DIR.")
+    finished = [FinishedTrial(trial=row, scores=store.scores(row.cell_id)) for row in rows if row.cell_id is not None]
+    root = config.output_layout.root if "://" in config.output_layout.root else Path(config.output_layout.root).absolute()
+    result = publish(finished, root, overwrite=overwrite or config.output_layout.overwrite)
+    if as_json:
+        counts = {"written": [str(path) for path in result.written], "unchanged": len(result.unchanged), "root": str(root)}
+        print(json.dumps(counts, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
+    else:
+        Console().print(f"{len(result.written)} written, {len(result.unchanged)} unchanged, under {root}", highlight=False, soft_wrap=True)
+    return 0

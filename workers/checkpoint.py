@@ -1,0 +1,73 @@
+"""A checkpoint on disk: what makes it loadable, and the hash that names its content. Imports nothing heavy."""
+
+import hashlib
+from pathlib import Path
+
+from sweep import cache
+from sweep.errors import SweepError
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse a directory that cannot be loaded safely, before anything heavy is imported.
+
+    Raises: SweepError: missing, no config.json, no safetensors, or pickled weights only.
+    """
+    if not path.is_dir():
+        raise SweepError(f"model.path={path} is no directory. Give a local checkpoint directory: model.path=DIR.")
+    if not (path / "config.json").is_file():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise SweepError(f"model.path={path} has no config.json (found: {found}). Give a Hugging Face checkpoint directory.")
+    if not weight_files(path):
+        pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
+        if pickles:
+            raise SweepError(
+                f"model.path={path} holds pickled weights ({', '.join(pickles[:3])}), which can run code when loaded. "
+                "Only safetensors are loaded: save it again with model.save_pretrained(DIR) of a current transformers."
+            )
+        raise SweepError(f"model.path={path} has no *.safetensors file. Download the weights, or give another model.path=DIR.")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The checkpoint's weight files, sorted by name."""
+    return sorted(path.glob("*.safetensors"))
+
+
+def revision(path: Path) -> str:
+    """SHA-256 over config.json and every weight file: two checkpoints with equal revisions score alike.
+
+    Hashes of files are kept on disk by size, mtime and inode, so that 9 GB are read once, not at every start.
+    """
+    sha = hashlib.sha256()
+    for file in [path / "config.json", *weight_files(path)]:
+        sha.update(f"{file.name}:{file_hash(file)}\n".encode())
+    return sha.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, remembered by its stat.
+
+    Raises: SweepError: the file cannot be read.
+    """
+    return cache.remember("file-hash", file_key(path), lambda: _sha256(path))
+
+
+def file_key(path: Path) -> list[str | int]:
+    """What tells that a file has not changed: path, size, mtime and inode.
+
+    Raises: SweepError: the file is not there.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise SweepError(f"Cannot read {path}: {error.strerror}. Check the path and its permissions.") from error
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SweepError(f"Cannot read {path}: {error.strerror}. Check the path and its permissions.") from error

@@ -1,0 +1,124 @@
+"""Checkpoints through transformers: structure without weights, token ids, the loaded model. The home of `transformers`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from sweep.errors import SweepError
+from workers.checkpoint import check_checkpoint
+
+# Model types whose attention keeps samples of one row apart when their positions start again at 0; each has a test.
+# Any other model gets batches of equal lengths, which is right for every architecture and slower on a GPU.
+PACKABLE = frozenset({"qwen3_vl", "qwen2", "qwen3", "llama", "mistral"})
+
+
+def local_checkpoint(path: str) -> Path:
+    """A checkpoint directory for a local path or a hub id (from the local hub cache, or downloaded).
+
+    Raises: SweepError: neither, or pickled weights only.
+    """
+    directory = Path(path).expanduser()
+    looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if not directory.exists() and looks_like_hub_id:
+        from huggingface_hub import snapshot_download
+
+        try:
+            directory = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        except (OSError, ValueError) as error:
+            raise SweepError(
+                f"Checkpoint {path!r} is neither a local directory nor in reach on the hub ({type(error).__name__}). Give a local copy: model.path=DIR."
+            ) from error
+    check_checkpoint(directory)
+    return directory
+
+
+def read_config(path: Path) -> Any:
+    """The checkpoint's transformers configuration; code from the checkpoint is never run.
+
+    Raises: SweepError: unreadable, or a model that needs its own code.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise SweepError(f"{path / 'config.json'} is no model that transformers {transformers.__version__} knows: {_first_line(error)}") from error
+
+
+def linears(path: Path) -> list[tuple[str, int, int]]:
+    """Name, inputs and outputs of every nn.Linear of the checkpoint's model, in the model's order; no weight is read."""
+    _be_quiet()
+    with torch.device("meta"):
+        model = _model_class(config := read_config(path))._from_config(config)
+    return [(name, module.in_features, module.out_features) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, with the special tokens that the checkpoint's own tokenizer adds; nothing cut or padded.
+
+    Raises: SweepError: the checkpoint has no tokenizer that loads.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise SweepError(f"{path} has no tokenizer that loads: {_first_line(error)} Copy the model's tokenizer files there.") from error
+    return [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
+
+
+def image_tokens(path: Path) -> dict[str, int]:
+    """Token ids and merge factor with which the model reads an image.
+
+    Raises: SweepError: a model without a Qwen3-VL style vision tower.
+    """
+    config = read_config(path)
+    vision = getattr(config, "vision_config", None)
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id")
+    patch = (getattr(vision, "patch_size", None), getattr(vision, "temporal_patch_size", None), getattr(vision, "spatial_merge_size", None))
+    if patch != (16, 2, 2) or any(not hasattr(config, name) for name in names):
+        raise SweepError(
+            f"dataset=scenes needs a model that reads images in patches of 16 as Qwen3-VL does; {config.model_type!r} does not. Choose a text data set."
+        )
+    return {
+        "vision_start": config.vision_start_token_id,
+        "vision_end": config.vision_end_token_id,
+        "image_token": config.image_token_id,
+        "merge": vision.spatial_merge_size,
+    }
+
+
+def load(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """The model with its weights, ready for capture: evaluation mode, no parameter takes a gradient.
+
+    Raises: SweepError: the weights do not fit the configuration or cannot be read.
+    """
+    model_class = _model_class(read_config(path))
+    _be_quiet()
+    try:
+        model, info = model_class.from_pretrained(path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SweepError(f"The checkpoint {path} does not load: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise SweepError(f"The checkpoint {path} lacks {len(missing)} weights, the first {missing[0]!r}: they would be random. Download it again.")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _model_class(config: Any) -> Any:
+    """The class that the checkpoint names, so that a vision-language model keeps its vision tower."""
+    for architecture in config.architectures or ():
+        if (found := getattr(transformers, architecture, None)) is not None:
+            return found
+    return AutoModelForCausalLM
+
+
+def _be_quiet() -> None:
+    """No progress bars and no advice on standard error while a checkpoint is read."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

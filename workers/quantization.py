@@ -1,0 +1,122 @@
+"""ModelOpt's quantizers on captured tensors, its grouping rule, its presets, its own searcher. The home of `modelopt`."""
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # ModelOpt warns that this transformers is newer than those it was tested with
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+from sweep.errors import SweepError, require_known
+from workers.capture import batch_to, labels_of, summed_loss
+from workers.data import Batch
+
+Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig
+
+
+def preset(name: str) -> dict[str, Any]:
+    """A ModelOpt preset as plain data: its ordered `quant_cfg` entries and its `algorithm`.
+
+    Raises: SweepError: ModelOpt has no such preset.
+    """
+    require_known("ModelOpt preset (quant_pair.format_name)", name, mtq.config.choices)
+    found: Any = getattr(mtq, name)
+    return {"quant_cfg": [copy.deepcopy(dict(entry)) for entry in found["quant_cfg"]], "algorithm": found["algorithm"]}
+
+
+def layer_groups(linears: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Linears that must share a recipe because runtimes fuse them, by ModelOpt's rules.
+
+    Args:
+        linears: module names in the model's order.
+
+    Returns: modules of each group by the name of its first module, in the model's order.
+    """
+    by_key: dict[str, list[str]] = {}
+    for name in linears:
+        by_key.setdefault(_group_key(name), []).append(name)
+    return {modules[0]: tuple(modules) for modules in by_key.values()}
+
+
+def _group_key(name: str) -> str:
+    for rule in AutoQuantizeGradientSearcher.quant_grouping_rules:
+        match = None if callable(rule) else re.match(rule, name)
+        key = rule(None, name) if callable(rule) else match and match.group(1)
+        if key is not None:
+            return key
+    return name
+
+
+def calibrated(attributes: Attributes, tensors: Sequence[Tensor]) -> TensorQuantizer:
+    """A ModelOpt quantizer whose range was set by its own `max` calibrator on the tensors.
+
+    Args:
+        attributes: a valid QuantizerAttributeConfig.
+        tensors: what it will quantize, or a calibration set of it; ignored by dynamic quantizers.
+
+    Raises: AssertionError: ModelOpt's calibrator met a NaN; callers check for it first.
+    """
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(**attributes))
+    if not quantizer._dynamic:  # pyright: ignore[reportPrivateUsage]
+        quantizer.disable_quant()
+        quantizer.enable_calib()
+        for tensor in tensors:
+            quantizer(tensor)
+        if quantizer._calibrator.compute_amax() is not None:  # pyright: ignore[reportPrivateUsage]
+            quantizer.load_calib_amax()
+        quantizer.disable_calib()
+        quantizer.enable_quant()
+    return quantizer
+
+
+@torch.enable_grad()
+def auto_quantize_scores(
+    model: nn.Module, quant_cfg: Sequence[Mapping[str, Any]], algorithm: str, batches: Sequence[Batch], covered: Sequence[str]
+) -> dict[str, float]:
+    """Stock `mtq.auto_quantize` on a copy of the model: one format a call, so that no score is clamped to another's.
+
+    Args:
+        model: unquantized; it is not touched.
+        quant_cfg: ModelOpt's ordered entries.
+        algorithm: ModelOpt's calibration algorithm.
+        batches: calibrated and scored on, all of them, with the loss summed over predictions.
+        covered: names of the modules to score; all others, convolutions too, stay unquantized.
+
+    Returns: raw score by layer group, in the model's order.
+    """
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    clone = copy.deepcopy(model).requires_grad_(True)
+
+    def forward_step(network: nn.Module, batch: Batch) -> Tensor:
+        return network(**batch_to(batch, device, dtype), use_cache=False).logits
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, state = mtq.auto_quantize(
+            clone,
+            constraints={"effective_bits": 16.0},  # lets any search pass: only the scores are wanted
+            quantization_formats=[{"quant_cfg": [dict(entry) for entry in quant_cfg], "algorithm": algorithm}],
+            data_loader=list(batches),
+            forward_step=forward_step,
+            loss_func=lambda logits, batch: summed_loss(logits, labels_of(batch)),
+            disabled_layers=[name for name, _ in model.named_modules() if name not in covered],
+            num_calib_steps=len(batches),
+            num_score_steps=len(batches),
+            verbose=False,
+        )
+    scores: dict[str, float] = {}
+    for name, stats in state["candidate_stats"].items():
+        if len(stats["scores"]) == 2:  # groups that are disabled have the unquantized choice only
+            scores[name.removesuffix(".quant_recipe")] = float(stats["scores"][0])
+    if not scores:
+        raise SweepError("mtq.auto_quantize scored no layer group: every linear is disabled.")
+    return scores

@@ -1,0 +1,96 @@
+"""Drawn calibration images: coloured shapes on a plain background, each with a caption that is true of it.
+
+Deterministic by index, so nothing is shipped. Indices below TRAINING_BASE are calibration data that the bundled model never
+saw; its training draws from TRAINING_BASE on.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+SIDE: Final = 64  # pixels; 4 x 4 patches, which merge into 4 tokens
+PATCH: Final = 16  # pixels along a patch
+MERGE: Final = 2  # patches merged along each side
+TEMPORAL: Final = 2  # an image counts as two equal frames
+TRAINING_BASE: Final = 1_000_000
+
+COLOURS: Final = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (38, 84, 214),
+    "yellow": (240, 200, 30),
+    "purple": (130, 60, 170),
+    "orange": (240, 130, 30),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
+BACKGROUNDS: Final = {"grey": (128, 128, 128), "pink": (240, 170, 190), "brown": (110, 75, 45)}
+SHAPES: Final = ("circle", "square", "triangle", "cross", "ring")
+# Where the second shape's centre lies, seen from the first; quarters of the image, (column, row).
+PLACES: Final = {"left of": ((0.27, 0.5), (0.73, 0.5)), "right of": ((0.73, 0.5), (0.27, 0.5)), "above": ((0.5, 0.27), (0.5, 0.73)), "below": ((0.5, 0.73), (0.5, 0.27))}
+
+Pixels = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """An image and what is to be seen on it."""
+
+    pixels: Pixels  # [SIDE, SIDE, 3]
+    caption: str
+
+
+def scene(index: int) -> Scene:
+    """The scene of that index, equal on every machine."""
+    random = np.random.Generator(np.random.PCG64(index))
+    background = list(BACKGROUNDS)[random.integers(len(BACKGROUNDS))]
+    colours = [list(COLOURS)[i] for i in random.permutation(len(COLOURS))[:2]]
+    shapes = [SHAPES[i] for i in random.integers(len(SHAPES), size=2)]
+    relation = list(PLACES)[random.integers(len(PLACES))]
+    pixels = np.full((SIDE, SIDE, 3), BACKGROUNDS[background], dtype=np.uint8)
+    jitter = random.integers(-3, 4, size=(2, 2))
+    radii = random.integers(9, 13, size=2)
+    for i in range(2):
+        column, row = (round(place * SIDE) + int(jitter[i, axis]) for axis, place in enumerate(PLACES[relation][i]))
+        pixels[_mask(shapes[i], column, row, int(radii[i]))] = COLOURS[colours[i]]
+    caption = f"{_article(colours[0])} {shapes[0]} {relation} {_article(colours[1])} {shapes[1]} on {_article(background)} background"
+    return Scene(pixels=pixels, caption=caption)
+
+
+def patches(pixels: Pixels) -> tuple[npt.NDArray[np.float32], tuple[int, int, int]]:
+    """An image as Qwen3-VL reads it: scaled to -1..1, cut into patches, those that will be merged side by side.
+
+    Args:
+        pixels: [height, width, 3] uint8, both sides a multiple of 32.
+
+    Returns: [n_patches, 3 * 2 * 16 * 16] float32, and the number of patches in time, height and width.
+
+    Source: the layout of transformers' Qwen2VLImageProcessor (patch 16, merge 2, mean = std = 0.5), against which it is tested.
+    """
+    rows, columns = pixels.shape[0] // PATCH, pixels.shape[1] // PATCH
+    values = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    blocks = values.reshape(rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
+    ordered = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3, 1, PATCH, PATCH)
+    return np.repeat(ordered, TEMPORAL, axis=2).reshape(rows * columns, -1), (1, rows, columns)
+
+
+def _mask(shape: str, column: int, row: int, radius: int) -> Mask:
+    y, x = np.mgrid[:SIDE, :SIDE]
+    dx, dy = x - column, y - row
+    distance = dx**2 + dy**2
+    if shape == "circle":
+        return distance <= radius**2
+    if shape == "square":
+        return np.maximum(abs(dx), abs(dy)) <= radius * 0.85
+    if shape == "triangle":
+        return (dy <= radius * 0.8) & (abs(dx) * 2 <= dy + radius)
+    if shape == "cross":
+        return (np.minimum(abs(dx), abs(dy)) <= radius * 0.3) & (np.maximum(abs(dx), abs(dy)) <= radius)
+    return (distance <= radius**2) & (distance >= (radius * 0.55) ** 2)
+
+
+def _article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

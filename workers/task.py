@@ -1,0 +1,68 @@
+"""What the driver asks of a worker: plain values that travel between processes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Which model, by content and precision. A worker keeps the last one it loaded."""
+
+    path: str  # checkpoint directory on the worker's machine
+    revision: str  # hash of weights and config.json
+    dtype: Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSpec:
+    """Linears that share a recipe, and where their row goes."""
+
+    name: str  # the first module
+    modules: tuple[str, ...]
+    part: str  # the decoder layer or top-level block whose file holds the row
+    layer_index: int | None  # None outside decoder blocks
+    weight_elements: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One recipe on one model and data set, in every calibration size that still lacks scores."""
+
+    label: str  # "wfp8_afp8/default", for people
+    model: ModelSpec
+    plan_id: str  # digest of the plan's largest size: equal ids share a capture
+    engine: Literal["layerwise", "modelopt"]
+    quant_cfg: tuple[Mapping[str, Any], ...]  # ModelOpt's ordered entries
+    algorithm: str
+    weight_attributes: Mapping[str, Any] | None  # ModelOpt's QuantizerAttributeConfig fields; None: left unquantized
+    input_attributes: Mapping[str, Any] | None
+    calibrates_inputs: bool  # the input quantizer has a static range: scores depend on the calibration size
+    effective_bits: float  # bits a weight, block scales counted
+    groups: tuple[GroupSpec, ...]  # in the model's order
+    cells: Mapping[str, str]  # cell id by size
+
+    @property
+    def n_steps(self) -> int:
+        """Layer groups to score, over all cells: the unit of progress."""
+        return len(self.groups) * len(self.cells)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a worker is with a task; what it counts is on disk already."""
+
+    done: int  # layer groups, over all cells of the task
+    total: int
+
+
+def part_of(module: str, vision: bool) -> tuple[str, int | None]:
+    """The part that a module's row belongs to, and its decoder layer if it is in one.
+
+    A part is everything under the first numbered child (``model.language_model.layers.7``), else under the module's parent.
+    """
+    words = module.split(".")
+    for position, word in enumerate(words):
+        if word.isdigit():
+            return ".".join(words[: position + 1]), None if vision else int(word)
+    return (".".join(words[:-1]) or module), None
