@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
 
-from workers.actor import Pool, Worker  # noqa: E402
+from workers.actor import Lease, Pool, Worker  # noqa: E402
 
 _POOL = "sweep-pool"
 _NAMESPACE = "sweep"
+_SLOT = "sweep_trial"  # a resource that lets as many trials run at a time as there are workers
 _REPORT_SECONDS = 0.5  # a report costs the driver a few milliseconds
-_MAX_WORKER_DEATHS = 3  # a task that outlives so many workers is the cause
+_MAX_RESTARTS = 20  # of a worker, over a whole sweep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,6 @@ class TrialOrder:
 
     name: str
     task_id: str
-    leads: bool  # the first trial of its task has it scored; the others wait for it
 
 
 def run_trials(
@@ -57,18 +57,18 @@ def run_trials(
     store_uri: str,
     *,
     on_ready: Callable[[], None],
-    on_progress: Callable[[str, Progress], None],
+    on_progress: Callable[[Progress], None],
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Run the trials as one Tune experiment on a Ray cluster of this machine.
 
     Args:
-        orders: every trial that still lacks scores; leading trials of each task come first.
+        orders: every trial that still lacks scores.
         tasks: by task id.
         plans: by plan id.
         workers: how many, on what.
         store_uri: where workers put finished parts.
         on_ready: called once, when the workers hold the first task's model.
-        on_progress: called with a task id whenever rows of it have reached the store.
+        on_progress: called whenever rows of a task have reached the store.
 
     Returns: why tasks failed, by task id; and what each worker says of itself.
 
@@ -79,7 +79,7 @@ def run_trials(
         address="local",
         num_cpus=workers.count + 1,
         num_gpus=None if workers.device == "cuda" else 0,
-        resources={"sweep_trial": workers.count},
+        resources={_SLOT: workers.count},
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -90,7 +90,8 @@ def run_trials(
         first = next(iter(tasks.values()))
         loads = [actor.load.remote(first) for actor in actors.values()]
         plan_refs = {plan_id: [ray.put(plan)] for plan_id, plan in plans.items()}
-        pool = ray.remote(Pool).options(name=_POOL, num_cpus=0, max_concurrency=10_000).remote(list(actors), dict(tasks), plan_refs)
+        pool_class: Any = ray.remote(Pool)
+        pool = pool_class.options(name=_POOL, num_cpus=0, max_concurrency=1000).remote(list(actors), dict(tasks), plan_refs)
         ray.get(loads)
         on_ready()
         _tuner(orders, scratch, on_progress).fit()
@@ -102,17 +103,17 @@ def run_trials(
 
 def _start_workers(workers: Workers, store_uri: str) -> dict[str, Any]:
     actor_class: Any = ray.remote(Worker)
-    options = {"num_cpus": 1, "num_gpus": workers.gpus_each if workers.device == "cuda" else 0, "max_restarts": _MAX_WORKER_DEATHS}
+    options = {"num_cpus": 1, "num_gpus": workers.gpus_each if workers.device == "cuda" else 0, "max_restarts": _MAX_RESTARTS}
     names = [f"sweep-worker-{index}" for index in range(workers.count)]
     return {name: actor_class.options(name=name, **options).remote(store_uri, workers.device) for name in names}
 
 
-def _tuner(orders: Sequence[TrialOrder], scratch: str, on_progress: Callable[[str, Progress], None]) -> tune.Tuner:
+def _tuner(orders: Sequence[TrialOrder], scratch: str, on_progress: Callable[[Progress], None]) -> tune.Tuner:
     def name_of(trial: Any) -> str:
         return trial.config["order"]["name"].replace("/", "-")
 
     return tune.Tuner(
-        tune.with_resources(run_trial, {"cpu": 0, "sweep_trial": 1}),
+        tune.with_resources(run_trial, {"cpu": 0, _SLOT: 1}),
         param_space={"order": tune.grid_search([asdict(order) for order in orders])},
         tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=name_of, trial_dirname_creator=name_of),
         run_config=tune.RunConfig(
@@ -127,50 +128,62 @@ def _tuner(orders: Sequence[TrialOrder], scratch: str, on_progress: Callable[[st
 
 
 def run_trial(config: dict[str, dict[str, Any]]) -> None:
-    """Tune's side of a trial: borrow a worker that already holds the model, let it score, report progress."""
+    """Tune's side of a trial: as long as its scores are not there, borrow workers and have tasks scored, its own first.
+
+    A trial whose task is in another trial's bundle helps with what else is left.
+    """
     order = TrialOrder(**config["order"])
     pool: Any = ray.get_actor(_POOL, namespace=_NAMESPACE)
-    if order.leads:
-        ray.get(pool.end.remote(order.task_id, _lead(order, pool)))
+    while (lease := ray.get(pool.lease.remote(order.task_id))) is not None:
+        _carry(lease, pool)
     failure = ray.get(pool.outcome.remote(order.task_id))
     if failure is not None:
         raise RuntimeError(failure)
-    tune.report({"finished": 1})
+    tune.report({"progress": []})
 
 
-def _lead(order: TrialOrder, pool: Any) -> str | None:
-    """Have the task scored. Returns why it failed, None if it is done."""
-    reason = ""
-    for _ in range(_MAX_WORKER_DEATHS):
-        name, task, (plan,) = ray.get(pool.borrow.remote(order.task_id))
-        try:
-            _score(name, task, plan, order)
-            return None
-        except RayTaskError as error:
-            return str(error.cause).strip() or type(error.cause).__name__
-        except RayActorError as error:  # the pool's next free worker goes on with the parts that are left
-            reason = str(error).splitlines()[0]
-        finally:
-            ray.get(pool.give_back.remote(name, order.task_id))
-    return f"{_MAX_WORKER_DEATHS} workers died while scoring it: {reason}"
+def _carry(lease: Lease, pool: Any) -> None:
+    """Have the lease's tasks scored, report their progress, and say how they ended."""
+    ended: dict[str, str | None] = {}
+    death: str | None = None
+    try:
+        for progress in _stream(lease):
+            if progress.failure is not None:
+                ended[progress.task_id] = progress.failure
+        ended |= {task.task_id: None for task in lease.tasks if task.task_id not in ended}
+    except RayTaskError as error:
+        reason = str(error.cause).strip() or type(error.cause).__name__
+        ended |= {task.task_id: reason for task in lease.tasks if task.task_id not in ended}
+    except RayActorError as error:  # the next free worker goes on with the parts that are left
+        death = str(error).splitlines()[0]
+    ray.get(pool.give_back.remote(lease, ended, death))
 
 
-def _score(worker_name: str, task: Task, plan: Any, order: TrialOrder) -> None:
-    worker: Any = ray.get_actor(worker_name, namespace=_NAMESPACE)
-    reported = 0.0
-    for reference in worker.score.options(name=f"score {order.name}", num_returns="streaming").remote(task, plan):
+def _stream(lease: Lease) -> Iterator[Progress]:
+    """A worker's progress; passed on to Tune now and then, and at the end."""
+    worker: Any = ray.get_actor(lease.worker, namespace=_NAMESPACE)
+    latest: dict[str, Progress] = {}
+    reported = time.monotonic()
+    for reference in worker.score.options(name=f"score {lease.tasks[0].label}", num_returns="streaming").remote(lease.tasks, lease.plan[0]):
         progress: Progress = ray.get(reference)
-        if progress.done == progress.total or time.monotonic() - reported > _REPORT_SECONDS:
-            tune.report({"task_id": order.task_id, "done": progress.done, "total": progress.total})
+        latest[progress.task_id] = progress
+        if time.monotonic() - reported > _REPORT_SECONDS:
+            tune.report({"progress": [asdict(one) for one in latest.values()]})
+            latest.clear()
             reported = time.monotonic()
+        yield progress
+    tune.report({"progress": [asdict(one) for one in latest.values()]})
 
 
 class _Watcher(tune.Callback):
     """Passes what trials report to the driver's display."""
 
-    def __init__(self, on_progress: Callable[[str, Progress], None]) -> None:
+    def __init__(self, on_progress: Callable[[Progress], None]) -> None:
         self._on_progress = on_progress
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves its callbacks to restore an experiment from; we never do
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        if "task_id" in result:
-            self._on_progress(result["task_id"], Progress(done=result["done"], total=result["total"]))
+        for progress in result["progress"]:
+            self._on_progress(Progress(**progress))

@@ -24,12 +24,13 @@ class Files:
         Raises: SweepError: a URL whose protocol has no fsspec driver installed.
         """
         self.uri = uri
-        self._local = Path(uri) if "://" not in uri else None
+        path = uri.removeprefix("file://")  # fsspec would write in place and make no directories
+        self._local = Path(path) if "://" not in path else None
         if self._local is None:
             import fsspec
 
             try:
-                self._fs, self._root = fsspec.core.url_to_fs(uri)
+                self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)  # other processes write here, too
             except (ImportError, ValueError) as error:
                 raise SweepError(f"Cannot open {uri!r}: {error}. Give a local path, or install the driver for that protocol.") from error
 

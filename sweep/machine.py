@@ -41,7 +41,8 @@ def pick_workers(cluster: ClusterConfig) -> Workers:
     device = cluster.device if cluster.device != "auto" else "cuda" if gpus else "cpu"
     if device == "cuda" and not gpus:
         raise SweepError("cluster.device=cuda, but no NVIDIA GPU is visible here. Type cluster.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES.")
-    room = n_cores() if device == "cpu" else int(gpus / cluster.gpus_per_worker)
+    share = cluster.gpus_per_worker
+    room = n_cores() if device == "cpu" else gpus * int(1 / share) if share <= 1 else gpus // int(share)  # a fraction lies on one GPU
     if room < 1:
         raise SweepError(
             f"cluster.gpus_per_worker={cluster.gpus_per_worker:g}, but only {gpus} GPU(s) are visible here. Type cluster.gpus_per_worker={gpus} or less."

@@ -194,9 +194,11 @@ class _Planner:
         task_id = _hash(common | {"plan": plan_id})[:20]
         if task_id not in self.tasks:
             self.tasks[task_id] = Task(
+                task_id=task_id,
                 label=f"{point.quant_pair.name}/{point.quant_granularity.name}",
                 model=ModelSpec(path=str(model.path), revision=model.revision, dtype=dtype),
                 plan_id=plan_id,
+                method=point.sensitivity.method,
                 engine=point.sensitivity.engine,
                 quant_cfg=tuple(recipe.quant_cfg),
                 algorithm=recipe.algorithm,
@@ -294,7 +296,7 @@ def _covered_groups(model: _Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
     for first, modules in model.structure["groups"].items():
         if not all(module in covered for module in modules):
             continue
-        part, layer_index = part_of(first, vision=any(word in first for word in ("visual", "vision")))
+        part, layer_index = part_of(first)
         elements = sum(model.inputs[module] * outputs[module] for module in modules)
         groups.append(GroupSpec(name=first, modules=tuple(modules), part=part, layer_index=layer_index, weight_elements=elements))
     if not groups:

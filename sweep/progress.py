@@ -40,10 +40,10 @@ class Tally:
         """The workers are ready; the clock for rate and ETA starts."""
         self._started = time.monotonic()
 
-    def update(self, task_id: str, progress: Progress) -> None:
+    def update(self, progress: Progress) -> None:
         """Take over a task's progress."""
-        self._resumed.setdefault(task_id, progress.done)
-        self._done[task_id] = progress.done
+        self._resumed.setdefault(progress.task_id, progress.done)
+        self._done[progress.task_id] = progress.done
 
     @property
     def done_groups(self) -> int:

@@ -181,6 +181,8 @@ def _check_formats(recipe: Recipe) -> None:
         raise InvalidRecipe(
             "Rows of activations are tokens: axis 0 or 1 means nothing there. Choose axis -1, or per token: type dynamic, block_sizes {-1: null}."
         )
+    if inputs.attributes.get("type") == "dynamic" and -1 not in inputs.block_sizes:
+        raise InvalidRecipe("A dynamic range of the whole input depends on how samples are batched. Choose per token: type dynamic, block_sizes {-1: null}.")
     if inputs.block_sizes and inputs.is_calibrated and not inputs.has_dynamic_blocks:
         raise InvalidRecipe("Static blocks of activations need inputs of one fixed shape. Choose type: dynamic, or no block_sizes for the inputs.")
 

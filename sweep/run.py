@@ -195,32 +195,19 @@ def _score(session: _Session, workers: Workers, console: Console) -> None:
             session.tally.start()
             display.stage("Workers hold the model; capturing activations and gradients ...")
 
-        def on_progress(task_id: str, progress: Progress) -> None:
-            session.tally.update(task_id, progress)
+        def on_progress(progress: Progress) -> None:
+            session.tally.update(progress)
             display.update()
+
+        orders = [driver.TrialOrder(name=trial.name, task_id=trial.task_id) for trial in session.pending_trials() if trial.task_id]
 
         session.record["workers"] = workers.count
         session.write_trials(running=True)
         with _heartbeat(session):
             session.failures, infos = driver.run_trials(
-                _orders(session), session.tasks, session.plan.plans, workers, session.store.uri, on_ready=on_ready, on_progress=on_progress
+                orders, session.tasks, session.plan.plans, workers, session.store.uri, on_ready=on_ready, on_progress=on_progress
             )
             session.record["worker_info"] = infos
-
-
-def _orders(session: _Session) -> list[Any]:
-    """Pending trials for Tune: of each task first the one that leads it, then, when all are under way, those that share it."""
-    from sweep.driver import TrialOrder
-
-    led: set[str] = set()
-    leaders: list[TrialOrder] = []
-    followers: list[TrialOrder] = []
-    for trial in session.pending_trials():
-        assert trial.task_id is not None
-        leads = trial.task_id not in led
-        led.add(trial.task_id)
-        (leaders if leads else followers).append(TrialOrder(name=trial.name, task_id=trial.task_id, leads=leads))
-    return leaders + followers
 
 
 def _finished(session: _Session) -> list[FinishedTrial]:

@@ -4,8 +4,9 @@
 whole, when the cell is complete. Equal inputs give equal bytes, so two writers of one cell do no harm.
 """
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +17,10 @@ import pyarrow.parquet as pq
 from sweep.errors import SweepError
 from sweep.files import Files
 from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, TrialRow
+
+
+class _Damaged(SweepError):
+    """A file of the store that cannot be read back whole."""
 
 
 class Store:
@@ -37,25 +42,41 @@ class Store:
         return self.files.exists(_scores_path(cell_id))
 
     def finished_parts(self, cell_id: str) -> set[str]:
-        """Names of the parts of an unfinished cell that need no scoring again."""
-        return {name.removesuffix(".parquet") for name in self.files.names(f"parts/cell={cell_id}") if name.endswith(".parquet")}
+        """Names of the parts of an unfinished cell that need no scoring again; damaged ones are removed.
 
-    def write_part(self, cell_id: str, part: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Keep one finished decoder layer (or top-level block) of a cell."""
-        self.files.write(_part_path(cell_id, part), _parquet(pa.Table.from_pylist(list(rows), schema=SCORES_SCHEMA)))
+        Raises: SweepError: a part is of a newer schema version.
+        """
+        finished: set[str] = set()
+        for part in self._parts(cell_id):
+            with contextlib.suppress(_Damaged, FileNotFoundError):  # not found: another writer has just completed the cell
+                self._read_part(cell_id, part)
+                finished.add(part)
+        return finished
 
-    def complete(self, cell_id: str, parts: Sequence[str]) -> None:
+    def write_part(self, cell_id: str, part: str, rows: pa.Table) -> None:
+        """Keep one finished decoder layer (or top-level block) of a cell; rows as in SCORES_SCHEMA."""
+        self.files.write(_part_path(cell_id, part), _parquet(rows))
+
+    def complete(self, cell_id: str, parts: Mapping[str, pa.Table | None]) -> None:
         """Join the parts, in this order, into the cell's scores and drop them.
+
+        Args:
+            cell_id: the cell.
+            parts: every part by name; None: read it from the store.
 
         Raises: SweepError: a part is not readable; run again and it is scored again.
         """
-        table = pa.concat_tables([self._read_part(cell_id, part) for part in parts])
-        self.files.write(_scores_path(cell_id), _parquet(table.combine_chunks()))
+        try:
+            table = pa.concat_tables([self._read_part(cell_id, part) if rows is None else rows for part, rows in parts.items()])
+            self.files.write(_scores_path(cell_id), _parquet(table.combine_chunks()))
+        except FileNotFoundError:
+            if not self.is_finished(cell_id):  # else another writer of the same bytes was faster, and dropped the parts
+                raise
         self.drop_parts(cell_id)
 
     def drop_parts(self, cell_id: str) -> None:
         """Remove what is left of a finished cell's parts."""
-        for part in self.finished_parts(cell_id):
+        for part in self._parts(cell_id):
             self.files.remove(_part_path(cell_id, part))
 
     def scores(self, cell_id: str) -> pa.Table:
@@ -63,14 +84,17 @@ class Store:
 
         Raises: SweepError: the file is damaged, or of a newer schema version.
         """
-        return _read_parquet(self.files.read(_scores_path(cell_id)), f"{self.uri}/{_scores_path(cell_id)}")
+        return _read_parquet(self.files.read(_scores_path(cell_id)), f"{self.uri}/{_scores_path(cell_id)}", SCORES_SCHEMA)
+
+    def _parts(self, cell_id: str) -> list[str]:
+        return [name.removesuffix(".parquet") for name in self.files.names(f"parts/cell={cell_id}") if name.endswith(".parquet")]
 
     def _read_part(self, cell_id: str, part: str) -> pa.Table:
         path = _part_path(cell_id, part)
         try:
-            return _read_parquet(self.files.read(path), f"{self.uri}/{path}")
-        except SweepError:
-            self.files.remove(path)  # scored again by the next run
+            return _read_parquet(self.files.read(path), f"{self.uri}/{path}", SCORES_SCHEMA)
+        except _Damaged:
+            self.files.remove(path)  # scored again
             raise
 
     # Trials
@@ -82,7 +106,14 @@ class Store:
 
     def trials(self) -> dict[str, TrialRow]:
         """Every trial's latest event, by trial id, in the order of their first recording."""
-        return _latest(row for name in self._trial_files() for row in self._read_trials(name))
+        names = self._trial_files()
+        while True:
+            try:
+                return _latest(row for name in names for row in self._read_trials(name))
+            except FileNotFoundError:  # compacted by another driver since it was listed: its rows are in a newer file
+                listed, names = names, self._trial_files()
+                if names == listed:
+                    raise
 
     def compact_trials(self, ended_runs: Iterable[str]) -> None:
         """Join the records of runs that have ended into one file. Reading before, during and after gives the same."""
@@ -90,7 +121,10 @@ class Store:
         names = [name for name in self._trial_files() if name in ended or name.startswith("compact-")]
         if len(names) < 2:
             return
-        rows = _latest(row for name in names for row in self._read_trials(name))
+        try:
+            rows = _latest(row for name in names for row in self._read_trials(name))
+        except FileNotFoundError:  # another driver is at it
+            return
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
         self.files.write(f"trials/compact-{stamp}.parquet", _parquet(pa.Table.from_pylist([asdict(row) for row in rows.values()], schema=TRIALS_SCHEMA)))
         for name in names:
@@ -100,11 +134,8 @@ class Store:
         return [name for name in self.files.names("trials") if name.endswith(".parquet")]
 
     def _read_trials(self, name: str) -> list[TrialRow]:
-        try:
-            data = self.files.read(f"trials/{name}")
-        except FileNotFoundError:  # compacted by another driver since it was listed: its rows are in a newer file
-            return []
-        return [TrialRow.from_mapping(row) for row in _read_parquet(data, f"{self.uri}/trials/{name}").to_pylist()]
+        data = self.files.read(f"trials/{name}")
+        return [TrialRow.from_mapping(row) for row in _read_parquet(data, f"{self.uri}/trials/{name}", TRIALS_SCHEMA).to_pylist()]
 
     # Runs
 
@@ -136,16 +167,16 @@ def _part_path(cell_id: str, part: str) -> str:
 
 def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 
-def _read_parquet(data: bytes, where: str) -> pa.Table:
+def _read_parquet(data: bytes, where: str, schema: pa.Schema) -> pa.Table:
     try:
-        table: pa.Table = pq.read_table(pa.BufferReader(data), partitioning=None)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SweepError(f"{where} is damaged: {str(error).splitlines()[0]} Move it away and run again: what it held is scored again.") from error
-    version = (table.schema.metadata or {}).get(b"schema_version", b"missing").decode()
-    if version != str(SCHEMA_VERSION):
-        raise SweepError(f"{where} has schema version {version}; this program reads {SCHEMA_VERSION}. Use the program that wrote it, or another store.uri.")
-    return table
+        table: pa.Table = pq.read_table(pa.BufferReader(data), partitioning=None, page_checksum_verification=True)
+        version = (table.schema.metadata or {}).get(b"schema_version", b"missing").decode()
+        if version != str(SCHEMA_VERSION):
+            raise SweepError(f"{where} has schema version {version}; this program reads {SCHEMA_VERSION}. Use the program that wrote it, or another store.uri.")
+        return table.cast(schema)  # pyarrow calls a list's items otherwise once they have been in a file
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise _Damaged(f"{where} is damaged: {str(error).splitlines()[0]} Move it away and run again: what it held is scored again.") from error

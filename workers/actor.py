@@ -1,15 +1,19 @@
 """Ray's side of a worker, and the pool that lends workers to trials. No arithmetic and no file formats live here."""
 
 import asyncio
+import math
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from workers.data import Plan
 from workers.task import Progress, Task
+
+_MAX_DEATHS = 3  # a task under which so many workers died is the cause
 
 
 class Worker:
@@ -30,54 +34,87 @@ class Worker:
         """Node, process and number of model loads."""
         return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), "model_loads": self._scorer.model_loads}
 
-    def score(self, task: Task, plan: Plan) -> Iterator[Progress]:
+    def score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[Progress]:
         """Stream progress; what it counts is in the store already."""
-        yield from self._scorer.score(task, plan)
+        yield from self._scorer.score(tasks, plan)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A worker, and the tasks to give it."""
+
+    worker: str
+    tasks: tuple[Task, ...]
+    plan: list[Any]  # its object reference, in a list so that Ray does not fetch it on the way
 
 
 class Pool:
-    """Lends free workers to trials, preferring one that holds the model already, and remembers how each task ended."""
+    """Lends free workers, with tasks that a worker can score together, and remembers how each task ended.
 
-    def __init__(self, names: list[str], tasks: Mapping[str, Task], plans: Mapping[str, list[Any]]) -> None:
-        """Start with every worker free.
+    Tasks that share a capture go out in bundles: of what is left, a worker gets its even share, so that a layer is visited
+    once for many recipes and all workers end at about the same time.
+    """
+
+    def __init__(self, workers: Sequence[str], tasks: Mapping[str, Task], plans: Mapping[str, list[Any]]) -> None:
+        """Start with every worker free and every task waiting.
 
         Args:
-            names: actor names of the workers.
+            workers: their actor names.
             tasks: by task id.
             plans: object references of the plans, each in a list so that Ray does not fetch it, by plan id.
         """
-        self._tasks, self._plans = tasks, plans
-        self._free = dict.fromkeys(names, "")  # worker -> revision of the model that it holds
+        self._plans, self._n_workers = plans, len(workers)
+        self._waiting = dict(tasks)
+        self._free = dict.fromkeys(workers, "")  # worker -> revision of the model that it holds
         self._ended: dict[str, str | None] = {}  # task id -> why it failed, None if it is done
+        self._deaths: dict[str, int] = {}
         self._changed = asyncio.Condition()
 
-    async def borrow(self, task_id: str) -> tuple[str, Task, list[Any]]:
-        """Wait for a free worker. Returns its name, the task, and the plan's object reference in a list."""
-        task = self._tasks[task_id]
+    async def lease(self, task_id: str) -> Lease | None:
+        """Wait for work: a free worker with tasks, this one's first. Returns None once the task has ended."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._free)
-            name = next((name for name, model in self._free.items() if model == task.model.revision), next(iter(self._free)))
-            del self._free[name]
-        return name, task, self._plans[task.plan_id]
+            await self._changed.wait_for(lambda: task_id in self._ended or (self._free and self._waiting))
+            if task_id in self._ended:
+                return None
+            first = self._waiting.get(task_id) or next(iter(self._waiting.values()))
+            worker = next((name for name, model in self._free.items() if model == first.model.revision), next(iter(self._free)))
+            del self._free[worker]
+            bundle = self._bundle(first)
+            for task in bundle:
+                del self._waiting[task.task_id]
+        return Lease(worker, bundle, self._plans[first.plan_id])
 
-    async def give_back(self, name: str, task_id: str) -> None:
-        """The worker is free again."""
-        async with self._changed:
-            self._free[name] = self._tasks[task_id].model.revision
-            self._changed.notify_all()
+    async def give_back(self, lease: Lease, ended: Mapping[str, str | None], death: str | None = None) -> None:
+        """The worker is free again.
 
-    async def end(self, task_id: str, failure: str | None) -> None:
-        """The task has ended, for `failure` if that is not None."""
+        Args:
+            lease: what it was lent out with.
+            ended: how its tasks ended, as far as they did: why they failed, None if they are done.
+            death: what killed the worker; tasks that have not ended wait again, from now on one at a time.
+        """
         async with self._changed:
-            self._ended[task_id] = failure
+            self._free[lease.worker] = "" if death else lease.tasks[0].model.revision
+            self._ended |= ended
+            for task in lease.tasks:
+                if task.task_id not in ended:
+                    self._deaths[task.task_id] = deaths = self._deaths.get(task.task_id, 0) + 1
+                    if deaths < _MAX_DEATHS:
+                        self._waiting[task.task_id] = task
+                    else:
+                        self._ended[task.task_id] = f"{deaths} workers died while scoring it: {death}"
             self._changed.notify_all()
 
     async def outcome(self, task_id: str) -> str | None:
-        """Wait until the task has ended. Returns why it failed, None if it is done."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: task_id in self._ended)
+        """Why a task that has ended failed, None if it is done."""
         return self._ended[task_id]
 
     async def failures(self) -> dict[str, str]:
         """Why tasks failed, by task id."""
         return {task_id: reason for task_id, reason in self._ended.items() if reason is not None}
+
+    def _bundle(self, first: Task) -> tuple[Task, ...]:
+        if first.task_id in self._deaths:
+            return (first,)
+        others = [task for task in self._waiting.values() if task is not first and task.shares_capture_with(first) and task.task_id not in self._deaths]
+        share = math.ceil((1 + len(others)) / self._n_workers)
+        return (first, *others[: share - 1])

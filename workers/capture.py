@@ -1,29 +1,47 @@
 """Capture: one forward and backward pass of the unquantized model, keeping what every linear saw.
 
-For each linear its input x [tokens, in] and the gradient g [tokens, out] of the summed loss with respect to its output.
+For each linear its input x [rows, in] and the gradient g [rows, out] of the summed loss with respect to its output.
 That is all that any recipe's score needs, so the model runs once, not once a recipe.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sweep.errors import SweepError
 from workers.data import Batch
+from workers.task import is_vision
+
+Segments = Sequence[Sequence[Batch]]  # of a plan, up to the largest size wanted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Which rows of a captured tensor belong to which sample: its tokens, or its patches, sample after sample."""
+
+    ends: tuple[int, ...]  # row at which each segment ends
+    samples: tuple[int, ...]  # data set index of each sample, in row order
+    sample_ends: tuple[int, ...]  # number of samples up to the end of each segment
+    batch_ends: tuple[int, ...]  # row at which each batch ends, after a leading 0
+    lengths: Tensor  # [samples] int64 on the device: rows of each sample
+
+    def sample_of(self, row: int) -> int:
+        """Data set index of the sample that a row belongs to."""
+        return self.samples[int(torch.searchsorted(self.lengths.cumsum(0), row, right=True))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """What one linear saw in one segment; its rows are the samples' tokens (or patches), sample after sample."""
+    """What one linear saw, over all segments."""
 
-    x_TI: Tensor  # [rows, in], model dtype; shared by the linears that read the same tensor
+    x_TI: Tensor  # [rows, in], model dtype; linears that read the same tensor share it
     g_TO: Tensor  # [rows, out], dLoss/dy, model dtype
-    y_square_sum: float  # sum of squares of the unquantized output
-    samples: tuple[int, ...]  # data set index of each sample, in row order
-    lengths: Tensor  # [samples] int64 on x's device: rows of each sample
+    y_square_sums: tuple[float, ...]  # by segment: sum of squares of the unquantized output
+    input_amaxes: tuple[float, ...]  # by segment: largest |x|; NaN if there is one
+    layout: Layout
 
 
 def batch_to(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -50,112 +68,155 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device), ignore_index=-100, reduction="sum")
 
 
-def row_square_sums(tensor_TO: Tensor) -> Tensor:
-    """Sum of squares of each row, in fp32: [rows]."""
-    values = tensor_TO.float()
-    return torch.linalg.vecdot(values, values)
+def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dict[str, Rows]:
+    """Run segments of a plan through the model and keep the named linears' inputs and output gradients.
 
-
-def square_sum(tensor_TO: Tensor) -> float:
-    """Sum of squares of a matrix: rows in fp32, over rows in fp64, which costs a seventh of fp64 throughout."""
-    return row_square_sums(tensor_TO).double().sum().item()
-
-
-def capture(model: nn.Module, batches: Sequence[Batch], modules: Sequence[str]) -> dict[str, Rows]:
-    """Run the batches of one segment through the model and keep the named linears' inputs and output gradients.
+    Modules below the first named one take no part in the backward pass.
 
     Args:
         model: evaluation mode, no parameter requiring a gradient (workers.modeling.load).
-        batches: the segment's, in canonical order.
+        segments: leading segments of the plan, in canonical order.
         modules: names of nn.Linear modules of `model`.
 
     Returns: by module name; a module that no batch called is absent.
+
+    Raises: SweepError: a module is called on other rows than the batch's tokens or patches, or twice in one pass.
     """
     parameter = next(model.parameters())
-    recorder = _Recorder()
+    recorder = _Recorder(segments, parameter.device)
     handles = [model.get_submodule(name).register_forward_hook(recorder.hook(name)) for name in modules]
     try:
-        for batch in batches:
-            recorder.start(batch)
-            with torch.enable_grad():
-                logits = model(**batch_to(batch, parameter.device, parameter.dtype), use_cache=False).logits
-                loss = summed_loss(logits, labels_of(batch))
-                loss.backward()
-            del logits, loss
+        for index, batches in enumerate(segments):
+            for batch in batches:
+                recorder.start(index, batch)
+                with torch.enable_grad():
+                    logits = model(**batch_to(batch, parameter.device, parameter.dtype), use_cache=False).logits
+                    summed_loss(logits, labels_of(batch)).backward()
+                del logits
     finally:
         for handle in handles:
             handle.remove()
     return recorder.rows()
 
 
-@dataclass(slots=True)
-class _Call:
-    batch: Batch
-    x_TI: Tensor
-    g_TO: Tensor | None  # None: no gradient came back, the output did not touch the loss
-    out_features: int
-    y_square_sum: float
+def layout_of(segments: Segments, rows_of: Callable[[Batch], Sequence[int]], device: torch.device) -> Layout:
+    """The layout of rows of which each sample of a batch has as many as `rows_of` says."""
+    ends, sample_ends, batch_ends, samples, lengths = list[int](), list[int](), [0], list[int](), list[int]()
+    for batches in segments:
+        for batch in batches:
+            samples += batch.order
+            lengths += rows_of(batch)
+            batch_ends.append(sum(lengths))
+        ends.append(batch_ends[-1])
+        sample_ends.append(len(samples))
+    return Layout(
+        ends=tuple(ends), samples=tuple(samples), sample_ends=tuple(sample_ends), batch_ends=tuple(batch_ends), lengths=torch.tensor(lengths, device=device)
+    )
+
+
+class _Buffer:
+    """Room for all rows of one module; rows that no call fills stay 0 and add nothing to any score."""
+
+    def __init__(self, layout: Layout, x_TI: Tensor, out_features: int, shares: "_Buffer | None") -> None:
+        n_rows = layout.ends[-1]
+        self.layout, self.shares = layout, shares
+        self.x_TI = x_TI.new_zeros(n_rows, x_TI.shape[1]) if shares is None else shares.x_TI
+        self.g_TO = x_TI.new_zeros(n_rows, out_features)
+        self.y_square_sums = torch.zeros(len(layout.ends), dtype=torch.float64, device=x_TI.device)
+        self.batch, self.end = -1, 0  # the last batch that called it, and the rows filled then
 
 
 class _Recorder:
     """Forward hooks that keep x, and put a hook on the output that keeps g."""
 
-    def __init__(self) -> None:
-        self._batch: Batch | None = None
-        self._calls: dict[str, list[_Call]] = {}
+    def __init__(self, segments: Segments, device: torch.device) -> None:
+        self._segments, self._device = segments, device
+        self._layouts: dict[int, Layout] = {}  # by patches a row; 0: rows are tokens
+        self._buffers: dict[str, _Buffer] = {}
+        self._n_batch = -1
+        self._seen: dict[int, tuple[_Buffer, Tensor]] = {}  # inputs of this batch by address; held, so that no address is used twice
 
-    def start(self, batch: Batch) -> None:
-        self._batch = batch
+    def start(self, segment: int, batch: Batch) -> None:
+        self._segment, self._batch = segment, batch
+        self._n_batch += 1
+        self._seen.clear()
 
-    def hook(self, name: str) -> Any:
-        calls = self._calls.setdefault(name, [])
-
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            assert self._batch is not None
             if not output.requires_grad:
                 output.requires_grad_()  # the first linears: nothing before them takes a gradient
-            y = output.detach()
-            x_TI = args[0].detach().flatten(0, -2)
-            call = _Call(self._batch, x_TI, None, y.shape[-1], square_sum(y.flatten(0, -2)))
-            calls.append(call)
+            x_TI, y_TO = args[0].detach().flatten(0, -2), output.detach().flatten(0, -2)
+            found = self._seen.get(x_TI.data_ptr())
+            if (buffer := self._buffers.get(name)) is None:
+                buffer = self._buffers[name] = _Buffer(self._layout(name, len(x_TI)), x_TI, y_TO.shape[1], found and found[0])
+            rows = self._rows(name, buffer, len(x_TI))
+            if buffer.shares is None:
+                buffer.x_TI[rows] = x_TI
+                self._seen[x_TI.data_ptr()] = buffer, x_TI
+            elif found is None or found[0] is not buffer.shares:
+                raise RuntimeError(f"{name} shared its input with another linear in the first batch, but not in a later one.")
+            buffer.y_square_sums[self._segment] += square_sum(y_TO)
 
             def keep_gradient(gradient: Tensor) -> None:
-                call.g_TO = gradient.detach().flatten(0, -2)
+                buffer.g_TO[rows] = gradient.detach().flatten(0, -2)
 
             output.register_hook(keep_gradient)
 
         return keep
 
     def rows(self) -> dict[str, Rows]:
-        """Join each module's calls, one module at a time, so that the peak is one copy of one module's tensors."""
-        joined: dict[tuple[int, ...], Tensor] = {}  # linears that read the same tensors share one x
-        result: dict[str, Rows] = {}
-        for name, calls in self._calls.items():
-            if not calls:
-                continue
-            key = tuple(call.x_TI.data_ptr() for call in calls)
-            if key not in joined:
-                joined[key] = torch.cat([call.x_TI for call in calls])
-            x_TI = joined[key]
-            gradients = [call.g_TO if call.g_TO is not None else call.x_TI.new_zeros(len(call.x_TI), call.out_features) for call in calls]
-            result[name] = Rows(
-                x_TI=x_TI,
-                g_TO=torch.cat(gradients),
-                y_square_sum=sum(call.y_square_sum for call in calls),
-                samples=tuple(i for call in calls for i in call.batch.order),
-                lengths=torch.tensor([n for call in calls for n in _row_counts(call)], device=x_TI.device),
+        """What was kept, by module name."""
+        amaxes: dict[int, list[float]] = {}
+        for buffer in self._buffers.values():
+            if buffer.shares is None:
+                parts = buffer.x_TI.split([end - start for start, end in zip((0, *buffer.layout.ends), buffer.layout.ends, strict=False)])
+                amaxes[id(buffer.x_TI)] = torch.stack([_amax(part) for part in parts]).tolist()
+        return {
+            name: Rows(
+                x_TI=buffer.x_TI,
+                g_TO=buffer.g_TO,
+                y_square_sums=tuple(buffer.y_square_sums.tolist()),
+                input_amaxes=tuple(amaxes[id(buffer.x_TI)]),
+                layout=buffer.layout,
             )
-            for call in calls:
-                call.g_TO = None
-        return result
+            for name, buffer in self._buffers.items()
+        }
+
+    def _layout(self, name: str, n_rows: int) -> Layout:
+        n_patches = sum(self._batch.patch_counts) if is_vision(name) else 0
+        patches_a_row = n_patches // n_rows
+        if patches_a_row not in self._layouts:
+
+            def rows_of(batch: Batch) -> Sequence[int]:
+                return [count // patches_a_row for count in batch.patch_counts] if patches_a_row else batch.lengths
+
+            self._layouts[patches_a_row] = layout_of(self._segments, rows_of, self._device)
+        return self._layouts[patches_a_row]
+
+    def _rows(self, name: str, buffer: _Buffer, n_rows: int) -> slice:
+        """Where a call's rows go. A module may see a batch in several calls, one after another."""
+        first, last = buffer.layout.batch_ends[self._n_batch : self._n_batch + 2]
+        start = buffer.end if buffer.batch == self._n_batch else first
+        if start + n_rows > last:
+            raise SweepError(f"{name} is called on {start + n_rows - first} rows where the batch has {last - first}: it cannot be scored.")
+        buffer.batch, buffer.end = self._n_batch, start + n_rows
+        return slice(start, buffer.end)
 
 
-def _row_counts(call: _Call) -> tuple[int, ...]:
-    """Rows of each sample in one call: its tokens, or its patches (merged ones, after a merger)."""
-    batch, n_rows = call.batch, len(call.x_TI)
-    if n_rows == sum(batch.lengths):
-        return batch.lengths
-    n_patches = sum(batch.patch_counts)
-    if not n_patches or n_patches % n_rows:
-        raise RuntimeError(f"{n_rows} rows fit neither {sum(batch.lengths)} tokens nor {n_patches} patches of the batch.")
-    return tuple(count * n_rows // n_patches for count in batch.patch_counts)
+def row_square_sums(tensor_TO: Tensor) -> Tensor:
+    """Sum of squares of each row, in fp32: [rows]."""
+    values = tensor_TO.float()
+    return torch.linalg.vecdot(values, values)
+
+
+def square_sum(tensor_TO: Tensor) -> Tensor:
+    """Sum of squares of a matrix, a float64 scalar: rows in fp32, over rows in fp64, which costs a seventh of fp64 throughout."""
+    return row_square_sums(tensor_TO).double().sum()
+
+
+def _amax(tensor: Tensor) -> Tensor:
+    """Largest magnitude, NaN if there is one, without a copy of the tensor; 0 of nothing."""
+    if not tensor.numel():
+        return tensor.new_zeros((), dtype=torch.float32)
+    low, high = torch.aminmax(tensor)
+    return torch.maximum(-low, high).float()

@@ -62,9 +62,10 @@ class Plan:
             yield from segment
 
     def digest(self, size: str) -> str:
-        """Hash of every tensor fed to the model for `size`, in canonical order."""
+        """Hash of every tensor fed to the model for `size`, and of which sample each row is, in canonical order."""
         sha = hashlib.sha256()
         for batch in self.batches(size):
+            sha.update(f"{batch.order}:".encode())  # data sets in other orders may have equal batches, but not equal sample scores
             for key in sorted(batch.tensors):
                 array = np.ascontiguousarray(batch.tensors[key])
                 sha.update(f"{key}:{array.dtype.str}:{array.shape}:".encode())
@@ -145,7 +146,7 @@ def read_captions(path: Path, n_samples: int) -> list[str]:
     Raises: SweepError: unreadable, not UTF-8, an empty line among the captions, or fewer captions than asked for.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut captions at U+2028, too
     except (OSError, UnicodeDecodeError) as error:
         raise SweepError(
             f"Cannot read the captions file {path}: {error}. Give a UTF-8 text file with one caption a line: dataset.captions_path=FILE."
@@ -165,7 +166,8 @@ def read_hub_captions(hub_id: str, split: str, column: str, n_samples: int) -> l
         texts: list[str] = []
         for row in stream.take(n_samples):
             value = row[column]
-            texts.append(str(value[0] if isinstance(value, list) else value).strip())
+            first = next(iter(value), None) if isinstance(value, list) else value
+            texts.append("" if first is None else str(first).strip())
     except (OSError, ValueError, KeyError, ConnectionError) as error:
         raise SweepError(
             f"Cannot read data set {hub_id!r} (split {split!r}, column {column!r}) from the hub: {type(error).__name__}: {error}. "

@@ -56,26 +56,74 @@ def _group_key(name: str) -> str:
     return name
 
 
-def calibrated(attributes: Attributes, tensors: Sequence[Tensor]) -> TensorQuantizer:
-    """A ModelOpt quantizer whose range was set by its own `max` calibrator on the tensors.
+class Quantizers:
+    """ModelOpt's quantizers, made once for each recipe and shape and used again for every module, and the weights' ranges.
 
-    Args:
-        attributes: a valid QuantizerAttributeConfig.
-        tensors: what it will quantize, or a calibration set of it; ignored by dynamic quantizers.
-
-    Raises: AssertionError: ModelOpt's calibrator met a NaN; callers check for it first.
+    Building one costs the host more than its arithmetic costs a GPU. A quantizer that a method returns is right until the
+    next call with the same attributes.
     """
-    quantizer = TensorQuantizer(QuantizerAttributeConfig(**attributes))
-    if not quantizer._dynamic:  # pyright: ignore[reportPrivateUsage]
-        quantizer.disable_quant()
-        quantizer.enable_calib()
-        for tensor in tensors:
-            quantizer(tensor)
-        if quantizer._calibrator.compute_amax() is not None:  # pyright: ignore[reportPrivateUsage]
-            quantizer.load_calib_amax()
-        quantizer.disable_calib()
-        quantizer.enable_quant()
-    return quantizer
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, int], Any] = {}
+        self._weight_ranges: dict[tuple[str, str], Tensor] = {}
+
+    def weight(self, module: str, attributes: Attributes, weight_OI: Tensor) -> TensorQuantizer:
+        """A quantizer whose range was set on a module's weight by ModelOpt's own `max` calibrator, or is known from an earlier call.
+
+        Args:
+            module: names the weight; an equal name means an equal weight.
+            attributes: a valid QuantizerAttributeConfig.
+            weight_OI: [out, in] float32.
+
+        Raises: AssertionError: ModelOpt's calibrator met a NaN; callers check for it first.
+        """
+        key = (module, _range_of(attributes))
+        known = self._weight_ranges.get(key)
+        quantizer = self._calibrated(attributes, tuple(weight_OI.shape), [weight_OI], known)
+        if known is None and (amax := getattr(quantizer, "_amax", None)) is not None:
+            self._weight_ranges[key] = amax.clone()
+        return quantizer
+
+    def inputs(self, attributes: Attributes, x_TI: Tensor, amaxes: Tensor) -> TensorQuantizer:
+        """A quantizer whose range was set on calibration inputs.
+
+        Args:
+            attributes: a valid QuantizerAttributeConfig.
+            x_TI: the inputs, [rows, in] float32.
+            amaxes: largest magnitudes of parts of `x_TI`, all it takes to calibrate one range for the whole tensor.
+        """
+        return self._calibrated(attributes, (x_TI.shape[1],), [amaxes if attributes.get("axis") is None else x_TI], None)
+
+    def _calibrated(self, attributes: Attributes, shape: tuple[int, ...], tensors: Sequence[Tensor], known: Tensor | None) -> TensorQuantizer:
+        key = (repr(sorted(attributes.items(), key=str)), hash(shape))
+        if key not in self._made:
+            self._made[key] = TensorQuantizer(QuantizerAttributeConfig(**attributes))
+        quantizer = self._made[key]
+        if not quantizer._dynamic and not quantizer.is_mx_format:
+            quantizer.reset_amax()
+            if known is not None:
+                quantizer.amax = known
+            else:
+                calibrate(quantizer, tensors)
+        return quantizer
+
+
+def calibrate(quantizer: Any, tensors: Iterable[Tensor]) -> None:
+    """Set a quantizer's range with its own calibrator."""
+    quantizer.disable_quant()
+    quantizer.enable_calib()
+    for tensor in tensors:
+        quantizer(tensor)
+    quantizer.load_calib_amax()
+    quantizer.disable_calib()
+    quantizer.enable_quant()
+
+
+def _range_of(attributes: Attributes) -> str:
+    """What decides a range: recipes of one axis or block size share it, whatever their number of bits."""
+    blocks: Mapping[Any, Any] = attributes.get("block_sizes") or {}
+    static = blocks if blocks.get("type", "static") != "dynamic" else {}
+    return repr((attributes.get("axis"), sorted((axis, length) for axis, length in static.items() if isinstance(axis, int))))
 
 
 @torch.enable_grad()

@@ -29,7 +29,12 @@ COLOURS: Final = {
 BACKGROUNDS: Final = {"grey": (128, 128, 128), "pink": (240, 170, 190), "brown": (110, 75, 45)}
 SHAPES: Final = ("circle", "square", "triangle", "cross", "ring")
 # Where the second shape's centre lies, seen from the first; quarters of the image, (column, row).
-PLACES: Final = {"left of": ((0.27, 0.5), (0.73, 0.5)), "right of": ((0.73, 0.5), (0.27, 0.5)), "above": ((0.5, 0.27), (0.5, 0.73)), "below": ((0.5, 0.73), (0.5, 0.27))}
+PLACES: Final = {
+    "left of": ((0.27, 0.5), (0.73, 0.5)),
+    "right of": ((0.73, 0.5), (0.27, 0.5)),
+    "above": ((0.5, 0.27), (0.5, 0.73)),
+    "below": ((0.5, 0.73), (0.5, 0.27)),
+}
 
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]

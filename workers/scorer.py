@@ -1,7 +1,9 @@
-"""One worker's work, without Ray: hold a model and its capture, score tasks, put finished parts into the store."""
+"""One worker's work, without Ray: hold a model and its capture, score tasks together, put finished parts into the store."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,26 @@ import torch
 
 from sweep.store import Store
 from workers import modeling
+from workers.book import Book, Measured, Part
 from workers.capture import Rows, capture
-from workers.data import SIZES, Plan
+from workers.data import Plan
 from workers.quantization import auto_quantize_scores
-from workers.scoring import Formats, GroupScore, score_group
+from workers.scoring import Engine, GroupScore, NotFinite, Scores
 from workers.task import GroupSpec, ModelSpec, Progress, Task
+
+_WRITERS = 4  # threads that put parts on disk while the next layer is scored
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    plan_id: str
+    n_segments: int
+    modules: frozenset[str]
+    rows: Mapping[str, Rows]
 
 
 class Scorer:
-    """Scores tasks one after another; loads a model only when a task needs another one."""
+    """Scores tasks; loads a model only when tasks need another one, and captures only what no earlier task had captured."""
 
     def __init__(self, store_uri: str, device: str) -> None:
         """Prepare an empty worker.
@@ -30,91 +43,108 @@ class Scorer:
         if device == "cpu":
             torch.set_num_threads(1)  # more threads beside other workers cost 60x, and would change bits
         self.store = Store(store_uri)
-        self.device = device
+        self.device = torch.device(device)
         self.model_loads = 0
         self._model: Any = None
         self._model_spec: ModelSpec | None = None
-        self._capture_key: tuple[str, tuple[str, ...]] | None = None
-        self._segments: list[dict[str, Rows]] = []
+        self._engine: Engine | None = None
+        self._captured: _Captured | None = None
+        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="part-writer")
 
     def load(self, spec: ModelSpec) -> None:
         """Hold this model, and no other."""
         if spec == self._model_spec:
             return
-        self._model, self._model_spec, self._capture_key, self._segments = None, None, None, []
-        self._model = modeling.load(Path(spec.path), dtype=getattr(torch, spec.dtype), device=self.device)
+        self._model, self._model_spec, self._captured = None, None, None
+        self._model = modeling.load(Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device))
+        self._engine = Engine(self.device)
         self._model_spec = spec
         self.model_loads += 1
 
-    def score(self, task: Task, plan: Plan) -> Iterator[Progress]:
-        """Score what the task's cells lack, part by part; each part is on disk before its progress is yielded.
+    def score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[Progress]:
+        """Score what the tasks' cells lack, layer by layer; each part is on disk before its progress is yielded.
 
-        Raises: NotFinite: a NaN or infinity; parts written before stay.
+        Args:
+            tasks: of one model, plan, method, engine and set of layer groups; a layer is visited once for all of them.
+            plan: theirs.
+
+        Yields: progress of each task; a task that meets a NaN or an infinity ends with a failure, the others go on.
         """
-        self.load(task.model)
-        parts = [(name, list(members)) for name, members in groupby(task.groups, key=lambda group: group.part)]
-        finished = {size: self.store.finished_parts(cell) for size, cell in task.cells.items()}
-        done = sum(len(members) for name, members in parts for size in task.cells if name in finished[size])
-        yield Progress(done=done, total=task.n_steps)
-        stock = {size: self._stock_scores(task, plan, size) for size in task.cells} if task.engine == "modelopt" else {}
-        for name, members in parts:
-            sizes = [size for size in task.cells if name not in finished[size]]
-            if not sizes:
-                continue
-            rows: dict[str, list[dict[str, Any]]] = {size: [] for size in sizes}
-            for group in members:
-                scores = None if stock else self._group_scores(task, plan, group, sizes)
-                for size in sizes:
-                    measured = _stock_columns(stock[size].get(group.name)) if stock else _columns(scores and scores[size])
-                    rows[size].append(_row(task, plan, group, size, measured))
-            for size in sizes:
-                self.store.write_part(task.cells[size], name, rows[size])
-                done += len(members)
-            yield Progress(done=done, total=task.n_steps)
-        for cell in task.cells.values():
-            self.store.complete(cell, [name for name, _ in parts])
+        first = tasks[0]
+        self.load(first.model)
+        parts = [Part(name, tuple(members)) for name, members in groupby(first.groups, key=lambda group: group.part)]
+        books = {task.task_id: Book(task, plan, parts, self.store) for task in tasks}
+        for book in books.values():
+            yield book.progress()
+        measured = self._stock(books, plan, parts) if first.engine == "modelopt" else self._layerwise(books, plan, parts)
+        for part, found in measured:
+            writes = [self._writers.submit(books[task_id].write, part, rows) for task_id, rows in found.items()]
+            for task_id, done in zip(found, writes, strict=True):
+                done.result()
+                yield books[task_id].progress()
+        for done in [self._writers.submit(book.complete) for book in books.values()]:
+            done.result()
 
-    def _group_scores(self, task: Task, plan: Plan, group: GroupSpec, sizes: Sequence[str]) -> dict[str, GroupScore] | None:
-        segments = self._captured(task, plan, max(plan.segments_of(size) for size in sizes))
-        formats = Formats(name=task.label, weight=task.weight_attributes, inputs=task.input_attributes, calibrates_inputs=task.calibrates_inputs)
-        weights = {name: self._model.get_submodule(name).weight.detach() for name in group.modules}
-        return score_group(weights, formats, segments, {size: plan.segments_of(size) for size in sizes})
+    def _layerwise(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, dict[str, Measured]]]:
+        """Our engine. On a GPU a part is started before the one before it is waited for, so that the GPU always has work."""
+        assert self._engine is not None
+        started: list[tuple[Part, list[Book], list[Callable[[], list[Scores] | None]]]] = []
+        for window, rows in self._windows(books, plan, parts):
+            for part in window:
+                asking = [book for book in books.values() if book.lacks(part)]
+                if not asking:
+                    continue
+                jobs = [book.job(part) for book in asking]
+                started.append((part, asking, [self._engine.score_group(self._weights(group), rows, jobs) for group in part.groups]))
+                if len(started) > (self.device.type == "cuda"):
+                    yield _measured(*started.pop(0))
+        for rest in started:
+            yield _measured(*rest)
 
-    def _captured(self, task: Task, plan: Plan, n_segments: int) -> list[dict[str, Rows]]:
-        modules = tuple(name for group in task.groups for name in group.modules)
-        key = (task.plan_id, modules)
-        if key != self._capture_key:
-            self._capture_key, self._segments = key, []
-        for batches in plan.segments[len(self._segments) : n_segments]:
-            self._segments.append(capture(self._model, batches, modules))
-        return self._segments[:n_segments]
+    def _windows(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Sequence[Part], Mapping[str, Rows]]]:
+        """The parts that are still wanted, as many at a time as memory holds, with what their linears saw."""
+        wanted = [part for part in parts if any(book.lacks(part) for book in books.values())]
+        n_segments = max((book.n_segments for book in books.values()), default=0)
+        if not wanted:
+            return
+        first = next(iter(books.values())).task
+        modules = tuple(name for part in wanted for group in part.groups for name in group.modules)
+        yield wanted, self._rows(first.plan_id, plan, n_segments, modules)
 
-    def _stock_scores(self, task: Task, plan: Plan, size: str) -> dict[str, float]:
-        covered = [name for group in task.groups for name in group.modules]
-        return auto_quantize_scores(self._model, task.quant_cfg, task.algorithm, list(plan.batches(size)), covered)
+    def _rows(self, plan_id: str, plan: Plan, n_segments: int, modules: tuple[str, ...]) -> Mapping[str, Rows]:
+        """Capture, or what an earlier capture of at least as much left."""
+        if (held := self._captured) is None or held.plan_id != plan_id or held.n_segments < n_segments or not set(modules) <= held.modules:
+            self._captured = held = None  # frees its memory first
+            rows = capture(self._model, plan.segments[:n_segments], modules)
+            self._captured = held = _Captured(plan_id, n_segments, frozenset(modules), rows)
+        return held.rows
+
+    def _weights(self, group: GroupSpec) -> dict[str, torch.Tensor]:
+        return {name: self._model.get_submodule(name).weight.detach() for name in group.modules}
+
+    def _stock(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, dict[str, Measured]]]:
+        """The cross-check: ModelOpt's own searcher, one recipe and size at a time."""
+        for task_id, book in books.items():
+            task = book.task
+            covered = [name for group in task.groups for name in group.modules]
+            scores = {size: auto_quantize_scores(self._model, task.quant_cfg, task.algorithm, list(plan.batches(size)), covered) for size in task.cells}
+            for part in parts:
+                yield part, {task_id: {size: [{"score": found.get(group.name)} for group in part.groups] for size, found in scores.items()}}
 
 
-def _row(task: Task, plan: Plan, group: GroupSpec, size: str, measured: Mapping[str, Any]) -> dict[str, Any]:
-    n_predictions = plan.n_predictions(size)
-    score = measured["score"]
-    return {
-        "cell_id": task.cells[size],
-        "group": group.name,
-        "modules": list(group.modules),
-        "layer_index": group.layer_index,
-        "sensitivity": None if score is None else score / n_predictions,
-        "predicted_kl": None if score is None else score / (2 * n_predictions),
-        "n_predictions": n_predictions,
-        "n_samples": SIZES[size],
-        "weight_elements": group.weight_elements,
-        "effective_bits": task.effective_bits,
-        **measured,
-    }
-
-
-def _stock_columns(score: float | None) -> dict[str, Any]:
-    """The columns that mtq.auto_quantize can fill."""
-    return {"score": score}
+def _measured(part: Part, books: Sequence[Book], waiting: Sequence[Callable[[], list[Scores] | None]]) -> tuple[Part, dict[str, Measured]]:
+    """Wait for a part's groups: the measured columns of each task, by size, a row a group; or what went wrong."""
+    by_group = [wait() for wait in waiting]
+    result: dict[str, Measured] = {}
+    for index, book in enumerate(books):
+        found = [scores and scores[index] for scores in by_group]
+        broken = next((scores for scores in found if isinstance(scores, NotFinite)), None)
+        if broken is not None:
+            result[book.task.task_id] = broken
+        else:
+            sizes = book.job(part).sizes
+            result[book.task.task_id] = {size: [_columns(scores and scores[size]) for scores in found if not isinstance(scores, NotFinite)] for size in sizes}
+    return part, result
 
 
 def _columns(score: GroupScore | None) -> dict[str, Any]:
@@ -128,7 +158,7 @@ def _columns(score: GroupScore | None) -> dict[str, Any]:
         "output_sqnr_db": -20 * math.log10(relative) if relative else None,
         "weight_rel_error": _ratio(score.dw_square_sum, score.w_square_sum),
         "input_amax": score.input_amax,
-        "sample_scores": score.sample_scores.tolist(),
+        "sample_scores": score.sample_scores.float().numpy(),
     }
 
 

@@ -29,9 +29,11 @@ class GroupSpec:
 class Task:
     """One recipe on one model and data set, in every calibration size that still lacks scores."""
 
+    task_id: str
     label: str  # "wfp8_afp8/default", for people
     model: ModelSpec
     plan_id: str  # digest of the plan's largest size: equal ids share a capture
+    method: Literal["gradient"]
     engine: Literal["layerwise", "modelopt"]
     quant_cfg: tuple[Mapping[str, Any], ...]  # ModelOpt's ordered entries
     algorithm: str
@@ -47,16 +49,28 @@ class Task:
         """Layer groups to score, over all cells: the unit of progress."""
         return len(self.groups) * len(self.cells)
 
+    def shares_capture_with(self, other: "Task") -> bool:
+        """Whether a worker can score both in one visit to each layer."""
+        mine, others = ((task.model, task.plan_id, task.groups, task.engine, task.method) for task in (self, other))
+        return mine == others and self.engine == "layerwise"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """How far a worker is with a task; what it counts is on disk already."""
 
+    task_id: str
     done: int  # layer groups, over all cells of the task
     total: int
+    failure: str | None = None  # why the task has ended without all its scores
 
 
-def part_of(module: str, vision: bool) -> tuple[str, int | None]:
+def is_vision(module: str) -> bool:
+    """Whether a module belongs to a vision tower or a merger, whose rows are patches."""
+    return "visual" in module or "vision" in module
+
+
+def part_of(module: str) -> tuple[str, int | None]:
     """The part that a module's row belongs to, and its decoder layer if it is in one.
 
     A part is everything under the first numbered child (``model.language_model.layers.7``), else under the module's parent.
@@ -64,5 +78,5 @@ def part_of(module: str, vision: bool) -> tuple[str, int | None]:
     words = module.split(".")
     for position, word in enumerate(words):
         if word.isdigit():
-            return ".".join(words[: position + 1]), None if vision else int(word)
+            return ".".join(words[: position + 1]), None if is_vision(module) else int(word)
     return (".".join(words[:-1]) or module), None

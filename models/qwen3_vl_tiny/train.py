@@ -151,7 +151,9 @@ def scene_lengths(captions: dict[int, list[int]]) -> dict[int, list[int]]:
 
 
 @torch.no_grad()
-def evaluate(model: Qwen3VLForConditionalGeneration, texts: list[list[int]], captions: dict[int, list[int]], ids: dict[str, int], device: str) -> dict[str, float]:
+def evaluate(
+    model: Qwen3VLForConditionalGeneration, texts: list[list[int]], captions: dict[int, list[int]], ids: dict[str, int], device: str
+) -> dict[str, float]:
     """Nats per token on held-out glosses and scenes, and on scenes whose pictures were swapped around."""
     model.eval()
     sums = {"text": [0.0, 0], "scenes": [0.0, 0], "scenes_wrong_picture": [0.0, 0]}
@@ -201,7 +203,9 @@ def train(args: argparse.Namespace) -> None:
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=args.device == "cuda")
     warmup = max(1, args.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1, step / args.steps))) + 0.01))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1, step / args.steps))) + 0.01)
+    )
     queue: list[list[int]] = []
     seen = 0
     held_out_texts = [tokenized[i] + [end] for i in held_out]
@@ -227,7 +231,10 @@ def train(args: argparse.Namespace) -> None:
         optimizer.zero_grad(set_to_none=True)
         if step % 250 == 0:
             held = evaluate(model, held_out_texts[:128], {}, ids, args.device)["text"]
-            print(f"step {step} text {text_loss.item() / n_text:.3f} held out {held:.3f} scenes {scene_loss.item() / n_scene:.3f} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"step {step} text {text_loss.item() / n_text:.3f} held out {held:.3f} scenes {scene_loss.item() / n_scene:.3f} {time.time() - started:.0f} s",
+                flush=True,
+            )
 
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)

@@ -23,14 +23,10 @@ from sweep.report_files import FILES
 FOLDER = "tiny/layer-analysis/weight-int4-act-int8/default/lm_only-glosses-small-gradient"
 
 
-def finished(
-    granularity: str = "default", *, score: float = 4.0, created: int = 1, config: dict[str, Any] | None = None, **trial: Any
-) -> FinishedTrial:
+def finished(granularity: str = "default", *, score: float = 4.0, created: int = 1, config: dict[str, Any] | None = None, **trial: Any) -> FinishedTrial:
     """A trial with one scored group of two modules and one never called."""
     pair = {"name": "wint4_aint8", "weight": "int4", "activation": "int8"}
-    composed = {"model": {"name": "tiny"}, "quant_pair": pair, "quant_granularity": {"name": granularity}, "store": {"uri": "/secret"}} | (
-        config or {}
-    )
+    composed = {"model": {"name": "tiny"}, "quant_pair": pair, "quant_granularity": {"name": granularity}, "store": {"uri": "/secret"}} | (config or {})
     row = TrialRow(
         trial_id=f"t-{granularity}",
         cell_id=f"cell-{granularity}-{score}",

@@ -10,7 +10,7 @@ from tests.models import random_model, random_samples
 from workers.capture import capture
 from workers.data import Plan, make_plan
 from workers.quantization import auto_quantize_scores, layer_groups, preset
-from workers.scoring import Formats, score_group
+from workers.scoring import Engine, Job, NotFinite
 
 FP8 = {"num_bits": (4, 3), "axis": None}
 INT8 = {"num_bits": 8, "axis": None}
@@ -39,16 +39,21 @@ def linears(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "language_model" in name]
 
 
-def ours(model: Any, linears: list[str], plan: Plan, recipe: str, size: str) -> dict[str, float]:
+def job(recipe: str, sizes: dict[str, int]) -> Job:
     weight, inputs = RECIPES[recipe]
-    formats = Formats(name=recipe, weight=weight, inputs=inputs, calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic")
+    return Job(name=recipe, weight=weight, inputs=inputs, calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic", sizes=sizes)
+
+
+def ours(model: Any, linears: list[str], plan: Plan, recipe: str, size: str) -> dict[str, float]:
     n_segments = plan.segments_of(size)
-    segments = [capture(model, batches, linears) for batches in plan.segments[:n_segments]]
+    rows = capture(model, plan.segments[:n_segments], linears)
+    engine = Engine(torch.device("cpu"))
     scores: dict[str, float] = {}
     for group, modules in layer_groups(linears).items():
-        found = score_group({name: model.get_submodule(name).weight for name in modules}, formats, segments, {size: n_segments})
+        found = engine.score_group({name: model.get_submodule(name).weight for name in modules}, rows, [job(recipe, {size: n_segments})])()
         assert found is not None
-        scores[group] = found[size].sample_scores.sum().item()
+        assert not isinstance(found[0], NotFinite)
+        scores[group] = found[0][size].sample_scores.sum().item()
     return scores
 
 

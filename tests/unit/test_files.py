@@ -1,0 +1,108 @@
+"""Whole files or none, on a disk and behind a URL."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from sweep.errors import SweepError
+from sweep.files import Files
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from sweep.files import Files
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # the bytes are written, the rename never comes
+Files(sys.argv[1]).write("scores/a.parquet", b"new")
+"""
+
+
+@pytest.fixture(params=["path", "file://", "memory://"])
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Files]:
+    uri = {"path": str(tmp_path / "root"), "file://": f"file://{tmp_path}/root", "memory://": "memory://test-files/root"}[request.param]
+    yield Files(uri)
+    if request.param == "memory://":
+        fs = fsspec.filesystem("memory")
+        if fs.exists("/test-files"):
+            fs.rm("/test-files", recursive=True)
+
+
+def test_what_is_written_is_read_and_a_second_write_replaces_it(files: Files) -> None:
+    for data in (b"first, and longer", b"second", b""):
+        files.write("scores/cell=a/scores.parquet", data)
+        assert files.read("scores/cell=a/scores.parquet") == data
+    assert files.names("scores/cell=a") == ["scores.parquet"]
+
+
+def test_what_is_not_there_is_said_so(files: Files) -> None:
+    files.write("trials/a.parquet", b"x")
+    assert files.exists("trials/a.parquet")
+    assert not files.exists("trials/b.parquet")
+    assert not files.exists("elsewhere/a.parquet")
+    with pytest.raises(FileNotFoundError):
+        files.read("trials/b.parquet")
+    assert files.names("elsewhere") == []
+
+
+def test_names_are_those_of_one_level_sorted_and_not_hidden(files: Files) -> None:
+    for path in ("parts/b.parquet", "parts/a.parquet", "parts/.a.parquet.1-ff.tmp", "parts/deeper/c.parquet", "top.json"):
+        files.write(path, b"x")
+    assert files.names("parts") == ["a.parquet", "b.parquet", "deeper"]
+
+
+def test_removing_twice_is_removing_once(files: Files) -> None:
+    files.write("parts/cell=a/0.parquet", b"x")
+    files.write("parts/cell=b/0.parquet", b"x")
+    for _ in range(2):
+        files.remove("parts/cell=a/0.parquet")
+        assert not files.exists("parts/cell=a/0.parquet")
+        assert files.names("parts") == ["cell=b"]  # a directory goes with its last file
+
+
+def test_a_check_leaves_nothing_behind(files: Files) -> None:
+    files.check_writable()
+    files.write("a", b"x")
+    fs, root = fsspec.core.url_to_fs(files.uri)
+    assert fs.find(root) == [f"{root}/a"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = Files(str(tmp_path))
+    files.write("scores/a.parquet", b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write("scores/a.parquet", b"new")
+    assert files.read("scores/a.parquet") == b"old"
+    assert [path.name for path in (tmp_path / "scores").iterdir()] == ["a.parquet"]
+
+
+def test_a_writer_killed_half_way_is_never_seen(tmp_path: Path) -> None:
+    files = Files(str(tmp_path))
+    files.write("scores/a.parquet", b"old")
+    ended = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert files.names("scores") == ["a.parquet"]
+    assert files.read("scores/a.parquet") == b"old"
+    assert [path.name for path in tmp_path.glob("*/*.parquet")] == ["a.parquet"]  # what a reader without our code globs
+    files.write("scores/a.parquet", b"new")
+    assert files.read("scores/a.parquet") == b"new"
+
+
+def test_a_place_that_cannot_be_written_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(SweepError, match=r"Cannot write to .*/file/store: Not a directory\. Choose a writable place: store\.uri=DIR\."):
+        Files(str(tmp_path / "file" / "store")).check_writable()
+
+
+@pytest.mark.parametrize("uri", ["nosuch://bucket/store", "s4://bucket"])
+def test_a_protocol_that_nobody_knows_is_refused(uri: str) -> None:
+    with pytest.raises(SweepError, match=rf"Cannot open '{uri}': .*Give a local path, or install the driver"):
+        Files(uri)
