@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from sweep.errors import SweepError
 
@@ -92,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(
+def _verb(verbs: Any, name: str, summary: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(
         name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verb.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra override, e.g. quant_pair=wfp8_afp8 or dataset.size=small")

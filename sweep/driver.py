@@ -134,12 +134,18 @@ def run_trial(config: dict[str, dict[str, Any]]) -> None:
     """
     order = TrialOrder(**config["order"])
     pool: Any = ray.get_actor(_POOL, namespace=_NAMESPACE)
-    while (lease := ray.get(pool.lease.remote(order.task_id))) is not None:
+    lease: Lease | None
+    while (lease := _get(pool.lease.remote(order.task_id))) is not None:
         _carry(lease, pool)
-    failure = ray.get(pool.outcome.remote(order.task_id))
+    failure: str | None = _get(pool.outcome.remote(order.task_id))
     if failure is not None:
         raise RuntimeError(failure)
     tune.report({"progress": []})
+
+
+def _get(reference: Any) -> Any:
+    """What a remote call returns; Ray's own annotation says nothing of it."""
+    return ray.get(reference)
 
 
 def _carry(lease: Lease, pool: Any) -> None:

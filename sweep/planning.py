@@ -144,7 +144,7 @@ class _Planner:
         for point in points:
             key = _data_key(point)
             self._largest[key] = max(self._largest.get(key, 0), SIZES[point.dataset.size])
-        self._models: dict[str, _Model] = {}
+        self._models: dict[str | None, _Model] = {}
         self._data: dict[tuple[object, ...], tuple[str, Plan]] = {}
         self._digests: dict[tuple[str, str], str] = {}
         self._coverage: dict[str, tuple[GroupSpec, ...]] = {}
@@ -312,7 +312,7 @@ def _check_block_size(recipe: Recipe, model: _Model, groups: Sequence[GroupSpec]
             allowed = [str(size) for size in (16, 32, 64, 128) if not any(model.inputs[module] % size for module in modules)]
             advice = f"Sizes that divide every layer: {', '.join(allowed)}." if allowed else "Choose a granularity without groups."
             raise InvalidRecipe(
-                f"Groups of {block} do not divide the {model.inputs[bad[0]]} inputs of {bad[0]} ({len(bad)} such layers), and ModelOpt would pad silently. {advice}"
+                f"Groups of {block} do not divide the {model.inputs[bad[0]]} inputs of {bad[0]} ({len(bad)} such layers): ModelOpt would pad silently. {advice}"
             )
 
 
@@ -325,6 +325,9 @@ def _samples(dataset: DatasetConfig, model: _Model, n_samples: int) -> list[Samp
         path = Path(dataset.captions_path).expanduser() if dataset.captions_path is not None else bundled_model_dir() / f"{dataset.name}.txt"
         texts = read_captions(path, n_samples)
         return text_samples(model.tokenize([file_key(path), n_samples], texts), dataset.max_tokens)
+    assert dataset.hub_id is not None  # DatasetConfig has checked
+    assert dataset.hub_split is not None
+    assert dataset.hub_column is not None
     texts = read_hub_captions(dataset.hub_id, dataset.hub_split, dataset.hub_column, n_samples)
     source = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     return text_samples(model.tokenize(source, texts), dataset.max_tokens)

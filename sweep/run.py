@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -164,6 +164,7 @@ class _Session:
 
     def _row(self, trial: PlannedTrial, state: TrialState, reason: str | None) -> TrialRow:
         config = trial.config
+        assert config.model.name is not None  # SweepConfig has checked
         return TrialRow(
             trial_id=trial.trial_id,
             cell_id=trial.cell_id,
@@ -228,7 +229,7 @@ def _output_root(base: SweepConfig, plan: SweepPlan) -> Path:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible() -> Generator[None]:
     """SIGTERM ends a run as Ctrl-C does."""
 
     def interrupt(number: int, frame: object) -> None:
@@ -245,7 +246,7 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _heartbeat(session: _Session) -> Iterator[None]:
+def _heartbeat(session: _Session) -> Generator[None]:
     stop = threading.Event()
 
     def beat() -> None:

@@ -173,7 +173,7 @@ def _parquet(table: pa.Table) -> bytes:
 
 def _read_parquet(data: bytes, where: str, schema: pa.Schema) -> pa.Table:
     try:
-        table: pa.Table = pq.read_table(pa.BufferReader(data), partitioning=None, page_checksum_verification=True)
+        table: pa.Table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         version = (table.schema.metadata or {}).get(b"schema_version", b"missing").decode()
         if version != str(SCHEMA_VERSION):
             raise SweepError(f"{where} has schema version {version}; this program reads {SCHEMA_VERSION}. Use the program that wrote it, or another store.uri.")

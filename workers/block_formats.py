@@ -3,10 +3,10 @@
 ModelOpt 0.47 has NVFP4, the MX formats and the other dynamic block formats as CUDA kernels only, and its TensorQuantizer runs the NVFP4 kernel on blocks
 of 16 whatever the recipe says (compute capability 8.9 and above). The backend below runs on the CPU too and keeps the recipe's block length.
 
-The kernels divide as `x * rcp(y)` with the GPU's approximate reciprocal, a unit in the last place off for 13% of all mantissas, so a correctly rounded
-division moves some block scales and with them whole blocks. `_reciprocal` is that unit, fitted to its output for all 2^23 mantissas on an H100 and equal in
-each: in every 128th of [1, 2) a quadratic with coefficients of 26, 16 and 10 bits, whose square leaves out the low columns of partial products (the layout of
-Oberman and Siu, "A High-Performance Area-Efficient Multifunction Interpolator", ARITH 2005).
+The kernels divide as `x * rcp(y)` with the GPU's approximate reciprocal, one unit in the last place off in 13% of all mantissas. A correctly rounded division
+moves some elements across a tie (1% of NVFP4 values made of quarters) and some block scales, and with them whole blocks. `_reciprocal` is the GPU's, fitted to
+its output for all 2^23 mantissas on an H100 and equal in each: in every 128th of [1, 2) a quadratic with coefficients of 26, 16 and 10 bits, whose square
+leaves out the low columns of partial products (the unit of Oberman and Siu, "A High-Performance Area-Efficient Multifunction Interpolator", ARITH 2005).
 """
 
 from functools import cache
@@ -58,7 +58,7 @@ def _quantize(inputs: Tensor, quantizer: Any) -> Tensor:
         raise SweepError(f"NVFP4 in blocks of {block}: ModelOpt's kernel takes powers of two. Set block_sizes to 16, 32, 64 or 128.")
     if not is_nvfp4 and block not in _KERNEL_BLOCKS:
         raise SweepError(f"num_bits={num_bits} in dynamic blocks of {block}: ModelOpt's kernel takes blocks of 8, 16 or 32. Set block_sizes to one of these.")
-    amax = None if scale_bits == _E8M0 else quantizer._get_amax(inputs).amax()
+    amax: Any = None if scale_bits == _E8M0 else quantizer._get_amax(inputs).amax()
     if inputs.is_cuda:
         if is_nvfp4 and hasattr(modelopt_kernels, "fp4_fake_quant_block"):  # compute capability 8.9 and above
             return modelopt_kernels.fp4_fake_quant_block(inputs, amax, block_size=block)

@@ -37,7 +37,8 @@ def score_rows(errors: tuple[Tensor, ...], gradient: Tensor, score: Tensor, squa
         return
     dy = errors[0].float() if len(errors) == 1 else errors[0].float() + errors[1].float()
     square.copy_(_row_square_sums(dy))
-    score.copy_(_row_square_sums(dy * gradient.float()))
+    weighted = torch.mul(dy, gradient.float(), out=None if len(errors) == 1 else dy)
+    score.copy_(_row_square_sums(weighted))
 
 
 def _row_square_sums(values: Tensor) -> Tensor:

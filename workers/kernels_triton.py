@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 """Triton kernels of workers.kernels. Triton comes with PyTorch's CUDA builds; nothing imports this module without a GPU.
 
 Each program walks its rows in one order, so results do not depend on what else the GPU does.

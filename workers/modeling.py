@@ -86,7 +86,7 @@ def image_tokens(path: Path) -> dict[str, int]:
         "vision_start": config.vision_start_token_id,
         "vision_end": config.vision_end_token_id,
         "image_token": config.image_token_id,
-        "merge": vision.spatial_merge_size,
+        "merge": patch[2],
     }
 
 

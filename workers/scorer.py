@@ -137,13 +137,16 @@ def _measured(part: Part, books: Sequence[Book], waiting: Sequence[Callable[[], 
     by_group = [wait() for wait in waiting]
     result: dict[str, Measured] = {}
     for index, book in enumerate(books):
-        found = [scores and scores[index] for scores in by_group]
-        broken = next((scores for scores in found if isinstance(scores, NotFinite)), None)
-        if broken is not None:
-            result[book.task.task_id] = broken
-        else:
-            sizes = book.job(part).sizes
-            result[book.task.task_id] = {size: [_columns(scores and scores[size]) for scores in found if not isinstance(scores, NotFinite)] for size in sizes}
+        columns: dict[str, list[dict[str, Any]]] = {size: [] for size in book.job(part).sizes}
+        broken: NotFinite | None = None
+        for scores in by_group:
+            found = None if scores is None else scores[index]
+            if isinstance(found, NotFinite):
+                broken = broken or found
+                continue
+            for size, rows in columns.items():
+                rows.append(_columns(None if found is None else found[size]))
+        result[book.task.task_id] = broken or columns
     return part, result
 
 

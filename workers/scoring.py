@@ -197,7 +197,7 @@ class Engine:
             if text is None and name in rows and not all(amax < float("inf") for amax in rows[name].input_amaxes):
                 bad_row = int((~torch.isfinite(rows[name].x_TI)).any(dim=1).nonzero()[0])
                 text = f"the input of sample {rows[name].layout.sample_of(bad_row)} is NaN or infinite."
-        return text and [NotFinite(f"Layer group {group} under {job.name}: {text}") for job in jobs]
+        return None if text is None else [NotFinite(f"Layer group {group} under {job.name}: {text}") for job in jobs]
 
 
 class _Total:

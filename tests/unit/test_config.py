@@ -236,5 +236,5 @@ def test_a_remembered_composition_is_the_composed_one() -> None:
 
 
 def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_spelling() -> None:
-    with pytest.raises(SweepError, match="Did you mean 'quant_pair.format_name'"):
+    with pytest.raises(SweepError, match=r"Did you mean 'quant_pair\.format_name'"):
         PairConfig.from_node("quant_pair", {"name": "x", "weight": "int8", "activation": "int8", "format_nam": "X", "quant_cfg_overrides": {}})
