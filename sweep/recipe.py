@@ -51,8 +51,8 @@ class Recipe:
         return self.activation is not None and self.activation.is_calibrated
 
     @property
-    def needs_cuda(self) -> bool:
-        """Whether a quantizer has kernels on GPUs only."""
+    def has_dynamic_blocks(self) -> bool:
+        """Whether a quantizer is NVFP4 or of the MX formats."""
         return any(spec is not None and spec.has_dynamic_blocks for spec in (self.weight, self.activation))
 
     @property

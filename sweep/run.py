@@ -25,11 +25,12 @@ from sweep.publish import publish
 from sweep.records import FinishedTrial, TrialRow, TrialState
 from sweep.report import summary_lines
 from sweep.store import Store
+from workers.data import SIZES
 from workers.task import Progress
 
 EXIT_DONE, EXIT_FAILED, EXIT_INCOMPLETE = 0, 3, 75
 _HEARTBEAT_SECONDS = 2.0
-_SUMMARY_TRIALS = 6  # trials whose most sensitive layers are printed at the end
+_SUMMARY_RECIPES = 24  # recipes whose most sensitive layers are printed at the end
 
 
 def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
@@ -278,16 +279,32 @@ def _say_results(session: _Session, finished: Sequence[FinishedTrial], console: 
     counts = session.counts()
     scored = sum(cell in session.finished for task in session.tasks.values() for cell in task.cells.values())
     console.print()
-    for line in summary_lines(finished[:_SUMMARY_TRIALS], 3):
-        console.print(line, highlight=False)
-    if len(finished) > _SUMMARY_TRIALS:
-        console.print(f"... and {len(finished) - _SUMMARY_TRIALS} more trials", style="dim")
+    shown = list(_largest(finished).values())
+    for line in summary_lines(shown[:_SUMMARY_RECIPES], 3):
+        console.print(line, highlight=False, soft_wrap=True)
+    if len(shown) > _SUMMARY_RECIPES:
+        console.print(f"... and {len(shown) - _SUMMARY_RECIPES} more recipes, in the reports", style="dim")
     console.print(f"\n{counts['done']} of {len(session.plan.trials)} trials done, {scored} cells scored, in {duration(seconds)}.")
     for trial, reason in [(trial, session.state(trial)[1]) for trial in session.plan.trials if session.state(trial)[0] == "failed"][:5]:
         console.print(f"failed: {trial.name}: {reason}", style="red", highlight=False)
     console.print(f"Reports: {root} ({written} written)", highlight=False, soft_wrap=True)
     console.print(f"Scores:  {session.store.uri}/scores/*/*.parquet", highlight=False, soft_wrap=True)
-    console.print("Next:    sweep status", highlight=False)
+    console.print(
+        f"Next:    open the reports from {next(root.rglob('README.md'), root)}; sweep publish puts them into models/" if finished else "Next:    sweep status",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _largest(finished: Sequence[FinishedTrial]) -> dict[tuple[str, ...], FinishedTrial]:
+    """Of each recipe the trial with the most samples, in the order asked for."""
+    best: dict[tuple[str, ...], FinishedTrial] = {}
+    for one in finished:
+        trial = one.trial
+        key = (trial.model, trial.dataset, trial.coverage, trial.method, trial.engine, trial.quant_pair, trial.quant_granularity)
+        if key not in best or SIZES[best[key].trial.size] < SIZES[trial.size]:
+            best[key] = one
+    return best
 
 
 def _now() -> str:

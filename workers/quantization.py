@@ -17,10 +17,13 @@ with warnings.catch_warnings():
     from modelopt.torch.quantization.nn import TensorQuantizer
 
 from sweep.errors import SweepError, require_known
+from workers import block_formats
 from workers.capture import batch_to, labels_of, summed_loss
 from workers.data import Batch
 
 Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig
+
+block_formats.register()
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -97,7 +100,7 @@ class Quantizers:
     def _calibrated(self, attributes: Attributes, shape: tuple[int, ...], tensors: Sequence[Tensor], known: Tensor | None) -> TensorQuantizer:
         key = (repr(sorted(attributes.items(), key=str)), hash(shape))
         if key not in self._made:
-            self._made[key] = TensorQuantizer(QuantizerAttributeConfig(**attributes))
+            self._made[key] = TensorQuantizer(QuantizerAttributeConfig(**_with_backend(attributes)))
         quantizer = self._made[key]
         if not quantizer._dynamic and not quantizer.is_mx_format:
             quantizer.reset_amax()
@@ -117,6 +120,12 @@ def calibrate(quantizer: Any, tensors: Iterable[Tensor]) -> None:
     quantizer.load_calib_amax()
     quantizer.disable_calib()
     quantizer.enable_quant()
+
+
+def _with_backend(attributes: Attributes) -> Attributes:
+    """Dynamic blocks go through our backend: exact on a CPU, and ModelOpt's kernels with the block size that the recipe says on a GPU."""
+    dynamic = (attributes.get("block_sizes") or {}).get("type") == "dynamic"
+    return {**attributes, "backend": block_formats.BACKEND} if dynamic else attributes
 
 
 def _range_of(attributes: Attributes) -> str:
@@ -143,6 +152,7 @@ def auto_quantize_scores(
     """
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     clone = copy.deepcopy(model).requires_grad_(True)
+    entries = [{**entry, "cfg": _with_backend(entry["cfg"])} if entry.get("cfg") else dict(entry) for entry in quant_cfg]
 
     def forward_step(network: nn.Module, batch: Batch) -> Tensor:
         return network(**batch_to(batch, device, dtype), use_cache=False).logits
@@ -152,7 +162,7 @@ def auto_quantize_scores(
         _, state = mtq.auto_quantize(
             clone,
             constraints={"effective_bits": 16.0},  # lets any search pass: only the scores are wanted
-            quantization_formats=[{"quant_cfg": [dict(entry) for entry in quant_cfg], "algorithm": algorithm}],
+            quantization_formats=[{"quant_cfg": entries, "algorithm": algorithm}],
             data_loader=list(batches),
             forward_step=forward_step,
             loss_func=lambda logits, batch: summed_loss(logits, labels_of(batch)),

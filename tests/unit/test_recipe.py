@@ -18,7 +18,7 @@ from sweep.errors import InvalidRecipe, SweepError
 from sweep.paths import conf_dir
 from sweep.recipe import Recipe, attributes_for, resolve
 from sweep.recipe_quantizer import ATTRIBUTE_DEFAULTS, COST_HINT
-from workers.quantization import calibrated, preset
+from workers.quantization import Quantizers, preset
 
 WEIGHT, INPUT = "*weight_quantizer", "*input_quantizer"
 PAIRS = [f"w{weight}_a{inputs}" for weight in ("fp4", "fp8", "int4", "int8") for inputs in ("fp16", "fp8", "int8", "int4")]
@@ -88,10 +88,10 @@ def test_of_144_points_16_are_no_recipe_and_the_others_are_90_distinct_ones() ->
     assert (len(invalid), len(valid()), n_distinct(valid().values())) == (16, 128, 90)
 
 
-def test_of_the_108_points_without_fp4_75_are_distinct_and_run_on_a_cpu() -> None:
+def test_of_the_108_points_without_fp4_75_are_distinct() -> None:
     without_fp4 = [recipe for (pair, _), recipe in valid().items() if "fp4" not in pair]
     assert (len(without_fp4), n_distinct(without_fp4)) == (108, 75)
-    assert not any(recipe.needs_cuda for recipe in without_fp4)
+    assert not any(recipe.has_dynamic_blocks for recipe in without_fp4)
 
 
 def test_modelopt_accepts_the_attributes_of_every_valid_point() -> None:
@@ -100,15 +100,17 @@ def test_modelopt_accepts_the_attributes_of_every_valid_point() -> None:
             assert spec is None or QuantizerAttributeConfig(**spec.attributes).enable
 
 
-def test_modelopt_quantizes_with_every_distinct_cpu_recipe() -> None:
+def test_modelopt_quantizes_with_every_distinct_recipe() -> None:
     torch.manual_seed(0)
     weight, inputs = torch.randn(64, 256), torch.randn(32, 256)
-    recipes = {recipe.canonical: recipe for (pair, _), recipe in valid().items() if "fp4" not in pair}
-    for recipe in recipes.values():
-        for spec, tensor in ((recipe.weight, weight), (recipe.activation, inputs)):
-            if spec is not None:
-                error = (calibrated(spec.attributes, [tensor])(tensor) - tensor).norm() / tensor.norm()
-                assert 0 < error < 0.3
+    quantizers = Quantizers()
+    for recipe in {recipe.canonical: recipe for recipe in valid().values()}.values():
+        if recipe.weight is not None:
+            error = (quantizers.weight("w", recipe.weight.attributes, weight)(weight) - weight).norm() / weight.norm()
+            assert 0 < error < 0.3
+        if recipe.activation is not None:
+            error = (quantizers.inputs(recipe.activation.attributes, inputs, inputs.abs().amax()[None])(inputs) - inputs).norm() / inputs.norm()
+            assert 0 < error < 0.3
 
 
 FP8, INT8 = {"num_bits": (4, 3)}, {"num_bits": 8}
@@ -267,7 +269,7 @@ def test_a_square_block_shares_one_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pair", "granularity", "calibrates", "needs_cuda"),
+    ("pair", "granularity", "calibrates", "has_dynamic_blocks"),
     [
         ("wint8_aint8", "default", True, False),
         ("wint8_aint8", "a_per_token_dynamic", False, False),
@@ -276,14 +278,16 @@ def test_a_square_block_shares_one_scale() -> None:
         ("wfp4_afp4", "default", True, True),  # dynamic blocks under a second scale that calibration sets
     ],
 )
-def test_scores_depend_on_the_calibration_size_only_if_a_range_of_inputs_is_calibrated(pair: str, granularity: str, calibrates: bool, needs_cuda: bool) -> None:
+def test_scores_depend_on_the_calibration_size_only_if_a_range_of_inputs_is_calibrated(
+    pair: str, granularity: str, calibrates: bool, has_dynamic_blocks: bool
+) -> None:
     recipe = made(pair, granularity)
-    assert (recipe.calibrates_activations, recipe.needs_cuda) == (calibrates, needs_cuda)
+    assert (recipe.calibrates_activations, recipe.has_dynamic_blocks) == (calibrates, has_dynamic_blocks)
 
 
 def test_mx_formats_calibrate_nothing() -> None:
     recipe = made(own_pair("MXFP8_DEFAULT_CFG", "fp8", "fp8"))
-    assert (recipe.calibrates_activations, recipe.needs_cuda, recipe.effective_bits) == (False, True, 8.25)
+    assert (recipe.calibrates_activations, recipe.has_dynamic_blocks, recipe.effective_bits) == (False, True, 8.25)
 
 
 def test_a_pair_may_quantize_inputs_that_its_preset_does_not_mention() -> None:
