@@ -1,7 +1,12 @@
 """The two element-wise steps of the hot loop. Plain PyTorch on a CPU, one Triton kernel each on a GPU; both mean the same."""
 
+from collections.abc import Sequence
+from typing import Final
+
 import torch
 from torch import Tensor
+
+COLUMNS: Final = 8  # recipes that one launch of score_rows takes
 
 
 def deltas(quantized: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,24 +26,30 @@ def deltas(quantized: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return quantized.to(original.dtype), difference.to(original.dtype), _row_square_sums(difference).double().sum()
 
 
-def score_rows(errors: tuple[Tensor, ...], gradient: Tensor, score: Tensor, square: Tensor) -> None:
-    """Square sums of each row of dy and of g * dy, in float32.
+def score_rows(first: Tensor | None, seconds: Tensor, gradient: Tensor, ends: Sequence[int], second_ends: Sequence[int], score: Tensor, square: Tensor) -> None:
+    """Square sums of each row of dy and of g * dy, in float32, for several recipes at once (on a GPU at most COLUMNS).
 
     Args:
-        errors: one or two [rows, out] tensors; dy is their sum.
+        first: [at least max(ends), out], the term of dy that the recipes share; None: there is none.
+        seconds: [recipes, at least max(second_ends), out], the other term of each.
         gradient: g, [rows, out].
-        score: [rows] float32, receives the sum of (g * dy)^2.
-        square: [rows] float32, receives the sum of dy^2.
+        ends: rows of each recipe, from the first on.
+        second_ends: the same where a recipe has a second term, 0 where it has none.
+        score: [recipes, rows] float32, receives the sums of (g * dy)^2.
+        square: [recipes, rows] float32, receives the sums of dy^2.
     """
     if gradient.is_cuda:
         from workers import kernels_triton
 
-        kernels_triton.score_rows(errors, gradient, score, square)
+        kernels_triton.score_rows(first, seconds, gradient, ends, second_ends, score, square)
         return
-    dy = errors[0].float() if len(errors) == 1 else errors[0].float() + errors[1].float()
-    square.copy_(_row_square_sums(dy))
-    weighted = torch.mul(dy, gradient.float(), out=None if len(errors) == 1 else dy)
-    score.copy_(_row_square_sums(weighted))
+    for column, end in enumerate(ends):
+        terms = [] if first is None else [first[:end].float()]
+        if second_ends[column]:
+            terms.append(seconds[column, :end].float())
+        dy = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+        square[column, :end] = _row_square_sums(dy)
+        score[column, :end] = _row_square_sums(torch.mul(dy, gradient[:end].float(), out=dy if len(terms) == 2 else None))
 
 
 def _row_square_sums(values: Tensor) -> Tensor:

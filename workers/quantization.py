@@ -17,13 +17,14 @@ with warnings.catch_warnings():
     from modelopt.torch.quantization.nn import TensorQuantizer
 
 from sweep.errors import SweepError, require_known
-from workers import block_formats
+from workers import block_formats, tensor_formats
 from workers.capture import batch_to, labels_of, summed_loss
 from workers.data import Batch
 
 Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig
 
 block_formats.register()
+tensor_formats.register()
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -67,7 +68,7 @@ class Quantizers:
     """
 
     def __init__(self) -> None:
-        self._made: dict[tuple[str, int], Any] = {}
+        self._made: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._weight_ranges: dict[tuple[str, str], Tensor] = {}
 
     def weight(self, module: str, attributes: Attributes, weight_OI: Tensor) -> TensorQuantizer:
@@ -76,13 +77,13 @@ class Quantizers:
         Args:
             module: names the weight; an equal name means an equal weight.
             attributes: a valid QuantizerAttributeConfig.
-            weight_OI: [out, in] float32.
+            weight_OI: [out, in].
 
         Raises: AssertionError: ModelOpt's calibrator met a NaN; callers check for it first.
         """
         key = (module, _range_of(attributes))
         known = self._weight_ranges.get(key)
-        quantizer = self._calibrated(attributes, tuple(weight_OI.shape), [weight_OI], known)
+        quantizer = self._calibrated(attributes, tuple(weight_OI.shape), [weight_OI if known is not None else weight_OI.float()], known)
         if known is None and (amax := getattr(quantizer, "_amax", None)) is not None:
             self._weight_ranges[key] = amax.clone()
         return quantizer
@@ -92,15 +93,17 @@ class Quantizers:
 
         Args:
             attributes: a valid QuantizerAttributeConfig.
-            x_TI: the inputs, [rows, in] float32.
+            x_TI: the inputs, [rows, in].
             amaxes: largest magnitudes of parts of `x_TI`, all it takes to calibrate one range for the whole tensor.
         """
-        return self._calibrated(attributes, (x_TI.shape[1],), [amaxes if attributes.get("axis") is None else x_TI], None)
+        return self._calibrated(attributes, (x_TI.shape[1],), [amaxes if attributes.get("axis") is None else x_TI.float()], None)
 
     def _calibrated(self, attributes: Attributes, shape: tuple[int, ...], tensors: Sequence[Tensor], known: Tensor | None) -> TensorQuantizer:
-        key = (repr(sorted(attributes.items(), key=str)), hash(shape))
+        key = (repr(sorted(attributes.items(), key=str)), shape)
         if key not in self._made:
-            self._made[key] = TensorQuantizer(QuantizerAttributeConfig(**_with_backend(attributes)))
+            fast = tensors[0].is_cuda and tensor_formats.supports(attributes)
+            own = {**attributes, "backend": tensor_formats.BACKEND} if fast else _with_backend(attributes)
+            self._made[key] = TensorQuantizer(QuantizerAttributeConfig(**own)).to(tensors[0].device)
         quantizer = self._made[key]
         if not quantizer._dynamic and not quantizer.is_mx_format:
             quantizer.reset_amax()
@@ -109,6 +112,12 @@ class Quantizers:
             else:
                 calibrate(quantizer, tensors)
         return quantizer
+
+
+def quantized(quantizer: Any, tensor: Tensor) -> Tensor:
+    """The tensor quantized in float32, whatever its dtype."""
+    result: Tensor = quantizer(tensor if quantizer.backend == tensor_formats.BACKEND else tensor.float())
+    return result
 
 
 def calibrate(quantizer: Any, tensors: Iterable[Tensor]) -> None:

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sweep.store import Store
@@ -129,7 +130,7 @@ class Scorer:
             covered = [name for group in task.groups for name in group.modules]
             scores = {size: auto_quantize_scores(self._model, task.quant_cfg, task.algorithm, list(plan.batches(size)), covered) for size in task.cells}
             for part in parts:
-                yield part, {task_id: {size: [{"score": found.get(group.name)} for group in part.groups] for size, found in scores.items()}}
+                yield part, {task_id: _stock_columns(part, task.label, scores)}
 
 
 def _measured(part: Part, books: Sequence[Book], waiting: Sequence[Callable[[], list[Scores] | None]]) -> tuple[Part, dict[str, Measured]]:
@@ -150,18 +151,26 @@ def _measured(part: Part, books: Sequence[Book], waiting: Sequence[Callable[[], 
     return part, result
 
 
+def _stock_columns(part: Part, label: str, scores: Mapping[str, Mapping[str, float]]) -> Measured:
+    """The measured columns of a part by size, from ModelOpt's scores by size and layer group."""
+    for group in part.groups:
+        if not all(math.isfinite(found.get(group.name, 0.0)) for found in scores.values()):
+            return NotFinite(f"Layer group {group.name} under {label}: its score is NaN or infinite.")
+    return {size: [{"score": found.get(group.name)} for group in part.groups] for size, found in scores.items()}
+
+
 def _columns(score: GroupScore | None) -> dict[str, Any]:
     """The measured columns; all NULL for a group that was never called."""
     if score is None:
         return {"score": None}
     relative = _ratio(score.dy_square_sum, score.y_square_sum)
     return {
-        "score": score.sample_scores.sum().item(),
+        "score": score.score,
         "output_rel_error": relative,
         "output_sqnr_db": -20 * math.log10(relative) if relative else None,
         "weight_rel_error": _ratio(score.dw_square_sum, score.w_square_sum),
         "input_amax": score.input_amax,
-        "sample_scores": score.sample_scores.float().numpy(),
+        "sample_scores": score.sample_scores.astype(np.float32),
     }
 
 

@@ -10,17 +10,19 @@ segment by segment; so does dx Q(W)^T where the inputs' range is dynamic, and as
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sweep.errors import SweepError
 from workers import kernels
 from workers.capture import Layout, Rows, square_sum
 from workers.data import SIZES
-from workers.quantization import Attributes, Quantizers
+from workers.quantization import Attributes, Quantizers, quantized
 
 
 class NotFinite(ArithmeticError):
@@ -36,13 +38,20 @@ class Job:
     inputs: Attributes | None
     calibrates_inputs: bool  # the input quantizer's range is static, set by the samples of each size
     sizes: Mapping[str, int]  # number of leading segments, by size
+    weight_key: str = field(init=False)  # equal for equal attributes
+    input_key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight_key", _key(self.weight))
+        object.__setattr__(self, "input_key", _key(self.inputs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupScore:
     """What quantizing one layer group does, in one calibration size."""
 
-    sample_scores: Tensor  # [n_samples] float64 on the CPU, in data set order; 0 for a sample that never reached the group
+    score: float  # the sum of:
+    sample_scores: npt.NDArray[np.float64]  # [n_samples], in data set order; 0 for a sample that never reached the group
     dy_square_sum: float
     y_square_sum: float
     dw_square_sum: float
@@ -92,6 +101,7 @@ class Engine:
     def __init__(self, device: torch.device) -> None:
         self._quantizers = Quantizers()
         self._finite: set[str] = set()  # weights that were looked at
+        self._weight_squares: dict[str, Tensor] = {}
         self._stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     @torch.no_grad()
@@ -112,43 +122,47 @@ class Engine:
             return lambda: None
         if (broken := self._not_finite(group, weights, rows, jobs)) is not None:
             return lambda: broken
-        columns = _columns(jobs, rows[called[0]].layout)
-        total = _Total(len(jobs), columns)
-        for name, visits in groupby(self._visits(called, weights, rows, jobs, columns), key=lambda visit: visit.name):
-            sums = torch.zeros(2, len(columns), len(rows[name].x_TI), device=rows[name].x_TI.device)
-            for visit in visits:
-                _score_visit(visit, rows[name], jobs, [column for column in columns if column.job in visit.jobs], sums)
-                total.add_weight(visit)
-            total.add_rows(rows[name], sums, square_sum(weights[name]))
-        return lambda: total.results(group, jobs)
+        layout = rows[called[0]].layout
+        if any(rows[name].layout is not layout for name in called):
+            raise SweepError(f"The linears of layer group {group} do not see the same rows: it cannot be scored.")
+        columns = _columns(jobs, layout)
+        total = _Total(group, jobs, columns, [rows[name] for name in called])
+        for visit in self._visits(called, weights, rows, jobs, columns):
+            if visit.name not in self._weight_squares:
+                self._weight_squares[visit.name] = square_sum(weights[visit.name])
+            here = [column for column in columns if column.job in visit.jobs]
+            _score_visit(visit, rows[visit.name], jobs, here, total.sums[called.index(visit.name)])
+            total.add_weight(visit, self._weight_squares[visit.name])
+        total.close()
+        return total.results
 
     def _visits(
         self, called: Sequence[str], weights: Mapping[str, Tensor], rows: Mapping[str, Rows], jobs: Sequence[Job], columns: Sequence[_Column]
     ) -> Iterator[_Visit]:
         by_weight: dict[str, list[int]] = {}
         for index, job in enumerate(jobs):
-            by_weight.setdefault(_key(job.weight), []).append(index)
+            by_weight.setdefault(job.weight_key, []).append(index)
         inputs: dict[tuple[str, str | None], Tensor] = {}
+        fresh: list[Tensor] = []
         x_TI: Tensor | None = None
         for name in called:
             if rows[name].x_TI is not x_TI:
                 x_TI = rows[name].x_TI
                 with self._aside():
                     inputs = self._input_deltas(rows[name], jobs, columns)
-            weight: Tensor | None = None
+                fresh = list(inputs.values())
             for indices in by_weight.values():
                 attributes = jobs[indices[0]].weight
                 with self._aside():
-                    if attributes is not None and weight is None:
-                        weight = weights[name].float()
-                    operand = self._weight(name, attributes, weights[name], weight)
-                self._hand_over(operand.quantized_OI, operand.delta_OI, operand.dw_square_sum, *inputs.values())
+                    operand = self._weight(name, attributes, weights[name])
+                self._hand_over(operand.quantized_OI, operand.delta_OI, operand.dw_square_sum, *fresh)
+                fresh = []
                 yield _Visit(name, operand, tuple(indices), inputs)
 
-    def _weight(self, name: str, attributes: Attributes | None, original: Tensor, weight: Tensor | None) -> _Weight:
-        if attributes is None or weight is None:
-            return _Weight(original, None, 0.0)
-        return _Weight(*kernels.deltas(self._quantizers.weight(name, attributes, weight)(weight), original))
+    def _weight(self, name: str, attributes: Attributes | None, weight: Tensor) -> _Weight:
+        if attributes is None:
+            return _Weight(weight, None, 0.0)
+        return _Weight(*kernels.deltas(quantized(self._quantizers.weight(name, attributes, weight), weight), weight))
 
     def _input_deltas(self, rows: Rows, jobs: Sequence[Job], columns: Sequence[_Column]) -> dict[tuple[str, str | None], Tensor]:
         """Dx of every recipe of the inputs that the jobs have, over the rows of its largest column."""
@@ -156,16 +170,16 @@ class Engine:
         for column in columns:
             attributes = jobs[column.job].inputs
             if attributes is not None:
-                key = (_key(attributes), column.size)
+                key = (jobs[column.job].input_key, column.size)
                 wanted[key] = attributes, max(column.end, wanted.get(key, (attributes, 0))[1])
         if not wanted:
             return {}
-        x_TI = rows.x_TI.float()
-        amaxes = torch.tensor(rows.input_amaxes, device=x_TI.device)
+        amaxes = torch.tensor(rows.input_amaxes, device=rows.x_TI.device)
         deltas: dict[tuple[str, str | None], Tensor] = {}
         for key, (attributes, end) in wanted.items():
-            quantizer = self._quantizers.inputs(attributes, x_TI[:end], amaxes[: rows.layout.ends.index(end) + 1])
-            deltas[key] = kernels.deltas(quantizer(x_TI[:end]), rows.x_TI[:end])[1]
+            x_TI = rows.x_TI[:end]
+            quantizer = self._quantizers.inputs(attributes, x_TI, amaxes[: rows.layout.ends.index(end) + 1])
+            deltas[key] = kernels.deltas(quantized(quantizer, x_TI), x_TI)[1]
         return deltas
 
     @contextmanager
@@ -203,85 +217,103 @@ class Engine:
 class _Total:
     """Sums over the modules of a group, always in the model's order."""
 
-    def __init__(self, n_jobs: int, columns: Sequence[_Column]) -> None:
-        self._columns = columns
-        self._samples: Tensor | None = None  # [samples in row order, 2 * columns] float64: g * dy, then dy
-        self._layout: Layout | None = None
-        self._y_squares: list[tuple[float, ...]] = []
-        self._amaxes: list[tuple[float, ...]] = []
-        self._dw_squares: list[list[Tensor | float]] = [[] for _ in range(n_jobs)]
-        self._w_squares: list[Tensor] = []
+    def __init__(self, group: str, jobs: Sequence[Job], columns: Sequence[_Column], rows: Sequence[Rows]) -> None:
+        self._group, self._jobs, self._columns, self._rows = group, jobs, columns, rows
+        x_TI = rows[0].x_TI
+        self.sums = torch.zeros(len(rows), 2, len(columns), len(x_TI), device=x_TI.device)  # by module: (g * dy)^2 and dy^2
+        self._samples: Tensor | None = None  # [samples in row order, 2 * columns] float64
+        self._dw_squares: dict[int, list[Tensor | float]] = {index: [] for index in range(len(jobs))}
+        self._w_squares: dict[str, Tensor] = {}
 
-    def add_weight(self, visit: _Visit) -> None:
+    def add_weight(self, visit: _Visit, w_square: Tensor) -> None:
+        self._w_squares[visit.name] = w_square
         for job in visit.jobs:
             self._dw_squares[job].append(visit.weight.dw_square_sum)
 
-    def add_rows(self, rows: Rows, sums: Tensor, w_square_sum: Tensor) -> None:
-        """Take over a module's row sums, [2, columns, rows]."""
-        by_row = sums.flatten(0, 1).T.double().contiguous()
-        samples = torch.segment_reduce(by_row, "sum", lengths=rows.layout.lengths, axis=0)
-        self._samples = samples if self._samples is None else self._samples + samples
-        self._layout = rows.layout
-        self._y_squares.append(rows.y_square_sums)
-        self._amaxes.append(rows.input_amaxes)
-        self._w_squares.append(w_square_sum)
+    def close(self) -> None:
+        """Sum rows to samples, without waiting for the GPU."""
+        by_row = self.sums.flatten(0, 2).T.double().contiguous()
+        by_sample = torch.segment_reduce(by_row, "sum", lengths=self._rows[0].layout.lengths, axis=0, unsafe=True)  # its checks wait for the GPU
+        modules = by_sample.unflatten(1, (len(self._rows), -1)).unbind(1)
+        self._samples = sum(modules[1:], start=modules[0])
 
-    def results(self, group: str, jobs: Sequence[Job]) -> list[Scores]:
+    def results(self) -> list[Scores]:
         assert self._samples is not None
-        assert self._layout is not None
-        samples, layout = self._samples.cpu(), self._layout
-        dw_squares = [sum(float(square) for square in squares) for squares in self._dw_squares]
-        w_square = sum(float(square) for square in self._w_squares)
-        order = torch.tensor(layout.samples)
-        found: list[Scores] = []
-        for index, job in enumerate(jobs):
-            by_size: dict[str, GroupScore] = {}
-            broken: NotFinite | None = None
-            for size, n_segments in job.sizes.items():
-                column = next(column for column in self._columns if column.job == index and column.size in (None, size))
-                n_rows = layout.sample_ends[n_segments - 1]
-                scores = torch.zeros(SIZES[size], dtype=torch.float64)
-                scores[order[:n_rows]] = samples[:n_rows, column.index]
-                if not torch.isfinite(scores).all():
-                    first = int((~torch.isfinite(scores)).nonzero()[0])
-                    broken = NotFinite(f"Layer group {group} under {job.name}: the score of sample {first} is NaN or infinite.")
-                    break
+        jobs, layout = self._jobs, self._rows[0].layout
+        in_rows = self._samples.cpu().numpy()
+        samples = np.zeros((in_rows.shape[1], max(layout.samples) + 1))  # a row a column, so that a sum's order is its own
+        samples[:, list(layout.samples)] = in_rows.T
+        dw_squares = self._weight_errors()
+        w_square = sum(torch.stack(list(self._w_squares.values())).tolist())
+        all_finite = bool(np.isfinite(samples).all())
+        sizes = {size: n_segments for job in jobs for size, n_segments in job.sizes.items()}
+        sums = {size: samples[:, : SIZES[size]].sum(axis=1) for size in sizes}
+        y_squares = {size: sum(sum(rows.y_square_sums[:n]) for rows in self._rows) for size, n in sizes.items()}
+        amaxes = {size: max(max(rows.input_amaxes[:n]) for rows in self._rows) for size, n in sizes.items()}
+        found: list[dict[str, GroupScore] | NotFinite] = [{} for _ in jobs]
+        for column in self._columns:
+            job, by_size = jobs[column.job], found[column.job]
+            scores = samples[column.index]
+            for size in job.sizes if column.size is None else (column.size,):
+                if isinstance(by_size, NotFinite):
+                    continue
+                n_samples = SIZES[size]
+                if not all_finite and not np.isfinite(scores[:n_samples]).all():
+                    first = int(np.flatnonzero(~np.isfinite(scores))[0])
+                    by_size = found[column.job] = NotFinite(f"Layer group {self._group} under {job.name}: the score of sample {first} is NaN or infinite.")
+                    continue
                 by_size[size] = GroupScore(
-                    sample_scores=scores,
-                    dy_square_sum=samples[:n_rows, len(self._columns) + column.index].sum().item(),
-                    y_square_sum=sum(sum(squares[:n_segments]) for squares in self._y_squares),
-                    dw_square_sum=dw_squares[index],
+                    score=float(sums[size][column.index]),
+                    sample_scores=scores[:n_samples],
+                    dy_square_sum=float(sums[size][len(self._columns) + column.index]),
+                    y_square_sum=y_squares[size],
+                    dw_square_sum=dw_squares[column.job],
                     w_square_sum=w_square,
-                    input_amax=max(max(amaxes[:n_segments]) for amaxes in self._amaxes),
+                    input_amax=amaxes[size],
                 )
-            found.append(broken or by_size)
-        return found
+        return list(found)
+
+    def _weight_errors(self) -> list[float]:
+        """Sum of dW^2 by job, with one wait for the GPU."""
+        tensors = {id(square): square for squares in self._dw_squares.values() for square in squares if isinstance(square, Tensor)}
+        values = dict(zip(tensors, torch.stack(list(tensors.values())).tolist() if tensors else [], strict=True))
+        return [sum(values.get(id(square), 0.0) for square in self._dw_squares[job]) for job in range(len(self._jobs))]
 
 
 def _score_visit(visit: _Visit, rows: Rows, jobs: Sequence[Job], columns: Sequence[_Column], sums: Tensor) -> None:
     """Row sums of one module under one weight recipe, for every recipe of the inputs that comes with it."""
-    layout, delta = rows.layout, visit.weight.delta_OI
+    delta, weight = visit.weight.delta_OI, visit.weight.quantized_OI
+    dtype, n_out = _result_dtype(weight), len(weight)
     by_weight: Tensor | None = None  # x dW^T
     if delta is not None:
         n_rows = max(column.end for column in columns)
-        by_weight = rows.g_TO.new_empty(n_rows, len(delta), dtype=_result_dtype(delta))
-        for start, end in _pieces(layout):
+        by_weight = rows.g_TO.new_empty(n_rows, n_out, dtype=dtype)
+        for start, end in _pieces(rows.layout):
             if start < n_rows:
                 _matmul(rows.x_TI[start:end], delta, by_weight[start:end])
-    for column in columns:
-        attributes = jobs[column.job].inputs
-        for start, end in column.ranges:
-            errors: list[Tensor] = [] if by_weight is None else [by_weight[start:end]]
-            if attributes is not None:
-                quantized = visit.weight.quantized_OI
-                result = rows.g_TO.new_empty(end - start, len(quantized), dtype=_result_dtype(quantized))
-                errors.append(_matmul(visit.inputs[_key(attributes), column.size][start:end], quantized, result))
-            kernels.score_rows(tuple(errors), rows.g_TO[start:end], sums[0, column.index, start:end], sums[1, column.index, start:end])
+    step = kernels.COLUMNS if weight.is_cuda else 1  # a CPU gains nothing from it, and loses its cache
+    for first in range(0, len(columns), step):
+        together = columns[first : first + step]
+        ends = [column.end for column in together]
+        input_ends = [0 if jobs[column.job].inputs is None else column.end for column in together]
+        by_inputs = rows.g_TO.new_empty(len(together), max(input_ends), n_out, dtype=dtype)  # dx Q(W)^T
+        for place, column in enumerate(together):
+            if input_ends[place]:
+                deltas = visit.inputs[jobs[column.job].input_key, column.size]
+                for start, end in column.ranges:
+                    _matmul(deltas[start:end], weight, by_inputs[place, start:end])
+        into = slice(together[0].index, together[-1].index + 1)
+        kernels.score_rows(by_weight, by_inputs, rows.g_TO, ends, input_ends, sums[0, into], sums[1, into])
 
 
 def _columns(jobs: Sequence[Job], layout: Layout) -> list[_Column]:
+    """Columns of jobs with equal weights lie side by side."""
+    order: dict[str, int] = {}
+    for job in jobs:
+        order.setdefault(job.weight_key, len(order))
     columns: list[_Column] = []
-    for index, job in enumerate(jobs):
+    for index in sorted(range(len(jobs)), key=lambda index: order[jobs[index].weight_key]):
+        job = jobs[index]
         if job.calibrates_inputs:
             for size, n_segments in job.sizes.items():
                 columns.append(_Column(len(columns), index, size, ((0, layout.ends[n_segments - 1]),)))

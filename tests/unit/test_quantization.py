@@ -53,7 +53,7 @@ def ours(model: Any, linears: list[str], plan: Plan, recipe: str, size: str) -> 
         found = engine.score_group({name: model.get_submodule(name).weight for name in modules}, rows, [job(recipe, {size: n_segments})])()
         assert found is not None
         assert not isinstance(found[0], NotFinite)
-        scores[group] = found[0][size].sample_scores.sum().item()
+        scores[group] = found[0][size].score
     return scores
 
 

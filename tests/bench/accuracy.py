@@ -1,0 +1,58 @@
+"""How far scores on a GPU in bf16 are from a float32 reference of the same recipe on the same captured x, g and W."""
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from tests.bench.setup import Subject, job
+from workers.capture import Rows
+from workers.quantization import Quantizers
+from workers.scoring import Engine
+from workers.task import Task
+
+CHECKED = (
+    "wint8_aint8/default",
+    "wint8_afp16/default",
+    "wfp8_afp8/default",
+    "wint4_aint8/w_group64",
+    "wfp4_afp16/default",
+    "wint8_aint8/a_per_token_dynamic",
+)
+
+
+@torch.no_grad()
+def reference_score(task: Task, weights: dict[str, Tensor], rows: dict[str, Rows], quantizers: Quantizers) -> tuple[float, float]:
+    """The score with float32 products (TF32 off) of the float32 quantized tensors; and as stock bf16 scoring computes it."""
+    exact = stock = 0.0
+    for name, weight in weights.items():
+        seen = rows[name]
+        w, x, g = weight.float(), seen.x_TI.float(), seen.g_TO.float()
+        wq = quantizers.weight(name, task.weight_attributes, w)(w) if task.weight_attributes else w
+        amaxes = torch.tensor(seen.input_amaxes, device=x.device)
+        xq = quantizers.inputs(task.input_attributes, x, amaxes)(x) if task.input_attributes else x
+        exact += (g * (x @ (wq - w).T + (xq - x) @ wq.T)).double().square().sum().item()
+        difference = xq.bfloat16() @ wq.bfloat16().T - seen.x_TI @ weight.T
+        stock += (g * difference.float()).double().square().sum().item()
+    return exact, stock
+
+
+def worst_against_fp32(bench: Subject, engine: Engine, rows: dict[str, Rows]) -> dict[str, float]:
+    """Largest relative difference of ours and of stock bf16 scoring, and the least Spearman correlation, over groups and recipes."""
+    figures = {"worst_relative_difference": 0.0, "stock_bf16_worst_relative_difference": 0.0, "least_spearman": 1.0}
+    quantizers = Quantizers()
+    for task in bench.tasks:
+        if task.label not in CHECKED:
+            continue
+        ours: list[float] = []
+        exact: list[float] = []
+        for group in task.groups:
+            weights = {name: bench.model.get_submodule(name).weight for name in group.modules}
+            found = engine.score_group(weights, rows, [job(task, bench.plan, "large")])()
+            assert found is not None
+            ours.append(found[0]["large"].score)  # type: ignore[index]
+            reference, stock = reference_score(task, weights, rows, quantizers)
+            exact.append(reference)
+            figures["stock_bf16_worst_relative_difference"] = max(figures["stock_bf16_worst_relative_difference"], abs(stock / reference - 1))
+            figures["worst_relative_difference"] = max(figures["worst_relative_difference"], abs(ours[-1] / reference - 1))
+        figures["least_spearman"] = min(figures["least_spearman"], float(spearmanr(ours, exact).statistic))
+    return figures

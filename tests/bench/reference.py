@@ -1,0 +1,55 @@
+"""Stock `mtq.auto_quantize`, used as its users would at its best: samples sorted by length, padded to the longest of a batch."""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workers.data import Sample
+
+PaddedBatch = dict[str, Tensor]
+
+
+def padded_batches(samples: Sequence[Sample], batch_size: int, device: torch.device) -> list[PaddedBatch]:
+    """Batches of samples of about one length, padded on the right; labels are shifted, -100 where nothing is predicted."""
+    ordered = sorted(samples, key=lambda sample: len(sample.token_ids))
+    batches: list[PaddedBatch] = []
+    for start in range(0, len(ordered), batch_size):
+        tokens = [torch.from_numpy(sample.token_ids) for sample in ordered[start : start + batch_size]]
+        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        labels = nn.utils.rnn.pad_sequence([F.pad(t[1:], (0, 1), value=-100) for t in tokens], batch_first=True, padding_value=-100)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
+        batches.append({"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)})
+    return batches
+
+
+def auto_quantize(model: nn.Module, formats: Sequence[Sequence[Mapping[str, Any]]], batches: Sequence[PaddedBatch]) -> dict[str, list[float]]:
+    """Score every language-model group under `formats` in one call; with several of them the scores are clamped."""
+    clone = copy.deepcopy(model).requires_grad_(True)
+
+    def forward_step(network: nn.Module, batch: PaddedBatch) -> Tensor:
+        return network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+
+    def loss(logits: Tensor, batch: PaddedBatch) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
+
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        _, state = mtq.auto_quantize(
+            clone,
+            constraints={"effective_bits": 16.0},
+            quantization_formats=[{"quant_cfg": [dict(entry) for entry in entries], "algorithm": "max"} for entries in formats],
+            data_loader=list(batches),
+            forward_step=forward_step,
+            loss_func=loss,
+            disabled_layers=["*lm_head*", "*visual*"],
+            num_calib_steps=len(batches),
+            num_score_steps=len(batches),
+            verbose=False,
+        )
+    return {name: [float(score) for score in stats["scores"]] for name, stats in state["candidate_stats"].items() if len(stats["scores"]) > 1}
