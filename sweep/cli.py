@@ -7,7 +7,7 @@ from typing import Any
 
 from sweep.errors import SweepError
 
-EXIT_WRONG_INPUT = 2
+EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 2, 75
 
 _RUN_EPILOG = """\
 examples:
@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SweepError as error:
         print(f"sweep {options.verb}: {error}", file=sys.stderr)  # noqa: T201 -- the one place where errors are said
         return EXIT_WRONG_INPUT
+    except KeyboardInterrupt:  # while a command prepares; a run that scores says more
+        print(f"sweep {options.verb}: interrupted", file=sys.stderr)  # noqa: T201 -- as above
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # `sweep status | head`
         sys.stderr.close()
         return 0

@@ -59,9 +59,8 @@ def to_yaml(config: SweepConfig) -> str:
 
 def _expand(overrides: Sequence[str], multirun: bool) -> Grid:
     options = _group_options()
-    parsed = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(list(overrides))
     given: dict[str, tuple[str, ...]] = {}
-    for override in parsed:
+    for override in map(_parsed, overrides):
         _check_form(override, multirun)
         given[override.get_key_element()] = tuple(dict.fromkeys(_values(override)))
     _check_groups(given, options)
@@ -73,6 +72,17 @@ def _expand(overrides: Sequence[str], multirun: bool) -> Grid:
     choices = _choices(singles, axes)
     points = (_point(base, choices, dict(zip(axes, values, strict=True)), options) for values in itertools.product(*axes.values()))
     return Grid(points=tuple(points), axes=axes)
+
+
+def _parsed(override: str) -> Override:
+    with_home = re.sub(r"([=,])~(?=/)", lambda found: f"{found[1]}{Path.home()}", override)  # a shell leaves it there, and Hydra's grammar has no ~
+    try:
+        return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides([with_home])[0]
+    except HydraException as error:
+        raise SweepError(
+            f"Cannot read the override {override!r}. Type group=option or key=value, as in Hydra; "
+            "a value with special characters goes in quotes, for the shell too: 'key=\"value\"'. See: sweep run --help"
+        ) from error
 
 
 def _group_options() -> dict[str, list[str]]:

@@ -91,11 +91,18 @@ class GranularityConfig(_Section):
 class SensitivityConfig(_Section):
     """What is measured."""
 
-    method: Literal["gradient"]  # sum over tokens and outputs of (dLoss/dy * dy)^2
+    method: Literal["gradient", "kl_div"]  # sum of (dLoss/dy * dy)^2; or KL(unquantized || one group quantized), measured
     engine: Literal["layerwise", "modelopt"]  # ours, or stock mtq.auto_quantize as a cross-check
     coverage: Literal["lm_only", "all_layers"]  # all_layers: vision tower and mergers too
     lm_head: bool  # score lm_head as well
     quant_algorithm: str  # ModelOpt's calibration algorithm
+    memory_gb: float | None  # memory a worker may use, 1e9 bytes; None: what is free on its GPU, or its share of the machine's
+
+    def __post_init__(self) -> None:
+        if (self.engine, self.method) == ("modelopt", "kl_div"):
+            raise SweepError("sensitivity.engine=modelopt cross-checks method=gradient only. Type sensitivity.method=gradient, or engine=layerwise.")
+        if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
+            raise SweepError(f"sensitivity.memory_gb={self.memory_gb:g} is not allowed. Type a number of GB above 0, or null.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from rich.table import Table
 from sweep.compose import Grid, expand
 from sweep.config import SweepConfig
 from sweep.errors import SweepError
-from sweep.machine import n_cores, n_gpus, pick_workers
+from sweep.machine import memory_gb, n_cores, n_gpus, pick_workers
 from sweep.planning import checkpoint_dir, checkpoint_gb, plan_sweep
 from sweep.store import Store
 
@@ -90,7 +90,7 @@ def _workers(config: SweepConfig) -> Finding:
 
 def _store(config: SweepConfig) -> Finding:
     store = Store(config.store.uri)
-    store.files.check_writable()
+    store.files.check_writable("store.uri")
     if "://" in store.uri:
         return Finding(subject="store", verdict="ok", text=f"{store.uri} is writable")
     free_gb = shutil.disk_usage(_existing(Path(store.uri))).free / 1e9
@@ -100,9 +100,9 @@ def _store(config: SweepConfig) -> Finding:
 def _model(config: SweepConfig) -> Finding:
     path = checkpoint_dir(config.model)
     gb = checkpoint_gb(path)
-    memory_gb = _memory_gb()
-    verdict: Literal["ok", "warning"] = "warning" if not n_gpus() and gb * 3 > memory_gb else "ok"
-    return Finding(subject="model", verdict=verdict, text=f"{path}: {gb:.2f} GB of safetensors, {memory_gb:.0f} GB of memory here")
+    here_gb = memory_gb()
+    verdict: Literal["ok", "warning"] = "warning" if not n_gpus() and gb * 3 > here_gb else "ok"
+    return Finding(subject="model", verdict=verdict, text=f"{path}: {gb:.2f} GB of safetensors, {here_gb:.0f} GB of memory here")
 
 
 def _grid(grid: Grid) -> Finding:
@@ -120,10 +120,3 @@ def _grid(grid: Grid) -> Finding:
 
 def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
-
-
-def _memory_gb() -> float:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024 / 1e9
-    return 0.0

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sweep.errors import SweepError
 from sweep.machine import Workers
 from workers.data import Plan
 from workers.task import Progress, Task
@@ -57,6 +58,7 @@ def run_trials(
     workers: Workers,
     store_uri: str,
     *,
+    memory_gb: float | None,
     on_ready: Callable[[], None],
     on_progress: Callable[[Progress], None],
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
@@ -68,12 +70,15 @@ def run_trials(
         plans: by plan id.
         workers: how many, on what.
         store_uri: where workers put finished parts.
+        memory_gb: memory that each worker may use; None: see workers.scorer.Scorer.
         on_ready: called once, when the workers hold the first task's model.
         on_progress: called whenever rows of a task have reached the store.
 
     Returns: why tasks failed, by task id; and what each worker says of itself.
 
-    Raises: KeyboardInterrupt: as the caller's signal handlers raise it; the cluster is stopped then, too.
+    Raises:
+        SweepError: the model does not load.
+        KeyboardInterrupt: as the caller's signal handlers raise it; the cluster is stopped then, too.
     """
     scratch = tempfile.mkdtemp(prefix="sweep-")
     ray.init(
@@ -87,13 +92,13 @@ def run_trials(
         namespace=_NAMESPACE,
     )
     try:
-        actors = _start_workers(workers, store_uri)
+        actors = _start_workers(workers, store_uri, memory_gb)
         first = next(iter(tasks.values()))
         loads = [actor.load.remote(first) for actor in actors.values()]
         plan_refs = {plan_id: [ray.put(plan)] for plan_id, plan in plans.items()}
         pool_class: Any = ray.remote(Pool)
         pool = pool_class.options(name=_POOL, num_cpus=0, max_concurrency=1000).remote(list(actors), dict(tasks), plan_refs)
-        ray.get(loads)
+        _wait_for(loads)
         on_ready()
         _tuner(orders, scratch, on_progress).fit()
         return ray.get(pool.failures.remote()), ray.get([actor.info.remote() for actor in actors.values()])
@@ -102,11 +107,26 @@ def run_trials(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _start_workers(workers: Workers, store_uri: str) -> dict[str, Any]:
+def _wait_for(loads: Sequence[Any]) -> None:
+    """Wait until the workers hold the model.
+
+    Raises: SweepError: what is wrong with the checkpoint, without Ray's wrapping.
+    """
+    try:
+        ray.get(loads)
+    except RayActorError:
+        pass  # a worker that died loads when it is lent out; a task under which workers keep dying fails with the reason
+    except RayTaskError as error:
+        if isinstance(error.cause, SweepError):
+            raise SweepError(str(error.cause)) from None
+        raise
+
+
+def _start_workers(workers: Workers, store_uri: str, memory_gb: float | None) -> dict[str, Any]:
     actor_class: Any = ray.remote(Worker)
     options = {"num_cpus": 1, "num_gpus": workers.gpus_each if workers.device == "cuda" else 0, "max_restarts": _MAX_RESTARTS}
     names = [f"sweep-worker-{index}" for index in range(workers.count)]
-    return {name: actor_class.options(name=name, **options).remote(store_uri, workers.device) for name in names}
+    return {name: actor_class.options(name=name, **options).remote(store_uri, workers.device, memory_gb, workers.count) for name in names}
 
 
 def _tuner(orders: Sequence[TrialOrder], scratch: str, on_progress: Callable[[Progress], None]) -> tune.Tuner:
@@ -172,13 +192,14 @@ def _stream(lease: Lease) -> Iterator[Progress]:
     latest: dict[str, Progress] = {}
     reported = time.monotonic()
     for reference in worker.score.options(name=f"score {lease.tasks[0].label}", num_returns="streaming").remote(lease.tasks, lease.plan[0]):
-        progress: Progress = ray.get(reference)
-        latest[progress.task_id] = progress
+        several: list[Progress] = _get(reference)
+        for progress in several:
+            latest[progress.task_id] = progress.after(latest.get(progress.task_id))
+        yield from several
         if time.monotonic() - reported > _REPORT_SECONDS:
             tune.report({"progress": [asdict(one) for one in latest.values()]})
             latest.clear()
             reported = time.monotonic()
-        yield progress
     tune.report({"progress": [asdict(one) for one in latest.values()]})
 
 

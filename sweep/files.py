@@ -34,17 +34,24 @@ class Files:
             except (ImportError, ValueError) as error:
                 raise SweepError(f"Cannot open {uri!r}: {error}. Give a local path, or install the driver for that protocol.") from error
 
-    def check_writable(self) -> None:
-        """Write and remove a small file, so that hours of work are not lost for want of a place to keep them.
+    def check_writable(self, key: str) -> None:
+        """Write and remove a small file, so that hours of work are not lost for want of a place to keep them. Leaves no trace.
+
+        Args:
+            key: what names the root in the config, for the message.
 
         Raises: SweepError: the root cannot be written.
         """
         name = f".writable-{secrets.token_hex(4)}"
         try:
+            missing = [path for path in (self._local, *self._local.parents) if not path.exists()] if self._local else []
             self.write(name, b"")
             self.remove(name)
         except OSError as error:
-            raise SweepError(f"Cannot write to {self.uri}: {error.strerror or error}. Choose a writable place: store.uri=DIR.") from error
+            raise SweepError(f"Cannot write to {self.uri}: {error.strerror or error}. Choose a writable place: {key}=DIR.") from error
+        with contextlib.suppress(OSError):  # another process has put something there
+            for path in missing:
+                path.rmdir()
 
     def write(self, path: str, data: bytes) -> None:
         """Put a whole file in place, over an older one of that name."""

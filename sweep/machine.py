@@ -1,7 +1,10 @@
 """What this machine offers to workers, found without importing anything heavy."""
 
 import os
+import shutil
+import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +19,42 @@ class Workers:
     device: Literal["cpu", "cuda"]
     count: int
     gpus_each: float  # fractions share a GPU; more than one for models that need several
+
+
+def memory_gb() -> float:
+    """Memory of this machine that is available, in 1e9 bytes."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 / 1e9
+    return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What a GPU can do."""
+
+    name: str
+    memory_gb: float  # 1e9 bytes, all of it
+    capability: tuple[int, int]
+
+
+@cache
+def first_gpu() -> Gpu | None:
+    """The first GPU that this machine shows, None without nvidia-smi or a GPU."""
+    if not n_gpus() or (tool := shutil.which("nvidia-smi")) is None:
+        return None
+    asked = subprocess.run([tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False)
+    if asked.returncode or not asked.stdout.strip():
+        return None
+    name, mib, capability = (field.strip() for field in asked.stdout.splitlines()[0].rsplit(",", 2))
+    major, _, minor = capability.partition(".")
+    return Gpu(name, int(mib) * 2**20 / 1e9, (int(major), int(minor)))
+
+
+def has_compiler() -> bool:
+    """Whether ModelOpt can build its CUDA extensions: there is an nvcc."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return shutil.which("nvcc") is not None or any(home and (Path(home) / "bin" / "nvcc").is_file() for home in homes)
 
 
 def n_gpus() -> int:

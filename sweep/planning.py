@@ -9,19 +9,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from sweep import cache
 from sweep.config import DatasetConfig, ModelConfig, SweepConfig, to_plain
 from sweep.errors import InvalidRecipe, SweepError
+from sweep.machine import first_gpu, has_compiler
 from sweep.paths import bundled_model_dir
 from sweep.recipe import Recipe, attributes_for, resolve
-from workers.checkpoint import check_checkpoint, file_key, revision, weight_files
+from workers import memory
+from workers.checkpoint import check_checkpoint, check_weights, file_key, revision, weight_files
 from workers.data import SIZES, Plan, Sample, make_plan, read_captions, read_hub_captions, scene_captions, text_samples, with_scenes
 from workers.task import GroupSpec, ModelSpec, Task, part_of
 
-# 1: summed loss, delta form, canonical plan of at most 512 tokens a batch.
+# 1: summed loss, delta form, canonical plan of at most 2,048 tokens a batch, logits of 512 rows at a time.
 SCORE_VERSION: Final = 1
 
 Device = Literal["cpu", "cuda"]
@@ -94,19 +97,16 @@ class _Model:
 
     @cached_property
     def structure(self) -> dict[str, Any]:
-        """`linears`: [name, inputs, outputs] in the model's order; `groups`: modules by first module; `packable`."""
-        key = [1, file_key(self.path / "config.json"), version("transformers"), version("nvidia-modelopt")]
+        """See workers.modeling.structure; and `groups`: modules by first module."""
+        key = [2, file_key(self.path / "config.json"), version("transformers"), version("nvidia-modelopt")]
         return cache.remember("model-structure", key, self._read_structure)
 
     def _read_structure(self) -> dict[str, Any]:
         from workers import modeling, quantization
 
-        linears = modeling.linears(self.path)
-        return {
-            "linears": [list(linear) for linear in linears],
-            "groups": {first: list(modules) for first, modules in quantization.layer_groups(name for name, _, _ in linears).items()},
-            "packable": modeling.read_config(self.path).model_type in modeling.PACKABLE,
-        }
+        found = modeling.structure(self.path)
+        groups = quantization.layer_groups(name for name, _, _ in found["linears"])
+        return {**found, "groups": {first: list(modules) for first, modules in groups.items()}}
 
     @cached_property
     def inputs(self) -> dict[str, int]:
@@ -176,6 +176,8 @@ class _Planner:
         recipe = _recipe(point)
         groups = self._covered(model, recipe)
         _check_block_size(recipe, model, groups)
+        if self.device == "cuda":
+            _check_gpu(recipe)
         dtype = self._dtype(point)
         common = {
             "score_version": SCORE_VERSION,
@@ -207,10 +209,29 @@ class _Planner:
                 groups=groups,
                 cells={},
             )
+        self._check_memory(point, replace(self.tasks[task_id], cells={point.dataset.size: cell_id}), model)
         cells = {**self.tasks[task_id].cells, point.dataset.size: cell_id}
         ordered = {size: cells[size] for size in SIZES if size in cells}
         self.tasks[task_id] = replace(self.tasks[task_id], cells=ordered)
         return cell_id, task_id
+
+    def _check_memory(self, point: SweepConfig, task: Task, model: _Model) -> None:
+        """Refuse what does not fit even one decoder layer at a time."""
+        budget_gb = point.sensitivity.memory_gb
+        if budget_gb is None and self.device == "cuda" and (gpu := first_gpu()) is not None:
+            budget_gb = gpu.memory_gb * point.cluster.gpus_per_worker
+        if budget_gb is None or task.engine == "modelopt" or task.method == "kl_div":
+            return
+        plan = self.plans[task.plan_id]
+        parts = [list(members) for _, members in groupby(task.groups, key=lambda group: group.part)]
+        model_bytes = model.structure["parameters"] * (2 if task.model.dtype == "bfloat16" else 4)
+        work = memory.workload([task], plan, plan.segments_of(point.dataset.size), model_bytes, model.structure["vocabulary"])
+        needed_gb = memory.needed_bytes(parts, work) / 1e9
+        if needed_gb > budget_gb:
+            raise InvalidRecipe(
+                f"{budget_gb:g} GB are too little for one decoder layer at a time: a model of {model_bytes / 1e9:.1f} GB and {work.n_tokens} tokens "
+                f"need about {needed_gb:.1f} GB. Type sensitivity.memory_gb={needed_gb + 0.5:.0f} or more, or a smaller dataset.size."
+            )
 
     def _dtype(self, point: SweepConfig) -> Literal["float32", "bfloat16"]:
         if point.model.dtype != "auto":
@@ -225,8 +246,8 @@ class _Planner:
     def _plan(self, point: SweepConfig, model: _Model) -> tuple[str, Plan]:
         key = _data_key(point)
         if key not in self._data:
-            samples = _samples(point.dataset, model, self._largest[key])
-            plan = make_plan(samples, packed=model.structure["packable"])
+            packable = model.structure["packable"]  # before the tokenizer, which would blame itself for a broken config.json
+            plan = make_plan(_samples(point.dataset, model, self._largest[key]), packed=packable)
             largest = next(size for size, n in SIZES.items() if n == self._largest[key])
             plan_id = plan.digest(largest)
             self._data[key] = plan_id, plan
@@ -256,8 +277,9 @@ def checkpoint_dir(config: ModelConfig) -> Path:
     if not path.exists() and config.path is not None and config.path.count("/") == 1 and not config.path.startswith((".", "~")):
         from workers import modeling
 
-        return modeling.local_checkpoint(config.path)
+        path = modeling.local_checkpoint(config.path)
     check_checkpoint(path)
+    check_weights(path)
     return path.resolve()
 
 
@@ -296,7 +318,17 @@ def _covered_groups(model: _Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
             continue
         part, layer_index = part_of(first)
         elements = sum(model.inputs[module] * outputs[module] for module in modules)
-        groups.append(GroupSpec(name=first, modules=tuple(modules), part=part, layer_index=layer_index, weight_elements=elements))
+        groups.append(
+            GroupSpec(
+                name=first,
+                modules=tuple(modules),
+                part=part,
+                layer_index=layer_index,
+                weight_elements=elements,
+                n_inputs=model.inputs[first],
+                n_outputs=sum(outputs[module] for module in modules),
+            )
+        )
     if not groups:
         raise SweepError(f"{model.path} has no linear that the recipe covers. Choose sensitivity.coverage=all_layers, or another model.")
     return tuple(groups)
@@ -311,6 +343,22 @@ def _check_block_size(recipe: Recipe, model: _Model, groups: Sequence[GroupSpec]
             advice = f"Sizes that divide every layer: {', '.join(allowed)}." if allowed else "Choose a granularity without groups."
             raise InvalidRecipe(
                 f"Groups of {block} do not divide the {model.inputs[bad[0]]} inputs of {bad[0]} ({len(bad)} such layers): ModelOpt would pad silently. {advice}"
+            )
+
+
+def _check_gpu(recipe: Recipe) -> None:
+    """Refuse formats that this machine's GPU has no kernels for, before hours are spent on the others."""
+    gpu = first_gpu()
+    for spec in (recipe.weight, recipe.activation):
+        if spec is None or not spec.has_dynamic_blocks:
+            continue
+        if spec.is_nvfp4 and gpu is not None and gpu.capability < (8, 9):
+            raise InvalidRecipe(
+                f"NVFP4 needs a GPU of compute capability 8.9; {gpu.name} has {gpu.capability[0]}.{gpu.capability[1]}. Run it with cluster.device=cpu."
+            )
+        if not spec.is_nvfp4 and not has_compiler():
+            raise InvalidRecipe(
+                "ModelOpt builds its extension for MX formats with nvcc, which is not here. Install the CUDA toolkit, or run it with cluster.device=cpu."
             )
 
 

@@ -62,6 +62,11 @@ class Tally:
         return [(task, self._done[task_id]) for task_id, task in self.tasks.items() if task_id in self._resumed and self._done[task_id] < task.n_steps]
 
     @property
+    def seconds(self) -> float:
+        """Since the workers were ready."""
+        return 0.0 if self._started is None else time.monotonic() - self._started
+
+    @property
     def groups_per_second(self) -> float:
         """Rate of this run, parts found in the store not counted."""
         if self._started is None:
@@ -98,6 +103,10 @@ class Display:
         self._stage = text
         if not self._live:
             self._console.print(text)
+
+    def say(self, text: str) -> None:
+        """A line that stays on the screen."""
+        self._console.print(text, style="yellow", highlight=False)
 
     def update(self) -> None:
         """The tally has changed."""

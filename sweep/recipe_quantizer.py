@@ -63,6 +63,11 @@ class QuantizerSpec:
         return self.block_sizes.get("type") == "dynamic"
 
     @property
+    def is_nvfp4(self) -> bool:
+        """FP4 in dynamic blocks with FP8 scales."""
+        return self.has_dynamic_blocks and self.num_bits == _FP4 and self.block_sizes.get("scale_bits") == _FP8
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether the range comes from calibration data; NVFP4 has dynamic blocks under a calibrated second-level scale."""
         is_mx = self.has_dynamic_blocks and self.block_sizes.get("scale_bits") == (8, 0)
@@ -101,11 +106,10 @@ def check_format(name: str, spec: QuantizerSpec) -> None:
         raise InvalidRecipe(f"FP4 {name} need blocks: ModelOpt has no FP4 per tensor or per channel. Choose a granularity that keeps or sets block_sizes.")
     if isinstance(spec.num_bits, tuple) and spec.num_bits != _FP8 and not spec.has_dynamic_blocks:
         raise InvalidRecipe(f"ModelOpt has E{spec.num_bits[0]}M{spec.num_bits[1]} {name} in dynamic blocks only. Give block_sizes type: dynamic.")
-    if spec.has_dynamic_blocks and spec.block_elements:
-        is_nvfp4 = spec.num_bits == _FP4 and spec.block_sizes.get("scale_bits") == _FP8
-        if not (spec.block_elements & (spec.block_elements - 1) == 0 if is_nvfp4 else spec.block_elements in _KERNEL_BLOCKS):
-            allowed = "powers of two" if is_nvfp4 else ", ".join(map(str, _KERNEL_BLOCKS))
-            raise InvalidRecipe(f"ModelOpt's kernel for these {name} has no blocks of {spec.block_elements}. Allowed: {allowed}.")
+    n = spec.block_elements
+    if spec.has_dynamic_blocks and n and not (n & (n - 1) == 0 if spec.is_nvfp4 else n in _KERNEL_BLOCKS):
+        allowed = "powers of two" if spec.is_nvfp4 else ", ".join(map(str, _KERNEL_BLOCKS))
+        raise InvalidRecipe(f"ModelOpt's kernel for these {name} has no blocks of {n}. Allowed: {allowed}.")
     if spec.has_dynamic_blocks and (set(spec.block_sizes) != {-1, "type", "scale_bits"} or not spec.block_elements):
         raise InvalidRecipe(
             f"Dynamic blocks of {name} are of the form {{-1: 16, type: dynamic, scale_bits: [4, 3]}}, with a length along the inputs and no other axis."

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from sweep.analysis import summarize
 from sweep.records import FinishedTrial
 from sweep.report_markdown import columns_text, facts_table, groups_table, kinds_table, sentences
@@ -100,14 +102,15 @@ def summary_lines(finished: Sequence[FinishedTrial], top: int) -> list[str]:
     cells = [("pair", "granularity", "size", "bits", "KL/pred.", "most sensitive layer groups (share of the total)")]
     for one in finished:
         summary = summarize(one.scores)
-        names = [short_group(group, modules) for group, modules in _modules_of(one, summary.top_groups[:top])]
-        groups = ", ".join(f"{name} {share:.0%}" for name, share in zip(names, summary.top_shares, strict=False))
+        groups = ", ".join(most_sensitive(one.scores, top))
         kl = "-" if summary.total_predicted_kl is None else f"{summary.total_predicted_kl:.3g}"
         cells.append((one.trial.quant_pair, one.trial.quant_granularity, one.trial.size, f"{summary.effective_bits:.2f}", kl, groups or "nothing measured"))
     widths = [max(len(row[i]) for row in cells) for i in range(5)]
     return ["  ".join([*(text.ljust(width) for text, width in zip(row[:5], widths, strict=True)), row[5]]) for row in cells]
 
 
-def _modules_of(finished: FinishedTrial, groups: Sequence[str]) -> list[tuple[str, list[str]]]:
-    modules = dict(zip(finished.scores["group"].to_pylist(), finished.scores["modules"].to_pylist(), strict=True))
-    return [(group, modules[group]) for group in groups]
+def most_sensitive(scores: pa.Table, top: int) -> list[str]:
+    """The `top` most sensitive layer groups of one cell, each with its share of the total."""
+    summary = summarize(scores)
+    modules = dict(zip(scores["group"].to_pylist(), scores["modules"].to_pylist(), strict=True))
+    return [f"{short_group(group, modules[group])} {share:.0%}" for group, share in zip(summary.top_groups[:top], summary.top_shares, strict=False)]

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ from rich.console import Console
 
 from sweep.compose import Grid, expand
 from sweep.config import SweepConfig, to_plain
+from sweep.errors import SweepError
+from sweep.files import Files
 from sweep.machine import Workers, pick_workers
 from sweep.planning import PlannedTrial, SweepPlan, plan_sweep, versions
 from sweep.progress import Display, Tally, duration
 from sweep.publish import publish
 from sweep.records import FinishedTrial, TrialRow, TrialState
-from sweep.report import summary_lines
+from sweep.report import most_sensitive, summary_lines
 from sweep.store import Store
 from workers.data import SIZES
-from workers.task import Progress
+from workers.task import Progress, Task
 
 EXIT_DONE, EXIT_FAILED, EXIT_INCOMPLETE = 0, 3, 75
 _HEARTBEAT_SECONDS = 2.0
@@ -51,8 +53,12 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
     workers = pick_workers(base.cluster)
     plan = plan_sweep(grid.points, workers.device)
     store = Store(base.store.uri)
-    store.files.check_writable()
+    store.files.check_writable("store.uri")
+    root = _output_root(base, plan)
     session = _Session(grid, plan, store)
+    if session.tasks:
+        Files(root).check_writable("output_layout.root")
+        _check_folders(plan, overwrite=base.output_layout.overwrite)
     _say_grid(session, console)
     if session.tasks:
         try:
@@ -64,8 +70,12 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
             return EXIT_INCOMPLETE
     states = session.end(None)
     finished = _finished(session)
-    result = publish(finished, _output_root(base, plan), overwrite=base.output_layout.overwrite)
-    _say_results(session, finished, console, _output_root(base, plan), len(result.written), time.monotonic() - started)
+    result = publish(finished, root, overwrite=base.output_layout.overwrite)
+    _say_results(session, finished, console, root, len(result.written), time.monotonic() - started)
+    return _exit_code(states)
+
+
+def _exit_code(states: Counter[str]) -> int:
     return EXIT_FAILED if states["failed"] else EXIT_INCOMPLETE if states["planned"] else EXIT_DONE
 
 
@@ -74,6 +84,8 @@ class _Session:
 
     def __init__(self, grid: Grid, plan: SweepPlan, store: Store) -> None:
         self.plan, self.store = plan, store
+        self.started = time.monotonic()
+        self.first_result: float | None = None  # seconds until there was one
         self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
         self.failures: dict[str, str] = {}  # by task id
         self._before = store.trials()
@@ -148,8 +160,7 @@ class _Session:
         self.write_trials(running=False)
         counts = self.counts()
         if self.tasks:
-            code = exit_code if exit_code is not None else EXIT_FAILED if counts["failed"] else EXIT_DONE
-            self.record |= {"ended_at": _now(), "exit_code": code}
+            self.record |= {"ended_at": _now(), "exit_code": _exit_code(counts) if exit_code is None else exit_code}
             self.beat()
         if self._written:
             self.store.compact_trials(run_id for run_id, record in self.store.runs().items() if "ended_at" in record)
@@ -193,23 +204,46 @@ def _score(session: _Session, workers: Workers, console: Console) -> None:
         display.stage(f"Starting Ray and {workers.count} worker{'s' if workers.count > 1 else ''} ({workers.device}) ...")
         from sweep import driver  # imports Ray: only when there is something to do
 
-        def on_ready() -> None:
+        beating = ExitStack()
+
+        def on_ready() -> None:  # a model that does not load has left no trace in the store
+            session.write_trials(running=True)
+            beating.enter_context(_heartbeat(session))
             session.tally.start()
             display.stage("Workers hold the model; capturing activations and gradients ...")
 
         def on_progress(progress: Progress) -> None:
             session.tally.update(progress)
+            if progress.warning is not None:
+                display.say(progress.warning)
+            if session.first_result is None and progress.done == progress.total:
+                _say_first_result(session, session.tasks[progress.task_id], display)
             display.update()
 
         orders = [driver.TrialOrder(name=trial.name, task_id=trial.task_id) for trial in session.pending_trials() if trial.task_id]
 
         session.record["workers"] = workers.count
-        session.write_trials(running=True)
-        with _heartbeat(session):
+        with beating:
             session.failures, infos = driver.run_trials(
-                orders, session.tasks, session.plan.plans, workers, session.store.uri, on_ready=on_ready, on_progress=on_progress
+                orders,
+                session.tasks,
+                session.plan.plans,
+                workers,
+                session.store.uri,
+                memory_gb=session.plan.trials[0].config.sensitivity.memory_gb,
+                on_ready=on_ready,
+                on_progress=on_progress,
             )
-            session.record["worker_info"] = infos
+            session.record |= {"worker_info": infos, "scoring_seconds": session.tally.seconds}
+
+
+def _say_first_result(session: _Session, task: Task, display: Display) -> None:
+    """The first ranking, as soon as there is one."""
+    cell = list(task.cells.values())[-1]
+    if session.store.is_finished(cell):
+        session.first_result = time.monotonic() - session.started
+        ranked = ", ".join(most_sensitive(session.store.scores(cell), 3))
+        display.say(f"First result after {session.first_result:.1f} s: {task.label}/{list(task.cells)[-1]}: {ranked}")
 
 
 def _finished(session: _Session) -> list[FinishedTrial]:
@@ -223,10 +257,27 @@ def _finished(session: _Session) -> list[FinishedTrial]:
     return finished
 
 
-def _output_root(base: SweepConfig, plan: SweepPlan) -> Path:
-    """Where reports go; `{run_id}` is the grid's own name, so that the same command finds its reports again."""
+def _output_root(base: SweepConfig, plan: SweepPlan) -> str:
+    """Where reports go, a path or URL; `{run_id}` is the grid's own name, so that the same command finds its reports again."""
     grid_id = hashlib.sha256("\n".join(trial.trial_id for trial in plan.trials).encode()).hexdigest()[:12]
-    return Path(base.output_layout.root.replace("{run_id}", grid_id)).absolute()
+    root = base.output_layout.root.replace("{run_id}", grid_id)
+    return root if "://" in root else str(Path(root).expanduser().absolute())
+
+
+def _check_folders(plan: SweepPlan, *, overwrite: bool) -> None:
+    """Refuse a grid two of whose trials belong in one report folder, before hours are spent on it.
+
+    Raises: SweepError: names the two.
+    """
+    by_folder: dict[tuple[object, ...], PlannedTrial] = {}
+    for trial in plan.trials if not overwrite else ():
+        config = trial.config
+        folder = (config.model.name, config.dataset.name, config.sensitivity.coverage, config.sensitivity.method, trial.name)
+        if trial.cell_id is not None and by_folder.setdefault(folder, trial).cell_id != trial.cell_id:
+            raise SweepError(
+                f"Two trials {trial.name} of this grid have one report folder: {by_folder[folder].trial_id} and {trial.trial_id}. "
+                "Run them one after the other, each with its own output_layout.root=DIR, or keep the later one's report with output_layout.overwrite=true."
+            )
 
 
 @contextmanager
@@ -275,7 +326,7 @@ def _say_grid(session: _Session, console: Console) -> None:
         console.print(f"  skipped {n}: {reason}", style="dim", highlight=False)
 
 
-def _say_results(session: _Session, finished: Sequence[FinishedTrial], console: Console, root: Path, written: int, seconds: float) -> None:
+def _say_results(session: _Session, finished: Sequence[FinishedTrial], console: Console, root: str, written: int, seconds: float) -> None:
     counts = session.counts()
     scored = sum(cell in session.finished for task in session.tasks.values() for cell in task.cells.values())
     console.print()
@@ -289,11 +340,8 @@ def _say_results(session: _Session, finished: Sequence[FinishedTrial], console: 
         console.print(f"failed: {trial.name}: {reason}", style="red", highlight=False)
     console.print(f"Reports: {root} ({written} written)", highlight=False, soft_wrap=True)
     console.print(f"Scores:  {session.store.uri}/scores/*/*.parquet", highlight=False, soft_wrap=True)
-    console.print(
-        f"Next:    open the reports from {next(root.rglob('README.md'), root)}; sweep publish puts them into models/" if finished else "Next:    sweep status",
-        highlight=False,
-        soft_wrap=True,
-    )
+    page = f"{root}/{finished[0].trial.model}/layer-analysis/README.md" if finished else ""
+    console.print(f"Next:    open {page}; sweep publish puts reports into models/" if finished else "Next:    sweep status", highlight=False, soft_wrap=True)
 
 
 def _largest(finished: Sequence[FinishedTrial]) -> dict[tuple[str, ...], FinishedTrial]:

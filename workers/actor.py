@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,30 +14,39 @@ import ray
 from workers.data import Plan
 from workers.task import Progress, Task
 
+_TELL_SECONDS = 0.2  # between messages; one costs Ray about a millisecond
 _MAX_DEATHS = 3  # a task under which so many workers died is the cause
 
 
 class Worker:
     """A named actor that holds one loaded model and scores the tasks that it is lent out for."""
 
-    def __init__(self, store_uri: str, device: str) -> None:
+    def __init__(self, store_uri: str, device: str, memory_gb: float | None, n_workers: int) -> None:
         """Import the heavy libraries and prepare an empty worker; see workers.scorer.Scorer."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
         from workers.scorer import Scorer
 
-        self._scorer = Scorer(store_uri, device)
+        self._scorer = Scorer(store_uri, device, memory_gb=memory_gb, n_workers=n_workers)
 
     def load(self, task: Task) -> None:
         """Load the task's model before the first trial asks for it."""
         self._scorer.load(task.model)
 
     def info(self) -> dict[str, Any]:
-        """Node, process and number of model loads."""
-        return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), "model_loads": self._scorer.model_loads}
+        """Node, process, number of model loads, and the most GPU memory that was used."""
+        return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), **self._scorer.info()}
 
-    def score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[Progress]:
-        """Stream progress; what it counts is in the store already."""
-        yield from self._scorer.score(tasks, plan)
+    def score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[list[Progress]]:
+        """Stream progress, the latest of each task, a few times a second; what it counts is in the store already."""
+        latest: dict[str, Progress] = {}
+        told = time.monotonic()
+        for progress in self._scorer.score(tasks, plan):
+            latest[progress.task_id] = progress.after(latest.get(progress.task_id))
+            if time.monotonic() - told > _TELL_SECONDS:
+                yield list(latest.values())
+                latest.clear()
+                told = time.monotonic()
+        yield list(latest.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,7 @@ class Pool:
         self._free = dict.fromkeys(workers, "")  # worker -> revision of the model that it holds
         self._ended: dict[str, str | None] = {}  # task id -> why it failed, None if it is done
         self._deaths: dict[str, int] = {}
+        self._leased = False
         self._changed = asyncio.Condition()
 
     async def lease(self, task_id: str) -> Lease | None:
@@ -80,6 +91,7 @@ class Pool:
             worker = next((name for name, model in self._free.items() if model == first.model.revision), next(iter(self._free)))
             del self._free[worker]
             bundle = self._bundle(first)
+            self._leased = True
             for task in bundle:
                 del self._waiting[task.task_id]
         return Lease(worker, bundle, self._plans[first.plan_id])
@@ -113,8 +125,8 @@ class Pool:
         return {task_id: reason for task_id, reason in self._ended.items() if reason is not None}
 
     def _bundle(self, first: Task) -> tuple[Task, ...]:
-        if first.task_id in self._deaths:
-            return (first,)
+        if first.task_id in self._deaths or not self._leased:
+            return (first,)  # the very first goes alone: a result to look at while the others are scored
         others = [task for task in self._waiting.values() if task is not first and task.shares_capture_with(first) and task.task_id not in self._deaths]
         share = math.ceil((1 + len(others)) / self._n_workers)
         return (first, *others[: share - 1])

@@ -95,7 +95,7 @@ class Book:
             "modules": list(group.modules),
             "layer_index": group.layer_index,
             "sensitivity": None if score is None else score / n_predictions,
-            "predicted_kl": None if score is None else score / (2 * n_predictions),
+            "predicted_kl": None if score is None else score / (n_predictions if self.task.method == "kl_div" else 2 * n_predictions),
             "n_predictions": n_predictions,
             "n_samples": SIZES[size],
             "weight_elements": group.weight_elements,

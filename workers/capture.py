@@ -4,8 +4,10 @@ For each linear its input x [rows, in] and the gradient g [rows, out] of the sum
 That is all that any recipe's score needs, so the model runs once, not once a recipe.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,14 @@ from torch import Tensor, nn
 
 from sweep.errors import SweepError
 from workers.data import Batch
+from workers.decoder import decoder_of
 from workers.task import is_vision
 
 Segments = Sequence[Sequence[Batch]]  # of a plan, up to the largest size wanted
+
+# Rows whose logits are held at once: 2,048 in fp32 with their gradient would be 2.5 GB at 151,936 words. A GEMM's shape decides
+# its bits, so another number is another score version.
+_HEAD_ROWS: Final = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,20 +90,40 @@ def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dic
     Raises: SweepError: a module is called on other rows than the batch's tokens or patches, or twice in one pass.
     """
     parameter = next(model.parameters())
-    recorder = _Recorder(segments, parameter.device)
-    handles = [model.get_submodule(name).register_forward_hook(recorder.hook(name)) for name in modules]
-    try:
-        for index, batches in enumerate(segments):
-            for batch in batches:
-                recorder.start(index, batch)
-                with torch.enable_grad():
-                    logits = model(**batch_to(batch, parameter.device, parameter.dtype), use_cache=False).logits
-                    summed_loss(logits, labels_of(batch)).backward()
-                del logits
-    finally:
-        for handle in handles:
-            handle.remove()
+    decoder = decoder_of(model)
+    recorder = Recorder(segments, parameter.device)
+    with recorder.attached(model, modules), torch.enable_grad():
+        for batch in recorder.batches():
+            inputs, labels = batch_to(batch, parameter.device, parameter.dtype), labels_of(batch)
+            if decoder is not None:
+                backward_from(decoder.output(inputs), decoder.head, labels)
+            else:
+                _backward(summed_loss(model(**inputs, use_cache=False).logits, labels))
     return recorder.rows()
+
+
+def backward_from(output_BTH: Tensor, head: nn.Module, labels: Tensor) -> None:
+    """Backward pass of the summed loss through head and model, which never holds the logits of more than 512 rows.
+
+    Args:
+        output_BTH: the final norm's output, with the graph that made it.
+        head: makes logits of it.
+        labels: [batch, tokens], already shifted.
+    """
+    gradient_BTH = output_BTH.new_zeros(output_BTH.shape)
+    pieces = zip(*(tensor.flatten(0, 1).split(_HEAD_ROWS) for tensor in (output_BTH.detach(), labels[..., None], gradient_BTH)), strict=True)
+    for piece_TH, piece_labels, piece_gradient_TH in pieces:
+        leaf_TH = piece_TH.detach().requires_grad_(output_BTH.requires_grad)
+        _backward(summed_loss(head(leaf_TH)[None], piece_labels))
+        if leaf_TH.grad is not None:
+            piece_gradient_TH.copy_(leaf_TH.grad)
+    if output_BTH.requires_grad:
+        output_BTH.backward(gradient_BTH)
+
+
+def _backward(loss: Tensor) -> None:
+    if loss.requires_grad:  # not if no captured module took part
+        loss.backward()
 
 
 def layout_of(segments: Segments, rows_of: Callable[[Batch], Sequence[int]], device: torch.device) -> Layout:
@@ -126,7 +153,7 @@ class _Buffer:
         self.batch, self.end = -1, 0  # the last batch that called it, and the rows filled then
 
 
-class _Recorder:
+class Recorder:
     """Forward hooks that keep x, and put a hook on the output that keeps g."""
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
@@ -136,12 +163,26 @@ class _Recorder:
         self._n_batch = -1
         self._seen: dict[int, tuple[_Buffer, Tensor]] = {}  # inputs of this batch by address; held, so that no address is used twice
 
-    def start(self, segment: int, batch: Batch) -> None:
-        self._segment, self._batch = segment, batch
-        self._n_batch += 1
-        self._seen.clear()
+    @contextmanager
+    def attached(self, model: nn.Module, modules: Sequence[str]) -> Generator[None]:
+        """Listen to the named modules."""
+        handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def batches(self) -> Generator[Batch]:
+        """Every batch in canonical order; each is to be run before the next is taken."""
+        for segment, batches in enumerate(self._segments):
+            for batch in batches:
+                self._segment, self._batch = segment, batch
+                self._n_batch += 1
+                self._seen.clear()
+                yield batch
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if not output.requires_grad:
                 output.requires_grad_()  # the first linears: nothing before them takes a gradient

@@ -1,6 +1,7 @@
 """A checkpoint on disk: what makes it loadable, and the hash that names its content. Imports nothing heavy."""
 
 import hashlib
+import json
 from pathlib import Path
 
 from sweep import cache
@@ -27,6 +28,24 @@ def check_checkpoint(path: Path) -> None:
                 "Only safetensors are loaded: save it again with model.save_pretrained(DIR) of a current transformers."
             )
         raise SweepError(f"model.path={path} has no *.safetensors file. Download the weights, or give another model.path=DIR.")
+
+
+def check_weights(path: Path) -> None:
+    """Refuse weight files that were cut short or are missing from a sharded checkpoint; reads their headers only.
+
+    Raises: SweepError: names the file.
+    """
+    names = {file.name for file in weight_files(path)}
+    for index in path.glob("*.safetensors.index.json"):
+        try:
+            missing = sorted({*json.loads(index.read_bytes())["weight_map"].values()} - names)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SweepError(f"{index} is damaged: it names no weight files. Download it again.") from error
+        if missing:
+            raise SweepError(f"{path} lacks {missing[0]} ({len(missing)} such files), which {index.name} names. Download the checkpoint again.")
+    for file in weight_files(path):
+        if not _is_whole(file):
+            raise SweepError(f"{file} is cut short or damaged. Download it again, or compare its checksum with the published one.")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -63,6 +82,20 @@ def file_key(path: Path) -> list[str | int]:
     except OSError as error:
         raise SweepError(f"Cannot read {path}: {error.strerror}. Check the path and its permissions.") from error
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file is as long as its header says: 8 bytes of header length, the header in JSON, the tensors."""
+    try:
+        with file.open("rb") as handle:
+            n_header = int.from_bytes(handle.read(8), "little")
+            n_rest = file.stat().st_size - 8 - n_header
+            header = json.loads(handle.read(n_header) if n_rest >= 0 else b"")
+        return n_rest == max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except OSError as error:
+        raise SweepError(f"Cannot read {file}: {error.strerror}. Check the path and its permissions.") from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return False
 
 
 def _sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from sweep.errors import SweepError
 from workers.scenes import patches, scene
 
 SIZES: Final = {"small": 16, "medium": 128, "large": 512}  # samples; each is a prefix of the next
-MAX_BATCH_TOKENS: Final = 512  # holds the longest sample whole; attention over a packed row costs its square
+MAX_BATCH_TOKENS: Final = 2048  # what fills a GPU; attention over a packed row costs its square
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -16,6 +18,9 @@ from workers.checkpoint import check_checkpoint
 # Model types whose attention keeps samples of one row apart when their positions start again at 0; each has a test.
 # Any other model gets batches of equal lengths, which is right for every architecture and slower on a GPU.
 PACKABLE = frozenset({"qwen3_vl", "qwen2", "qwen3", "llama", "mistral"})
+
+# What transformers raises on a config.json or on weights that make no model.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, StrictDataclassError, SafetensorError)
 
 
 def local_checkpoint(path: str) -> Path:
@@ -43,18 +48,34 @@ def read_config(path: Path) -> Any:
 
     Raises: SweepError: unreadable, or a model that needs its own code.
     """
+    _be_quiet()
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise SweepError(f"{path / 'config.json'} is no model that transformers {transformers.__version__} knows: {_first_line(error)}") from error
+    except _UNREADABLE as error:
+        raise _no_model(path, error) from error
 
 
-def linears(path: Path) -> list[tuple[str, int, int]]:
-    """Name, inputs and outputs of every nn.Linear of the checkpoint's model, in the model's order; no weight is read."""
-    _be_quiet()
-    with torch.device("meta"):
-        model = _model_class(config := read_config(path))._from_config(config)
-    return [(name, module.in_features, module.out_features) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def structure(path: Path) -> dict[str, Any]:
+    """What the checkpoint's model is made of; no weight is read.
+
+    Returns: `linears`, [name, inputs, outputs] of every nn.Linear in the model's order; `parameters` and `vocabulary`, their
+        numbers; `packable`.
+
+    Raises: SweepError: the configuration makes no model.
+    """
+    config = read_config(path)
+    try:
+        with torch.device("meta"):
+            model = _model_class(config)._from_config(config)
+    except _UNREADABLE as error:
+        raise _no_model(path, error) from error
+    modules = model.named_modules()
+    return {
+        "linears": [[name, module.in_features, module.out_features] for name, module in modules if isinstance(module, nn.Linear)],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "vocabulary": config.get_text_config().vocab_size,
+        "packable": config.model_type in PACKABLE,
+    }
 
 
 def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
@@ -64,9 +85,12 @@ def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         raise SweepError(f"{path} has no tokenizer that loads: {_first_line(error)} Copy the model's tokenizer files there.") from error
-    return [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
+    tokens = [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
+    if not any(tokens):  # what transformers makes of a directory without tokenizer files
+        raise SweepError(f"{path} has no tokenizer: no text gives a token. Copy the model's tokenizer files there.")
+    return tokens
 
 
 def image_tokens(path: Path) -> dict[str, int]:
@@ -75,9 +99,9 @@ def image_tokens(path: Path) -> dict[str, int]:
     Raises: SweepError: a model without a Qwen3-VL style vision tower.
     """
     config = read_config(path)
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id")
-    patch = (getattr(vision, "patch_size", None), getattr(vision, "temporal_patch_size", None), getattr(vision, "spatial_merge_size", None))
+    patch: Any = (getattr(vision, "patch_size", None), getattr(vision, "temporal_patch_size", None), getattr(vision, "spatial_merge_size", None))
     if patch != (16, 2, 2) or any(not hasattr(config, name) for name in names):
         raise SweepError(
             f"dataset=scenes needs a model that reads images in patches of 16 as Qwen3-VL does; {config.model_type!r} does not. Choose a text data set."
@@ -96,14 +120,26 @@ def load(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
     Raises: SweepError: the weights do not fit the configuration or cannot be read.
     """
     model_class = _model_class(read_config(path))
-    _be_quiet()
     try:
-        model, info = model_class.from_pretrained(path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SweepError(f"The checkpoint {path} does not load: {_first_line(error)}") from error
+        model, info = model_class.from_pretrained(
+            path,
+            dtype=dtype,
+            device_map=None if device == "cpu" else device,  # straight to the GPU, no copy in the host's memory
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except _UNREADABLE as error:
+        advice = "Its weights must fit its config.json: download both again."
+        raise SweepError(f"The checkpoint {path} does not load: {_first_line(error)} {advice}") from error
     if missing := sorted(info["missing_keys"]):
         raise SweepError(f"The checkpoint {path} lacks {len(missing)} weights, the first {missing[0]!r}: they would be random. Download it again.")
-    return model.to(device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+def _no_model(path: Path, error: BaseException) -> SweepError:
+    version = transformers.__version__
+    return SweepError(f"{path / 'config.json'} is no model that transformers {version} knows: {_first_line(error)} Give another checkpoint: model.path=DIR.")
 
 
 def _model_class(config: Any) -> Any:
@@ -121,4 +157,5 @@ def _be_quiet() -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    first, *rest = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {first} {rest[0].strip()}" if rest and first.endswith(":") else f"{type(error).__name__}: {first}"

@@ -1,9 +1,12 @@
 """One worker's work, without Ray: hold a model and its capture, score tasks together, put finished parts into the store."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,16 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from sweep.errors import SweepError
+from sweep.machine import memory_gb
 from sweep.store import Store
-from workers import modeling
+from workers import memory, modeling
 from workers.book import Book, Measured, Part
 from workers.capture import Rows, capture
 from workers.data import Plan
+from workers.kl import KlEngine
 from workers.quantization import auto_quantize_scores
-from workers.scoring import Engine, GroupScore, NotFinite, Scores
+from workers.scoring import Engine, GroupScore, Job, NotFinite, Scores
 from workers.task import GroupSpec, ModelSpec, Progress, Task
+from workers.windows import captures
 
+_MAX_HALVINGS = 8
 _WRITERS = 4  # threads that put parts on disk while the next layer is scored
+_MAX_WRITING = 1024  # parts that wait for them
+
+_Waiting = Callable[[], list[Scores] | None]  # see Engine.score_group
+_Start = Callable[[GroupSpec, Sequence[Job]], _Waiting]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +46,21 @@ class _Captured:
 class Scorer:
     """Scores tasks; loads a model only when tasks need another one, and captures only what no earlier task had captured."""
 
-    def __init__(self, store_uri: str, device: str) -> None:
+    def __init__(self, store_uri: str, device: str, *, memory_gb: float | None = None, n_workers: int = 1) -> None:
         """Prepare an empty worker.
 
         Args:
             store_uri: absolute path or URL of the store.
             device: "cpu" or "cuda".
+            memory_gb: memory to use, 1e9 bytes; None: what is free on the GPU, or an even share of the machine's.
+            n_workers: workers that share the machine.
         """
         if device == "cpu":
             torch.set_num_threads(1)  # more threads beside other workers cost 60x, and would change bits
+        elif memory_gb is not None:
+            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / torch.cuda.mem_get_info()[1]))
+        self._memory_gb, self._n_workers = memory_gb, n_workers
+        self._halvings = 0  # of the room for x and g, after running out of memory
         self.store = Store(store_uri)
         self.device = torch.device(device)
         self.model_loads = 0
@@ -50,13 +68,19 @@ class Scorer:
         self._model_spec: ModelSpec | None = None
         self._engine: Engine | None = None
         self._captured: _Captured | None = None
+        self._divergence: tuple[tuple[str, int, tuple[str, ...]], KlEngine] | None = None
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="part-writer")
+
+    def info(self) -> dict[str, Any]:
+        """Number of model loads, and the most GPU memory that was allocated, in 1e9 bytes."""
+        peak_gb = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
+        return {"model_loads": self.model_loads, "peak_gb": peak_gb}
 
     def load(self, spec: ModelSpec) -> None:
         """Hold this model, and no other."""
         if spec == self._model_spec:
             return
-        self._model, self._model_spec, self._captured = None, None, None
+        self._model, self._model_spec, self._engine, self._captured, self._divergence = None, None, None, None, None
         self._model = modeling.load(Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device))
         self._engine = Engine(self.device)
         self._model_spec = spec
@@ -77,45 +101,116 @@ class Scorer:
         books = {task.task_id: Book(task, plan, parts, self.store) for task in tasks}
         for book in books.values():
             yield book.progress()
-        measured = self._stock(books, plan, parts) if first.engine == "modelopt" else self._layerwise(books, plan, parts)
+        while True:
+            try:
+                yield from self._written(books, self._measured_parts(books, plan, parts))
+                break
+            except torch.OutOfMemoryError as error:  # what is in the store stays; go on with half the window
+                traceback.clear_frames(error.__traceback__)  # they hold the memory
+                self._captured = self._divergence = None
+                torch.cuda.empty_cache()
+                if self._halvings == _MAX_HALVINGS:
+                    raise SweepError(f"{_out_of_memory(error)} Choose a smaller dataset.size or dataset.max_tokens, or a larger GPU.") from error
+                self._halvings += 1
+                warning = f"{_out_of_memory(error)} Going on with a window of 1/{2**self._halvings} of the room."
+                yield replace(next(iter(books.values())).progress(), warning=warning)
+        for book, done in [(book, self._writers.submit(book.complete)) for book in books.values()]:
+            done.result()
+            yield book.progress()
+
+    def _written(self, books: Mapping[str, Book], measured: Iterable[tuple[Part, dict[str, Measured]]]) -> Iterator[Progress]:
+        """Put parts into the store while the next ones are scored."""
+        writing: deque[tuple[str, Future[None]]] = deque()
         for part, found in measured:
-            writes = [self._writers.submit(books[task_id].write, part, rows) for task_id, rows in found.items()]
-            for task_id, done in zip(found, writes, strict=True):
+            for task_id, rows in found.items():
+                known = self._explained(rows) if isinstance(rows, NotFinite) else rows
+                writing.append((task_id, self._writers.submit(books[task_id].write, part, known)))
+            while writing and (writing[0][1].done() or len(writing) > _MAX_WRITING):
+                task_id, done = writing.popleft()
                 done.result()
                 yield books[task_id].progress()
-        for done in [self._writers.submit(book.complete) for book in books.values()]:
+        for task_id, done in writing:
             done.result()
+            yield books[task_id].progress()
 
-    def _layerwise(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, dict[str, Measured]]]:
-        """Our engine. On a GPU a part is started before the one before it is waited for, so that the GPU always has work."""
-        assert self._engine is not None
-        started: list[tuple[Part, list[Book], list[Callable[[], list[Scores] | None]]]] = []
-        for window, rows in self._windows(books, plan, parts):
-            for part in window:
-                asking = [book for book in books.values() if book.lacks(part)]
-                if not asking:
-                    continue
+    def _measured_parts(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, dict[str, Measured]]]:
+        task = next(iter(books.values())).task
+        if task.engine == "modelopt":
+            return self._stock(books, plan, parts)
+        return self._ahead(books, self._divergences(books, plan, parts) if task.method == "kl_div" else self._layerwise(books, plan, parts))
+
+    def _ahead(self, books: Mapping[str, Book], starting: Iterable[tuple[Part, _Start]]) -> Iterator[tuple[Part, dict[str, Measured]]]:
+        """Start the groups of each part. On a GPU a part is started before the one before it is waited for: it always has work."""
+        started: deque[tuple[Part, list[Book], list[_Waiting]]] = deque()
+        for part, start in starting:
+            asking = [book for book in books.values() if book.lacks(part)]
+            if asking:
                 jobs = [book.job(part) for book in asking]
-                started.append((part, asking, [self._engine.score_group(self._weights(group), rows, jobs) for group in part.groups]))
-                if len(started) > (self.device.type == "cuda"):
-                    yield _measured(*started.pop(0))
+                started.append((part, asking, [start(group, jobs) for group in part.groups]))
+            if len(started) > (self.device.type == "cuda"):
+                yield _measured(*started.popleft())
         for rest in started:
             yield _measured(*rest)
+
+    def _layerwise(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, _Start]]:
+        """method=gradient: each part, and what starts the scoring of one of its groups."""
+        engine = self._engine
+        assert engine is not None
+        for window, rows in self._windows(books, plan, parts):
+
+            def start(group: GroupSpec, jobs: Sequence[Job], rows: Mapping[str, Rows] = rows) -> _Waiting:
+                return engine.score_group(self._weights(group), rows, jobs)
+
+            for part in window:
+                yield part, start
+
+    def _divergences(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, _Start]]:
+        """method=kl_div: the same, from one pass of the unquantized model, which is kept for later tasks."""
+        wanted = [part for part in parts if any(book.lacks(part) for book in books.values())]
+        if not wanted:
+            return
+        self._captured = None
+        task, n_segments = next(iter(books.values())).task, max(book.n_segments for book in books.values())
+        key = (task.plan_id, n_segments, modules_of(parts))
+        if self._divergence is None or self._divergence[0] != key:
+            self._divergence = None  # frees its memory first
+            self._divergence = key, KlEngine(self._model, plan.segments[:n_segments], key[2])
+        engine = self._divergence[1]
+        for part in wanted:
+            yield part, lambda group, jobs: engine.score_group(group.modules, jobs)
 
     def _windows(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Sequence[Part], Mapping[str, Rows]]]:
         """The parts that are still wanted, as many at a time as memory holds, with what their linears saw."""
         wanted = [part for part in parts if any(book.lacks(part) for book in books.values())]
-        n_segments = max((book.n_segments for book in books.values()), default=0)
         if not wanted:
             return
-        first = next(iter(books.values())).task
-        modules = tuple(name for part in wanted for group in part.groups for name in group.modules)
-        yield wanted, self._rows(first.plan_id, plan, n_segments, modules)
+        tasks = [book.task for book in books.values()]
+        n_segments = max(book.n_segments for book in books.values())
+        work = memory.workload(tasks, plan, n_segments, self._model_bytes(), self._model.config.get_text_config().vocab_size)
+        sizes = [memory.capture_bytes(part.groups, work) for part in wanted]
+        room = (self._memory_bytes() - memory.fixed_bytes([group for part in wanted for group in part.groups], work)) / 2**self._halvings
+        windows = memory.windows(wanted, sizes, room)
+        if len(windows) == 1:
+            yield wanted, self._rows(tasks[0].plan_id, plan, n_segments, modules_of(wanted))
+            return
+        self._captured = self._divergence = None
+        for index, rows in captures(self._model, plan.segments[:n_segments], [modules_of(window) for window in windows]):
+            yield windows[index], rows
+
+    def _memory_bytes(self) -> float:
+        if self._memory_gb is not None:
+            return self._memory_gb * 1e9
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        return memory_gb() * 1e9 / self._n_workers
+
+    def _model_bytes(self) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
 
     def _rows(self, plan_id: str, plan: Plan, n_segments: int, modules: tuple[str, ...]) -> Mapping[str, Rows]:
         """Capture, or what an earlier capture of at least as much left."""
         if (held := self._captured) is None or held.plan_id != plan_id or held.n_segments < n_segments or not set(modules) <= held.modules:
-            self._captured = held = None  # frees its memory first
+            self._captured = self._divergence = held = None  # frees its memory first
             rows = capture(self._model, plan.segments[:n_segments], modules)
             self._captured = held = _Captured(plan_id, n_segments, frozenset(modules), rows)
         return held.rows
@@ -123,17 +218,42 @@ class Scorer:
     def _weights(self, group: GroupSpec) -> dict[str, torch.Tensor]:
         return {name: self._model.get_submodule(name).weight.detach() for name in group.modules}
 
+    def _explained(self, error: NotFinite) -> NotFinite:
+        """Name the broken weight if there is one: a NaN travels forward and backward, and first shows in another layer's score."""
+        broken = (name for name, parameter in self._model.named_parameters() if not torch.isfinite(parameter).all())
+        name = next(broken, None)
+        return (
+            error if name is None or name.removesuffix(".weight") in str(error) else NotFinite(f"{error} The checkpoint's {name} holds NaN or infinite values.")
+        )
+
     def _stock(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, dict[str, Measured]]]:
         """The cross-check: ModelOpt's own searcher, one recipe and size at a time."""
         for task_id, book in books.items():
             task = book.task
             covered = [name for group in task.groups for name in group.modules]
-            scores = {size: auto_quantize_scores(self._model, task.quant_cfg, task.algorithm, list(plan.batches(size)), covered) for size in task.cells}
-            for part in parts:
+            scores: dict[str, dict[str, float | None]] = {}
+            for size in task.cells:
+                with _calls(self._model, covered) as called:
+                    try:
+                        found = auto_quantize_scores(self._model, task.quant_cfg, task.algorithm, list(plan.batches(size)), covered)
+                    except AssertionError as error:  # ModelOpt's calibrator met a NaN
+                        yield parts[0], {task_id: NotFinite(f"{task.label}: ModelOpt {error}.")}
+                        break
+                scores[size] = {group.name: found.get(group.name) if called & {*group.modules} else None for group in task.groups}
+            for part in parts if len(scores) == len(task.cells) else ():
                 yield part, {task_id: _stock_columns(part, task.label, scores)}
 
 
-def _measured(part: Part, books: Sequence[Book], waiting: Sequence[Callable[[], list[Scores] | None]]) -> tuple[Part, dict[str, Measured]]:
+def modules_of(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Names of the linears of all parts."""
+    return tuple(name for part in parts for group in part.groups for name in group.modules)
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+    return "Out of GPU memory: " + str(error).partition("Tried to allocate")[2].partition(".")[0].strip() + " more were needed."
+
+
+def _measured(part: Part, books: Sequence[Book], waiting: Sequence[_Waiting]) -> tuple[Part, dict[str, Measured]]:
     """Wait for a part's groups: the measured columns of each task, by size, a row a group; or what went wrong."""
     by_group = [wait() for wait in waiting]
     result: dict[str, Measured] = {}
@@ -151,12 +271,24 @@ def _measured(part: Part, books: Sequence[Book], waiting: Sequence[Callable[[], 
     return part, result
 
 
-def _stock_columns(part: Part, label: str, scores: Mapping[str, Mapping[str, float]]) -> Measured:
+@contextmanager
+def _calls(model: torch.nn.Module, modules: Sequence[str]) -> Generator[set[str]]:
+    """Collect which of the modules a copy of the model, made meanwhile, calls: ModelOpt scores 0 what never ran."""
+    called: set[str] = set()
+    handles = [model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in modules]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stock_columns(part: Part, label: str, scores: Mapping[str, Mapping[str, float | None]]) -> Measured:
     """The measured columns of a part by size, from ModelOpt's scores by size and layer group."""
     for group in part.groups:
-        if not all(math.isfinite(found.get(group.name, 0.0)) for found in scores.values()):
+        if not all(math.isfinite(found[group.name] or 0.0) for found in scores.values()):
             return NotFinite(f"Layer group {group.name} under {label}: its score is NaN or infinite.")
-    return {size: [{"score": found.get(group.name)} for group in part.groups] for size, found in scores.items()}
+    return {size: [{"score": found[group.name]} for group in part.groups] for size, found in scores.items()}
 
 
 def _columns(score: GroupScore | None) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from workers.capture import Layout, Rows, square_sum
 from workers.data import SIZES
 from workers.quantization import Attributes, Quantizers, quantized
 
+_PRODUCT_BYTES = 2e9  # of dx Q(W)^T held at once
+
 
 class NotFinite(ArithmeticError):
     """A NaN or an infinity; names the layer group, the recipe and the first sample. The trial fails, others go on."""
@@ -218,8 +220,9 @@ class _Total:
     """Sums over the modules of a group, always in the model's order."""
 
     def __init__(self, group: str, jobs: Sequence[Job], columns: Sequence[_Column], rows: Sequence[Rows]) -> None:
-        self._group, self._jobs, self._columns, self._rows = group, jobs, columns, rows
-        x_TI = rows[0].x_TI
+        self._group, self._jobs, self._columns, self._layout = group, jobs, columns, rows[0].layout
+        self._y_squares, self._amaxes = [seen.y_square_sums for seen in rows], [seen.input_amaxes for seen in rows]
+        x_TI = rows[0].x_TI  # not kept: its memory may be wanted before the results are
         self.sums = torch.zeros(len(rows), 2, len(columns), len(x_TI), device=x_TI.device)  # by module: (g * dy)^2 and dy^2
         self._samples: Tensor | None = None  # [samples in row order, 2 * columns] float64
         self._dw_squares: dict[int, list[Tensor | float]] = {index: [] for index in range(len(jobs))}
@@ -233,13 +236,13 @@ class _Total:
     def close(self) -> None:
         """Sum rows to samples, without waiting for the GPU."""
         by_row = self.sums.flatten(0, 2).T.double().contiguous()
-        by_sample = torch.segment_reduce(by_row, "sum", lengths=self._rows[0].layout.lengths, axis=0, unsafe=True)  # its checks wait for the GPU
-        modules = by_sample.unflatten(1, (len(self._rows), -1)).unbind(1)
+        by_sample = torch.segment_reduce(by_row, "sum", lengths=self._layout.lengths, axis=0, unsafe=True)  # its checks wait for the GPU
+        modules = by_sample.unflatten(1, (len(self._amaxes), -1)).unbind(1)
         self._samples = sum(modules[1:], start=modules[0])
 
     def results(self) -> list[Scores]:
         assert self._samples is not None
-        jobs, layout = self._jobs, self._rows[0].layout
+        jobs, layout = self._jobs, self._layout
         in_rows = self._samples.cpu().numpy()
         samples = np.zeros((in_rows.shape[1], max(layout.samples) + 1))  # a row a column, so that a sum's order is its own
         samples[:, list(layout.samples)] = in_rows.T
@@ -248,8 +251,8 @@ class _Total:
         all_finite = bool(np.isfinite(samples).all())
         sizes = {size: n_segments for job in jobs for size, n_segments in job.sizes.items()}
         sums = {size: samples[:, : SIZES[size]].sum(axis=1) for size in sizes}
-        y_squares = {size: sum(sum(rows.y_square_sums[:n]) for rows in self._rows) for size, n in sizes.items()}
-        amaxes = {size: max(max(rows.input_amaxes[:n]) for rows in self._rows) for size, n in sizes.items()}
+        y_squares = {size: sum(sum(squares[:n]) for squares in self._y_squares) for size, n in sizes.items()}
+        amaxes = {size: max(max(amaxes[:n]) for amaxes in self._amaxes) for size, n in sizes.items()}
         found: list[dict[str, GroupScore] | NotFinite] = [{} for _ in jobs]
         for column in self._columns:
             job, by_size = jobs[column.job], found[column.job]
@@ -291,7 +294,8 @@ def _score_visit(visit: _Visit, rows: Rows, jobs: Sequence[Job], columns: Sequen
         for start, end in _pieces(rows.layout):
             if start < n_rows:
                 _matmul(rows.x_TI[start:end], delta, by_weight[start:end])
-    step = kernels.COLUMNS if weight.is_cuda else 1  # a CPU gains nothing from it, and loses its cache
+    room = max(1, int(_PRODUCT_BYTES / (rows.layout.ends[-1] * n_out * 4)))
+    step = min(kernels.COLUMNS, room) if weight.is_cuda else 1  # a CPU gains nothing from it, and loses its cache
     for first in range(0, len(columns), step):
         together = columns[first : first + step]
         ends = [column.end for column in together]

@@ -1,7 +1,7 @@
 """What the driver asks of a worker: plain values that travel between processes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -23,6 +23,8 @@ class GroupSpec:
     part: str  # the decoder layer or top-level block whose file holds the row
     layer_index: int | None  # None outside decoder blocks
     weight_elements: int
+    n_inputs: int  # of the first module; the others read the same tensor
+    n_outputs: int  # of all modules together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,7 @@ class Task:
     label: str  # "wfp8_afp8/default", for people
     model: ModelSpec
     plan_id: str  # digest of the plan's largest size: equal ids share a capture
-    method: Literal["gradient"]
+    method: Literal["gradient", "kl_div"]
     engine: Literal["layerwise", "modelopt"]
     quant_cfg: tuple[Mapping[str, Any], ...]  # ModelOpt's ordered entries
     algorithm: str
@@ -63,6 +65,11 @@ class Progress:
     done: int  # layer groups, over all cells of the task
     total: int
     failure: str | None = None  # why the task has ended without all its scores
+    warning: str | None = None  # what the person who watches should know
+
+    def after(self, earlier: "Progress | None") -> "Progress":
+        """This progress, with an earlier one's warning if that was not told yet."""
+        return self if earlier is None or self.warning is not None else replace(self, warning=earlier.warning)
 
 
 def is_vision(module: str) -> bool:

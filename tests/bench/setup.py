@@ -118,8 +118,10 @@ def grid_tasks(network: Any, device: str, overrides: tuple[str, ...] = ("dataset
     groups: list[GroupSpec] = []
     for first, modules in layer_groups(linears).items():
         part, index = part_of(first)
-        elements = sum(linears[name].weight.numel() for name in modules)
-        groups.append(GroupSpec(name=first, modules=modules, part=part, layer_index=index, weight_elements=elements))
+        n_inputs, n_outputs = linears[first].in_features, sum(linears[name].out_features for name in modules)
+        groups.append(
+            GroupSpec(name=first, modules=modules, part=part, layer_index=index, weight_elements=n_inputs * n_outputs, n_inputs=n_inputs, n_outputs=n_outputs)
+        )
     return [replace(task, groups=tuple(groups)) for task in tasks]
 
 

@@ -64,7 +64,7 @@ def test_removing_twice_is_removing_once(files: Files) -> None:
 
 
 def test_a_check_leaves_nothing_behind(files: Files) -> None:
-    files.check_writable()
+    files.check_writable("store.uri")
     files.write("a", b"x")
     fs, root = fsspec.core.url_to_fs(files.uri)
     assert fs.find(root) == [f"{root}/a"]
@@ -99,7 +99,7 @@ def test_a_writer_killed_half_way_is_never_seen(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(SweepError, match=r"Cannot write to .*/file/store: Not a directory\. Choose a writable place: store\.uri=DIR\."):
-        Files(str(tmp_path / "file" / "store")).check_writable()
+        Files(str(tmp_path / "file" / "store")).check_writable("store.uri")
 
 
 @pytest.mark.parametrize("uri", ["nosuch://bucket/store", "s4://bucket"])

@@ -1,0 +1,78 @@
+"""What Ray and Tune cost: trials whose scoring takes no time, on workers that load a model in no time.
+
+python -m tests.bench.orchestration
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sweep import driver
+from sweep.machine import Workers
+from tests.bench.setup import report
+from workers.data import Plan, Sample, make_plan
+from workers.task import ModelSpec, Progress, Task
+
+_N_TRIALS = 384
+
+
+class InstantWorker:
+    """A worker with the interface of workers.actor.Worker that has its scores before it is asked."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._loads = 0
+
+    def load(self, task: Task) -> None:
+        self._loads += 1
+
+    def info(self) -> dict[str, Any]:
+        return {"model_loads": self._loads}
+
+    def score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[list[Progress]]:
+        yield [Progress(task_id=task.task_id, done=1, total=1) for task in tasks]
+
+
+def main() -> None:
+    import numpy as np
+
+    plan = make_plan([Sample(token_ids=np.arange(8, dtype=np.int64))] * 16, packed=True)
+    task = Task(
+        task_id="",
+        label="instant",
+        model=ModelSpec(path="none", revision="none", dtype="float32"),
+        plan_id="plan",
+        method="gradient",
+        engine="layerwise",
+        quant_cfg=(),
+        algorithm="max",
+        weight_attributes=None,
+        input_attributes=None,
+        calibrates_inputs=False,
+        effective_bits=16.0,
+        groups=(),
+        cells={"small": "cell"},
+    )
+    tasks = {f"task-{i}": replace(task, task_id=f"task-{i}") for i in range(_N_TRIALS)}
+    orders = [driver.TrialOrder(name=f"trial-{i}", task_id=task_id) for i, task_id in enumerate(tasks)]
+    started: list[float] = []
+    driver.Worker = InstantWorker  # type: ignore[misc, assignment]
+    _, infos = driver.run_trials(
+        orders,
+        tasks,
+        {"plan": plan},
+        Workers(device="cpu", count=2, gpus_each=1.0),
+        "none",
+        memory_gb=None,
+        on_ready=lambda: started.append(time.perf_counter()),
+        on_progress=lambda progress: None,
+    )
+    seconds = time.perf_counter() - started[0]
+    figures = {"trials": _N_TRIALS, "workers": 2, "ms_per_trial": 1000 * seconds / _N_TRIALS, "model_loads": sum(info["model_loads"] for info in infos)}
+    report("orchestration", torch.device("cpu"), figures)
+
+
+if __name__ == "__main__":
+    main()

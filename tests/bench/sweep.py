@@ -1,0 +1,74 @@
+"""A whole sweep by the command line, from a cold start to published reports: model load, capture, scores, store, reports.
+
+python -m tests.bench.sweep --device cpu --model tiny
+python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape                  # the valid points of the grid, 3 sizes
+python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape --memory-gb 16
+python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape --long           # 65,000 tokens, 16 recipes
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tests.bench.checkpoint import make_checkpoint, write_captions
+from tests.bench.setup import report
+
+_LONG_GRID = [
+    "quant_pair=wfp8_afp8,wfp8_aint8,wint4_afp8,wint4_aint8",
+    "quant_granularity=default,w_per_out_channel,a_per_token_dynamic,recipe_match_channel_token",
+    "dataset.size=medium",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--model", choices=["tiny", "qwen3_vl_4b_shape"], default="tiny")
+    parser.add_argument("--memory-gb", type=float)
+    parser.add_argument("--long", action="store_true")
+    parser.add_argument("--scratch", type=Path, help="where the checkpoint is kept between runs")
+    parser.add_argument("overrides", nargs="*", help="of the sweep, instead of the whole grid")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as fresh:
+        scratch = args.scratch or Path(fresh)
+        model = make_checkpoint(scratch / "model", args.model, args.device)
+        captions = write_captions(scratch / ("long.txt" if args.long else "captions.txt"), long=args.long)
+        grid = args.overrides or (_LONG_GRID if args.long else ["grid=origin"])
+        command = [sys.executable, "-m", "sweep", "run", "-m", *grid, "model=hf_causal_lm", f"model.path={model}", "model.name=bench"]
+        command += ["dataset=coco2017_captions", f"dataset.captions_path={captions}", f"cluster.device={args.device}"]
+        command += [f"store.uri={fresh}/store", "output_layout=publish", f"output_layout.root={fresh}/models"]
+        command += [f"sensitivity.memory_gb={args.memory_gb}"] if args.memory_gb else []
+        environment = {**os.environ, "SWEEP_CACHE_DIR": f"{fresh}/cache"}  # hashes and token ids are found anew, as on a first run
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        seconds = time.perf_counter() - started
+        run = json.loads(next(Path(fresh, "store", "runs").glob("*.json")).read_text()) if done.returncode in (0, 3) else {}
+        first = re.search(r"First result after ([\d.]+) s", done.stdout)
+        figures = {
+            "model": args.model,
+            "grid": " ".join(grid),
+            "memory_gb": args.memory_gb,
+            "exit_code": done.returncode,
+            "trials": run.get("trials"),
+            "seconds": seconds,
+            "first_result_seconds": float(first[1]) if first else None,
+            "scoring_seconds": run.get("scoring_seconds"),
+            "layer_groups": run.get("groups_done"),
+            "rows": run.get("groups_total"),
+            "model_loads": [worker["model_loads"] for worker in run.get("worker_info", [])],
+            "peak_gb": [worker.get("peak_gb") for worker in run.get("worker_info", [])],
+            "tail": "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:],
+        }
+        report("sweep_long" if args.long else "sweep", torch.device(args.device), figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Who gets which tasks, without Ray: the pool is a plain class, and every method is awaited as its actor would."""
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import pytest
+
+from workers.actor import Lease, Pool
+from workers.task import GroupSpec, ModelSpec, Task
+
+T = TypeVar("T")
+GROUP = GroupSpec(name="layers.0.a", modules=("layers.0.a",), part="layers.0", layer_index=0, weight_elements=4, n_inputs=2, n_outputs=2)
+TASK = Task(
+    task_id="",
+    label="",
+    model=ModelSpec(path="/model", revision="r", dtype="float32"),
+    plan_id="plan",
+    method="gradient",
+    engine="layerwise",
+    quant_cfg=(),
+    algorithm="max",
+    weight_attributes=None,
+    input_attributes=None,
+    calibrates_inputs=False,
+    effective_bits=8.0,
+    groups=(GROUP,),
+    cells={"small": "cell"},
+)
+
+
+def tasks(names: str, **changed: Any) -> list[Task]:
+    return [replace(TASK, task_id=name, label=name, **changed) for name in names]
+
+
+def pool(some: Sequence[Task], workers: str = "12") -> Pool:
+    return Pool(list(workers), {task.task_id: task for task in some}, {"plan": ["plan-ref"], "other": ["other-ref"]})
+
+
+async def begun(some: Sequence[Task], workers: str = "12") -> Pool:
+    """A pool whose first result is there: worker 1 has scored it, and holds the model."""
+    shared = pool([*tasks("!"), *some], workers)
+    await shared.give_back(await leased(shared, "!"), {"!": None})
+    return shared
+
+
+def names(lease: Lease | None) -> str:
+    assert lease is not None
+    return "".join(task.task_id for task in lease.tasks)
+
+
+async def waits(call: Awaitable[object]) -> bool:
+    """Whether a call is still waiting when everything else that can run has run; it goes on waiting no longer."""
+    pending = asyncio.ensure_future(call)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    is_waiting = not pending.done()
+    pending.cancel()
+    return is_waiting
+
+
+async def leased(from_pool: Pool, task_id: str) -> Lease:
+    lease = await from_pool.lease(task_id)
+    assert lease is not None
+    return lease
+
+
+def test_the_very_first_task_goes_alone_for_a_first_result() -> None:
+    async def story() -> None:
+        shared = pool(tasks("abcde"))
+        assert names(await shared.lease("c")) == "c"
+        assert names(await shared.lease("a")) == "ab"
+
+    asyncio.run(story())
+
+
+def test_a_bundle_is_an_even_share_of_what_is_left_its_own_task_first() -> None:
+    async def story() -> None:
+        shared = await begun(tasks("abcde"))
+        first = await leased(shared, "b")
+        assert (first.worker, names(first), first.plan) == ("1", "bac", ["plan-ref"])  # 3 of 5 for the first of 2 workers
+        second = await leased(shared, "a")  # already in the first bundle: this trial helps with what is left
+        assert (second.worker, names(second)) == ("2", "d")  # half of the 2 left
+        await shared.give_back(second, {"d": None})
+        assert names(await shared.lease("a")) == "e"
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"plan_id": "other"},
+        {"engine": "modelopt"},
+        {"model": replace(TASK.model, revision="s")},
+        {"model": replace(TASK.model, dtype="bfloat16")},
+        {"groups": (replace(GROUP, name="b"),)},
+    ],
+)
+def test_only_tasks_that_share_a_capture_go_out_together(other: dict[str, Any]) -> None:
+    mixed = [*tasks("a"), *tasks("b", **other), *tasks("c"), *tasks("d", **other)]
+
+    async def bundle(task_id: str) -> str:
+        return names(await (await begun(mixed, workers="1")).lease(task_id))
+
+    assert asyncio.run(bundle("a")) == "ac"
+    assert asyncio.run(bundle("d")) == ("d" if other.get("engine") == "modelopt" else "db")
+
+
+def test_a_worker_that_holds_the_model_is_preferred() -> None:
+    async def story() -> None:
+        shared = pool([*tasks("ab"), *tasks("cd", model=replace(TASK.model, revision="s"))])
+        one, other = await leased(shared, "c"), await leased(shared, "a")
+        assert (one.worker, names(one), other.worker, names(other)) == ("1", "c", "2", "a")
+        await shared.give_back(one, {"c": None})
+        await shared.give_back(other, {"a": None})
+        assert [((await leased(shared, name)).worker) for name in "bd"] == ["2", "1"]
+
+    asyncio.run(story())
+
+
+def test_a_trial_waits_while_nobody_is_free_and_ends_when_its_task_has_ended_elsewhere() -> None:
+    async def story() -> None:
+        shared = await begun(tasks("ab"), workers="1")
+        lease = await leased(shared, "a")
+        assert names(lease) == "ab"
+        assert await waits(shared.lease("b"))
+        late = asyncio.ensure_future(shared.lease("b"))
+        await asyncio.sleep(0)
+        await shared.give_back(lease, {"a": None, "b": "NaN in layer 3"})
+        assert await late is None
+        assert await shared.lease("a") is None
+        assert [await shared.outcome(name) for name in "ab"] == [None, "NaN in layer 3"]
+        assert await shared.failures() == {"b": "NaN in layer 3"}
+
+    asyncio.run(story())
+
+
+def test_what_a_dead_worker_did_not_end_waits_again_one_task_at_a_time() -> None:
+    async def story() -> None:
+        shared = await begun(tasks("abc"), workers="1")
+        lease = await leased(shared, "a")
+        assert names(lease) == "abc"
+        await shared.give_back(lease, {"a": None}, death="killed")
+        assert await shared.lease("a") is None
+        again = await leased(shared, "b")
+        assert names(again) == "b"  # b or c may be what kills workers
+        await shared.give_back(again, {"b": None})
+        assert names(await shared.lease("c")) == "c"
+
+    asyncio.run(story())
+
+
+def test_a_task_under_which_three_workers_died_has_failed_and_the_others_go_on() -> None:
+    async def story() -> None:
+        shared = await begun(tasks("abc"), workers="1")
+        for leaves in ("abc", "a", "a"):
+            lease = await leased(shared, "a")
+            assert names(lease) == leaves
+            await shared.give_back(lease, {}, death="out of memory")
+        assert await shared.lease("a") is None
+        assert await shared.outcome("a") == "3 workers died while scoring it: out of memory"
+        lease = await leased(shared, "b")
+        assert names(lease) == "b"
+        await shared.give_back(lease, {"b": None})
+        assert list(await shared.failures()) == ["a"]
+
+    asyncio.run(story())
+
+
+def test_every_task_is_scored_once_however_many_trials_ask() -> None:
+    """Trials as the driver runs them: as long as its task has not ended, a trial borrows a worker."""
+    scored: list[str] = []
+
+    async def trial(shared: Pool, task_id: str) -> None:
+        while (lease := await shared.lease(task_id)) is not None:
+            await asyncio.sleep(0.001)
+            scored.extend(task.task_id for task in lease.tasks)
+            await shared.give_back(lease, {task.task_id: None for task in lease.tasks})
+
+    async def story() -> None:
+        shared = pool(tasks("abcdefghijklmnopqrstuvwxyz"), workers="123")
+        await asyncio.gather(*(trial(shared, name) for name in "zyxwvutsrqponmlkjihgfedcbaaabb"))
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+    assert sorted(scored) == list("abcdefghijklmnopqrstuvwxyz")
