@@ -7,6 +7,7 @@ so a resumed sweep is a fresh experiment over what is left.
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,17 +82,8 @@ def run_trials(
         KeyboardInterrupt: as the caller's signal handlers raise it; the cluster is stopped then, too.
     """
     scratch = tempfile.mkdtemp(prefix="sweep-")
-    ray.init(
-        address="local",
-        num_cpus=workers.count + 1,
-        num_gpus=None if workers.device == "cuda" else 0,
-        resources={_SLOT: workers.count},
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        namespace=_NAMESPACE,
-    )
     try:
+        _start_ray(workers)
         actors = _start_workers(workers, store_uri, memory_gb)
         first = next(iter(tasks.values()))
         loads = [actor.load.remote(first) for actor in actors.values()]
@@ -101,10 +93,31 @@ def run_trials(
         _wait_for(loads)
         on_ready()
         _tuner(orders, scratch, on_progress).fit()
-        return ray.get(pool.failures.remote()), ray.get([actor.info.remote() for actor in actors.values()])
+        return ray.get(pool.failures.remote()), [info for name in actors if (info := _alive(name)) is not None]
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _start_ray(workers: Workers) -> None:
+    """Start a Ray cluster of this process' own, and keep the caller's signal handlers: Ray's ends the process with exit code 15."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(
+            address="local",
+            num_cpus=workers.count + 1,
+            num_gpus=None if workers.device == "cuda" else 0,
+            resources={_SLOT: workers.count},
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace=_NAMESPACE,
+        )
+    except SystemExit:  # SIGTERM, while Ray's handler was in place
+        raise KeyboardInterrupt from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _wait_for(loads: Sequence[Any]) -> None:
@@ -164,6 +177,15 @@ def run_trial(config: dict[str, dict[str, Any]]) -> None:
     tune.report({"progress": []})
 
 
+def _alive(worker: str) -> dict[str, Any] | None:
+    """What a worker says of itself, once it has restarted if it must; None if it is gone for good."""
+    try:
+        actor: Any = ray.get_actor(worker, namespace=_NAMESPACE)
+        return ray.get(actor.info.options(max_task_retries=-1).remote())
+    except (RayActorError, ValueError):
+        return None
+
+
 def _get(reference: Any) -> Any:
     """What a remote call returns; Ray's own annotation says nothing of it."""
     return ray.get(reference)
@@ -181,8 +203,9 @@ def _carry(lease: Lease, pool: Any) -> None:
     except RayTaskError as error:
         reason = str(error.cause).strip() or type(error.cause).__name__
         ended |= {task.task_id: reason for task in lease.tasks if task.task_id not in ended}
-    except RayActorError as error:  # the next free worker goes on with the parts that are left
+    except (RayActorError, ValueError) as error:  # ValueError: it has died too often to come back
         death = str(error).splitlines()[0]
+        _alive(lease.worker)  # lent out while it restarts, it would seem to die again
     ray.get(pool.give_back.remote(lease, ended, death))
 
 

@@ -106,7 +106,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays on the screen."""
-        self._console.print(text, style="yellow", highlight=False)
+        self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
 
     def update(self) -> None:
         """The tally has changed."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from workers.capture import Segments, batch_to, labels_of, layout_of
 from workers.data import Batch
 from workers.decoder import Trace, decoder_of
+from workers.decoder_graphs import LayerGraphs
 from workers.divergence import divergence
 
 _HEAD_ROWS: Final = 512  # rows whose logits are held in float32 at once
@@ -54,6 +55,8 @@ class Baseline:
             self._runs = [self._run(segment, batch) for segment, batches in enumerate(segments) for batch in batches]
         self._layer, self._hidden = 0, self._embedded()
         self._log_probs: dict[int, Tensor] = {}
+        self._graphs: dict[int, LayerGraphs] = {}
+        self._pool: Any = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._room = torch.cuda.mem_get_info(self._device)[0] // 2 if self._device.type == "cuda" else _CPU_BYTES
         self.first_broken_sample = self._first_broken_sample()
 
@@ -88,9 +91,19 @@ class Baseline:
                 output = decoder.output(batch_to(run.batch, self._device, self._dtype))
             else:
                 assert layer == self._layer, "start_at comes first"
-                output = decoder.norm(decoder.run(run.trace, self._hidden[number], layer, len(decoder.layers)))
+                output = decoder.norm(self._run_from(number, run.trace, layer))
             change = F.linear(output.flatten(0, 1)[run.predictions] - run.output_TH[run.predictions], decoder.head.weight)
         return divergence(self.log_probs(number), change)
+
+    def _run_from(self, number: int, trace: Trace, layer: int) -> Tensor:
+        """A batch from the input of `layer` to the final norm's; only that layer may have been changed."""
+        assert self.decoder is not None
+        hidden, n_layers = self._hidden[number], len(self.decoder.layers)
+        if not hidden.is_cuda:
+            return self.decoder.run(trace, hidden, layer, n_layers)
+        if number not in self._graphs:
+            self._graphs[number] = LayerGraphs(self.decoder, trace, self._pool)
+        return self._graphs[number].run(self.decoder.run(trace, hidden, layer, layer + 1), layer + 1)
 
     def divergence_in_head(self, number: int, change_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """KL divergence of each prediction in nats, [predictions] float64, when the head changes.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sweep import cache
@@ -58,10 +59,10 @@ def revision(path: Path) -> str:
 
     Hashes of files are kept on disk by size, mtime and inode, so that 9 GB are read once, not at every start.
     """
-    sha = hashlib.sha256()
-    for file in [path / "config.json", *weight_files(path)]:
-        sha.update(f"{file.name}:{file_hash(file)}\n".encode())
-    return sha.hexdigest()
+    files = [path / "config.json", *weight_files(path)]
+    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+        hashes = list(threads.map(file_hash, files))
+    return hashlib.sha256("".join(f"{file.name}:{found}\n" for file, found in zip(files, hashes, strict=True)).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:

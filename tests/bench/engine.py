@@ -9,6 +9,8 @@ sizes are measured on a part of the samples and scaled.
 """
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -101,6 +103,14 @@ def main() -> None:
             "alone_seconds": seconds(lambda: score(bench, engine, rows, [alone], "large"), bench.device),
             "seconds_per_trial": seconds(lambda: score(bench, engine, rows, bench.tasks, "large"), bench.device) / len(bench.tasks),
         }
+    if bench.device.type == "cpu":
+        figures["worst_relative_difference"] = differences(bench, engine, rows, _CHECKED)
+    else:
+        from tests.bench.accuracy import worst_against_fp32
+
+        figures |= worst_against_fp32(bench, engine, rows)
+    rows.clear()  # the reference needs the memory
+    print(json.dumps(figures | memory), file=sys.stderr)
     found = references(bench, [int(size) for size in args.batch_sizes.split(",")])
     one = min(value for name, value in found.items() if name.startswith("batch_"))
     figures |= {
@@ -112,12 +122,6 @@ def main() -> None:
         "times_floor": figures["seconds_per_trial"] / figures["floor_seconds"],
         **memory,
     }
-    if bench.device.type == "cpu":
-        figures["worst_relative_difference"] = differences(bench, engine, rows, _CHECKED)
-    else:
-        from tests.bench.accuracy import worst_against_fp32
-
-        figures |= worst_against_fp32(bench, engine, rows)
     report("engine", bench.device, figures)
 
 

@@ -28,7 +28,9 @@ def padded_batches(samples: Sequence[Sample], batch_size: int, device: torch.dev
     return batches
 
 
-def auto_quantize(model: nn.Module, formats: Sequence[Sequence[Mapping[str, Any]]], batches: Sequence[PaddedBatch]) -> dict[str, list[float]]:
+def auto_quantize(
+    model: nn.Module, formats: Sequence[Sequence[Mapping[str, Any]]], batches: Sequence[PaddedBatch], method: str = "gradient"
+) -> dict[str, list[float]]:
     """Score every language-model group under `formats` in one call; with several of them the scores are clamped."""
     clone = copy.deepcopy(model).requires_grad_(True)
 
@@ -46,7 +48,8 @@ def auto_quantize(model: nn.Module, formats: Sequence[Sequence[Mapping[str, Any]
             quantization_formats=[{"quant_cfg": [dict(entry) for entry in entries], "algorithm": "max"} for entries in formats],
             data_loader=list(batches),
             forward_step=forward_step,
-            loss_func=loss,
+            loss_func=loss if method == "gradient" else None,
+            method=method,
             disabled_layers=["*lm_head*", "*visual*"],
             num_calib_steps=len(batches),
             num_score_steps=len(batches),

@@ -62,7 +62,6 @@ def main() -> None:
             "first_result_seconds": float(first[1]) if first else None,
             "scoring_seconds": run.get("scoring_seconds"),
             "layer_groups": run.get("groups_done"),
-            "rows": run.get("groups_total"),
             "model_loads": [worker["model_loads"] for worker in run.get("worker_info", [])],
             "peak_gb": [worker.get("peak_gb") for worker in run.get("worker_info", [])],
             "tail": "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:],

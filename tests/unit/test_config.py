@@ -178,7 +178,7 @@ def test_a_new_pair_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         (["cluster.gpus_per_worker=1.5"], "1.5", "whole number"),
         (["cluster.gpus_per_worker=nan"], "nan", "whole number"),
         (["cluster.gpus_per_worker=inf"], "inf", "whole number"),
-        (["sensitivity.method=kl_div"], "'kl_div'", "gradient"),
+        (["sensitivity.method=hessian"], "'hessian'", "gradient"),
         (["hydra.job.name=x"], "'hydra.job.name'", "Choose one of"),
         (["quant_pair=../quant_pair/wfp8_afp8"], "'../quant_pair/wfp8_afp8'", "Choose one of"),
         (["model.name=../../etc"], "'../../etc'", "lower-case letters"),

@@ -1,0 +1,175 @@
+"""`sweep run` as a user types it, on a real Ray cluster of this machine: finished, repeated, extended, interrupted, damaged."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sweep.store import Store
+from tests.models import save_checkpoint, write_captions
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS, GRANULARITIES = ["wint8_aint8", "wfp8_afp8", "wint4_afp16", "wint8_afp16", "wfp8_aint8"], ["default", "w_group64", "recipe_match_channel_token"]
+N_TRIALS, N_CELLS = 5 * 3 * 2, 5 * 3 * 2 - 2  # w8a16 is per channel already, so that the last granularity shares its cells
+
+
+def grid(pairs: list[str], granularities: list[str]) -> list[str]:
+    return ["-m", f"quant_pair={','.join(pairs)}", f"quant_granularity={','.join(granularities)}", "dataset.size=small,medium"]
+
+
+GRID = grid(PAIRS, GRANULARITIES)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint of six decoder layers, with captions."""
+    path = tmp_path_factory.mktemp("sweep")
+    save_checkpoint(path / "model", "qwen3", num_hidden_layers=6)
+    write_captions(path / "captions.txt", 128)
+    return path
+
+
+def start(verb: str, place: Path, store: Path, *overrides: str, workers: int = 1, model: str = "model") -> "subprocess.Popen[str]":
+    own = ["model=hf_causal_lm", f"model.path={place / model}", "dataset=coco2017_captions", f"dataset.captions_path={place / 'captions.txt'}"]
+    own += [f"store.uri={store}", f"output_layout.root={store}-published", f"cluster.workers={workers}"]
+    command = [sys.executable, "-m", "sweep", verb, *own, *overrides]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def status(store: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "sweep", "status", "--json", f"store.uri={store}"]
+    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
+def cells(store: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in store.glob("scores/*/scores.parquet")}
+
+
+def folders(store: Path) -> set[Path]:
+    return {path.parent for path in Path(f"{store}-published").glob("*/layer-analysis/*/*/*/quant-manifest.json")}
+
+
+def modified(root: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+def wait_for(condition: Callable[[], object], process: "subprocess.Popen[str]") -> None:
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"it ended too early: {finish(process)}")
+        time.sleep(0.01)
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """Processes under one, at any depth."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                yield int(stat.parent.name)
+                yield from descendants(int(stat.parent.name))
+
+
+def title(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+@pytest.fixture(scope="module")
+def swept(place: Path) -> Path:
+    """The whole grid in one run, on two workers."""
+    code, output = finish(start("run", place, place / "store", *GRID, workers=2))
+    assert code == 0, output
+    assert f"{N_TRIALS} of {N_TRIALS} trials done, {N_CELLS} cells scored" in output
+    return place / "store"
+
+
+def test_a_grid_is_scored_and_published_with_one_model_load_a_worker(swept: Path) -> None:
+    assert len(cells(swept)) == N_CELLS
+    assert not list(swept.glob("parts/*"))
+    assert len(folders(swept)) == N_TRIALS
+    (run,) = Store(str(swept)).runs().values()
+    assert [worker["model_loads"] for worker in run["worker_info"]] == [1, 1]
+    assert (run["exit_code"], run["groups_done"], run["groups_total"]) == (0, N_CELLS * 6 * 4, N_CELLS * 6 * 4)
+    assert status(swept)["trials"] == {"total": N_TRIALS, "planned": 0, "running": 0, "done": N_TRIALS, "failed": 0, "skipped": 0}
+
+
+def test_the_same_command_again_scores_and_writes_nothing(place: Path, swept: Path) -> None:
+    before = modified(place)
+    code, output = finish(start("run", place, swept, *GRID, workers=2))
+    assert (code, f"{N_TRIALS} of {N_TRIALS} trials done, 0 cells scored" in output, "(0 written)" in output) == (0, True, True)
+    assert "Ray" not in output
+    assert modified(place) == before
+
+
+def test_a_run_that_is_interrupted_and_loses_a_worker_ends_with_the_same_bits(place: Path, swept: Path) -> None:
+    """Ctrl-C, SIGTERM, then the whole grid with two workers of which one is killed; trials in another order."""
+    other, store = grid(PAIRS[::-1], GRANULARITIES[::-1]), place / "interrupted"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        seen = set(store.glob("parts/*/*"))
+        process = start("run", place, store, *other)
+        wait_for(lambda seen=seen: set(store.glob("parts/*/*")) - seen, process)
+        below = list(descendants(process.pid))
+        os.killpg(process.pid, signal.SIGINT) if number == signal.SIGINT else process.terminate()
+        code, output = finish(process)
+        assert code == 75, output
+        assert "Type the same command again to resume." in output
+        assert "Traceback" not in output
+        assert [title(pid) for pid in below if title(pid)] == []
+        assert status(store)["last_run"]["exit_code"] == 75
+        assert status(store)["trials"]["done"] < N_TRIALS
+    kept = cells(store)
+    process = start("run", place, store, *other, workers=2)
+    wait_for(lambda: len(cells(store)) > len(kept), process)
+    scoring = next(pid for pid in descendants(process.pid) if title(pid).startswith("ray::score"))
+    os.kill(scoring, signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    assert f"{N_TRIALS} of {N_TRIALS} trials done, {N_CELLS - len(kept)} cells scored" in output
+    assert cells(store) == cells(swept)
+    assert not list(store.glob("parts/*"))
+    published = {path.relative_to(f"{store}-published"): path.read_bytes() for path in Path(f"{store}-published").rglob("scores.parquet")}
+    assert published == {path.relative_to(f"{swept}-published"): path.read_bytes() for path in Path(f"{swept}-published").rglob("scores.parquet")}
+
+
+def test_an_extended_grid_scores_only_what_is_new(place: Path, swept: Path) -> None:
+    before = modified(swept / "scores")
+    code, output = finish(start("run", place, swept, *grid([*PAIRS, "wint4_aint8"], GRANULARITIES[:1])))
+    assert code == 0, output
+    assert "12 of 12 trials done, 2 cells scored" in output
+    after = modified(swept / "scores")
+    assert {path: after[path] for path in before} == before
+    assert len(after) == len(before) + 2
+    assert status(swept)["trials"]["done"] == N_TRIALS + 2
+
+
+def test_trials_that_fail_are_exit_code_3_with_the_reason_and_are_not_tried_again(place: Path) -> None:
+    save_checkpoint(place / "broken", "qwen3")
+    weights = load_file(place / "broken" / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(weights, place / "broken" / "model.safetensors", metadata={"format": "pt"})
+    store = place / "failed"
+    for retried in (True, False):
+        code, output = finish(start("run", place, store, "quant_pair=wint4_afp16", model="broken"))
+        assert code == 3, output
+        assert "model.layers.1.mlp.down_proj" in output
+        assert "0 of 1 trials done" in output
+        assert ("Ray" in output) == retried
+        found = status(store)
+        assert (found["trials"]["failed"], found["trials"]["total"]) == (1, 1)
+        assert "model.layers.1.mlp.down_proj" in found["failures"][0]["reason"]
+    assert cells(store) == {}
