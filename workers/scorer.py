@@ -250,7 +250,7 @@ def modules_of(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _out_of_memory(error: torch.OutOfMemoryError) -> str:
-    return "Out of GPU memory: " + str(error).partition("Tried to allocate")[2].partition(".")[0].strip() + " more were needed."
+    return "Out of GPU memory: " + str(error).partition("Tried to allocate")[2].partition(". ")[0].strip() + " more were needed."
 
 
 def _measured(part: Part, books: Sequence[Book], waiting: Sequence[_Waiting]) -> tuple[Part, dict[str, Measured]]:
