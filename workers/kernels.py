@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 COLUMNS: Final = 8  # recipes that one launch of score_rows takes
+_CHUNK_ROWS: Final = 1024  # that a CPU works on at a time: they stay in its cache
 
 
 def deltas(quantized: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,13 +44,20 @@ def score_rows(first: Tensor | None, seconds: Tensor, gradient: Tensor, ends: Se
 
         kernels_triton.score_rows(first, seconds, gradient, ends, second_ends, score, square)
         return
+    room = torch.empty(_CHUNK_ROWS, gradient.shape[1])
     for column, end in enumerate(ends):
-        terms = [] if first is None else [first[:end].float()]
-        if second_ends[column]:
-            terms.append(seconds[column, :end].float())
-        dy = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-        square[column, :end] = _row_square_sums(dy)
-        score[column, :end] = _row_square_sums(torch.mul(dy, gradient[:end].float(), out=dy if len(terms) == 2 else None))
+        for start in range(0, end, _CHUNK_ROWS):
+            rows = slice(start, min(end, start + _CHUNK_ROWS))
+            dy = room[: rows.stop - start]
+            if first is None:
+                dy.copy_(seconds[column, rows])
+            elif second_ends[column]:
+                torch.add(first[rows], seconds[column, rows], out=dy)
+            else:
+                dy.copy_(first[rows])
+            torch.linalg.vecdot(dy, dy, out=square[column, rows])
+            dy.mul_(gradient[rows])
+            torch.linalg.vecdot(dy, dy, out=score[column, rows])
 
 
 def _row_square_sums(values: Tensor) -> Tensor:
