@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
     from sweep.run import run
 
     demo = not overrides and not options.multirun
-    return run(["grid=demo"] if demo else overrides, multirun=options.multirun or demo, console=Console())
+    return run(["grid=demo"] if demo else overrides, multirun=options.multirun or demo, console=Console(markup=False, soft_wrap=True))
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sweep.compose import Grid, expand
 from sweep.config import SweepConfig
@@ -43,7 +44,7 @@ def examine(overrides: Sequence[str], *, multirun: bool, as_json: bool) -> int:
         table = Table("", "subject", "finding", box=None)
         colours = {"ok": "green", "warning": "yellow", "error": "red"}
         for finding in findings:
-            table.add_row(f"[{colours[finding.verdict]}]{finding.verdict}[/]", finding.subject, finding.text)
+            table.add_row(Text(finding.verdict, style=colours[finding.verdict]), finding.subject, Text(finding.text))
         Console().print(table)
     return 2 if any(finding.verdict == "error" for finding in findings) else 0
 

@@ -247,7 +247,9 @@ class _Planner:
         key = _data_key(point)
         if key not in self._data:
             packable = model.structure["packable"]  # before the tokenizer, which would blame itself for a broken config.json
-            plan = make_plan(_samples(point.dataset, model, self._largest[key]), packed=packable)
+            samples = _samples(point.dataset, model, self._largest[key])
+            _check_vocabulary(samples, model)
+            plan = make_plan(samples, packed=packable)
             largest = next(size for size, n in SIZES.items() if n == self._largest[key])
             plan_id = plan.digest(largest)
             self._data[key] = plan_id, plan
@@ -377,6 +379,15 @@ def _samples(dataset: DatasetConfig, model: _Model, n_samples: int) -> list[Samp
     texts = read_hub_captions(dataset.hub_id, dataset.hub_split, dataset.hub_column, n_samples)
     source = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     return text_samples(model.tokenize(source, texts), dataset.max_tokens)
+
+
+def _check_vocabulary(samples: Sequence[Sample], model: _Model) -> None:
+    largest = max(int(sample.token_ids.max()) for sample in samples)
+    if largest >= model.structure["vocabulary"]:
+        raise SweepError(
+            f"The tokenizer in {model.path} gives token {largest}, but the model has {model.structure['vocabulary']} tokens: "
+            "the two do not belong together. Copy the model's own tokenizer files there."
+        )
 
 
 def _data_key(point: SweepConfig) -> tuple[object, ...]:

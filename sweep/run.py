@@ -338,6 +338,8 @@ def _say_results(session: _Session, finished: Sequence[FinishedTrial], console: 
     console.print(f"\n{counts['done']} of {len(session.plan.trials)} trials done, {scored} cells scored, in {duration(seconds)}.")
     for trial, reason in [(trial, session.state(trial)[1]) for trial in session.plan.trials if session.state(trial)[0] == "failed"][:5]:
         console.print(f"failed: {trial.name}: {reason}", style="red", highlight=False)
+    if counts["failed"]:
+        console.print("What has failed stays so; type the same command with cluster.retry_failed=true to try again.", highlight=False)
     console.print(f"Reports: {root} ({written} written)", highlight=False, soft_wrap=True)
     console.print(f"Scores:  {session.store.uri}/scores/*/*.parquet", highlight=False, soft_wrap=True)
     page = f"{root}/{finished[0].trial.model}/layer-analysis/README.md" if finished else ""

@@ -41,7 +41,7 @@ def print_status(overrides: Sequence[str], *, as_json: bool) -> int:
     Raises: SweepError: wrong overrides, or a damaged store.
     """
     status = read_status(Store(expand(overrides, multirun=False).points[0].store.uri))
-    console = Console()
+    console = Console(markup=False, soft_wrap=True)  # paths and reasons may hold brackets, and are copied from the screen
     if as_json:
         print(json.dumps(status, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
         return 0

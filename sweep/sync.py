@@ -30,5 +30,5 @@ def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -
         counts = {"written": [str(path) for path in result.written], "unchanged": len(result.unchanged), "root": str(root)}
         print(json.dumps(counts, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
-        Console().print(f"{len(result.written)} written, {len(result.unchanged)} unchanged, under {root}", highlight=False, soft_wrap=True)
+        Console(markup=False).print(f"{len(result.written)} written, {len(result.unchanged)} unchanged, under {root}", highlight=False, soft_wrap=True)
     return 0

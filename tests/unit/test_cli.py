@@ -1,6 +1,5 @@
 """The command line in this process: exit codes, and wrong input as one message that says what to type, with nothing written."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -228,12 +227,3 @@ def test_a_store_of_a_newer_program_is_refused_and_kept(here: Path, capsys: pyte
     assert "Use the program that wrote it, or another store.uri." in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "store").rglob("*") if path.is_file()] == ["run-r.parquet"]
     assert store.files.read("trials/run-r.parquet") == newer
-
-
-def test_doctor_finds_what_would_stop_a_run_and_leaves_no_trace(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--json", "model.path=/nowhere"]) == 2
-    findings = {finding["subject"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert findings["model"]["verdict"] == findings["grid"]["verdict"] == "error"
-    assert "/nowhere is no directory" in findings["model"]["text"]
-    assert findings["store"]["verdict"] == "ok"
-    assert list(here.iterdir()) == []

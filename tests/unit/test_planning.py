@@ -187,6 +187,12 @@ def test_groups_that_do_not_divide_a_layers_inputs_are_refused_by_layer(tmp_path
     assert [bool(trial.reason) for trial in plan(*own, "quant_granularity=default,w_group64").trials] == [False, True]
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, captions: Path) -> None:
+    small = save_checkpoint(tmp_path / "small", "qwen3", vocab_size=300)
+    with pytest.raises(SweepError, match=r"gives token \d+, but the model has 300 tokens: .* Copy the model's own tokenizer files there"):
+        plan("model=hf_causal_lm", f"model.path={small}", "dataset=coco2017_captions", f"dataset.captions_path={captions}")
+
+
 def test_the_sizes_of_a_grid_come_from_one_capture_plan() -> None:
     found = plan("dataset.size=small,medium,large")
     (largest,) = found.plans.values()

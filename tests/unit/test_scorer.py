@@ -102,7 +102,9 @@ def test_a_capture_that_is_too_small_is_replaced(place: Path, together: dict[str
 def test_a_worker_that_is_cut_short_leaves_parts_that_the_next_one_keeps(n_reports: int, place: Path, together: dict[str, bytes], tmp_path: Path) -> None:
     wanted = plan(place, *GRID, "dataset.size=small,medium")
     tasks = list(wanted.tasks.values())
-    reports = list(islice(Scorer(str(tmp_path), "cpu").score(tasks, wanted.plans[tasks[0].plan_id]), n_reports))
+    scorer = Scorer(str(tmp_path), "cpu")
+    reports = list(islice(scorer.score(tasks, wanted.plans[tasks[0].plan_id]), n_reports))
+    scorer._writers.shutdown()  # what is under way reaches the disk
     assert cells(tmp_path) == {}
     left = sorted(tmp_path.glob("parts/*/*.parquet"))
     assert len(left) >= 2 * sum(report.done > 0 for report in reports) > 0  # two sizes a report; counted parts are on disk
@@ -122,15 +124,16 @@ def test_a_finished_part_is_not_scored_again(place: Path, tmp_path: Path) -> Non
     wanted = plan(place)
     (task,) = wanted.tasks.values()
     (cell,) = task.cells.values()
-    for _ in islice(Scorer(str(tmp_path), "cpu").score([task], wanted.plans[task.plan_id]), 2):
-        pass
+    score(Scorer(str(tmp_path), "cpu"), wanted)
     store = Store(str(tmp_path))
-    (part,) = store.finished_parts(cell)
-    table = store._read_part(cell, part)
-    store.write_part(cell, part, table.set_column(table.schema.get_field_index("input_amax"), table.schema.field("input_amax"), [[12345.0] * 4]))
+    first = store.scores(cell).slice(0, 4)  # the first decoder layer
+    store.write_part(cell, "model.language_model.layers.0", first.set_column(first.schema.get_field_index("input_amax"), "input_amax", [[12345.0] * 4]))
+    shutil.rmtree(tmp_path / "scores")
     progress = list(Scorer(str(tmp_path), "cpu").score([task], wanted.plans[task.plan_id]))
-    assert [one.done for one in progress] == [4, 8]
-    assert store.scores(cell)["input_amax"].to_pylist()[:4] == [12345.0] * 4
+    assert (progress[0].done, progress[-1].done) == (4, 8)
+    amaxes = store.scores(cell)["input_amax"].to_pylist()
+    assert amaxes[:4] == [12345.0] * 4
+    assert max(amaxes[4:]) < 100
 
 
 @pytest.mark.usefixtures("together")

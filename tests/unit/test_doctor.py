@@ -1,0 +1,55 @@
+"""`sweep doctor` says before hours are spent what would stop or surprise a run, and leaves no trace."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sweep.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def findings(capsys: pytest.CaptureFixture[str], *overrides: str, code: int) -> dict[str, tuple[str, str]]:
+    """Verdict and text by subject."""
+    assert main(["doctor", "-m", "--json", *overrides]) == code
+    found = json.loads(capsys.readouterr().out)
+    assert list(Path.cwd().iterdir()) == []
+    return {finding["subject"]: (finding["verdict"], finding["text"]) for finding in found}
+
+
+def test_the_bundled_model_on_this_machine_is_fine(capsys: pytest.CaptureFixture[str]) -> None:
+    found = findings(capsys, "quant_pair=wint8_aint8,wint8_afp16", "dataset.size=small,medium", "cluster.workers=2", code=0)
+    assert {subject: found[subject][0] for subject in ("python", "workers", "store", "model", "grid")} == dict.fromkeys(
+        ("python", "workers", "store", "model", "grid"), "ok"
+    )
+    assert found["workers"][1].startswith("2 on cpu")
+    assert "4 trials, 4 distinct cells, 0 in the store already" in found["grid"][1]
+    assert "qwen3_vl_tiny" in found["model"][1]
+
+
+def test_everything_that_would_stop_a_run_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    found = findings(capsys, "model.path=/nowhere", f"store.uri={tmp_path}/file/store", "cluster.device=cuda", code=2)
+    assert {subject for subject, (verdict, _) in found.items() if verdict == "error"} == {"workers", "store", "model", "grid"}
+    assert "cluster.device=cpu" in found["workers"][1]
+    assert "store.uri=DIR" in found["store"][1]
+    assert "model.path=DIR" in found["model"][1]
+
+
+def test_skipped_points_are_a_warning_with_their_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    found = findings(capsys, "quant_pair=wfp4_afp16", "quant_granularity=default,w_per_tensor", code=0)
+    assert found["grid"][0] == "warning"
+    assert "1 skipped: FP4 weights need blocks" in found["grid"][1]
+
+
+def test_a_person_reads_a_table_that_keeps_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    (tmp_path / "[red]").touch()
+    assert main(["doctor", f"store.uri='{tmp_path}/[red]/x'"]) == 2
+    assert f"Cannot write to {tmp_path}/[red]/x: Not a directory" in capsys.readouterr().out

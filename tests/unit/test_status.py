@@ -1,0 +1,80 @@
+"""`sweep status` from a store's tables alone: counts, reasons, and whether anybody is still at work."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweep.cli import main
+from sweep.status import read_status
+from sweep.store import Store
+from tests.unit.test_store import trial
+
+REASON = "Layer group layers.3.mlp.down_proj under wint8_aint8/default: [/x] of shape [out, in] is NaN"
+
+
+def store_with(directory: Path, seconds_ago: float, **run: Any) -> Store:
+    """One trial in each state, and a run whose last heartbeat was `seconds_ago`."""
+    store = Store(str(directory))
+    states = ("planned", "running", "running", "done", "failed", "skipped")
+    rows = [trial(f"t{i}", state=state, reason=REASON if state == "failed" else None) for i, state in enumerate(states)]
+    store.write_trials("r", rows)
+    beat = (datetime.now(UTC) - timedelta(seconds=seconds_ago)).isoformat(timespec="seconds")
+    record = {
+        "run_id": "r",
+        "host": "h",
+        "workers": 2,
+        "heartbeat_at": beat,
+        "groups_done": 3,
+        "groups_total": 8,
+        "groups_per_second": 2.0,
+        "eta_seconds": 65.0,
+    }
+    store.write_run("r", record | run)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("seconds_ago", "run", "running"),
+    [(1, {}, True), (3600, {}, False), (1, {"ended_at": "2026-01-01T00:00:00+00:00", "exit_code": 75}, False)],
+    ids=["alive", "gone", "ended"],
+)
+def test_trials_run_only_as_long_as_their_driver_lives(seconds_ago: float, run: dict[str, Any], running: bool, tmp_path: Path) -> None:
+    found = read_status(store_with(tmp_path, seconds_ago, **run))
+    counts = {"total": 6, "planned": 1 if running else 3, "running": 2 if running else 0, "done": 1, "failed": 1, "skipped": 1}
+    assert (found["running"], found["trials"]) == (running, counts)
+    assert found["failures"] == [{"trial": "t4", "reason": REASON}]
+
+
+@pytest.mark.parametrize(
+    ("seconds_ago", "run", "line"),
+    [
+        (1, {}, "Running: 3 of 8 layer groups, 2 workers on h, 2/s, about 1 min 05 s left"),
+        (3600, {}, "no sign of life since"),
+        (1, {"ended_at": "2026-01-01T00:00:00+00:00", "exit_code": 75}, "ended 2026-01-01T00:00:00+00:00 with exit code 75"),
+    ],
+)
+def test_a_person_reads_counts_reasons_and_what_to_type(
+    seconds_ago: float, run: dict[str, Any], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store_with(tmp_path, seconds_ago, **run)
+    assert main(["status", f"store.uri={tmp_path}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"1 of 6 trials done ({tmp_path})" in lines
+    assert f"failed: t4: {REASON}" in lines
+    assert sum(line in printed for printed in lines) == 1
+    assert ("Interrupted: type the same `sweep run` command again to resume." in lines) == ("Running" not in line)
+
+
+def test_json_is_what_the_store_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = store_with(tmp_path, 3600)
+    assert main(["status", "--json", f"store.uri={tmp_path}"]) == 0
+    assert json.loads(capsys.readouterr().out) == read_status(store)
+
+
+def test_an_empty_store_has_no_trials_and_no_run(tmp_path: Path) -> None:
+    found = read_status(Store(str(tmp_path / "nothing")))
+    assert (found["trials"]["total"], found["failures"], found["running"], found["last_run"]) == (0, [], False, None)
+    assert list(tmp_path.iterdir()) == []
