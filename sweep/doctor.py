@@ -18,8 +18,10 @@ from sweep.compose import Grid, expand
 from sweep.config import SweepConfig
 from sweep.errors import SweepError
 from sweep.machine import memory_gb, n_cores, n_gpus, pick_workers
-from sweep.planning import checkpoint_dir, checkpoint_gb, plan_sweep
+from sweep.planning import plan_sweep
+from sweep.progress import count
 from sweep.store import Store
+from sweep.subject import checkpoint_dir, checkpoint_gb
 
 # What was tested; another release may work and is warned about.
 _TESTED = {"nvidia-modelopt": "0.47", "ray": "2.60", "transformers": "5.", "torch": "2."}
@@ -113,7 +115,7 @@ def _grid(grid: Grid) -> Finding:
     cells = {trial.cell_id for trial in plan.trials if trial.cell_id}
     done = sum(store.is_finished(cell) for cell in cells)
     skipped: Counter[Any] = Counter(trial.reason for trial in plan.trials if trial.reason)
-    text = f"{len(plan.trials)} trials, {len(cells)} distinct cells, {done} in the store already"
+    text = f"{count(len(plan.trials), 'trial')}, {count(len(cells), 'distinct cell')}, {done} in the store already"
     if not skipped:
         return Finding(subject="grid", verdict="ok", text=text)
     return Finding(subject="grid", verdict="warning", text=f"{text}, {skipped.total()} skipped: " + "; ".join(str(reason) for reason in skipped))

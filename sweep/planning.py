@@ -7,21 +7,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from importlib.metadata import version
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Final, Literal
 
 from sweep import cache
-from sweep.config import DatasetConfig, ModelConfig, SweepConfig, to_plain
+from sweep.config import ModelConfig, SweepConfig, to_plain
 from sweep.errors import InvalidRecipe, SweepError
 from sweep.machine import first_gpu, has_compiler
-from sweep.paths import bundled_model_dir
 from sweep.recipe import Recipe, attributes_for, resolve
+from sweep.subject import Model, checkpoint_dir, samples_of
 from workers import memory
-from workers.checkpoint import check_checkpoint, check_weights, file_key, revision, weight_files
-from workers.data import SIZES, Plan, Sample, make_plan, read_captions, read_hub_captions, scene_captions, text_samples, with_scenes
+from workers.data import SIZES, Plan, make_plan
 from workers.task import GroupSpec, ModelSpec, Task, part_of
 
 # 1: summed loss, delta form, canonical plan of at most 2,048 tokens a batch, logits of 512 rows at a time.
@@ -85,54 +82,6 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("nvidia-modelopt", "torch", "transformers", "ray", "pyarrow")} | {"score": str(SCORE_VERSION)}
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A checkpoint's facts."""
-
-    path: Path
-
-    @cached_property
-    def revision(self) -> str:
-        return revision(self.path)
-
-    @cached_property
-    def structure(self) -> dict[str, Any]:
-        """See workers.modeling.structure; and `groups`: modules by first module."""
-        key = [2, file_key(self.path / "config.json"), version("transformers"), version("nvidia-modelopt")]
-        return cache.remember("model-structure", key, self._read_structure)
-
-    def _read_structure(self) -> dict[str, Any]:
-        from workers import modeling, quantization
-
-        found = modeling.structure(self.path)
-        groups = quantization.layer_groups(name for name, _, _ in found["linears"])
-        return {**found, "groups": {first: list(modules) for first, modules in groups.items()}}
-
-    @cached_property
-    def inputs(self) -> dict[str, int]:
-        """Inputs of each linear."""
-        return {name: n_inputs for name, n_inputs, _ in self.structure["linears"]}
-
-    def tokenize(self, source: object, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids, remembered by the texts' source and the tokenizer's files."""
-
-        def compute() -> list[list[int]]:
-            from workers import modeling
-
-            return modeling.tokenize(self.path, texts)
-
-        files = sorted(path for path in self.path.glob("*") if "token" in path.name or path.suffix in {".txt", ".model", ".jinja"})
-        return cache.remember("token-ids", [source, [file_key(file) for file in files], version("transformers")], compute)
-
-    def image_tokens(self) -> dict[str, int]:
-        def compute() -> dict[str, int]:
-            from workers import modeling
-
-            return modeling.image_tokens(self.path)
-
-        return cache.remember("image-tokens", [file_key(self.path / "config.json"), version("transformers")], compute)
-
-
 class _Planner:
     """Finds each fact once, however many points ask for it."""
 
@@ -144,7 +93,7 @@ class _Planner:
         for point in points:
             key = _data_key(point)
             self._largest[key] = max(self._largest.get(key, 0), SIZES[point.dataset.size])
-        self._models: dict[str | None, _Model] = {}
+        self._models: dict[str | None, Model] = {}
         self._data: dict[tuple[object, ...], tuple[str, Plan]] = {}
         self._digests: dict[tuple[str, str], str] = {}
         self._coverage: dict[str, tuple[GroupSpec, ...]] = {}
@@ -172,7 +121,7 @@ class _Planner:
             reason=reason,
         )
 
-    def _enter(self, point: SweepConfig, model: _Model, plan_id: str, digest: str) -> tuple[str, str]:
+    def _enter(self, point: SweepConfig, model: Model, plan_id: str, digest: str) -> tuple[str, str]:
         recipe = _recipe(point)
         groups = self._covered(model, recipe)
         _check_block_size(recipe, model, groups)
@@ -215,7 +164,7 @@ class _Planner:
         self.tasks[task_id] = replace(self.tasks[task_id], cells=ordered)
         return cell_id, task_id
 
-    def _check_memory(self, point: SweepConfig, task: Task, model: _Model) -> None:
+    def _check_memory(self, point: SweepConfig, task: Task, model: Model) -> None:
         """Refuse what does not fit even one decoder layer at a time."""
         budget_gb = point.sensitivity.memory_gb
         if budget_gb is None and self.device == "cuda" and (gpu := first_gpu()) is not None:
@@ -238,17 +187,16 @@ class _Planner:
             return point.model.dtype
         return "bfloat16" if self.device == "cuda" else "float32"
 
-    def _model(self, config: ModelConfig) -> _Model:
+    def _model(self, config: ModelConfig) -> Model:
         if config.path not in self._models:
-            self._models[config.path] = _Model(checkpoint_dir(config))
+            self._models[config.path] = Model(checkpoint_dir(config))
         return self._models[config.path]
 
-    def _plan(self, point: SweepConfig, model: _Model) -> tuple[str, Plan]:
+    def _plan(self, point: SweepConfig, model: Model) -> tuple[str, Plan]:
         key = _data_key(point)
         if key not in self._data:
             packable = model.structure["packable"]  # before the tokenizer, which would blame itself for a broken config.json
-            samples = _samples(point.dataset, model, self._largest[key])
-            _check_vocabulary(samples, model)
+            samples = samples_of(point.dataset, model, self._largest[key])
             plan = make_plan(samples, packed=packable)
             largest = next(size for size, n in SIZES.items() if n == self._largest[key])
             plan_id = plan.digest(largest)
@@ -261,33 +209,13 @@ class _Planner:
             self._digests[plan_id, size] = plan.digest(size)
         return self._digests[plan_id, size]
 
-    def _covered(self, model: _Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
+    def _covered(self, model: Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
         """Groups that the recipe quantizes; decided by its patterns, not by its formats."""
         skeleton = [[entry["quantizer_name"], entry.get("parent_class"), entry.get("enable"), "cfg" in entry] for entry in recipe.quant_cfg]
         key = _hash([model.revision, skeleton])
         if key not in self._coverage:
             self._coverage[key] = _covered_groups(model, recipe)
         return self._coverage[key]
-
-
-def checkpoint_dir(config: ModelConfig) -> Path:
-    """The local directory of a configured model.
-
-    Raises: SweepError: there is none, or it cannot be loaded safely.
-    """
-    path = bundled_model_dir() if config.path is None else Path(config.path).expanduser()
-    if not path.exists() and config.path is not None and config.path.count("/") == 1 and not config.path.startswith((".", "~")):
-        from workers import modeling
-
-        path = modeling.local_checkpoint(config.path)
-    check_checkpoint(path)
-    check_weights(path)
-    return path.resolve()
-
-
-def checkpoint_gb(path: Path) -> float:
-    """Size of the weight files in GB (1e9 bytes)."""
-    return sum(file.stat().st_size for file in weight_files(path)) / 1e9
 
 
 def _recipe(point: SweepConfig) -> Recipe:
@@ -307,7 +235,7 @@ def _recipe(point: SweepConfig) -> Recipe:
     )
 
 
-def _covered_groups(model: _Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
+def _covered_groups(model: Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
     def is_covered(module: str) -> bool:
         found = (attributes_for(recipe.quant_cfg, module, quantizer, "nn.Linear") for quantizer in ("weight_quantizer", "input_quantizer"))
         return any(attributes is not None for attributes in found)
@@ -336,7 +264,7 @@ def _covered_groups(model: _Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
     return tuple(groups)
 
 
-def _check_block_size(recipe: Recipe, model: _Model, groups: Sequence[GroupSpec]) -> None:
+def _check_block_size(recipe: Recipe, model: Model, groups: Sequence[GroupSpec]) -> None:
     modules = [module for group in groups for module in group.modules]
     for block in recipe.block_lengths:
         bad = [module for module in modules if model.inputs[module] % block]
@@ -362,32 +290,6 @@ def _check_gpu(recipe: Recipe) -> None:
             raise InvalidRecipe(
                 "ModelOpt builds its extension for MX formats with nvcc, which is not here. Install the CUDA toolkit, or run it with cluster.device=cpu."
             )
-
-
-def _samples(dataset: DatasetConfig, model: _Model, n_samples: int) -> list[Sample]:
-    if dataset.kind == "scenes":
-        captions = scene_captions(n_samples)
-        source: object = ["scenes", n_samples, hashlib.sha256("\n".join(captions).encode()).hexdigest()]
-        return with_scenes(text_samples(model.tokenize(source, captions), dataset.max_tokens), **model.image_tokens())
-    if dataset.kind == "bundled" or dataset.captions_path is not None:
-        path = Path(dataset.captions_path).expanduser() if dataset.captions_path is not None else bundled_model_dir() / f"{dataset.name}.txt"
-        texts = read_captions(path, n_samples)
-        return text_samples(model.tokenize([file_key(path), n_samples], texts), dataset.max_tokens)
-    assert dataset.hub_id is not None  # DatasetConfig has checked
-    assert dataset.hub_split is not None
-    assert dataset.hub_column is not None
-    texts = read_hub_captions(dataset.hub_id, dataset.hub_split, dataset.hub_column, n_samples)
-    source = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    return text_samples(model.tokenize(source, texts), dataset.max_tokens)
-
-
-def _check_vocabulary(samples: Sequence[Sample], model: _Model) -> None:
-    largest = max(int(sample.token_ids.max()) for sample in samples)
-    if largest >= model.structure["vocabulary"]:
-        raise SweepError(
-            f"The tokenizer in {model.path} gives token {largest}, but the model has {model.structure['vocabulary']} tokens: "
-            "the two do not belong together. Copy the model's own tokenizer files there."
-        )
 
 
 def _data_key(point: SweepConfig) -> tuple[object, ...]:

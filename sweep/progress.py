@@ -137,6 +137,11 @@ class Display:
         return table
 
 
+def count(n: int, noun: str) -> str:
+    """``1 trial``, ``2 trials``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them: ``48 s``, ``3 min 20 s``, ``2 h 05 min``."""
     whole = round(seconds)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sweep.progress import count
 from sweep.report_rows import short_group
 
 # First line of every page we write: a README without it is someone's own and is left alone.
@@ -25,7 +26,7 @@ def render_index(path: str, manifests: Mapping[str, Manifest]) -> str:
     parts = [
         GENERATED,
         title,
-        f"{_count(len(below), 'report')}. KL: predicted, all layer groups added up, in nats per prediction; smaller is better.",
+        f"{count(len(below), 'report')}. KL: predicted, all layer groups added up, in nats per prediction; smaller is better.",
     ]
     if not deeper:
         parts += ["## By quant pair", _children(below), *_grids(below)]
@@ -77,7 +78,7 @@ def _reports(below: Mapping[str, Manifest]) -> str:
     lines = ["| report | samples | bits | KL | half of it in | most sensitive group |", "|---|---:|---:|---:|---:|---|"]
     for folder, manifest in sorted(below.items(), key=lambda item: (item[0].rpartition("/")[0], item[1]["summary"]["n_samples"], item[0])):
         summary = manifest["summary"]
-        half = _count(summary["n_groups_half"], "group")
+        half = count(summary["n_groups_half"], "group")
         link = f"[{folder}]({folder}/{_REPORT})"
         lines.append(f"| {link} | {summary['n_samples']} | {summary['effective_bits']:.3g} | {_kl(summary)} | {half} | {_worst(summary)} |")
     return "\n".join(lines)
@@ -102,7 +103,3 @@ def _worst(summary: Mapping[str, Any]) -> str:
 def _bits(manifests: Any) -> str:
     bits = sorted({f"{manifest['summary']['effective_bits']:.3g}" for manifest in manifests}, key=float)
     return bits[0] if len(bits) == 1 else f"{bits[0]} to {bits[-1]}"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

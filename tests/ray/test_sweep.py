@@ -167,7 +167,7 @@ def test_an_extended_grid_scores_only_what_is_new_and_a_broken_model_fails_alone
     for again in (False, True):
         code, output = finish(start("run", place, swept, *more))
         assert code == 3, output
-        assert f"2 of 4 trials done, {0 if again else 1} cells scored" in output
+        assert f"2 of 4 trials done, {'0 cells' if again else '1 cell'} scored" in output
         assert output.count(BROKEN) == 2
         assert "Traceback" not in output
         assert "cluster.retry_failed=true" in output
