@@ -12,8 +12,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sweep.errors import SweepError
 from sweep.machine import Workers
@@ -25,6 +26,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # nobody restores an experiment; saving one costs 5 ms a trial
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a box whatever the verbosity
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -35,7 +37,7 @@ import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
 
-from workers.actor import Lease, Pool, Worker  # noqa: E402
+from workers.actor import Ended, Lease, Pool, Worker  # noqa: E402
 
 _POOL = "sweep-pool"
 _NAMESPACE = "sweep"
@@ -48,8 +50,17 @@ _MAX_RESTARTS = 20  # of a worker, over a whole sweep
 class TrialOrder:
     """A trial as Tune sees it."""
 
-    name: str
+    name: str  # without a space
     task_id: str
+
+    def __str__(self) -> str:
+        """As Tune carries it: it copies the whole grid for every trial, which texts make cheap."""
+        return f"{self.name} {self.task_id}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        name, _, task_id = text.partition(" ")
+        return cls(name=name, task_id=task_id)
 
 
 def run_trials(
@@ -144,11 +155,11 @@ def _start_workers(workers: Workers, store_uri: str, memory_gb: float | None) ->
 
 def _tuner(orders: Sequence[TrialOrder], scratch: str, on_progress: Callable[[Progress], None]) -> tune.Tuner:
     def name_of(trial: Any) -> str:
-        return trial.config["order"]["name"].replace("/", "-")
+        return TrialOrder.parse(trial.config["order"]).name.replace("/", "-")
 
     return tune.Tuner(
         tune.with_resources(run_trial, {"cpu": 0, _SLOT: 1}),
-        param_space={"order": tune.grid_search([asdict(order) for order in orders])},
+        param_space={"order": tune.grid_search([str(order) for order in orders])},
         tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=name_of, trial_dirname_creator=name_of),
         run_config=tune.RunConfig(
             name="sweep",
@@ -161,18 +172,23 @@ def _tuner(orders: Sequence[TrialOrder], scratch: str, on_progress: Callable[[Pr
     )
 
 
-def run_trial(config: dict[str, dict[str, Any]]) -> None:
+def run_trial(config: dict[str, str]) -> None:
     """Tune's side of a trial: as long as its scores are not there, borrow workers and have tasks scored, its own first.
 
     A trial whose task is in another trial's bundle helps with what else is left.
     """
-    order = TrialOrder(**config["order"])
-    pool: Any = ray.get_actor(_POOL, namespace=_NAMESPACE)
-    lease: Lease | None
-    while (lease := _get(pool.lease.remote(order.task_id))) is not None:
+    order, pool = TrialOrder.parse(config["order"]), _pool()
+    lease: Lease | Ended
+    while isinstance(lease := _get(pool.lease.remote(order.task_id)), Lease):
         _carry(lease, pool)
-    failure: str | None = _get(pool.outcome.remote(order.task_id))
-    tune.report({"progress": [], "failure": failure or ""})  # raised, Tune would print forty lines of traceback and start another process
+    if lease.failure is not None:  # raised, Tune would print forty lines of traceback and start another process
+        tune.report({"progress": [], "failure": lease.failure})
+
+
+@cache
+def _pool() -> Any:
+    """The pool; kept, since Tune runs many trials in one process."""
+    return ray.get_actor(_POOL, namespace=_NAMESPACE)
 
 
 def _alive(worker: str) -> dict[str, Any] | None:
@@ -234,5 +250,5 @@ class _Watcher(tune.Callback):
         return {}  # Tune saves its callbacks to restore an experiment from; we never do
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        for progress in result["progress"]:
+        for progress in result.get("progress", ()):  # absent from the last result of a trial that told nothing
             self._on_progress(Progress(**progress))

@@ -58,6 +58,13 @@ class Lease:
     plan: list[Any]  # its object reference, in a list so that Ray does not fetch it on the way
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A task that needs no worker any more."""
+
+    failure: str | None  # why it has no scores, None if it has
+
+
 class Pool:
     """Lends free workers, with tasks that a worker can score together, and remembers how each task ended.
 
@@ -81,12 +88,12 @@ class Pool:
         self._leased = False
         self._changed = asyncio.Condition()
 
-    async def lease(self, task_id: str) -> Lease | None:
-        """Wait for work: a free worker with tasks, this one's first. Returns None once the task has ended."""
+    async def lease(self, task_id: str) -> Lease | Ended:
+        """Wait for work: a free worker with tasks, this one's first; or for the task's end."""
         async with self._changed:
             await self._changed.wait_for(lambda: task_id in self._ended or (self._free and self._waiting))
             if task_id in self._ended:
-                return None
+                return Ended(self._ended[task_id])
             first = self._waiting.get(task_id) or next(iter(self._waiting.values()))
             worker = next((name for name, model in self._free.items() if model == first.model.revision), next(iter(self._free)))
             del self._free[worker]
@@ -115,10 +122,6 @@ class Pool:
                     else:
                         self._ended[task.task_id] = f"{deaths} workers died while scoring it: {death}"
             self._changed.notify_all()
-
-    async def outcome(self, task_id: str) -> str | None:
-        """Why a task that has ended failed, None if it is done."""
-        return self._ended[task_id]
 
     async def failures(self) -> dict[str, str]:
         """Why tasks failed, by task id."""

@@ -3,6 +3,7 @@
 python -m tests.bench.orchestration
 """
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +34,21 @@ class InstantWorker:
 
     def score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[list[Progress]]:
         yield [Progress(task_id=task.task_id, done=1, total=1) for task in tasks]
+
+
+def nothing(config: dict[str, Any]) -> None:
+    """A trial of bare Tune: the reference."""
+
+
+def tune_seconds(orders: Sequence[driver.TrialOrder]) -> float:
+    """Wall time of as many trials that do nothing at all, with the same Tune settings."""
+    driver.run_trial = nothing  # type: ignore[assignment]
+    driver._start_ray(Workers(device="cpu", count=2, gpus_each=1.0))
+    with tempfile.TemporaryDirectory() as scratch:
+        tuner = driver._tuner(orders, scratch, lambda progress: None)
+        started = time.perf_counter()
+        tuner.fit()
+        return time.perf_counter() - started
 
 
 def main() -> None:
@@ -70,7 +86,14 @@ def main() -> None:
         on_progress=lambda progress: None,
     )
     seconds = time.perf_counter() - started[0]
-    figures = {"trials": _N_TRIALS, "workers": 2, "ms_per_trial": 1000 * seconds / _N_TRIALS, "model_loads": sum(info["model_loads"] for info in infos)}
+    tune_alone = tune_seconds(orders)
+    figures = {
+        "trials": _N_TRIALS,
+        "workers": 2,
+        "ms_per_trial": 1000 * seconds / _N_TRIALS,
+        "tune_alone_ms_per_trial": 1000 * tune_alone / _N_TRIALS,
+        "model_loads": sum(info["model_loads"] for info in infos),
+    }
     report("orchestration", torch.device("cpu"), figures)
 
 

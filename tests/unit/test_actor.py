@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from workers.actor import Lease, Pool
+from workers.actor import Ended, Lease, Pool
 from workers.task import GroupSpec, ModelSpec, Task
 
 T = TypeVar("T")
@@ -129,9 +129,8 @@ def test_a_trial_waits_while_nobody_is_free_and_ends_when_its_task_has_ended_els
         late = asyncio.ensure_future(shared.lease("b"))
         await asyncio.sleep(0)
         await shared.give_back(lease, {"a": None, "b": "NaN in layer 3"})
-        assert await late is None
-        assert await shared.lease("a") is None
-        assert [await shared.outcome(name) for name in "ab"] == [None, "NaN in layer 3"]
+        assert await late == Ended("NaN in layer 3")
+        assert await shared.lease("a") == Ended(None)
         assert await shared.failures() == {"b": "NaN in layer 3"}
 
     asyncio.run(story())
@@ -143,7 +142,7 @@ def test_what_a_dead_worker_did_not_end_waits_again_one_task_at_a_time() -> None
         lease = await leased(shared, "a")
         assert names(lease) == "abc"
         await shared.give_back(lease, {"a": None}, death="killed")
-        assert await shared.lease("a") is None
+        assert await shared.lease("a") == Ended(None)
         again = await leased(shared, "b")
         assert names(again) == "b"  # b or c may be what kills workers
         await shared.give_back(again, {"b": None})
@@ -159,8 +158,7 @@ def test_a_task_under_which_three_workers_died_has_failed_and_the_others_go_on()
             lease = await leased(shared, "a")
             assert names(lease) == leaves
             await shared.give_back(lease, {}, death="out of memory")
-        assert await shared.lease("a") is None
-        assert await shared.outcome("a") == "3 workers died while scoring it: out of memory"
+        assert await shared.lease("a") == Ended("3 workers died while scoring it: out of memory")
         lease = await leased(shared, "b")
         assert names(lease) == "b"
         await shared.give_back(lease, {"b": None})
@@ -174,7 +172,7 @@ def test_every_task_is_scored_once_however_many_trials_ask() -> None:
     scored: list[str] = []
 
     async def trial(shared: Pool, task_id: str) -> None:
-        while (lease := await shared.lease(task_id)) is not None:
+        while isinstance(lease := await shared.lease(task_id), Lease):
             await asyncio.sleep(0.001)
             scored.extend(task.task_id for task in lease.tasks)
             await shared.give_back(lease, {task.task_id: None for task in lease.tasks})
