@@ -71,6 +71,7 @@ def run_trials(
     store_uri: str,
     *,
     memory_gb: float | None,
+    on_stage: Callable[[str], None],
     on_ready: Callable[[], None],
     on_progress: Callable[[Progress], None],
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
@@ -83,6 +84,7 @@ def run_trials(
         workers: how many, on what.
         store_uri: where workers put finished parts.
         memory_gb: memory that each worker may use; None: see workers.scorer.Scorer.
+        on_stage: called with what is happening, for people.
         on_ready: called once, when the workers hold the first task's model.
         on_progress: called whenever rows of a task have reached the store.
 
@@ -97,7 +99,11 @@ def run_trials(
         _start_ray(workers)
         actors = _start_workers(workers, store_uri, memory_gb)
         first = next(iter(tasks.values()))
-        loads = [actor.load.remote(first) for actor in actors.values()]
+        extensions = frozenset[str]().union(*(task.extensions for task in tasks.values())) if workers.device == "cuda" else frozenset[str]()
+        if extensions:
+            on_stage(f"ModelOpt builds its CUDA extensions ({', '.join(sorted(extensions))}): a minute or two, once a machine ...")
+        loads = [actor.warm_up.remote(extensions) for actor in actors.values()] if extensions else []
+        loads += [actor.load.remote(first) for actor in actors.values()]
         plan_refs = {plan_id: [ray.put(plan)] for plan_id, plan in plans.items()}
         pool_class: Any = ray.remote(Pool)
         pool = pool_class.options(name=_POOL, num_cpus=0, max_concurrency=1000).remote(list(actors), dict(tasks), plan_refs)

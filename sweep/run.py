@@ -99,6 +99,7 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
                 workers,
                 session.store.uri,
                 memory_gb=session.plan.trials[0].config.sensitivity.memory_gb,
+                on_stage=display.stage,
                 on_ready=on_ready,
                 on_progress=on_progress,
             )

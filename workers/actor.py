@@ -32,6 +32,12 @@ class Worker:
         """Load the task's model before the first trial asks for it."""
         self._scorer.load(task.model)
 
+    def warm_up(self, extensions: frozenset[str]) -> None:
+        """Build CUDA extensions; workers of one machine wait for the one that came first."""
+        from workers.quantization import build_extensions
+
+        build_extensions(extensions)
+
     def info(self) -> dict[str, Any]:
         """Node, process, number of model loads, and the most GPU memory that was used."""
         return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), **self._scorer.info()}

@@ -51,6 +51,16 @@ class Task:
         """Layer groups to score, over all cells: the unit of progress."""
         return len(self.groups) * len(self.cells)
 
+    @property
+    def extensions(self) -> frozenset[str]:
+        """ModelOpt's CUDA extensions that a GPU needs for it; NVFP4 and our own engine's integers and FP8 need none."""
+        needed: set[str] = {"integers", "fp8"} if self.engine == "modelopt" else set()
+        for attributes in (self.weight_attributes, self.input_attributes):
+            blocks: Mapping[Any, Any] = (attributes or {}).get("block_sizes") or {}
+            if attributes is not None and blocks.get("type") == "dynamic" and (attributes.get("num_bits"), blocks.get("scale_bits")) != ((2, 1), (4, 3)):
+                needed.add("mx")
+        return frozenset(needed)
+
     def shares_capture_with(self, other: "Task") -> bool:
         """Whether a worker can score both in one visit to each layer."""
         mine, others = ((task.model, task.plan_id, task.groups, task.engine, task.method) for task in (self, other))

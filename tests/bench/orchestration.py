@@ -82,6 +82,7 @@ def main() -> None:
         Workers(device="cpu", count=2, gpus_each=1.0),
         "none",
         memory_gb=None,
+        on_stage=print,
         on_ready=lambda: started.append(time.perf_counter()),
         on_progress=lambda progress: None,
     )

@@ -1,8 +1,11 @@
-"""Which file of a cell holds a module's row."""
+"""Which file of a cell holds a module's row; what a task needs of the machine."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from workers.task import part_of
+from workers.task import ModelSpec, Task, part_of
 
 
 @pytest.mark.parametrize(
@@ -20,3 +23,34 @@ from workers.task import part_of
 )
 def test_a_part_is_a_numbered_block_or_the_modules_parent(module: str, part: str, layer_index: int | None) -> None:
     assert part_of(module) == (part, layer_index)
+
+
+TASK = Task(
+    task_id="t",
+    label="pair/granularity",
+    model=ModelSpec(path="/models/m", revision="r", dtype="bfloat16"),
+    plan_id="p",
+    method="gradient",
+    engine="layerwise",
+    quant_cfg=(),
+    algorithm="max",
+    weight_attributes={"num_bits": 8, "axis": 0},
+    input_attributes=None,
+    calibrates_inputs=False,
+    effective_bits=8.0,
+    groups=(),
+    cells={},
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({}, set()),
+        ({"weight_attributes": {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}}, set()),  # Triton has it
+        ({"input_attributes": {"num_bits": (4, 3), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}}, {"mx"}),
+        ({"engine": "modelopt"}, {"integers", "fp8"}),
+    ],
+)
+def test_only_what_has_no_kernel_elsewhere_needs_modelopts_extensions(changes: dict[str, Any], needed: set[str]) -> None:
+    assert replace(TASK, **changes).extensions == needed
