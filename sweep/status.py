@@ -1,6 +1,7 @@
 """`sweep status`: how far a store's sweeps are, from its tables and heartbeats alone; needs neither Ray nor a GPU."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from sweep.store import Store
 
 _ALIVE_SECONDS = 15.0  # a heartbeat older than this means that the driver is gone
 _SHOWN_FAILURES = 10
+_WATCH_SECONDS = 2.0
 
 
 def read_status(store: Store) -> dict[str, Any]:
@@ -35,20 +37,36 @@ def read_status(store: Store) -> dict[str, Any]:
     }
 
 
-def print_status(overrides: Sequence[str], *, as_json: bool) -> int:
+def print_status(overrides: Sequence[str], *, as_json: bool, watch: bool) -> int:
     """Print the status of the store that the overrides name. Returns the exit code.
+
+    Args:
+        overrides: Hydra overrides.
+        as_json: print JSON.
+        watch: print it again every few seconds, as long as a run is under way.
 
     Raises: SweepError: wrong overrides, or a damaged store.
     """
-    status = read_status(Store(expand(overrides, multirun=False).points[0].store.uri))
+    store = Store(expand(overrides, multirun=False).points[0].store.uri)
     console = Console(markup=False, soft_wrap=True)  # paths and reasons may hold brackets, and are copied from the screen
-    if as_json:
-        print(json.dumps(status, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
-        return 0
+    while True:
+        status = read_status(store)
+        if watch and console.is_terminal and not as_json:
+            console.clear()
+        if as_json:
+            print(json.dumps(status, indent=1), flush=True)  # noqa: T201 -- machine-readable output, not for rich to wrap
+        else:
+            _print(status, console)
+        if not (watch and status["running"]):
+            return 0
+        time.sleep(_WATCH_SECONDS)
+
+
+def _print(status: dict[str, Any], console: Console) -> None:
     trials = status["trials"]
     if not trials["total"]:
         console.print(f"No trials in {status['store']} yet. Type: sweep run", highlight=False)
-        return 0
+        return
     console.print(f"{trials['done']} of {trials['total']} trials done ({status['store']})", highlight=False)
     table = Table("state", "trials", box=None)
     for state in ("running", "planned", "failed", "skipped", "done"):
@@ -61,7 +79,6 @@ def print_status(overrides: Sequence[str], *, as_json: bool) -> int:
         console.print(_run_line(last, running=status["running"]), highlight=False)
     if not status["running"] and trials["planned"]:
         console.print("Interrupted: type the same `sweep run` command again to resume.")
-    return 0
 
 
 def _run_line(run: dict[str, Any], *, running: bool) -> str:

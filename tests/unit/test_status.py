@@ -78,3 +78,17 @@ def test_an_empty_store_has_no_trials_and_no_run(tmp_path: Path) -> None:
     found = read_status(Store(str(tmp_path / "nothing")))
     assert (found["trials"]["total"], found["failures"], found["running"], found["last_run"]) == (0, [], False, None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_watching_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    naps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        store_with(tmp_path, 1, ended_at="2026-01-01T00:00:00+00:00", exit_code=0)
+
+    store_with(tmp_path, 1)
+    monkeypatch.setattr("sweep.status.time.sleep", sleep)
+    assert main(["status", "--watch", f"store.uri={tmp_path}"]) == 0
+    output = capsys.readouterr().out
+    assert (len(naps), output.count("Running: 3 of 8"), output.count("with exit code 0")) == (1, 1, 1)
