@@ -25,7 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from sweep import cache
 from sweep.config import SECTIONS, SweepConfig, to_plain
 from sweep.errors import SweepError, require_known
-from sweep.paths import conf_dir
+from sweep.paths import bundled_model_dir, conf_dir
+
+_OF_THE_RUN = frozenset({"store", "output_layout", "cluster", "grid", "sensitivity.memory_gb"})  # not of a trial: they cannot be axes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,11 @@ def _expand(overrides: Sequence[str], multirun: bool) -> Grid:
     for override in map(_parsed, overrides):
         _check_form(override, multirun)
         given[override.get_key_element()] = tuple(dict.fromkeys(_values(override)))
+    for key, values in given.items():
+        if not values:
+            raise SweepError(f"{key}=... matches nothing. Choose among: {', '.join(options.get(key, ()))}.")
+        if len(values) > 1 and (key.split(".")[0] in _OF_THE_RUN or key in _OF_THE_RUN):
+            raise SweepError(f"{key} is one for the whole grid, but {len(values)} values are given. Type one, or run the sweeps one after the other.")
     _check_groups(given, options)
     _check_keys(given, options)
     singles = {key: values[0] for key, values in given.items() if len(values) == 1}
@@ -185,7 +192,9 @@ def _point(base: Mapping[str, Any], choices: Mapping[str, Mapping[str, Any]], va
 def _fill_in(nodes: dict[str, dict[str, Any]]) -> None:
     """Values that follow from others: the model's name from its path, the store's absolute path."""
     model, store = nodes["model"], nodes["store"]
-    if model.get("name") is None and isinstance(model.get("path"), str) and model["path"] != "???":
+    if model.get("name") is None and model.get("path") is None:
+        model["name"] = bundled_model_dir().name
+    elif model.get("name") is None and isinstance(model["path"], str) and model["path"] != "???":
         model["name"] = re.sub(r"[^a-z0-9]+", "_", Path(model["path"]).name.lower()).strip("_") or None
     if isinstance(store.get("uri"), str) and "://" not in store["uri"]:
         store["uri"] = str(Path(store["uri"]).expanduser().absolute())

@@ -137,6 +137,10 @@ class StoreConfig(_Section):
 
     uri: str  # absolute local path or fsspec URL
 
+    def __post_init__(self) -> None:
+        if self.uri.startswith("memory:"):
+            raise SweepError(f"store.uri={self.uri} lives in one process only; workers are others. Type a local directory, or the URL of an object store.")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepConfig:

@@ -187,8 +187,8 @@ def run_trial(config: dict[str, str]) -> None:
     lease: Lease | Ended
     while isinstance(lease := _get(pool.lease.remote(order.task_id)), Lease):
         _carry(lease, pool)
-    if lease.failure is not None:  # raised, Tune would print forty lines of traceback and start another process
-        tune.report({"progress": [], "failure": lease.failure})
+    # A failure that is raised makes Tune print forty lines of traceback and start another process; no report at all, a line for each trial.
+    tune.report({"progress": [], "failure": lease.failure or ""})
 
 
 @cache
@@ -256,5 +256,5 @@ class _Watcher(tune.Callback):
         return {}  # Tune saves its callbacks to restore an experiment from; we never do
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        for progress in result.get("progress", ()):  # absent from the last result of a trial that told nothing
+        for progress in result["progress"]:
             self._on_progress(Progress(**progress))

@@ -79,6 +79,29 @@ def publish(finished: Iterable[FinishedTrial], root: Path | str, *, overwrite: b
     )
 
 
+def check_ahead(root: str, wanted: Mapping[str, Mapping[str, object]]) -> None:
+    """Refuse a sweep whose reports would not be published, before hours are spent on it.
+
+    Args:
+        root: the models directory, or a URL.
+        wanted: `model_revision`, `dataset_revision` and `cell_id` of each trial, by its folder under the root.
+
+    Raises: SweepError: names the folders that hold other content.
+    """
+    files = Files(root)
+    conflicts: list[str] = []
+    for folder, identity in wanted.items():
+        try:
+            there = json.loads(files.read(f"{folder}/{MANIFEST}"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            continue
+        conflicts += [
+            f"{folder} holds other content: {key} {there.get(key)} there, {value} here" for key, value in identity.items() if there.get(key) != value
+        ][:1]
+    if conflicts:
+        raise SweepError("\n".join([f"{len(conflicts)} in the way under {root}:", *(f"  {line}" for line in conflicts[:10]), _HOW]))
+
+
 def _by_folder(finished: Iterable[FinishedTrial], *, overwrite: bool) -> dict[str, FinishedTrial]:
     """Each trial by the path of its folder under the root; with `overwrite` the latest of those that want the same one."""
     wanted: dict[str, FinishedTrial] = {}

@@ -18,7 +18,7 @@ from sweep.files import Files
 from sweep.machine import Workers, pick_workers
 from sweep.planning import PlannedTrial, SweepPlan, plan_sweep
 from sweep.progress import Display
-from sweep.publish import publish
+from sweep.publish import check_ahead, publish
 from sweep.records import FinishedTrial
 from sweep.session import EXIT_INCOMPLETE, Session, exit_code
 from sweep.store import Store
@@ -50,7 +50,8 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
     session = Session(grid, plan, store)
     if session.tasks:
         Files(root).check_writable("output_layout.root")
-        _check_folders(plan, overwrite=base.output_layout.overwrite)
+        if not base.output_layout.overwrite:
+            _check_folders(plan, root)
     say_grid(session, console)
     if session.tasks:
         try:
@@ -124,20 +125,27 @@ def _output_root(base: SweepConfig, plan: SweepPlan) -> str:
     return root if "://" in root else str(Path(root).expanduser().absolute())
 
 
-def _check_folders(plan: SweepPlan, *, overwrite: bool) -> None:
-    """Refuse a grid two of whose trials belong in one report folder, before hours are spent on it.
+def _check_folders(plan: SweepPlan, root: str) -> None:
+    """Refuse a grid whose reports have no folder of their own, before hours are spent on it.
 
-    Raises: SweepError: names the two.
+    Raises: SweepError: two of its trials belong in one, or one holds other content; names them.
     """
-    by_folder: dict[tuple[object, ...], PlannedTrial] = {}
-    for trial in plan.trials if not overwrite else ():
+    by_folder: dict[str, PlannedTrial] = {}
+    for trial in plan.trials:
         config = trial.config
-        folder = (config.model.name, config.dataset.name, config.sensitivity.coverage, config.sensitivity.method, trial.name)
+        pair, sensitivity = config.quant_pair, config.sensitivity
+        run = f"{sensitivity.coverage}-{config.dataset.name}-{config.dataset.size}-{sensitivity.method}"
+        folder = f"{config.model.name}/layer-analysis/weight-{pair.weight}-act-{pair.activation}/{config.quant_granularity.name}/{run}"
         if trial.cell_id is not None and by_folder.setdefault(folder, trial).cell_id != trial.cell_id:
             raise SweepError(
                 f"Two trials {trial.name} of this grid have one report folder: {by_folder[folder].trial_id} and {trial.trial_id}. "
                 "Run them one after the other, each with its own output_layout.root=DIR, or keep the later one's report with output_layout.overwrite=true."
             )
+    identities = {
+        folder: {"model_revision": trial.model_revision, "dataset_revision": trial.dataset_revision, "cell_id": trial.cell_id}
+        for folder, trial in by_folder.items()
+    }
+    check_ahead(root, identities)
 
 
 @contextmanager

@@ -24,8 +24,10 @@ def read_status(store: Store) -> dict[str, Any]:
     trials = store.trials()
     states = Counter(row.state for row in trials.values())
     runs = store.runs()
-    last = next(reversed(runs.values()), None)
-    running = last is not None and _is_alive(last)
+    by_start = sorted(runs.values(), key=lambda run: run.get("started_at", ""))
+    alive = [run for run in by_start if _is_alive(run)]
+    last = next(reversed(alive or by_start), None)  # of several sweeps on one store the one that is under way
+    running = bool(alive)
     if not running and (gone := states.pop("running", 0)):  # whoever ran them is gone
         states["planned"] += gone
     return {

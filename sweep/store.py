@@ -82,9 +82,14 @@ class Store:
     def scores(self, cell_id: str) -> pa.Table:
         """A finished cell's rows (SCORES_SCHEMA).
 
-        Raises: SweepError: the file is damaged, or of a newer schema version.
+        Raises: SweepError: the file is missing, damaged, or of a newer schema version.
         """
-        return _read_parquet(self.files.read(_scores_path(cell_id)), f"{self.uri}/{_scores_path(cell_id)}", SCORES_SCHEMA)
+        path = _scores_path(cell_id)
+        try:
+            data = self.files.read(path)
+        except FileNotFoundError as error:
+            raise SweepError(f"{self.uri}/{path} is missing, though its trial is done. Type the same sweep run again: it is scored again.") from error
+        return _read_parquet(data, f"{self.uri}/{path}", SCORES_SCHEMA)
 
     def _parts(self, cell_id: str) -> list[str]:
         return [name.removesuffix(".parquet") for name in self.files.names(f"parts/cell={cell_id}") if name.endswith(".parquet")]

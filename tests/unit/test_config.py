@@ -238,3 +238,23 @@ def test_a_remembered_composition_is_the_composed_one() -> None:
 def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_spelling() -> None:
     with pytest.raises(SweepError, match=r"Did you mean 'quant_pair\.format_name'"):
         PairConfig.from_node("quant_pair", {"name": "x", "weight": "int8", "activation": "int8", "format_nam": "X", "quant_cfg_overrides": {}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["quant_pair=glob(zzz*)"], "quant_pair=... matches nothing"),
+        (["store.uri=a,b"], "store.uri is one for the whole grid"),
+        (["sensitivity.memory_gb=4,8"], "sensitivity.memory_gb is one for the whole grid"),
+        (["grid=demo,origin"], "grid is one for the whole grid"),
+        (["store.uri=memory://x"], "lives in one process only"),
+    ],
+)
+def test_what_is_no_axis_or_no_place_is_refused(overrides: list[str], text: str) -> None:
+    with pytest.raises(SweepError, match=re.escape(text)):
+        points(*overrides)
+
+
+def test_a_path_given_to_the_bundled_models_group_is_another_model() -> None:
+    assert point("model.path=/models/My-Llama.2").model.name == "my_llama_2"
+    assert point().model.name == "qwen3_vl_tiny"
