@@ -55,7 +55,7 @@ class Model:
 
             return modeling.tokenize(self.path, texts)
 
-        files = sorted(path for path in self.path.glob("*") if "token" in path.name or path.suffix in {".txt", ".model", ".jinja"})
+        files = sorted(path for path in self.path.glob("*") if "token" in path.name or "vocab" in path.name or path.suffix in {".txt", ".model", ".jinja"})
         return cache.remember("token-ids", [source, [file_key(file) for file in files], version("transformers")], compute)
 
     def image_tokens(self) -> dict[str, int]:
