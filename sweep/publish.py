@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from sweep.errors import SweepError
 from sweep.files import Files
 from sweep.records import FinishedTrial
-from sweep.report_files import FILES, LAYOUT_VERSION, MANIFEST, checksums, manifest_identity, pair_directory, published_scores, render_files
+from sweep.report_files import FILES, LAYOUT_VERSION, MANIFEST, checksums, folder_of_finished, manifest_identity, published_scores, render_files
 from sweep.report_index import GENERATED, render_index
 
 _NEW, _OLD = ".new-", ".old-"  # a folder being built; a folder being replaced
@@ -109,8 +109,7 @@ def _by_folder(finished: Iterable[FinishedTrial], *, overwrite: bool) -> dict[st
         trial = one.trial
         if trial.state != "done":
             raise SweepError(f"Trial {trial.trial_id} is {trial.state}; only finished trials are published. Run the sweep again to finish it.")
-        run = f"{trial.coverage}-{trial.dataset}-{trial.size}-{trial.method}"
-        parts = [trial.model, "layer-analysis", pair_directory(one), trial.quant_granularity, run]
+        parts = folder_of_finished(one)
         for part in parts:
             if not re.fullmatch(r"[a-z0-9_-][a-z0-9_.-]*", part) or ".." in part:
                 raise SweepError(f"{part!r} cannot be part of a published path. Use lower-case letters, digits, _ and - in the names of the config.")

@@ -66,15 +66,31 @@ def checksums(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
     return {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
 
 
-def pair_directory(finished: FinishedTrial) -> str:
-    """``weight-<weight>-act-<activation>``.
+def folder_of(model: str, pair: Mapping[str, Any], granularity: str, coverage: str, dataset: str, size: str, method: str) -> tuple[str, ...]:
+    """Where a trial's reports lie under the models directory: the path's parts, unchecked.
+
+    Args:
+        model: its name, as all others but `pair`.
+        pair: `weight` and `activation`, the number formats.
+        granularity: see model.
+        coverage: see model.
+        dataset: see model.
+        size: see model.
+        method: see model.
+    """
+    return model, "layer-analysis", f"weight-{pair['weight']}-act-{pair['activation']}", granularity, f"{coverage}-{dataset}-{size}-{method}"
+
+
+def folder_of_finished(finished: FinishedTrial) -> tuple[str, ...]:
+    """The same, of a trial in the store.
 
     Raises: SweepError: the composed config does not say which formats the pair has.
     """
-    pair = json.loads(finished.trial.config).get("quant_pair", {})
+    trial = finished.trial
+    pair = json.loads(trial.config).get("quant_pair", {})
     if "weight" not in pair or "activation" not in pair:
-        raise SweepError(f"Trial {finished.trial.trial_id} names no quant_pair.weight and .activation in its config. Run it again to publish it.")
-    return f"weight-{pair['weight']}-act-{pair['activation']}"
+        raise SweepError(f"Trial {trial.trial_id} names no quant_pair.weight and .activation in its config. Run it again to publish it.")
+    return folder_of(trial.model, pair, trial.quant_granularity, trial.coverage, trial.dataset, trial.size, trial.method)
 
 
 def _config_yaml(finished: FinishedTrial) -> bytes:

@@ -20,6 +20,7 @@ from sweep.planning import PlannedTrial, SweepPlan, plan_sweep
 from sweep.progress import Display
 from sweep.publish import check_ahead, publish
 from sweep.records import FinishedTrial
+from sweep.report_files import folder_of
 from sweep.session import EXIT_INCOMPLETE, Session, exit_code
 from sweep.store import Store
 from workers.task import Progress
@@ -133,9 +134,11 @@ def _check_folders(plan: SweepPlan, root: str) -> None:
     by_folder: dict[str, PlannedTrial] = {}
     for trial in plan.trials:
         config = trial.config
-        pair, sensitivity = config.quant_pair, config.sensitivity
-        run = f"{sensitivity.coverage}-{config.dataset.name}-{config.dataset.size}-{sensitivity.method}"
-        folder = f"{config.model.name}/layer-analysis/weight-{pair.weight}-act-{pair.activation}/{config.quant_granularity.name}/{run}"
+        assert config.model.name is not None  # SweepConfig has checked
+        pair = {"weight": config.quant_pair.weight, "activation": config.quant_pair.activation}
+        dataset, sensitivity = config.dataset, config.sensitivity
+        parts = folder_of(config.model.name, pair, config.quant_granularity.name, sensitivity.coverage, dataset.name, dataset.size, sensitivity.method)
+        folder = "/".join(parts)
         if trial.cell_id is not None and by_folder.setdefault(folder, trial).cell_id != trial.cell_id:
             raise SweepError(
                 f"Two trials {trial.name} of this grid have one report folder: {by_folder[folder].trial_id} and {trial.trial_id}. "

@@ -17,12 +17,13 @@ from sweep.store import Store
 
 def _is_asked_for(row: TrialRow, overrides: Sequence[str], asked: Mapping[str, Any]) -> bool:
     """Whether a trial has the values that were typed: `quant_pair=wfp8_afp8` publishes only its trials."""
+    config = json.loads(row.config)
     for override in overrides:
         section, *keys = override.partition("=")[0].strip().split(".")
-        wanted, found = asked[section], json.loads(row.config)[section]
-        for key in keys:
+        wanted, found = asked[section], config[section]
+        for key in keys or ["name"] if "name" in wanted else keys:
             wanted, found = wanted[key], found[key]
-        if section not in ("store", "output_layout", "cluster") and wanted != found and (keys or wanted["name"] != found["name"]):
+        if section not in ("store", "output_layout", "cluster") and wanted != found:
             return False
     return True
 
@@ -36,7 +37,8 @@ def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -
     store = Store(config.store.uri)
     if "{run_id}" in config.output_layout.root:
         raise SweepError("output_layout=tmp is for the reports of one run. Leave it out, or type output_layout.root=DIR.")
-    rows = [row for row in store.trials().values() if row.state == "done" and row.cell_id is not None and _is_asked_for(row, overrides, to_plain(config))]
+    asked = to_plain(config)
+    rows = [row for row in store.trials().values() if row.state == "done" and row.cell_id is not None and _is_asked_for(row, overrides, asked)]
     if not rows:
         raise SweepError(f"The store {store.uri} holds no finished trial of that kind. Type `sweep run` first, or store.uri=DIR.")
     finished = [FinishedTrial(trial=row, scores=store.scores(row.cell_id)) for row in rows if row.cell_id is not None]
