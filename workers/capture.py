@@ -49,6 +49,7 @@ class Rows:
     y_square_sums: tuple[float, ...]  # by segment: sum of squares of the unquantized output
     input_amaxes: tuple[float, ...]  # by segment: largest |x|; NaN if there is one
     layout: Layout
+    input_ranges: dict[tuple[str, int], Tensor]  # that were found so far (workers.quantization.Quantizers.inputs), shared as x is
 
 
 def batch_to(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -207,18 +208,21 @@ class Recorder:
 
     def rows(self) -> dict[str, Rows]:
         """What was kept, by module name."""
-        amaxes: dict[int, list[float]] = {}
+        amaxes: dict[int, tuple[float, ...]] = {}
+        ranges: dict[int, dict[tuple[str, int], Tensor]] = {}
         for buffer in self._buffers.values():
             if buffer.shares is None:
                 parts = buffer.x_TI.split([end - start for start, end in zip((0, *buffer.layout.ends), buffer.layout.ends, strict=False)])
-                amaxes[id(buffer.x_TI)] = torch.stack([_amax(part) for part in parts]).tolist()
+                amaxes[id(buffer.x_TI)] = tuple(torch.stack([_amax(part) for part in parts]).tolist())
+                ranges[id(buffer.x_TI)] = {}
         return {
             name: Rows(
                 x_TI=buffer.x_TI,
                 g_TO=buffer.g_TO,
                 y_square_sums=tuple(buffer.y_square_sums.tolist()),
-                input_amaxes=tuple(amaxes[id(buffer.x_TI)]),
+                input_amaxes=amaxes[id(buffer.x_TI)],
                 layout=buffer.layout,
+                input_ranges=ranges[id(buffer.x_TI)],
             )
             for name, buffer in self._buffers.items()
         }

@@ -101,7 +101,7 @@ def deltas(quantized: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]
     n_programs = triton.cdiv(n, _DELTA_BLOCK)
     squares = torch.empty(n_programs, dtype=torch.float32, device=original.device)
     _deltas_kernel[(n_programs,)](quantized, original, cast, difference, squares, n, BLOCK=_DELTA_BLOCK, num_warps=8)
-    return cast, difference, squares.double().sum()
+    return cast, difference, squares.sum(dtype=torch.float64)
 
 
 def score_rows(first: Tensor | None, seconds: Tensor, gradient: Tensor, ends: Sequence[int], second_ends: Sequence[int], score: Tensor, square: Tensor) -> None:

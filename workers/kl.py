@@ -21,6 +21,7 @@ from workers.capture import Segments, square_sum
 from workers.data import SIZES
 from workers.quantization import Attributes, Quantizers, quantized
 from workers.scoring import GroupScore, Job, NotFinite, Scores
+from workers.transfer import sent_home
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +81,19 @@ class KlEngine:
         else:
             n_segments = max(job.sizes.values())
             by_size |= dict.fromkeys(job.sizes, self._samples(self._with_inputs(linears, job, n_segments), n_segments))
-        squares = [sum(linear.dw_square_sum for linear in linears.values()), sum(self._weight_square(name) for name in modules)]
-        amaxes = torch.stack([self._base.inputs.amaxes[name].amax(1) for name in modules]).amax(0)
+        amaxes = torch.stack([self._base.inputs.amaxes[name].amax(1) for name in modules]).amax(0).double()
+        squares = amaxes.new_zeros(2)
+        for name, linear in linears.items():
+            squares[0] += linear.dw_square_sum
+            squares[1] += self._weight_square(name)
+        samples_home = {size: sent_home(samples) for size, samples in by_size.items()}
+        rest_home = sent_home(torch.cat([squares, amaxes]))
 
         def finish(group: str) -> Scores:
-            dw_square, w_square = map(float, squares)
+            dw_square, w_square, *input_amaxes = rest_home().tolist()
             found: dict[str, GroupScore] = {}
             for size, n_segments in job.sizes.items():
-                scores = self._in_order(by_size[size], size, n_segments)
+                scores = self._in_order(samples_home[size](), size, n_segments)
                 if not np.isfinite(scores).all():
                     first = int(np.flatnonzero(~np.isfinite(scores))[0])
                     return NotFinite(f"Layer group {group} under {job.name}: the KL divergence of sample {first} is NaN or infinite.")
@@ -98,7 +104,7 @@ class KlEngine:
                     y_square_sum=0.0,
                     dw_square_sum=dw_square,
                     w_square_sum=w_square,
-                    input_amax=float(amaxes[:n_segments].max()),
+                    input_amax=max(input_amaxes[:n_segments]),
                 )
             return found
 
@@ -123,7 +129,7 @@ class KlEngine:
         """Sample scores in data set order."""
         n_samples = self._base.layout.sample_ends[n_segments - 1]
         scores = np.zeros(SIZES[size])
-        scores[list(self._base.layout.samples[:n_samples])] = samples[:n_samples].cpu().numpy()
+        scores[list(self._base.layout.samples[:n_samples])] = samples[:n_samples].numpy()
         return scores
 
     def _first_layer(self, modules: Iterable[str]) -> int | None:

@@ -3,7 +3,7 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -100,15 +100,25 @@ class Quantizers:
             self._weight_ranges[key] = amax.clone()
         return quantizer
 
-    def inputs(self, attributes: Attributes, x_TI: Tensor, amaxes: Tensor) -> TensorQuantizer:
-        """A quantizer whose range was set on calibration inputs.
+    def inputs(
+        self, attributes: Attributes, x_TI: Tensor, amaxes: Sequence[float], known: MutableMapping[tuple[str, int], Tensor] | None = None
+    ) -> TensorQuantizer:
+        """A quantizer whose range was set on calibration inputs by ModelOpt's own `max` calibrator, or is known.
 
         Args:
             attributes: a valid QuantizerAttributeConfig.
-            x_TI: the inputs, [rows, in].
+            x_TI: the inputs, [rows, in]: leading rows of one tensor.
             amaxes: largest magnitudes of parts of `x_TI`, all it takes to calibrate one range for the whole tensor.
+            known: ranges of that tensor, by what decides them and number of rows; receives this one.
         """
-        return self._calibrated(attributes, (x_TI.shape[1],), [amaxes if attributes.get("axis") is None else x_TI.float()], None)
+        known, key = {} if known is None else known, (_range_of(attributes), len(x_TI))
+        if (amax := known.get(key)) is not None:
+            return self._calibrated(attributes, (x_TI.shape[1],), [x_TI], amax)
+        seen = torch.tensor(amaxes, device=x_TI.device) if attributes.get("axis") is None else x_TI.float()
+        quantizer = self._calibrated(attributes, (x_TI.shape[1],), [seen], None)
+        if (amax := getattr(quantizer, "_amax", None)) is not None:
+            known[key] = amax.clone()
+        return quantizer
 
     def _calibrated(self, attributes: Attributes, shape: tuple[int, ...], tensors: Sequence[Tensor], known: Tensor | None) -> TensorQuantizer:
         key = (repr(sorted(attributes.items(), key=str)), shape)

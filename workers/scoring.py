@@ -23,6 +23,7 @@ from workers import kernels
 from workers.capture import Layout, Rows, square_sum
 from workers.data import SIZES
 from workers.quantization import Attributes, Quantizers, quantized
+from workers.transfer import sent_home
 
 _PRODUCT_BYTES = 2e9  # of dx Q(W)^T held at once
 
@@ -174,13 +175,11 @@ class Engine:
             if attributes is not None:
                 key = (jobs[column.job].input_key, column.size)
                 wanted[key] = attributes, max(column.end, wanted.get(key, (attributes, 0))[1])
-        if not wanted:
-            return {}
-        amaxes = torch.tensor(rows.input_amaxes, device=rows.x_TI.device)
         deltas: dict[tuple[str, str | None], Tensor] = {}
         for key, (attributes, end) in wanted.items():
             x_TI = rows.x_TI[:end]
-            quantizer = self._quantizers.inputs(attributes, x_TI, amaxes[: rows.layout.ends.index(end) + 1])
+            amaxes = rows.input_amaxes[: rows.layout.ends.index(end) + 1]
+            quantizer = self._quantizers.inputs(attributes, x_TI, amaxes, rows.input_ranges)
             deltas[key] = kernels.deltas(quantized(quantizer, x_TI), x_TI)[1]
         return deltas
 
@@ -224,30 +223,38 @@ class _Total:
         self._y_squares, self._amaxes = [seen.y_square_sums for seen in rows], [seen.input_amaxes for seen in rows]
         x_TI = rows[0].x_TI  # not kept: its memory may be wanted before the results are
         self.sums = torch.zeros(len(rows), 2, len(columns), len(x_TI), device=x_TI.device)  # by module: (g * dy)^2 and dy^2
-        self._samples: Tensor | None = None  # [samples in row order, 2 * columns] float64
-        self._dw_squares: dict[int, list[Tensor | float]] = {index: [] for index in range(len(jobs))}
+        self._weights: list[tuple[tuple[int, ...], Tensor | float]] = []  # jobs that a module's sum of dW^2 belongs to, and the sum
         self._w_squares: dict[str, Tensor] = {}
+        self._home: Callable[[], Tensor] | None = None
 
     def add_weight(self, visit: _Visit, w_square: Tensor) -> None:
         self._w_squares[visit.name] = w_square
-        for job in visit.jobs:
-            self._dw_squares[job].append(visit.weight.dw_square_sum)
+        self._weights.append((visit.jobs, visit.weight.dw_square_sum))
 
     def close(self) -> None:
-        """Sum rows to samples, without waiting for the GPU."""
-        by_row = self.sums.flatten(0, 2).T.double().contiguous()
+        """Sum rows to samples and send everything home, without waiting for the GPU."""
+        by_row = self.sums.flatten(0, 2).T.to(torch.float64, memory_format=torch.contiguous_format)
         by_sample = torch.segment_reduce(by_row, "sum", lengths=self._layout.lengths, axis=0, unsafe=True)  # its checks wait for the GPU
         modules = by_sample.unflatten(1, (len(self._amaxes), -1)).unbind(1)
-        self._samples = sum(modules[1:], start=modules[0])
+        samples = sum(modules[1:], start=modules[0])
+        squares = [*self._w_squares.values(), *(square for _, square in self._weights if isinstance(square, Tensor))]
+        self._home = sent_home(torch.cat([torch.stack(squares), samples.flatten()]))
 
     def results(self) -> list[Scores]:
-        assert self._samples is not None
+        """Each job's scores. Waits for what `close` has sent, not for what the GPU was given since."""
+        assert self._home is not None
         jobs, layout = self._jobs, self._layout
-        in_rows = self._samples.cpu().numpy()
+        home = self._home().numpy()
+        in_rows = home[-len(layout.samples) * 2 * len(self._columns) :].reshape(len(layout.samples), -1)
         samples = np.zeros((in_rows.shape[1], max(layout.samples) + 1))  # a row a column, so that a sum's order is its own
         samples[:, list(layout.samples)] = in_rows.T
-        dw_squares = self._weight_errors()
-        w_square = sum(torch.stack(list(self._w_squares.values())).tolist())
+        squares = iter(home[: len(home) - in_rows.size].tolist())
+        w_square = sum(next(squares) for _ in self._w_squares)
+        dw_squares = [0.0] * len(jobs)
+        for indices, square in self._weights:
+            value = next(squares) if isinstance(square, Tensor) else square
+            for index in indices:
+                dw_squares[index] += value
         all_finite = bool(np.isfinite(samples).all())
         sizes = {size: n_segments for job in jobs for size, n_segments in job.sizes.items()}
         sums = {size: samples[:, : SIZES[size]].sum(axis=1) for size in sizes}
@@ -275,12 +282,6 @@ class _Total:
                     input_amax=amaxes[size],
                 )
         return list(found)
-
-    def _weight_errors(self) -> list[float]:
-        """Sum of dW^2 by job, with one wait for the GPU."""
-        tensors = {id(square): square for squares in self._dw_squares.values() for square in squares if isinstance(square, Tensor)}
-        values = dict(zip(tensors, torch.stack(list(tensors.values())).tolist() if tensors else [], strict=True))
-        return [sum(values.get(id(square), 0.0) for square in self._dw_squares[job]) for job in range(len(self._jobs))]
 
 
 def _score_visit(visit: _Visit, rows: Rows, jobs: Sequence[Job], columns: Sequence[_Column], sums: Tensor) -> None:

@@ -28,8 +28,7 @@ def reference_score(task: Task, weights: dict[str, Tensor], rows: dict[str, Rows
         seen = rows[name]
         w, x, g = weight.float(), seen.x_TI.float(), seen.g_TO.float()
         wq = quantizers.weight(name, task.weight_attributes, w)(w) if task.weight_attributes else w
-        amaxes = torch.tensor(seen.input_amaxes, device=x.device)
-        xq = quantizers.inputs(task.input_attributes, x, amaxes)(x) if task.input_attributes else x
+        xq = quantizers.inputs(task.input_attributes, x, seen.input_amaxes)(x) if task.input_attributes else x
         exact += (g * (x @ (wq - w).T + (xq - x) @ wq.T)).double().square().sum().item()
         difference = xq.bfloat16() @ wq.bfloat16().T - seen.x_TI @ weight.T
         stock += (g * difference.float()).double().square().sum().item()

@@ -11,7 +11,8 @@ sizes are measured on a part of the samples and scaled.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,16 +25,22 @@ from workers.task import Task
 
 _ALONE = "wint8_aint8/default"
 _CHECKED = ("wfp8_afp8/default", "wint8_aint8/default", "wint4_afp16/default", "wint8_aint8/a_per_token_dynamic", "wint4_aint8/w_group64")
+_AHEAD = 6  # layer groups
 _EIGHT = (*_CHECKED, "wfp8_afp16/default", "wint8_afp16/default", "wint4_afp8/default")
 
 
 def score(bench: Subject, engine: Engine, rows: dict[str, Rows], tasks: Sequence[Task], *sizes: str) -> dict[str, list[Scores] | None]:
-    """Every layer group under the tasks' recipes, one group waited for after the next has been started."""
+    """Every layer group under the tasks' recipes, one group waited for after the next few have been started, as a worker does."""
     jobs: list[Job] = [job(task, bench.plan, *sizes) for task in tasks]
-    waiting = {
-        group.name: engine.score_group({name: bench.model.get_submodule(name).weight for name in group.modules}, rows, jobs) for group in tasks[0].groups
-    }
-    return {name: wait() for name, wait in waiting.items()}
+    waiting: deque[tuple[str, Callable[[], list[Scores] | None]]] = deque()
+    found: dict[str, list[Scores] | None] = {}
+    for group in tasks[0].groups:
+        weights = {name: bench.model.get_submodule(name).weight for name in group.modules}
+        waiting.append((group.name, engine.score_group(weights, rows, jobs)))
+        if len(waiting) > _AHEAD:
+            name, wait = waiting.popleft()
+            found[name] = wait()
+    return found | {name: wait() for name, wait in waiting}
 
 
 def floor(bench: Subject, rows: dict[str, Rows]) -> float:

@@ -63,7 +63,7 @@ class FakeQuantized(nn.Module):
         self.bias, weight = linear.bias, linear.weight.detach().float()
         self.weight = weight if recipe.weight is None else Quantizers().weight("w", recipe.weight, weight)(weight)
         self.weight = self.weight.to(linear.weight.dtype)
-        self.quantizer = None if recipe.inputs is None else Quantizers().inputs(recipe.inputs, weight.new_empty(0, weight.shape[1]), amax)
+        self.quantizer = None if recipe.inputs is None else Quantizers().inputs(recipe.inputs, weight.new_empty(0, weight.shape[1]), amax.tolist())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quantizer is not None:
