@@ -1,20 +1,22 @@
 """Ray's side of a worker, and the pool that lends workers to trials. No arithmetic and no file formats live here."""
 
 import asyncio
-import math
 import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import ray
 
-from workers.data import Plan
+from workers.data import SIZES, Plan
 from workers.task import Progress, Task
 
 _TELL_SECONDS = 0.2  # between messages; one costs Ray about a millisecond
+_FIRST_SHARE = 0.95  # of an even share, in a worker's first bundle: the rest evens out what workers do not take equally long for
+_VISIT_COST = 0.3  # of a task's quantizing and summing beside one product
 _MAX_DEATHS = 3  # a task under which so many workers died is the cause
 
 
@@ -39,7 +41,7 @@ class Worker:
         build_extensions(extensions)
 
     def info(self) -> dict[str, Any]:
-        """Node, process, number of model loads, and the most GPU memory that was used."""
+        """Node, process, and what its scorer says of itself."""
         return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), **self._scorer.info()}
 
     def score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[list[Progress]]:
@@ -74,8 +76,8 @@ class Ended:
 class Pool:
     """Lends free workers, with tasks that a worker can score together, and remembers how each task ended.
 
-    Tasks that share a capture go out in bundles: of what is left, a worker gets its even share, so that a layer is visited
-    once for many recipes and all workers end at about the same time.
+    Tasks that share a capture go out in bundles, so that a layer is visited once for many recipes. A worker's first bundle is
+    nearly its even share of everything; from then on it gets its even share of what is left, so that all end at about the same time.
     """
 
     def __init__(self, workers: Sequence[str], tasks: Mapping[str, Task], plans: Mapping[str, list[Any]]) -> None:
@@ -92,6 +94,8 @@ class Pool:
         self._ended: dict[str, str | None] = {}  # task id -> why it failed, None if it is done
         self._deaths: dict[str, int] = {}
         self._leased = False
+        self._lent: dict[str, Task] = {}
+        self._begun: set[tuple[str, str]] = set()  # worker, plan id: has had its first bundle
         self._changed = asyncio.Condition()
 
     async def lease(self, task_id: str) -> Lease | Ended:
@@ -103,10 +107,10 @@ class Pool:
             first = self._waiting.get(task_id) or next(iter(self._waiting.values()))
             worker = next((name for name, model in self._free.items() if model == first.model.revision), next(iter(self._free)))
             del self._free[worker]
-            bundle = self._bundle(first)
+            bundle = self._bundle(worker, first)
             self._leased = True
             for task in bundle:
-                del self._waiting[task.task_id]
+                self._lent[task.task_id] = self._waiting.pop(task.task_id)
         return Lease(worker, bundle, self._plans[first.plan_id])
 
     async def give_back(self, lease: Lease, ended: Mapping[str, str | None], death: str | None = None) -> None:
@@ -121,6 +125,7 @@ class Pool:
             self._free[lease.worker] = "" if death else lease.tasks[0].model.revision
             self._ended |= ended
             for task in lease.tasks:
+                del self._lent[task.task_id]
                 if task.task_id not in ended:
                     self._deaths[task.task_id] = deaths = self._deaths.get(task.task_id, 0) + 1
                     if deaths < _MAX_DEATHS:
@@ -133,9 +138,25 @@ class Pool:
         """Why tasks failed, by task id."""
         return {task_id: reason for task_id, reason in self._ended.items() if reason is not None}
 
-    def _bundle(self, first: Task) -> tuple[Task, ...]:
-        if first.task_id in self._deaths or not self._leased:
-            return (first,)  # the very first goes alone: a result to look at while the others are scored
+    def _bundle(self, worker: str, first: Task) -> tuple[Task, ...]:
+        """Tasks for a worker, those with equal weights beside each other: they share a product."""
+        if first.task_id in self._deaths or not self._leased or first.method == "kl_div":
+            return (first,)  # the very first goes alone: a result to look at while the others are scored; kl_div shares nothing that counts
         others = [task for task in self._waiting.values() if task is not first and task.shares_capture_with(first) and task.task_id not in self._deaths]
-        share = math.ceil((1 + len(others)) / self._n_workers)
-        return (first, *others[: share - 1])
+        others.sort(key=lambda task: (task.weight_attributes != first.weight_attributes, repr(task.weight_attributes)))
+        beside = [task for task in self._lent.values() if task.shares_capture_with(first)]
+        is_new = (worker, first.plan_id) not in self._begun
+        self._begun.add((worker, first.plan_id))
+        if is_new and self._n_workers > 1:
+            room = _FIRST_SHARE * sum(_cost(task) for task in (first, *others, *beside)) / self._n_workers
+        else:
+            room = sum(_cost(task) for task in (first, *others)) / self._n_workers
+        costs = accumulate(map(_cost, others), initial=_cost(first))
+        return (first, *(task for task, before in zip(others, costs, strict=False) if before + _cost(task) / 2 <= room))
+
+
+def _cost(task: Task) -> float:
+    """About a task's time in a bundle, in products of all rows of the largest size."""
+    sizes = [SIZES[size] / max(SIZES.values()) for size in task.cells]
+    products = 0.0 if task.input_attributes is None else sum(sizes) if task.calibrates_inputs else max(sizes)
+    return _VISIT_COST + products

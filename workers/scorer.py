@@ -20,6 +20,7 @@ from sweep.store import Store
 from workers import memory, modeling
 from workers.book import Book, Measured, Part
 from workers.capture import Rows, capture
+from workers.clock import Clock
 from workers.data import Plan
 from workers.kl import KlEngine
 from workers.quantization import auto_quantize_scores
@@ -64,6 +65,7 @@ class Scorer:
         self.store = Store(store_uri)
         self.device = torch.device(device)
         self.model_loads = 0
+        self._clock = Clock()
         self._model: Any = None
         self._model_spec: ModelSpec | None = None
         self._engine: Engine | None = None
@@ -72,16 +74,22 @@ class Scorer:
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="part-writer")
 
     def info(self) -> dict[str, Any]:
-        """Number of model loads, and the most GPU memory that was allocated, in 1e9 bytes."""
+        """What it has done so far.
+
+        Returns: `model_loads`; seconds: `load_seconds`, `capture_seconds` (the unquantized model's passes), `busy_seconds`
+            (with tasks, captures included); `first_at` and `last_at`: when it was first and last busy, seconds since 1970;
+            `peak_gb`: the most GPU memory that was allocated, in 1e9 bytes, None on a CPU.
+        """
         peak_gb = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
-        return {"model_loads": self.model_loads, "peak_gb": peak_gb}
+        return {"model_loads": self.model_loads, "peak_gb": peak_gb, **self._clock.figures()}
 
     def load(self, spec: ModelSpec) -> None:
         """Hold this model, and no other."""
         if spec == self._model_spec:
             return
         self._model, self._model_spec, self._engine, self._captured, self._divergence = None, None, None, None, None
-        self._model = modeling.load(Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device))
+        with self._clock.timed("load_seconds"):
+            self._model = modeling.load(Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device))
         self._engine = Engine(self.device)
         self._model_spec = spec
         self.model_loads += 1
@@ -95,6 +103,10 @@ class Scorer:
 
         Yields: progress of each task; a task that meets a NaN or an infinity ends with a failure, the others go on.
         """
+        with self._clock.timed("busy_seconds"):
+            yield from self._score(tasks, plan)
+
+    def _score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[Progress]:
         first = tasks[0]
         self.load(first.model)
         parts = [Part(name, tuple(members)) for name, members in groupby(first.groups, key=lambda group: group.part)]
@@ -174,7 +186,8 @@ class Scorer:
         key = (task.plan_id, n_segments, modules_of(parts))
         if self._divergence is None or self._divergence[0] != key:
             self._divergence = None  # frees its memory first
-            self._divergence = key, KlEngine(self._model, plan.segments[:n_segments], key[2])
+            with self._clock.timed("capture_seconds"):
+                self._divergence = key, KlEngine(self._model, plan.segments[:n_segments], key[2])
         engine = self._divergence[1]
         for part in wanted:
             yield part, lambda group, jobs: engine.score_group(group.modules, jobs)
@@ -194,7 +207,8 @@ class Scorer:
             yield wanted, self._rows(tasks[0].plan_id, plan, n_segments, modules_of(wanted))
             return
         self._captured = self._divergence = None
-        for index, rows in captures(self._model, plan.segments[:n_segments], [modules_of(window) for window in windows]):
+        passes = captures(self._model, plan.segments[:n_segments], [modules_of(window) for window in windows])
+        for index, rows in self._clock.timed_items("capture_seconds", passes):
             yield windows[index], rows
 
     def _memory_bytes(self) -> float:
@@ -211,7 +225,8 @@ class Scorer:
         """Capture, or what an earlier capture of at least as much left."""
         if (held := self._captured) is None or held.plan_id != plan_id or held.n_segments < n_segments or not set(modules) <= held.modules:
             self._captured = self._divergence = held = None  # frees its memory first
-            rows = capture(self._model, plan.segments[:n_segments], modules)
+            with self._clock.timed("capture_seconds"):
+                rows = capture(self._model, plan.segments[:n_segments], modules)
             self._captured = held = _Captured(plan_id, n_segments, frozenset(modules), rows)
         return held.rows
 

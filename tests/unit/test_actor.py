@@ -75,15 +75,58 @@ def test_the_very_first_task_goes_alone_for_a_first_result() -> None:
     asyncio.run(story())
 
 
-def test_a_bundle_is_an_even_share_of_what_is_left_its_own_task_first() -> None:
+def test_first_bundles_are_nearly_even_shares_of_everything_and_later_ones_of_what_is_left() -> None:
+    everything = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"  # 40
+
     async def story() -> None:
-        shared = await begun(tasks("abcde"))
+        shared = await begun(tasks(everything))
         first = await leased(shared, "b")
-        assert (first.worker, names(first), first.plan) == ("1", "bac", ["plan-ref"])  # 3 of 5 for the first of 2 workers
+        assert (first.worker, names(first), first.plan) == ("1", "bacdefghijklmnopqrs", ["plan-ref"])  # 19 of 40, its own task first
         second = await leased(shared, "a")  # already in the first bundle: this trial helps with what is left
-        assert (second.worker, names(second)) == ("2", "d")  # half of the 2 left
-        await shared.give_back(second, {"d": None})
-        assert names(await shared.lease("a")) == "e"
+        assert (second.worker, names(second)) == ("2", "tuvwxyzABCDEFGHIJKL")
+        await shared.give_back(second, dict.fromkeys(names(second)))
+        assert names(await shared.lease("a")) == "M"  # half of the 2 left
+        await shared.give_back(first, dict.fromkeys(names(first)))
+        assert names(await shared.lease("N")) == "N"
+
+    asyncio.run(story())
+
+
+def test_one_worker_takes_everything_at_once() -> None:
+    async def story() -> None:
+        assert names(await (await begun(tasks("abcdefgh"), workers="1")).lease("h")) == "habcdefg"
+
+    asyncio.run(story())
+
+
+def test_tasks_with_equal_weights_go_out_together() -> None:
+    fp8, int8 = {"num_bits": (4, 3)}, {"num_bits": 8}
+
+    async def story() -> None:
+        mixed = [replace(task, weight_attributes=fp8 if task.task_id in "aceg" else int8) for task in tasks("abcdefgh")]
+        shared = await begun(mixed)
+        assert sorted(names(await shared.lease("c"))) == list("aceg")
+        assert sorted(names(await shared.lease("b"))) == list("bdfh")
+
+    asyncio.run(story())
+
+
+def test_a_task_whose_inputs_need_a_range_for_each_size_counts_for_as_many_products() -> None:
+    sizes = {"small": "cell", "medium": "cell", "large": "cell"}
+
+    async def story() -> None:
+        dear = tasks("abcd", input_attributes={"num_bits": 8}, calibrates_inputs=True, cells=sizes)
+        cheap = tasks("efghijklmnopqrst", cells=sizes)
+        shared = await begun([*dear, *cheap])
+        assert names(await shared.lease("a")) == "abc"  # 3 x 1.58 of 95 % of half of 11.1
+        assert names(await shared.lease("e")) == "ed" + "fghijklmnop"  # 1.58 and 12 x 0.3
+
+    asyncio.run(story())
+
+
+def test_kl_div_tasks_go_out_one_by_one() -> None:
+    async def story() -> None:
+        assert names(await (await begun(tasks("abcd", method="kl_div"))).lease("b")) == "b"
 
     asyncio.run(story())
 

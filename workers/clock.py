@@ -1,0 +1,45 @@
+"""Where a worker's time goes."""
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+_Kind = Literal["load_seconds", "capture_seconds", "busy_seconds"]
+_Item = TypeVar("_Item")
+
+
+class Clock:
+    """Sums of wall seconds by kind, and when the worker was first and last busy."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._seconds: dict[_Kind, float] = {"load_seconds": 0.0, "capture_seconds": 0.0, "busy_seconds": 0.0}
+        self._first_at: float | None = None
+        self._last_at: float | None = None
+
+    @contextmanager
+    def timed(self, kind: _Kind) -> Generator[None]:
+        """Count the block's time."""
+        started = time.time()
+        try:
+            yield
+        finally:
+            ended = time.time()
+            self._seconds[kind] += ended - started
+            if kind == "busy_seconds":
+                self._first_at, self._last_at = self._first_at or started, ended
+
+    def timed_items(self, kind: _Kind, items: Iterator[_Item]) -> Iterator[_Item]:
+        """Count the time that it takes to make items, not what is done with them."""
+        end = object()
+        while True:
+            with self.timed(kind):
+                item = next(items, end)
+            if item is end:
+                return
+            yield item  # type: ignore[misc]
+
+    def figures(self) -> dict[str, Any]:
+        """Seconds by kind, and `first_at` and `last_at`, seconds since 1970 (None: never busy)."""
+        return {**self._seconds, "first_at": self._first_at, "last_at": self._last_at}
