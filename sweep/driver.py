@@ -5,6 +5,7 @@ so a resumed sweep is a fresh experiment over what is left.
 """
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -74,6 +75,7 @@ def run_trials(
     on_stage: Callable[[str], None],
     on_ready: Callable[[], None],
     on_progress: Callable[[Progress], None],
+    on_ended: Callable[[], None],
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Run the trials as one Tune experiment on a Ray cluster of this machine.
 
@@ -87,6 +89,7 @@ def run_trials(
         on_stage: called with what is happening, for people.
         on_ready: called once, when the workers hold the first task's model.
         on_progress: called whenever rows of a task have reached the store.
+        on_ended: called once, when every trial has ended; Ray has yet to stop.
 
     Returns: why tasks failed, by task id; and what each worker says of itself.
 
@@ -109,8 +112,9 @@ def run_trials(
         pool = pool_class.options(name=_POOL, num_cpus=0, max_concurrency=1000).remote(list(actors), dict(tasks), plan_refs)
         _wait_for(loads)
         on_ready()
-        _tuner(orders, scratch, on_progress).fit()
-        return ray.get(pool.failures.remote()), [info for name in actors if (info := _alive(name)) is not None]
+        _tuner(orders, workers.count, scratch, on_progress).fit()
+        on_ended()
+        return _get(pool.failures.remote()), [info for name in actors if (info := _alive(name)) is not None]
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
@@ -159,12 +163,14 @@ def _start_workers(workers: Workers, store_uri: str, memory_gb: float | None) ->
     return {name: actor_class.options(name=name, **options).remote(store_uri, workers.device, memory_gb, workers.count) for name in names}
 
 
-def _tuner(orders: Sequence[TrialOrder], scratch: str, on_progress: Callable[[Progress], None]) -> tune.Tuner:
+def _tuner(orders: Sequence[TrialOrder], n_workers: int, scratch: str, on_progress: Callable[[Progress], None]) -> tune.Tuner:
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(math.ceil(n_workers / 2))  # of Tune's 200 placement groups ahead, all but a few are made in vain
+
     def name_of(trial: Any) -> str:
         return TrialOrder.parse(trial.config["order"]).name.replace("/", "-")
 
     return tune.Tuner(
-        tune.with_resources(run_trial, {"cpu": 0, _SLOT: 1}),
+        tune.with_resources(TrialRunner, {"cpu": 0, _SLOT: 1}),
         param_space={"order": tune.grid_search([str(order) for order in orders])},
         tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=name_of, trial_dirname_creator=name_of),
         run_config=tune.RunConfig(
@@ -178,17 +184,36 @@ def _tuner(orders: Sequence[TrialOrder], scratch: str, on_progress: Callable[[Pr
     )
 
 
-def run_trial(config: dict[str, str]) -> None:
-    """Tune's side of a trial: as long as its scores are not there, borrow workers and have tasks scored, its own first.
+class TrialRunner(tune.Trainable):
+    """Tune's side of trials, one after another: as long as a trial's scores are not there, borrow workers and have tasks scored, its own first.
 
-    A trial whose task is in another trial's bundle helps with what else is left.
+    A trial whose task is in another trial's bundle helps with what else is left. A class, since Tune runs a function in a thread that
+    costs each trial as much as all the rest.
     """
-    order, pool = TrialOrder.parse(config["order"]), _pool()
-    lease: Lease | Ended
-    while isinstance(lease := _get(pool.lease.remote(order.task_id)), Lease):
-        _carry(lease, pool)
-    # A failure that is raised makes Tune print forty lines of traceback and start another process; no report at all, a line for each trial.
-    tune.report({"progress": [], "failure": lease.failure or ""})
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Take a trial over."""
+        self._ended: dict[str, str | None] = {}  # why tasks have no scores, None if they have; by task id
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next one over."""
+        self._reports = self._run(TrialOrder.parse(new_config["order"]))
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """What Tune shows: progress, a few times a second, and at the end why there are no scores, if there are none."""
+        return next(self._reports)
+
+    def _run(self, order: TrialOrder) -> Iterator[dict[str, Any]]:
+        while order.task_id not in self._ended:
+            lease: Lease | Ended = _get(_pool().lease.remote(order.task_id))
+            if isinstance(lease, Lease):
+                yield from _carry(lease, _pool())
+            else:
+                self._ended |= lease.failures
+        # A failure that is raised makes Tune print forty lines of traceback and start another process.
+        yield {"progress": [], "failure": self._ended[order.task_id] or "", "done": True}
 
 
 @cache
@@ -211,14 +236,14 @@ def _get(reference: Any) -> Any:
     return ray.get(reference)
 
 
-def _carry(lease: Lease, pool: Any) -> None:
+def _carry(lease: Lease, pool: Any) -> Iterator[dict[str, Any]]:
     """Have the lease's tasks scored, report their progress, and say how they ended."""
     ended: dict[str, str | None] = {}
     death: str | None = None
     try:
-        for progress in _stream(lease):
-            if progress.failure is not None:
-                ended[progress.task_id] = progress.failure
+        for several in _stream(lease):
+            ended |= {progress.task_id: progress.failure for progress in several if progress.failure is not None}
+            yield {"progress": [asdict(progress) for progress in several]}
         ended |= {task.task_id: None for task in lease.tasks if task.task_id not in ended}
     except RayTaskError as error:
         reason = str(error.cause).strip() or type(error.cause).__name__
@@ -226,24 +251,22 @@ def _carry(lease: Lease, pool: Any) -> None:
     except (RayActorError, ValueError) as error:  # ValueError: it has died too often to come back
         death = str(error).splitlines()[0]
         _alive(lease.worker)  # lent out while it restarts, it would seem to die again
-    ray.get(pool.give_back.remote(lease, ended, death))
+    _get(pool.give_back.remote(lease, ended, death))
 
 
-def _stream(lease: Lease) -> Iterator[Progress]:
-    """A worker's progress; passed on to Tune now and then, and at the end."""
+def _stream(lease: Lease) -> Iterator[list[Progress]]:
+    """A worker's progress, the latest of each task: now and then, and at the end."""
     worker: Any = ray.get_actor(lease.worker, namespace=_NAMESPACE)
     latest: dict[str, Progress] = {}
-    reported = time.monotonic()
+    told = time.monotonic()
     for reference in worker.score.options(name=f"score {lease.tasks[0].label}", num_returns="streaming").remote(lease.tasks, lease.plan[0]):
-        several: list[Progress] = _get(reference)
-        for progress in several:
+        for progress in _get(reference):
             latest[progress.task_id] = progress.after(latest.get(progress.task_id))
-        yield from several
-        if time.monotonic() - reported > _REPORT_SECONDS:
-            tune.report({"progress": [asdict(one) for one in latest.values()]})
+        if time.monotonic() - told > _REPORT_SECONDS:
+            yield list(latest.values())
             latest.clear()
-            reported = time.monotonic()
-    tune.report({"progress": [asdict(one) for one in latest.values()]})
+            told = time.monotonic()
+    yield list(latest.values())
 
 
 class _Watcher(tune.Callback):

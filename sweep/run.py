@@ -104,8 +104,9 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
                 on_stage=display.stage,
                 on_ready=on_ready,
                 on_progress=on_progress,
+                on_ended=lambda: session.record.update(scoring_seconds=session.tally.seconds),
             )
-            session.record |= {"worker_info": infos, "scoring_seconds": session.tally.seconds}
+            session.record["worker_info"] = infos
 
 
 def _finished(session: Session) -> list[FinishedTrial]:

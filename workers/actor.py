@@ -68,9 +68,9 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A task that needs no worker any more."""
+    """The task that was asked for needs no worker any more; nor do these."""
 
-    failure: str | None  # why it has no scores, None if it has
+    failures: Mapping[str, str | None]  # by task id: why it has no scores, None if it has
 
 
 class Pool:
@@ -103,7 +103,7 @@ class Pool:
         async with self._changed:
             await self._changed.wait_for(lambda: task_id in self._ended or (self._free and self._waiting))
             if task_id in self._ended:
-                return Ended(self._ended[task_id])
+                return Ended(dict(self._ended))
             first = self._waiting.get(task_id) or next(iter(self._waiting.values()))
             worker = next((name for name, model in self._free.items() if model == first.model.revision), next(iter(self._free)))
             del self._free[worker]

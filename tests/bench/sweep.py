@@ -7,18 +7,13 @@ python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape --long      
 """
 
 import argparse
-import json
-import os
-import re
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 from tests.bench.checkpoint import make_checkpoint, write_captions
+from tests.bench.commands import run_sweep, sweep_command
 from tests.bench.setup import report
 
 _LONG_GRID = [
@@ -42,30 +37,10 @@ def main() -> None:
         model = make_checkpoint(scratch / "model", args.model, args.device)
         captions = write_captions(scratch / ("long.txt" if args.long else "captions.txt"), long=args.long)
         grid = args.overrides or (_LONG_GRID if args.long else ["grid=origin"])
-        command = [sys.executable, "-m", "sweep", "run", "-m", *grid, "model=hf_causal_lm", f"model.path={model}", "model.name=bench"]
-        command += ["dataset=coco2017_captions", f"dataset.captions_path={captions}", f"cluster.device={args.device}"]
-        command += [f"store.uri={fresh}/store", "output_layout=publish", f"output_layout.root={fresh}/models"]
+        command = sweep_command(grid, model, captions, args.device, Path(fresh))
         command += [f"sensitivity.memory_gb={args.memory_gb}"] if args.memory_gb else []
-        environment = {**os.environ, "SWEEP_CACHE_DIR": f"{fresh}/cache"}  # hashes and token ids are found anew, as on a first run
-        started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        seconds = time.perf_counter() - started
-        run = json.loads(next(Path(fresh, "store", "runs").glob("*.json")).read_text()) if done.returncode in (0, 3) else {}
-        first = re.search(r"First result after ([\d.]+) s", done.stdout)
-        figures = {
-            "model": args.model,
-            "grid": " ".join(grid),
-            "memory_gb": args.memory_gb,
-            "exit_code": done.returncode,
-            "trials": run.get("trials"),
-            "seconds": seconds,
-            "first_result_seconds": float(first[1]) if first else None,
-            "scoring_seconds": run.get("scoring_seconds"),
-            "layer_groups": run.get("groups_done"),
-            "model_loads": [worker["model_loads"] for worker in run.get("worker_info", [])],
-            "peak_gb": [worker.get("peak_gb") for worker in run.get("worker_info", [])],
-            "tail": "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:],
-        }
+        cache = {"SWEEP_CACHE_DIR": f"{fresh}/cache"}  # hashes and token ids are found anew, as on a first run
+        figures = {"model": args.model, "grid": " ".join(grid), "memory_gb": args.memory_gb, **run_sweep(command, Path(fresh), cache)}
         report("sweep_long" if args.long else "sweep", torch.device(args.device), figures)
 
 

@@ -172,8 +172,8 @@ def test_a_trial_waits_while_nobody_is_free_and_ends_when_its_task_has_ended_els
         late = asyncio.ensure_future(shared.lease("b"))
         await asyncio.sleep(0)
         await shared.give_back(lease, {"a": None, "b": "NaN in layer 3"})
-        assert await late == Ended("NaN in layer 3")
-        assert await shared.lease("a") == Ended(None)
+        assert await late == Ended({"!": None, "a": None, "b": "NaN in layer 3"})
+        assert await shared.lease("a") == Ended({"!": None, "a": None, "b": "NaN in layer 3"})
         assert await shared.failures() == {"b": "NaN in layer 3"}
 
     asyncio.run(story())
@@ -185,7 +185,7 @@ def test_what_a_dead_worker_did_not_end_waits_again_one_task_at_a_time() -> None
         lease = await leased(shared, "a")
         assert names(lease) == "abc"
         await shared.give_back(lease, {"a": None}, death="killed")
-        assert await shared.lease("a") == Ended(None)
+        assert await shared.lease("a") == Ended({"!": None, "a": None})
         again = await leased(shared, "b")
         assert names(again) == "b"  # b or c may be what kills workers
         await shared.give_back(again, {"b": None})
@@ -201,7 +201,7 @@ def test_a_task_under_which_three_workers_died_has_failed_and_the_others_go_on()
             lease = await leased(shared, "a")
             assert names(lease) == leaves
             await shared.give_back(lease, {}, death="out of memory")
-        assert await shared.lease("a") == Ended("3 workers died while scoring it: out of memory")
+        assert await shared.lease("a") == Ended({"!": None, "a": "3 workers died while scoring it: out of memory"})
         lease = await leased(shared, "b")
         assert names(lease) == "b"
         await shared.give_back(lease, {"b": None})
