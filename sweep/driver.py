@@ -10,11 +10,13 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 from sweep.errors import SweepError
@@ -43,6 +45,7 @@ from workers.actor import Ended, Lease, Pool, Worker  # noqa: E402
 _POOL = "sweep-pool"
 _NAMESPACE = "sweep"
 _SLOT = "sweep_trial"  # a resource that lets as many trials run at a time as there are workers
+_LOOK_SECONDS = 0.2  # between looks at whether loading should be waited for still
 _REPORT_SECONDS = 0.5  # a report costs the driver a few milliseconds
 _MAX_RESTARTS = 20  # of a worker, over a whole sweep
 
@@ -87,7 +90,7 @@ def run_trials(
         store_uri: where workers put finished parts.
         memory_gb: memory that each worker may use; None: see workers.scorer.Scorer.
         on_stage: called with what is happening, for people.
-        on_ready: called once, when the workers hold the first task's model.
+        on_ready: called once, from another thread, when the first worker holds the first task's model.
         on_progress: called whenever rows of a task have reached the store.
         on_ended: called once, when every trial has ended; Ray has yet to stop.
 
@@ -105,14 +108,14 @@ def run_trials(
         extensions = frozenset[str]().union(*(task.extensions for task in tasks.values())) if workers.device == "cuda" else frozenset[str]()
         if extensions:
             on_stage(f"ModelOpt builds its CUDA extensions ({', '.join(sorted(extensions))}): a minute or two, once a machine ...")
-        loads = [actor.warm_up.remote(extensions) for actor in actors.values()] if extensions else []
-        loads += [actor.load.remote(first) for actor in actors.values()]
+            for actor in actors.values():
+                actor.warm_up.remote(extensions)
+        loads = {name: actor.load.remote(first) for name, actor in actors.items()}
         plan_refs = {plan_id: [ray.put(plan)] for plan_id, plan in plans.items()}
         pool_class: Any = ray.remote(Pool)
-        pool = pool_class.options(name=_POOL, num_cpus=0, max_concurrency=1000).remote(list(actors), dict(tasks), plan_refs)
-        _wait_for(loads)
-        on_ready()
-        _tuner(orders, workers.count, scratch, on_progress).fit()
+        pool = pool_class.options(name=_POOL, num_cpus=0, max_concurrency=1000).remote(len(actors), dict(tasks), plan_refs)
+        with _Arrivals(loads, pool, on_ready) as arrivals:
+            _tuner(orders, workers.count, scratch, [_Watcher(on_progress)], arrivals).fit()
         on_ended()
         return _get(pool.failures.remote()), [info for name in actors if (info := _alive(name)) is not None]
     finally:
@@ -141,21 +144,6 @@ def _start_ray(workers: Workers) -> None:
             signal.signal(number, handler)
 
 
-def _wait_for(loads: Sequence[Any]) -> None:
-    """Wait until the workers hold the model.
-
-    Raises: SweepError: what is wrong with the checkpoint, without Ray's wrapping.
-    """
-    try:
-        ray.get(loads)
-    except RayActorError:
-        pass  # a worker that died loads when it is lent out; a task under which workers keep dying fails with the reason
-    except RayTaskError as error:
-        if isinstance(error.cause, SweepError):
-            raise SweepError(str(error.cause)) from None
-        raise
-
-
 def _start_workers(workers: Workers, store_uri: str, memory_gb: float | None) -> dict[str, Any]:
     actor_class: Any = ray.remote(Worker)
     options = {"num_cpus": 1, "num_gpus": workers.gpus_each if workers.device == "cuda" else 0, "max_restarts": _MAX_RESTARTS}
@@ -163,8 +151,9 @@ def _start_workers(workers: Workers, store_uri: str, memory_gb: float | None) ->
     return {name: actor_class.options(name=name, **options).remote(store_uri, workers.device, memory_gb, workers.count) for name in names}
 
 
-def _tuner(orders: Sequence[TrialOrder], n_workers: int, scratch: str, on_progress: Callable[[Progress], None]) -> tune.Tuner:
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(math.ceil(n_workers / 2))  # of Tune's 200 placement groups ahead, all but a few are made in vain
+def _tuner(orders: Sequence[TrialOrder], n_workers: int, scratch: str, callbacks: list[tune.Callback], stop: tune.Stopper | None = None) -> tune.Tuner:
+    # Tune asks for placement groups 200 trials ahead, all but a few of them in vain.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(math.ceil(n_workers / 8))
 
     def name_of(trial: Any) -> str:
         return TrialOrder.parse(trial.config["order"]).name.replace("/", "-")
@@ -172,16 +161,72 @@ def _tuner(orders: Sequence[TrialOrder], n_workers: int, scratch: str, on_progre
     return tune.Tuner(
         tune.with_resources(TrialRunner, {"cpu": 0, _SLOT: 1}),
         param_space={"order": tune.grid_search([str(order) for order in orders])},
-        tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=name_of, trial_dirname_creator=name_of),
+        tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=n_workers, trial_name_creator=name_of, trial_dirname_creator=name_of),
         run_config=tune.RunConfig(
             name="sweep",
             storage_path=str(Path(scratch) / "tune"),
             verbose=0,
             log_to_file=False,
-            callbacks=[_Watcher(on_progress)],
+            callbacks=callbacks,
+            stop=stop,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
+
+
+class _Arrivals(tune.Stopper):
+    """Admits each worker to the pool when it holds the model, in a thread of its own: Tune's processes start meanwhile.
+
+    Ends Tune's experiment if the model does not load.
+    """
+
+    def __init__(self, loads: Mapping[str, Any], pool: Any, on_ready: Callable[[], None]) -> None:
+        self._error: Exception | None = None
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._admit, args=(loads, pool, on_ready), name="arrivals")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._left.set()
+        self._thread.join()
+        if self._error is not None and error is None:
+            raise self._error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves its stopper to restore an experiment from; we never do
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._error is not None
+
+    def _admit(self, loads: Mapping[str, Any], pool: Any, on_ready: Callable[[], None]) -> None:
+        waiting = {load: name for name, load in loads.items()}
+        while waiting and not self._left.is_set():
+            loaded, _ = ray.wait(list(waiting), num_returns=1, timeout=_LOOK_SECONDS)
+            for load in loaded:
+                self._error = self._error or _load_error(load)
+                if self._error is not None:
+                    _get(pool.give_up.remote(str(self._error)))
+                    return
+                if len(waiting) == len(loads):
+                    on_ready()
+                _get(pool.admit.remote(waiting.pop(load)))
+
+
+def _load_error(load: Any) -> Exception | None:
+    """What is wrong with the checkpoint, without Ray's wrapping."""
+    try:
+        ray.get(load)
+    except RayActorError:
+        pass  # a worker that died loads when it is lent out; a task under which workers keep dying fails with the reason
+    except RayTaskError as error:
+        return SweepError(str(error.cause)) if isinstance(error.cause, SweepError) else error
+    return None
 
 
 class TrialRunner(tune.Trainable):

@@ -80,23 +80,36 @@ class Pool:
     nearly its even share of everything; from then on it gets its even share of what is left, so that all end at about the same time.
     """
 
-    def __init__(self, workers: Sequence[str], tasks: Mapping[str, Task], plans: Mapping[str, list[Any]]) -> None:
-        """Start with every worker free and every task waiting.
+    def __init__(self, n_workers: int, tasks: Mapping[str, Task], plans: Mapping[str, list[Any]]) -> None:
+        """Start with every task waiting for workers that are yet to be admitted.
 
         Args:
-            workers: their actor names.
+            n_workers: number of workers to reckon with.
             tasks: by task id.
             plans: object references of the plans, each in a list so that Ray does not fetch it, by plan id.
         """
-        self._plans, self._n_workers = plans, len(workers)
+        self._plans, self._n_workers = plans, n_workers
         self._waiting = dict(tasks)
-        self._free = dict.fromkeys(workers, "")  # worker -> revision of the model that it holds
+        self._free: dict[str, str] = {}  # worker -> revision of the model that it holds, as far as is known
         self._ended: dict[str, str | None] = {}  # task id -> why it failed, None if it is done
         self._deaths: dict[str, int] = {}
         self._leased = False
         self._lent: dict[str, Task] = {}
         self._begun: set[tuple[str, str]] = set()  # worker, plan id: has had its first bundle
         self._changed = asyncio.Condition()
+
+    async def admit(self, worker: str) -> None:
+        """A worker, named, is there to be lent out."""
+        async with self._changed:
+            self._free[worker] = ""
+            self._changed.notify_all()
+
+    async def give_up(self, reason: str) -> None:
+        """No task that waits will be scored."""
+        async with self._changed:
+            self._ended |= dict.fromkeys(self._waiting, reason)
+            self._waiting.clear()
+            self._changed.notify_all()
 
     async def lease(self, task_id: str) -> Lease | Ended:
         """Wait for work: a free worker with tasks, this one's first; or for the task's end."""

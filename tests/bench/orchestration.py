@@ -1,7 +1,6 @@
 """What Ray and Tune cost: trials whose scoring takes no time, on workers that load a model in no time.
 
-`ms_per_trial` runs from the workers' readiness to the end of the last trial, the start of Tune's process included;
-`stop_seconds` is what stopping Ray takes then.
+`ms_per_trial` runs from the workers' readiness to the end of the last trial; `stop_seconds` is what stopping Ray takes then.
 
 python -m tests.bench.orchestration
 """
@@ -12,12 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from ray import tune
 
 from sweep import driver
 from sweep.machine import Workers
-from tests.bench.setup import report
 from workers.data import Plan, Sample, make_plan
 from workers.task import ModelSpec, Progress, Task
 
@@ -60,7 +57,7 @@ def tune_seconds(orders: Sequence[driver.TrialOrder]) -> float:
     driver.TrialRunner = Nothing  # type: ignore[misc, assignment]
     driver._start_ray(Workers(device="cpu", count=2, gpus_each=1.0))
     with tempfile.TemporaryDirectory() as scratch:
-        tuner = driver._tuner(orders, 2, scratch, lambda progress: None)
+        tuner = driver._tuner(orders, 2, scratch, [])
         started = time.perf_counter()
         tuner.fit()
         return time.perf_counter() - started
@@ -68,6 +65,9 @@ def tune_seconds(orders: Sequence[driver.TrialOrder]) -> float:
 
 def main() -> None:
     import numpy as np
+    import torch
+
+    from tests.bench.setup import report
 
     plan = make_plan([Sample(token_ids=np.arange(8, dtype=np.int64))] * 16, packed=True)
     task = Task(

@@ -34,13 +34,16 @@ def tasks(names: str, **changed: Any) -> list[Task]:
     return [replace(TASK, task_id=name, label=name, **changed) for name in names]
 
 
-def pool(some: Sequence[Task], workers: str = "12") -> Pool:
-    return Pool(list(workers), {task.task_id: task for task in some}, {"plan": ["plan-ref"], "other": ["other-ref"]})
+async def pool(some: Sequence[Task], workers: str = "12") -> Pool:
+    shared = Pool(len(workers), {task.task_id: task for task in some}, {"plan": ["plan-ref"], "other": ["other-ref"]})
+    for worker in workers:
+        await shared.admit(worker)
+    return shared
 
 
 async def begun(some: Sequence[Task], workers: str = "12") -> Pool:
     """A pool whose first result is there: worker 1 has scored it, and holds the model."""
-    shared = pool([*tasks("!"), *some], workers)
+    shared = await pool([*tasks("!"), *some], workers)
     await shared.give_back(await leased(shared, "!"), {"!": None})
     return shared
 
@@ -68,7 +71,7 @@ async def leased(from_pool: Pool, task_id: str) -> Lease:
 
 def test_the_very_first_task_goes_alone_for_a_first_result() -> None:
     async def story() -> None:
-        shared = pool(tasks("abcde"))
+        shared = await pool(tasks("abcde"))
         assert names(await shared.lease("c")) == "c"
         assert names(await shared.lease("a")) == "ab"
 
@@ -153,7 +156,7 @@ def test_only_tasks_that_share_a_capture_go_out_together(other: dict[str, Any]) 
 
 def test_a_worker_that_holds_the_model_is_preferred() -> None:
     async def story() -> None:
-        shared = pool([*tasks("ab"), *tasks("cd", model=replace(TASK.model, revision="s"))])
+        shared = await pool([*tasks("ab"), *tasks("cd", model=replace(TASK.model, revision="s"))])
         one, other = await leased(shared, "c"), await leased(shared, "a")
         assert (one.worker, names(one), other.worker, names(other)) == ("1", "c", "2", "a")
         await shared.give_back(one, {"c": None})
@@ -175,6 +178,29 @@ def test_a_trial_waits_while_nobody_is_free_and_ends_when_its_task_has_ended_els
         assert await late == Ended({"!": None, "a": None, "b": "NaN in layer 3"})
         assert await shared.lease("a") == Ended({"!": None, "a": None, "b": "NaN in layer 3"})
         assert await shared.failures() == {"b": "NaN in layer 3"}
+
+    asyncio.run(story())
+
+
+def test_tasks_wait_for_a_worker_to_be_admitted() -> None:
+    async def story() -> None:
+        shared = await pool(tasks("ab"), workers="")
+        late = asyncio.ensure_future(shared.lease("a"))
+        assert await waits(shared.lease("b"))
+        await shared.admit("1")
+        lease = await late
+        assert (lease.worker, names(lease)) == ("1", "a")  # type: ignore[union-attr, arg-type]
+
+    asyncio.run(story())
+
+
+def test_when_a_model_does_not_load_every_task_ends_with_the_reason() -> None:
+    async def story() -> None:
+        shared = await pool(tasks("ab"), workers="")
+        waiting = asyncio.ensure_future(shared.lease("a"))
+        await asyncio.sleep(0)
+        await shared.give_up("no weights")
+        assert await waiting == await shared.lease("b") == Ended({"a": "no weights", "b": "no weights"})
 
     asyncio.run(story())
 
@@ -221,7 +247,7 @@ def test_every_task_is_scored_once_however_many_trials_ask() -> None:
             await shared.give_back(lease, {task.task_id: None for task in lease.tasks})
 
     async def story() -> None:
-        shared = pool(tasks("abcdefghijklmnopqrstuvwxyz"), workers="123")
+        shared = await pool(tasks("abcdefghijklmnopqrstuvwxyz"), workers="123")
         await asyncio.gather(*(trial(shared, name) for name in "zyxwvutsrqponmlkjihgfedcbaaabb"))
 
     asyncio.run(asyncio.wait_for(story(), 60))
