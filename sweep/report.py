@@ -9,14 +9,13 @@ import pyarrow as pa
 from sweep.analysis import summarize
 from sweep.records import FinishedTrial
 from sweep.report_markdown import columns_text, facts_table, groups_table, kinds_table, sentences
-from sweep.report_rows import analyse, short_group
+from sweep.report_rows import Report, short_group
 
 REPORT_VERSION = 1  # of the JSON's layout
 
 
-def render_markdown(finished: FinishedTrial) -> str:
-    """The report that a quantization engineer reads."""
-    report = analyse(finished)
+def render_markdown(report: Report) -> str:
+    """What a quantization engineer reads."""
     trial = report.trial
     parts = [
         f"# Layer sensitivity: {trial.model}, {trial.quant_pair}, {trial.quant_granularity}",
@@ -38,12 +37,11 @@ def render_markdown(finished: FinishedTrial) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def render_json(finished: FinishedTrial) -> str:
+def render_json(report: Report) -> str:
     """Everything of the report in machine form; equal trials give equal text.
 
     `scheme`, `model`, `dataset` and `layer_sensitivity` have the origin's keys; `sensitivity` is per prediction here.
     """
-    report = analyse(finished)
     trial, summary, stability = report.trial, report.summary, report.stability
     pair: dict[str, Any] = report.config.get("quant_pair", {})
     document = {

@@ -15,7 +15,7 @@ from sweep.analysis import summarize
 from sweep.errors import SweepError
 from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, FinishedTrial
 from sweep.report import render_json, render_markdown
-from sweep.report_rows import portable_config
+from sweep.report_rows import analyse, portable_config
 
 # Raise it when the text of a report or the set of files changes, so that folders published before are written anew.
 LAYOUT_VERSION = 1
@@ -29,9 +29,10 @@ _PUBLISHED_SCHEMA = pa.schema([field for field in SCORES_SCHEMA if field.name !=
 
 def render_files(finished: FinishedTrial) -> dict[str, bytes]:
     """Every file of the folder by name, the manifest last."""
+    report = analyse(finished)
     files = {
-        "per-layer-sensitivity.md": render_markdown(finished).encode(),
-        "per-layer-sensitivity.json": render_json(finished).encode(),
+        "per-layer-sensitivity.md": render_markdown(report).encode(),
+        "per-layer-sensitivity.json": render_json(report).encode(),
         "composed-config.yaml": _config_yaml(finished),
         "scores.parquet": _parquet(published_scores(finished)),
         STATE: _autoquant_state(finished),

@@ -38,6 +38,7 @@ class Book:
         self.task = task
         self.failure: str | None = None
         self._plan, self._parts, self._store = plan, parts, store
+        self._n_predictions = {size: plan.n_predictions(size) for size in task.cells}
         self._tables: dict[str, dict[str, pa.Table | None]] = {}  # by size and part; None: on disk since an earlier run
         for size, cell in task.cells.items():
             there = store.finished_parts(cell)
@@ -88,7 +89,7 @@ class Book:
                 self._store.complete(self.task.cells[size], {part.name: tables[part.name] for part in self._parts})
 
     def _row(self, group: GroupSpec, size: str, columns: Mapping[str, Any]) -> dict[str, Any]:
-        n_predictions, score = self._plan.n_predictions(size), columns["score"]
+        n_predictions, score = self._n_predictions[size], columns["score"]
         return {
             "cell_id": self.task.cells[size],
             "group": group.name,

@@ -13,11 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from workers.kernels import COLUMNS
-
 _DELTA_BLOCK = 4096  # elements a program
 _QUANTIZE_BLOCK = 1024
-_ROW_BLOCK = 512  # outputs read at once, of COLUMNS recipes
+_ROW_BLOCK = 512  # outputs read at once, of each recipe
 
 
 @triton.jit
@@ -107,26 +105,27 @@ def deltas(quantized: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def score_rows(first: Tensor | None, seconds: Tensor, gradient: Tensor, ends: Sequence[int], second_ends: Sequence[int], score: Tensor, square: Tensor) -> None:
     """See workers.kernels.score_rows.
 
-    One kernel serves any number of recipes, so that a row's sum is taken in the same order whatever is scored beside it.
+    However many recipes there are, a row's sum is taken in the same order: a warp has one recipe's row at a time.
     """
     if not seconds.numel():
         assert first is not None
         seconds = first[None]  # never read: all `second_ends` are 0
+    columns = triton.next_power_of_2(len(ends))
     _score_rows_kernel[(max(ends),)](
         seconds if first is None else first,
         seconds,
         gradient,
-        _table(tuple(ends), gradient.device),
-        _table(tuple(second_ends), gradient.device),
+        _table(tuple(ends), columns, gradient.device),
+        _table(tuple(second_ends), columns, gradient.device),
         score,
         square,
         gradient.shape[1],
         seconds.stride(0),
         score.stride(0),
         HAS_FIRST=first is not None,
-        COLUMNS=COLUMNS,
+        COLUMNS=columns,
         BLOCK=_ROW_BLOCK,
-        num_warps=4,
+        num_warps=min(4, columns),
     )
 
 
@@ -156,6 +155,6 @@ def fake_quantize(values: Tensor, amax: Tensor, num_bits: int | tuple[int, int],
 
 
 @cache
-def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
+def _table(values: tuple[int, ...], length: int, device: torch.device) -> Tensor:
     """Whole numbers on the GPU, kept: a copy for each launch would cost more than the kernel."""
-    return torch.tensor([*values, *[0] * (COLUMNS - len(values))], dtype=torch.int32, device=device)
+    return torch.tensor([*values, *[0] * (length - len(values))], dtype=torch.int32, device=device)

@@ -292,3 +292,12 @@ def test_a_url_gets_the_same_files(tmp_path: Path) -> None:
         assert len(publish([finished(score=9.0)], url, overwrite=True).written) == 1
     finally:
         memory.rm("/publish-test", recursive=True)
+
+
+def test_many_folders_are_made_in_several_processes_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [finished("default"), finished("w_group64"), finished("w_group128")]
+    publish(some, tmp_path / "one")
+    monkeypatch.setattr("sweep.publish._FOLDERS_A_PROCESS", 1)
+    monkeypatch.setattr("sweep.publish.n_cores", lambda: 2)
+    assert len(publish(some, tmp_path / "several").written) == 3
+    assert contents(tmp_path / "one") == contents(tmp_path / "several")

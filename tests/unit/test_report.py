@@ -11,7 +11,7 @@ import pytest
 from sweep.records import SCORES_SCHEMA, FinishedTrial, TrialRow
 from sweep.report import render_json, render_markdown, summary_lines
 from sweep.report_index import render_index
-from sweep.report_rows import portable_config, short_group
+from sweep.report_rows import analyse, portable_config, short_group
 
 LAYERS = "model.language_model.layers"
 CONFIG = {
@@ -64,7 +64,7 @@ SMALL = finished({f"{LAYERS}.0.mlp.down_proj": [1.0, 1.0, 1.0, 1.0], f"{LAYERS}.
 
 
 def test_the_table_ranks_groups_and_shares_add_up() -> None:
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in render_markdown(SMALL).splitlines() if line.startswith(("| 1 |", "| 2 |"))]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in render_markdown(analyse(SMALL)).splitlines() if line.startswith(("| 1 |", "| 2 |"))]
     assert [row[1] for row in rows] == ["`layers.1.mlp.down_proj`", "`layers.0.mlp.down_proj`"]
     assert [row[2] for row in rows] == ["60.0", "20.0"]  # mnat: 12 / 200 and 4 / 200
     assert [row[3] for row in rows] == ["60.0 … 60.0", "20.0 … 20.0"]  # equal samples: no spread
@@ -73,24 +73,24 @@ def test_the_table_ranks_groups_and_shares_add_up() -> None:
 
 
 def test_the_summary_states_total_and_half() -> None:
-    text = render_markdown(SMALL)
+    text = render_markdown(analyse(SMALL))
     assert "**Total predicted KL: 0.08 nats per prediction** (90% interval 0.08 to 0.08)" in text
     assert "**1 of 2 groups carries half of it**: `layers.1.mlp.down_proj` 75.0%." in text
 
 
 def test_groups_never_called_are_listed_apart() -> None:
-    text = render_markdown(SMALL)
+    text = render_markdown(analyse(SMALL))
     assert "2 of 3 layer groups measured" in text
     assert "- `layers.2.mlp.down_proj`" in text.split("## Not measured")[1]
-    document = json.loads(render_json(SMALL))
+    document = json.loads(render_json(analyse(SMALL)))
     assert [row["layer"] for row in document["not_measured"]] == [f"{LAYERS}.2.mlp.down_proj"]
     assert len(document["layer_sensitivity"]) == 2
 
 
 def test_without_sample_scores_the_report_says_so() -> None:
     stock = finished({f"{LAYERS}.0.mlp.down_proj": [2.0], f"{LAYERS}.1.mlp.down_proj": [4.0]}, keep_samples=False, engine="modelopt")
-    assert "The engine `modelopt` keeps no per-sample scores" in render_markdown(stock)
-    document = json.loads(render_json(stock))
+    assert "The engine `modelopt` keeps no per-sample scores" in render_markdown(analyse(stock))
+    document = json.loads(render_json(analyse(stock)))
     assert document["rank_stability"] is None
     assert document["layer_sensitivity"][0]["predicted_kl_interval"] is None
 
@@ -98,34 +98,34 @@ def test_without_sample_scores_the_report_says_so() -> None:
 @pytest.mark.parametrize(("odd_factor", "verdict"), [(1.0, "Ranking: stable."), (-1.0, "Ranking: unstable")])
 def test_the_verdict_compares_halves(odd_factor: float, verdict: str) -> None:
     groups = {f"{LAYERS}.{i}.mlp.down_proj": [10.0 + i, 10.0 + odd_factor * i] for i in range(9)}
-    assert verdict in render_markdown(finished(groups))
+    assert verdict in render_markdown(analyse(finished(groups)))
 
 
 def test_nothing_measured_is_a_report_too() -> None:
-    text = render_markdown(finished({"a.b": None}))
+    text = render_markdown(analyse(finished({"a.b": None})))
     assert "**Nothing was measured**" in text
-    assert json.loads(render_json(finished({"a.b": None})))["totals"]["predicted_kl"] is None
+    assert json.loads(render_json(analyse(finished({"a.b": None}))))["totals"]["predicted_kl"] is None
 
 
 def test_a_recipe_without_error_has_a_report() -> None:
-    text = render_markdown(finished({"a.b": [0.0, 0.0], "a.c": [0.0, 0.0]}))
+    text = render_markdown(analyse(finished({"a.b": [0.0, 0.0], "a.c": [0.0, 0.0]})))
     assert "No group changes the loss" in text
 
 
 def test_json_has_the_origins_sections_and_no_nan() -> None:
-    document = json.loads(render_json(SMALL), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    document = json.loads(render_json(analyse(SMALL)), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     assert document["scheme"]["auto_quantize_bits"] == 4.25
     assert document["scheme"]["quant_formats"] == ["INT4_BLOCKWISE_WEIGHT_ONLY_CFG"]
     assert (document["model"]["id"], document["dataset"]["name"], document["dataset"]["num_calib_samples"]) == ("tiny", "glosses", 4)
     first = document["layer_sensitivity"][0]
     assert (first["layer"], first["num_bits"], first["size_cost"]) == (f"{LAYERS}.1.mlp.down_proj", 4.25, 1000 * 4.25 / 16)
     assert first["predicted_kl_interval"] == [0.06, 0.06]
-    assert render_json(SMALL) == render_json(SMALL)
+    assert render_json(analyse(SMALL)) == render_json(analyse(SMALL))
 
 
 def test_sparkline_keeps_the_place_of_a_group_never_called() -> None:
     groups = {f"{LAYERS}.{i}.mlp.down_proj": value for i, value in enumerate([[1.0, 1.0], None, [100.0, 100.0]])}
-    assert "`▁x█`" in render_markdown(finished(groups))
+    assert "`▁x█`" in render_markdown(analyse(finished(groups)))
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def empty(data: bytes) -> bytes:
 def with_another_value(data: bytes) -> bytes:
     """The first group's score, changed in place: the file still opens."""
     at = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0).column(SCORES_SCHEMA.get_field_index("score"))
-    last = at.dictionary_page_offset + at.total_compressed_size - 1
+    last = (at.dictionary_page_offset or at.data_page_offset) + at.total_compressed_size - 1
     return data[:last] + bytes([data[last] ^ 1]) + data[last + 1 :]
 
 
