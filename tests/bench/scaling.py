@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=["tiny", "qwen3_vl_4b_shape"], default="qwen3_vl_4b_shape")
     parser.add_argument("--gpus", default="1,2,4,8", help="points; on a CPU, numbers of workers")
     parser.add_argument("--workers-per-gpu", type=int, default=1, help="more than one share a GPU")
-    parser.add_argument("--kill", action="store_true", help="kill one worker in the middle of each warm run")
+    parser.add_argument("--kill", action="store_true", help="kill one worker in the middle of each run; only one a point")
     parser.add_argument("--scratch", type=Path, help="where the checkpoint is kept between runs")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("LINES", "PICTURE"))
     parser.add_argument("overrides", nargs="*", help="of the sweep, instead of the whole grid")
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reference: dict[str, Any] | None = None
         first: dict[str, float] = {}
         for n_gpus in map(int, args.gpus.split(",")):
-            for state in ("cold", "warm"):
+            for state in ("warm",) if args.kill else ("cold", "warm"):
                 out = Path(fresh, f"{n_gpus}-{state}")
                 figures = point(args, n_gpus, state, out, model, captions, Path(fresh, f"cache-{n_gpus}"))
                 found = scores_of(out / "store")
