@@ -71,6 +71,7 @@ def run_trials(
     orders: Sequence[TrialOrder],
     tasks: Mapping[str, Task],
     plans: Mapping[str, Plan],
+    windowed: frozenset[str],
     workers: Workers,
     store_uri: str,
     *,
@@ -86,6 +87,7 @@ def run_trials(
         orders: every trial that still lacks scores.
         tasks: by task id.
         plans: by plan id.
+        windowed: ids of plans that no worker captures at once: the work of a capture is not kept for the next tasks.
         workers: how many, on what.
         store_uri: where workers put finished parts.
         memory_gb: memory that each worker may use; None: see workers.scorer.Scorer.
@@ -113,7 +115,7 @@ def run_trials(
         loads = {name: actor.load.remote(first) for name, actor in actors.items()}
         plan_refs = {plan_id: [ray.put(plan)] for plan_id, plan in plans.items()}
         pool_class: Any = ray.remote(Pool)
-        pool = pool_class.options(name=_POOL, num_cpus=0, max_concurrency=1000).remote(len(actors), dict(tasks), plan_refs)
+        pool = pool_class.options(name=_POOL, num_cpus=0, max_concurrency=1000).remote(len(actors), dict(tasks), plan_refs, windowed)
         with _Arrivals(loads, pool, on_ready) as arrivals:
             _tuner(orders, workers.count, scratch, [_Watcher(on_progress)], arrivals).fit()
         on_ended()

@@ -52,6 +52,7 @@ class SweepPlan:
     trials: tuple[PlannedTrial, ...]  # in the order asked for
     tasks: Mapping[str, Task]  # by task id, with the cells of every size asked for
     plans: Mapping[str, Plan]  # by Task.plan_id
+    windowed: frozenset[str]  # plans whose capture does not fit in a worker's memory at once
 
     def pending(self, finished: Iterable[str]) -> dict[str, Task]:
         """Tasks that still lack cells, each with only those."""
@@ -74,7 +75,7 @@ def plan_sweep(points: Sequence[SweepConfig], device: Device) -> SweepPlan:
     if all(trial.cell_id is None for trial in trials):
         reasons = list(dict.fromkeys(f"{trial.name}: {trial.reason}" for trial in trials))
         raise SweepError("Nothing can be scored.\n" + "\n".join(reasons[:10]) + (f"\nand {len(reasons) - 10} more" if len(reasons) > 10 else ""))
-    return SweepPlan(trials=trials, tasks=planner.tasks, plans=planner.plans)
+    return SweepPlan(trials=trials, tasks=planner.tasks, plans=planner.plans, windowed=frozenset(planner.windowed))
 
 
 def versions() -> dict[str, str]:
@@ -89,6 +90,7 @@ class _Planner:
         self.device: Device = device
         self.tasks: dict[str, Task] = {}
         self.plans: dict[str, Plan] = {}
+        self.windowed: set[str] = set()
         self._largest: dict[tuple[object, ...], int] = {}
         for point in points:
             key = _data_key(point)
@@ -165,7 +167,7 @@ class _Planner:
         return cell_id, task_id
 
     def _check_memory(self, point: SweepConfig, task: Task, model: Model) -> None:
-        """Refuse what does not fit even one decoder layer at a time."""
+        """Refuse what does not fit even one decoder layer at a time; note what does not fit at once."""
         budget_gb = point.sensitivity.memory_gb
         if budget_gb is None and self.device == "cuda" and (gpu := first_gpu()) is not None:
             budget_gb = gpu.memory_gb * point.cluster.gpus_per_worker
@@ -175,6 +177,8 @@ class _Planner:
         parts = [list(members) for _, members in groupby(task.groups, key=lambda group: group.part)]
         model_bytes = model.structure["parameters"] * (2 if task.model.dtype == "bfloat16" else 4)
         work = memory.workload([task], plan, plan.segments_of(point.dataset.size), model_bytes, model.structure["vocabulary"])
+        if memory.whole_bytes(task.groups, work) > budget_gb * 1e9:
+            self.windowed.add(task.plan_id)
         needed_gb = memory.needed_bytes(parts, work) / 1e9
         if needed_gb > budget_gb:
             raise InvalidRecipe(

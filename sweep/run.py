@@ -98,6 +98,7 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
                 orders,
                 session.tasks,
                 session.plan.plans,
+                session.plan.windowed,
                 workers,
                 session.store.uri,
                 memory_gb=session.plan.trials[0].config.sensitivity.memory_gb,

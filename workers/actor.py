@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -48,12 +49,15 @@ class Worker:
         """Stream progress, the latest of each task, a few times a second; what it counts is in the store already."""
         latest: dict[str, Progress] = {}
         told = time.monotonic()
-        for progress in self._scorer.score(tasks, plan):
-            latest[progress.task_id] = progress.after(latest.get(progress.task_id))
-            if time.monotonic() - told > _TELL_SECONDS:
-                yield list(latest.values())
-                latest.clear()
-                told = time.monotonic()
+        try:
+            for progress in self._scorer.score(tasks, plan):
+                latest[progress.task_id] = progress.after(latest.get(progress.task_id))
+                if time.monotonic() - told > _TELL_SECONDS:
+                    yield list(latest.values())
+                    latest.clear()
+                    told = time.monotonic()
+        except BrokenProcessPool:  # a writer was killed: this worker starts anew, and its tasks go on
+            os._exit(1)
         yield list(latest.values())
 
 
@@ -80,15 +84,16 @@ class Pool:
     nearly its even share of everything; from then on it gets its even share of what is left, so that all end at about the same time.
     """
 
-    def __init__(self, n_workers: int, tasks: Mapping[str, Task], plans: Mapping[str, list[Any]]) -> None:
+    def __init__(self, n_workers: int, tasks: Mapping[str, Task], plans: Mapping[str, list[Any]], windowed: frozenset[str] = frozenset()) -> None:
         """Start with every task waiting for workers that are yet to be admitted.
 
         Args:
             n_workers: number of workers to reckon with.
             tasks: by task id.
             plans: object references of the plans, each in a list so that Ray does not fetch it, by plan id.
+            windowed: ids of plans whose capture is made anew for every bundle.
         """
-        self._plans, self._n_workers = plans, n_workers
+        self._plans, self._windowed, self._n_workers = plans, windowed, n_workers
         self._waiting = dict(tasks)
         self._free: dict[str, str] = {}  # worker -> revision of the model that it holds, as far as is known
         self._ended: dict[str, str | None] = {}  # task id -> why it failed, None if it is done
@@ -153,15 +158,16 @@ class Pool:
 
     def _bundle(self, worker: str, first: Task) -> tuple[Task, ...]:
         """Tasks for a worker, those with equal weights beside each other: they share a product."""
-        if first.task_id in self._deaths or not self._leased or first.method == "kl_div":
-            return (first,)  # the very first goes alone: a result to look at while the others are scored; kl_div shares nothing that counts
+        is_to_show = not self._leased and first.plan_id not in self._windowed  # a result to look at while the others are scored
+        if first.task_id in self._deaths or is_to_show or first.method == "kl_div":  # which shares nothing that counts
+            return (first,)
         others = [task for task in self._waiting.values() if task is not first and task.shares_capture_with(first) and task.task_id not in self._deaths]
         others.sort(key=lambda task: (task.weight_attributes != first.weight_attributes, repr(task.weight_attributes)))
         beside = [task for task in self._lent.values() if task.shares_capture_with(first)]
         is_new = (worker, first.plan_id) not in self._begun
         self._begun.add((worker, first.plan_id))
         if is_new and self._n_workers > 1:
-            room = _FIRST_SHARE * sum(_cost(task) for task in (first, *others, *beside)) / self._n_workers
+            room = (1.0 if first.plan_id in self._windowed else _FIRST_SHARE) * sum(_cost(task) for task in (first, *others, *beside)) / self._n_workers
         else:
             room = sum(_cost(task) for task in (first, *others)) / self._n_workers
         costs = accumulate(map(_cost, others), initial=_cost(first))

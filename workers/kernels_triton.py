@@ -29,6 +29,14 @@ def _deltas_kernel(quantized, original, cast, difference, squares, n, BLOCK: tl.
     tl.store(squares + tl.program_id(0), tl.sum(d * d, 0))
 
 
+@triton.jit
+def _row_sums(values, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
+    """Sum halves upon halves: the order of `tl.sum` over a whole row depends on the number of columns beside it."""
+    for level in tl.static_range(LEVELS):
+        values = tl.sum(tl.reshape(values, (COLUMNS, 2, BLOCK >> (level + 1))), 1)
+    return tl.reshape(values, (COLUMNS,))
+
+
 @triton.jit(do_not_specialize=["second_stride", "sum_stride"])
 def _score_rows_kernel(
     first,
@@ -44,6 +52,7 @@ def _score_rows_kernel(
     HAS_FIRST: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):
     row = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
@@ -63,8 +72,8 @@ def _score_rows_kernel(
         squares += dy * dy
     to = column * sum_stride + row
     inside_column = row < tl.load(ends + column)
-    tl.store(score + to, tl.sum(scores, 1), inside_column)
-    tl.store(square + to, tl.sum(squares, 1), inside_column)
+    tl.store(score + to, _row_sums(scores, COLUMNS, BLOCK, LEVELS), inside_column)
+    tl.store(square + to, _row_sums(squares, COLUMNS, BLOCK, LEVELS), inside_column)
 
 
 @triton.jit
@@ -105,7 +114,7 @@ def deltas(quantized: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def score_rows(first: Tensor | None, seconds: Tensor, gradient: Tensor, ends: Sequence[int], second_ends: Sequence[int], score: Tensor, square: Tensor) -> None:
     """See workers.kernels.score_rows.
 
-    However many recipes there are, a row's sum is taken in the same order: a warp has one recipe's row at a time.
+    A row's sum is taken in the same order however many recipes there are.
     """
     if not seconds.numel():
         assert first is not None
@@ -125,6 +134,7 @@ def score_rows(first: Tensor | None, seconds: Tensor, gradient: Tensor, ends: Se
         HAS_FIRST=first is not None,
         COLUMNS=columns,
         BLOCK=_ROW_BLOCK,
+        LEVELS=_ROW_BLOCK.bit_length() - 1,
         num_warps=min(4, columns),
     )
 

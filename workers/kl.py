@@ -20,7 +20,8 @@ from workers.baseline import Baseline
 from workers.capture import Segments, square_sum
 from workers.data import SIZES
 from workers.quantization import Attributes, Quantizers, quantized
-from workers.scoring import GroupScore, Job, NotFinite, Scores
+from workers.scores import GroupScore, NotFinite, Scores
+from workers.scoring import Job
 from workers.transfer import sent_home
 
 

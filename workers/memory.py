@@ -70,6 +70,11 @@ def needed_bytes(parts: Sequence[Sequence[GroupSpec]], work: Workload) -> int:
     return fixed_bytes(groups, work) + max(capture_bytes(part, work) for part in parts)
 
 
+def whole_bytes(groups: Sequence[GroupSpec], work: Workload) -> int:
+    """What a sweep takes that captures everything at once."""
+    return fixed_bytes(groups, work) + capture_bytes(groups, work)
+
+
 def windows(parts: Sequence[T], sizes: Sequence[int], room: float) -> list[list[T]]:
     """Consecutive parts in windows of at most `room` bytes; a part that is larger gets one of its own.
 

@@ -3,33 +3,35 @@
 import math
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sweep.errors import SweepError
-from sweep.machine import memory_gb
+from sweep.machine import memory_gb, n_cores
 from sweep.store import Store
 from workers import memory, modeling
-from workers.book import Book, Measured, Part
+from workers.book import Book
 from workers.capture import Rows, capture
 from workers.clock import Clock
 from workers.data import Plan
 from workers.kl import KlEngine
+from workers.ledger import Ledger
 from workers.quantization import auto_quantize_scores
-from workers.scoring import Engine, GroupScore, Job, NotFinite, Scores
-from workers.task import GroupSpec, ModelSpec, Progress, Task
+from workers.scores import Measured, NotFinite, Scores
+from workers.scoring import Engine, Job
+from workers.task import GroupSpec, ModelSpec, Part, Progress, Task
 from workers.windows import captures
+from workers.writers import Writers
 
 _MAX_HALVINGS = 8
-_WRITERS = 4  # threads that put parts on disk while the next layer is scored
+_WRITERS = 4  # at most, that put parts on disk while the next layer is scored
 _MAX_WRITING = 1024  # parts that wait for them
 
 _Waiting = Callable[[], list[Scores] | None]  # see Engine.score_group
@@ -71,7 +73,8 @@ class Scorer:
         self._engine: Engine | None = None
         self._captured: _Captured | None = None
         self._divergence: tuple[tuple[str, int, tuple[str, ...]], KlEngine] | None = None
-        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="part-writer")
+        # Beside a GPU, threads would wait for Python's lock as long as the GPU scores, and it for them.
+        self._writers = Writers(max(1, min(_WRITERS, n_cores() // n_workers - 1)), processes=device == "cuda")
 
     def info(self) -> dict[str, Any]:
         """What it has done so far.
@@ -103,7 +106,7 @@ class Scorer:
 
         Yields: progress of each task; a task that meets a NaN or an infinity ends with a failure, the others go on.
         """
-        with self._clock.timed("busy_seconds"):
+        with self._clock.timed("busy_seconds"), self._writers.tidied():
             yield from self._score(tasks, plan)
 
     def _score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[Progress]:
@@ -112,6 +115,8 @@ class Scorer:
         parts = [Part(name, tuple(members)) for name, members in groupby(first.groups, key=lambda group: group.part)]
         books = {task.task_id: Book(task, plan, parts, self.store) for task in tasks}
         for book in books.values():
+            n_predictions = {size: plan.n_predictions(size) for size in book.task.cells}
+            self._writers.open(Ledger(book.task, n_predictions, parts, book.done, self.store.uri))
             yield book.progress()
         while True:
             try:
@@ -126,24 +131,33 @@ class Scorer:
                 self._halvings += 1
                 warning = f"{_out_of_memory(error)} Going on with a window of 1/{2**self._halvings} of the room."
                 yield replace(next(iter(books.values())).progress(), warning=warning)
-        for book, done in [(book, self._writers.submit(book.complete)) for book in books.values()]:
+        for book, done in [(book, self._writers.close(task_id, complete=book.failure is None)) for task_id, book in books.items()]:
             done.result()
             yield book.progress()
 
     def _written(self, books: Mapping[str, Book], measured: Iterable[tuple[Part, dict[str, Measured]]]) -> Iterator[Progress]:
         """Put parts into the store while the next ones are scored."""
-        writing: deque[tuple[str, Future[None]]] = deque()
-        for part, found in measured:
-            for task_id, rows in found.items():
-                known = self._explained(rows) if isinstance(rows, NotFinite) else rows
-                writing.append((task_id, self._writers.submit(books[task_id].write, part, known)))
-            while writing and (writing[0][1].done() or len(writing) > _MAX_WRITING):
-                task_id, done = writing.popleft()
-                done.result()
-                yield books[task_id].progress()
-        for task_id, done in writing:
+        writing: deque[tuple[Book, str, Collection[str], Future[None]]] = deque()  # a book, a part's name, and the sizes that have it then
+
+        def written() -> Progress:
+            book, name, sizes, done = writing.popleft()
             done.result()
-            yield books[task_id].progress()
+            for size in sizes:
+                book.done[size].add(name)
+            return book.progress()
+
+        for part, found in measured:
+            for task_id, scores in found.items():
+                book = books[task_id]
+                if isinstance(scores, NotFinite):
+                    book.failure = book.failure or str(self._explained(scores))
+                    yield book.progress()
+                elif book.failure is None:
+                    writing.append((book, part.name, scores.keys(), self._writers.write(task_id, part.name, scores)))
+            while writing and (writing[0][3].done() or len(writing) > _MAX_WRITING):
+                yield written()
+        while writing:
+            yield written()
 
     def _measured_parts(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, dict[str, Measured]]]:
         task = next(iter(books.values())).task
@@ -256,7 +270,7 @@ class Scorer:
                         break
                 scores[size] = {group.name: found.get(group.name) if called & {*group.modules} else None for group in task.groups}
             for part in parts if len(scores) == len(task.cells) else ():
-                yield part, {task_id: _stock_columns(part, task.label, scores)}
+                yield part, {task_id: _stock_scores(part, task.label, scores)}
 
 
 def modules_of(parts: Sequence[Part]) -> tuple[str, ...]:
@@ -269,20 +283,15 @@ def _out_of_memory(error: torch.OutOfMemoryError) -> str:
 
 
 def _measured(part: Part, books: Sequence[Book], waiting: Sequence[_Waiting]) -> tuple[Part, dict[str, Measured]]:
-    """Wait for a part's groups: the measured columns of each task, by size, a row a group; or what went wrong."""
+    """Wait for a part's groups: the scores of each task, by size; or what went wrong."""
     by_group = [wait() for wait in waiting]
     result: dict[str, Measured] = {}
     for index, book in enumerate(books):
-        columns: dict[str, list[dict[str, Any]]] = {size: [] for size in book.job(part).sizes}
-        broken: NotFinite | None = None
-        for scores in by_group:
-            found = None if scores is None else scores[index]
-            if isinstance(found, NotFinite):
-                broken = broken or found
-                continue
-            for size, rows in columns.items():
-                rows.append(_columns(None if found is None else found[size]))
-        result[book.task.task_id] = broken or columns
+        found = [None if scores is None else scores[index] for scores in by_group]
+        broken = next((scores for scores in found if isinstance(scores, NotFinite)), None)
+        sizes = book.job(part).sizes
+        whole = [scores for scores in found if not isinstance(scores, NotFinite)]
+        result[book.task.task_id] = broken or {size: [None if scores is None else scores[size] for scores in whole] for size in sizes}
     return part, result
 
 
@@ -298,28 +307,9 @@ def _calls(model: torch.nn.Module, modules: Sequence[str]) -> Generator[set[str]
             handle.remove()
 
 
-def _stock_columns(part: Part, label: str, scores: Mapping[str, Mapping[str, float | None]]) -> Measured:
-    """The measured columns of a part by size, from ModelOpt's scores by size and layer group."""
+def _stock_scores(part: Part, label: str, scores: Mapping[str, Mapping[str, float | None]]) -> Measured:
+    """A part's scores by size, from ModelOpt's by size and layer group."""
     for group in part.groups:
         if not all(math.isfinite(found[group.name] or 0.0) for found in scores.values()):
             return NotFinite(f"Layer group {group.name} under {label}: its score is NaN or infinite.")
-    return {size: [{"score": found[group.name]} for group in part.groups] for size, found in scores.items()}
-
-
-def _columns(score: GroupScore | None) -> dict[str, Any]:
-    """The measured columns; all NULL for a group that was never called."""
-    if score is None:
-        return {"score": None}
-    relative = _ratio(score.dy_square_sum, score.y_square_sum)
-    return {
-        "score": score.score,
-        "output_rel_error": relative,
-        "output_sqnr_db": -20 * math.log10(relative) if relative else None,
-        "weight_rel_error": _ratio(score.dw_square_sum, score.w_square_sum),
-        "input_amax": score.input_amax,
-        "sample_scores": score.sample_scores.astype(np.float32),
-    }
-
-
-def _ratio(error_square: float, signal_square: float) -> float | None:
-    return math.sqrt(error_square / signal_square) if signal_square else None
+    return {size: [found[group.name] for group in part.groups] for size, found in scores.items()}

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,13 +22,10 @@ from workers import kernels
 from workers.capture import Layout, Rows, square_sum
 from workers.data import SIZES
 from workers.quantization import Attributes, Quantizers, quantized
+from workers.scores import GroupScore, NotFinite, Scores
 from workers.transfer import sent_home
 
 _PRODUCT_BYTES = 2e9  # of dx Q(W)^T held at once
-
-
-class NotFinite(ArithmeticError):
-    """A NaN or an infinity; names the layer group, the recipe and the first sample. The trial fails, others go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,22 +43,6 @@ class Job:
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight_key", _key(self.weight))
         object.__setattr__(self, "input_key", _key(self.inputs))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupScore:
-    """What quantizing one layer group does, in one calibration size."""
-
-    score: float  # the sum of:
-    sample_scores: npt.NDArray[np.float64]  # [n_samples], in data set order; 0 for a sample that never reached the group
-    dy_square_sum: float
-    y_square_sum: float
-    dw_square_sum: float
-    w_square_sum: float
-    input_amax: float
-
-
-Scores = Mapping[str, GroupScore] | NotFinite  # by size
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,14 @@ class GroupSpec:
     n_outputs: int  # of all modules together
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Layer groups whose rows go into one file: a decoder layer, or a top-level block."""
+
+    name: str
+    groups: tuple[GroupSpec, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One recipe on one model and data set, in every calibration size that still lacks scores."""

@@ -94,6 +94,7 @@ def main() -> None:
         orders,
         tasks,
         {"plan": plan},
+        frozenset(),
         Workers(device="cpu", count=2, gpus_each=1.0),
         "none",
         memory_gb=None,

@@ -12,7 +12,8 @@ from workers.data import make_plan
 from workers.divergence import divergence
 from workers.kl import KlEngine
 from workers.quantization import layer_groups
-from workers.scoring import Job, NotFinite
+from workers.scores import NotFinite
+from workers.scoring import Job
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -95,6 +95,17 @@ def test_first_bundles_are_nearly_even_shares_of_everything_and_later_ones_of_wh
     asyncio.run(story())
 
 
+def test_where_captures_are_not_kept_no_task_goes_alone_and_workers_take_even_shares() -> None:
+    async def story() -> None:
+        shared = Pool(2, {task.task_id: task for task in tasks("abcdefgh")}, {"plan": []}, frozenset({"plan"}))
+        await shared.admit("1")
+        assert names(await shared.lease("a")) == "abcd"
+        await shared.admit("2")
+        assert names(await shared.lease("e")) == "efgh"
+
+    asyncio.run(story())
+
+
 def test_one_worker_takes_everything_at_once() -> None:
     async def story() -> None:
         assert names(await (await begun(tasks("abcdefgh"), workers="1")).lease("h")) == "habcdefg"

@@ -16,7 +16,8 @@ from workers.capture import Segments, batch_to
 from workers.data import SIZES, Batch, Sample, make_plan, with_scenes
 from workers.kl import KlEngine
 from workers.quantization import Quantizers, layer_groups
-from workers.scoring import GroupScore, Job, NotFinite
+from workers.scores import GroupScore, NotFinite
+from workers.scoring import Job
 
 N_LAYERS = 3
 PER_TOKEN: dict[str, Any] = {"type": "dynamic", "block_sizes": {-1: None}}

@@ -10,7 +10,8 @@ from tests.models import random_model, random_samples
 from workers.capture import capture
 from workers.data import Plan, make_plan
 from workers.quantization import auto_quantize_scores, layer_groups, preset
-from workers.scoring import Engine, Job, NotFinite
+from workers.scores import NotFinite
+from workers.scoring import Engine, Job
 
 FP8 = {"num_bits": (4, 3), "axis": None}
 INT8 = {"num_bits": 8, "axis": None}

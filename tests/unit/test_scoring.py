@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tests.models import random_samples
 from workers.capture import Rows, capture
 from workers.data import Plan, make_plan, text_samples
-from workers.scorer import _columns
-from workers.scoring import Engine, GroupScore, Job
+from workers.ledger import _columns
+from workers.scores import GroupScore
+from workers.scoring import Engine, Job
 
 Array = npt.NDArray[np.float64]
 
