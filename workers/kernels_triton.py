@@ -13,9 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from workers.kernels import COLUMNS
+
 _DELTA_BLOCK = 4096  # elements a program
 _QUANTIZE_BLOCK = 1024
-_ROW_BLOCK = 512  # outputs read at once, of each recipe
+_ROW_BLOCK = 512  # outputs read at once, of COLUMNS recipes
 
 
 @triton.jit
@@ -27,14 +29,6 @@ def _deltas_kernel(quantized, original, cast, difference, squares, n, BLOCK: tl.
     tl.store(cast + at, q.to(cast.dtype.element_ty), inside)
     tl.store(difference + at, d.to(difference.dtype.element_ty), inside)
     tl.store(squares + tl.program_id(0), tl.sum(d * d, 0))
-
-
-@triton.jit
-def _row_sums(values, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """Sum halves upon halves: the order of `tl.sum` over a whole row depends on the number of columns beside it."""
-    for level in tl.static_range(LEVELS):
-        values = tl.sum(tl.reshape(values, (COLUMNS, 2, BLOCK >> (level + 1))), 1)
-    return tl.reshape(values, (COLUMNS,))
 
 
 @triton.jit(do_not_specialize=["second_stride", "sum_stride"])
@@ -52,7 +46,6 @@ def _score_rows_kernel(
     HAS_FIRST: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    LEVELS: tl.constexpr,
 ):
     row = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
@@ -72,8 +65,8 @@ def _score_rows_kernel(
         squares += dy * dy
     to = column * sum_stride + row
     inside_column = row < tl.load(ends + column)
-    tl.store(score + to, _row_sums(scores, COLUMNS, BLOCK, LEVELS), inside_column)
-    tl.store(square + to, _row_sums(squares, COLUMNS, BLOCK, LEVELS), inside_column)
+    tl.store(score + to, tl.sum(scores, 1), inside_column)
+    tl.store(square + to, tl.sum(squares, 1), inside_column)
 
 
 @triton.jit
@@ -114,28 +107,26 @@ def deltas(quantized: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def score_rows(first: Tensor | None, seconds: Tensor, gradient: Tensor, ends: Sequence[int], second_ends: Sequence[int], score: Tensor, square: Tensor) -> None:
     """See workers.kernels.score_rows.
 
-    A row's sum is taken in the same order however many recipes there are.
+    One kernel serves any number of recipes, so that a row's sum is taken in the same order whatever is scored beside it.
     """
     if not seconds.numel():
         assert first is not None
         seconds = first[None]  # never read: all `second_ends` are 0
-    columns = triton.next_power_of_2(len(ends))
     _score_rows_kernel[(max(ends),)](
         seconds if first is None else first,
         seconds,
         gradient,
-        _table(tuple(ends), columns, gradient.device),
-        _table(tuple(second_ends), columns, gradient.device),
+        _table(tuple(ends), gradient.device),
+        _table(tuple(second_ends), gradient.device),
         score,
         square,
         gradient.shape[1],
         seconds.stride(0),
         score.stride(0),
         HAS_FIRST=first is not None,
-        COLUMNS=columns,
+        COLUMNS=COLUMNS,
         BLOCK=_ROW_BLOCK,
-        LEVELS=_ROW_BLOCK.bit_length() - 1,
-        num_warps=min(4, columns),
+        num_warps=4,
     )
 
 
@@ -165,6 +156,6 @@ def fake_quantize(values: Tensor, amax: Tensor, num_bits: int | tuple[int, int],
 
 
 @cache
-def _table(values: tuple[int, ...], length: int, device: torch.device) -> Tensor:
+def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Whole numbers on the GPU, kept: a copy for each launch would cost more than the kernel."""
-    return torch.tensor([*values, *[0] * (length - len(values))], dtype=torch.int32, device=device)
+    return torch.tensor([*values, *[0] * (COLUMNS - len(values))], dtype=torch.int32, device=device)
