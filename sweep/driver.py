@@ -253,12 +253,11 @@ class TrialRunner(tune.Trainable):
         return next(self._reports)
 
     def _run(self, order: TrialOrder) -> Iterator[dict[str, Any]]:
-        while order.task_id not in self._ended:
-            lease: Lease | Ended = _get(_pool().lease.remote(order.task_id))
-            if isinstance(lease, Lease):
+        lease: Lease | Ended
+        if order.task_id not in self._ended:
+            while isinstance(lease := _get(_pool().lease.remote(order.task_id)), Lease):
                 yield from _carry(lease, _pool())
-            else:
-                self._ended |= lease.failures
+            self._ended |= lease.failures
         # A failure that is raised makes Tune print forty lines of traceback and start another process.
         yield {"progress": [], "failure": self._ended[order.task_id] or "", "done": True}
 

@@ -117,10 +117,13 @@ class Pool:
             self._changed.notify_all()
 
     async def lease(self, task_id: str) -> Lease | Ended:
-        """Wait for work: a free worker with tasks, this one's first; or for the task's end."""
+        """Wait for work: a free worker with tasks, this one's first; or for the task's end.
+
+        A trial whose task has ended is given what else is left before it is let go: the next trial that wants some may be hundreds further on.
+        """
         async with self._changed:
             await self._changed.wait_for(lambda: task_id in self._ended or (self._free and self._waiting))
-            if task_id in self._ended:
+            if not (self._free and self._waiting):
                 return Ended(dict(self._ended))
             first = self._waiting.get(task_id) or next(iter(self._waiting.values()))
             worker = next((name for name, model in self._free.items() if model == first.model.revision), next(iter(self._free)))
