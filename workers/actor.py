@@ -16,7 +16,6 @@ from workers.data import SIZES, Plan
 from workers.task import Progress, Task
 
 _TELL_SECONDS = 0.2  # between messages; one costs Ray about a millisecond
-_FIRST_SHARE = 0.95  # of an even share, in a worker's first bundle: the rest evens out what workers do not take equally long for
 _VISIT_COST = 0.3  # of a task's quantizing and summing beside one product
 _MAX_DEATHS = 3  # a task under which so many workers died is the cause
 
@@ -80,8 +79,8 @@ class Ended:
 class Pool:
     """Lends free workers, with tasks that a worker can score together, and remembers how each task ended.
 
-    Tasks that share a capture go out in bundles, so that a layer is visited once for many recipes. A worker's first bundle is
-    nearly its even share of everything; from then on it gets its even share of what is left, so that all end at about the same time.
+    Tasks that share a capture go out in bundles, so that a layer is visited once for many recipes. A worker's first bundle is its
+    even share of everything, since a second one would visit every layer again; from then on it gets its even share of what is left.
     """
 
     def __init__(self, n_workers: int, tasks: Mapping[str, Task], plans: Mapping[str, list[Any]], windowed: frozenset[str] = frozenset()) -> None:
@@ -169,10 +168,7 @@ class Pool:
         beside = [task for task in self._lent.values() if task.shares_capture_with(first)]
         is_new = (worker, first.plan_id) not in self._begun
         self._begun.add((worker, first.plan_id))
-        if is_new and self._n_workers > 1:
-            room = (1.0 if first.plan_id in self._windowed else _FIRST_SHARE) * sum(_cost(task) for task in (first, *others, *beside)) / self._n_workers
-        else:
-            room = sum(_cost(task) for task in (first, *others)) / self._n_workers
+        room = sum(_cost(task) for task in (first, *others, *(beside if is_new else ()))) / self._n_workers
         costs = accumulate(map(_cost, others), initial=_cost(first))
         return (first, *(task for task, before in zip(others, costs, strict=False) if before + _cost(task) / 2 <= room))
 
