@@ -47,6 +47,7 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
     plan = plan_sweep(grid.points, workers.device)
     store = Store(base.store.uri)
     store.files.check_writable("store.uri")
+    store.drop_leftovers()
     root = _output_root(base, plan)
     session = Session(grid, plan, store)
     if session.tasks:

@@ -85,6 +85,13 @@ class Store:
         for part in self._parts(cell_id):
             self.files.remove(_part_path(cell_id, part))
 
+    def drop_leftovers(self) -> None:
+        """Remove the parts of finished cells: a writer was cut short after it had completed one."""
+        for name in self.files.names("parts"):
+            cell_id = name.removeprefix("cell=")
+            if self.is_finished(cell_id):
+                self.drop_parts(cell_id)
+
     def scores(self, cell_id: str) -> pa.Table:
         """A finished cell's rows (SCORES_SCHEMA).
 

@@ -24,7 +24,9 @@ class Book:
         self.failure: str | None = None
         self._plan, self._parts = plan, parts
         names = {part.name for part in parts}
-        self.done: Mapping[str, set[str]] = {size: names & store.finished_parts(cell) for size, cell in task.cells.items()}  # parts in the store, by size
+        self.done: Mapping[str, set[str]] = {  # parts that need no scoring, by size; a worker may have died between a cell's end and ours
+            size: set(names) if store.is_finished(cell) else names & store.finished_parts(cell) for size, cell in task.cells.items()
+        }
 
     @property
     def n_segments(self) -> int:

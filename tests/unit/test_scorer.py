@@ -256,3 +256,19 @@ def test_a_recipe_whose_scores_overflow_fails_alone(place: Path, tmp_path: Path)
     assert "under wint4_aint4/w_per_tensor: the score of sample" in str(progress["wint4_aint4/w_per_tensor"].failure)
     assert (progress["wint8_aint8/w_per_tensor"].failure, progress["wint8_aint8/w_per_tensor"].done) == (None, 8)
     assert list(cells(tmp_path / "store")) == [f"cell={wanted.trials[1].cell_id}"]
+
+
+def test_a_cell_that_was_finished_meanwhile_is_not_scored_again(place: Path, tmp_path: Path) -> None:
+    """Its worker was killed while it dropped the parts; the task goes to another one."""
+    wanted = plan(place)
+    (task,) = wanted.tasks.values()
+    (cell,) = task.cells.values()
+    score(Scorer(str(tmp_path), "cpu"), wanted)
+    before = cells(tmp_path)
+    Store(str(tmp_path)).write_part(cell, "model.language_model.layers.0", Store(str(tmp_path)).scores(cell).slice(0, 4))
+    again = Scorer(str(tmp_path), "cpu")
+    reports = list(again.score([task], wanted.plans[task.plan_id]))
+    assert (reports[-1].done, reports[-1].total) == (task.n_steps, task.n_steps)
+    assert again.info()["capture_seconds"] == 0
+    assert cells(tmp_path) == before
+    assert not list(tmp_path.glob("parts/*"))

@@ -145,6 +145,17 @@ def with_another_byte_in_the_footer(data: bytes) -> bytes:
 DAMAGES = [cut, empty, with_another_value, with_another_byte_in_the_footer]
 
 
+def test_parts_that_a_finished_cell_has_left_are_dropped_and_no_others(store: Store) -> None:
+    fill(store).complete(CELL, IN_STORE)
+    fill(store, PARTS[1])  # as if the writer had been killed before it dropped this one
+    store.write_part("other", PARTS[0], rows(PARTS[0]))
+    before = store.files.read(SCORES)
+    store.drop_leftovers()
+    assert store.files.names(f"parts/cell={CELL}") == []
+    assert store.finished_parts("other") == {PARTS[0]}
+    assert store.files.read(SCORES) == before
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_part_is_not_finished_and_scored_again(damage: Callable[[bytes], bytes], store: Store) -> None:
     fill(store).files.write(PART, damage(store.files.read(PART)))
