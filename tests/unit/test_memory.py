@@ -110,3 +110,11 @@ def test_running_out_of_memory_halves_the_window_with_a_warning(place: Path, tmp
 def test_a_budget_too_small_for_one_layer_is_refused_before_anything_runs(place: Path) -> None:
     with pytest.raises(SweepError, match=r"0\.0001 GB are too little for one decoder layer at a time.*Type sensitivity\.memory_gb="):
         plan(place, "sensitivity.memory_gb=0.0001")
+
+
+def test_the_plan_says_whose_captures_need_windows(place: Path) -> None:
+    roomy = plan(place, "sensitivity.memory_gb=1")
+    task = next(iter(roomy.tasks.values()))
+    load = memory.workload([task], roomy.plans[task.plan_id], 1, 2_000_000, 512)
+    narrow = plan(place, f"sensitivity.memory_gb={memory.whole_bytes(task.groups, load) * 0.8 / 1e9:.6f}")
+    assert (roomy.windowed, narrow.windowed) == (frozenset(), {task.plan_id})
