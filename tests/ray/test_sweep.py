@@ -138,7 +138,10 @@ def test_a_run_that_is_interrupted_and_loses_a_worker_ends_with_the_same_bits(pl
         assert code == 75, output
         assert "Type the same command again to resume." in output
         assert "Traceback" not in output
-        assert [title(pid) for pid in below if title(pid)] == []
+        deadline = time.monotonic() + 10  # Ray has told them to end; on a busy machine that takes a moment
+        while left := [title(pid) for pid in below if title(pid)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
         assert status(store)["last_run"]["exit_code"] == 75
         assert status(store)["trials"]["done"] < N_TRIALS
     kept = cells(store)
