@@ -9,6 +9,7 @@ import torch
 from sweep.compose import expand
 from sweep.errors import SweepError
 from sweep.planning import SweepPlan, plan_sweep
+from sweep.subject import Model
 from tests.models import save_checkpoint, write_captions
 from workers import memory, scorer
 from workers.memory import Workload, capture_bytes, fixed_bytes, needed_bytes, windows
@@ -115,7 +116,7 @@ def test_a_budget_too_small_for_one_layer_is_refused_before_anything_runs(place:
 def test_the_plan_says_whose_captures_need_windows(place: Path) -> None:
     roomy = plan(place, "sensitivity.memory_gb=1")
     task = next(iter(roomy.tasks.values()))
-    load = memory.workload([task], roomy.plans[task.plan_id], 1, 2_000_000, 512)
+    load = memory.workload([task], roomy.plans[task.plan_id], 1, 4 * Model(place / "model").structure["parameters"], 512)
     layers = [task.groups[start : start + 4] for start in range(0, len(task.groups), 4)]
     between = (memory.whole_bytes(task.groups, load) + memory.needed_bytes(layers, load)) / 2
     narrow = plan(place, f"sensitivity.memory_gb={between / 1e9:.6f}")
