@@ -15,8 +15,9 @@ from ray import tune
 
 from sweep import driver
 from sweep.machine import Workers
+from tests.tasks import TASK
 from workers.data import Plan, Sample, make_plan
-from workers.task import ModelSpec, Progress, Task
+from workers.task import Progress, Task
 
 _N_TRIALS = 384
 
@@ -70,23 +71,7 @@ def main() -> None:
     from tests.bench.setup import report
 
     plan = make_plan([Sample(token_ids=np.arange(8, dtype=np.int64))] * 16, packed=True)
-    task = Task(
-        task_id="",
-        label="instant",
-        model=ModelSpec(path="none", revision="none", dtype="float32"),
-        plan_id="plan",
-        method="gradient",
-        engine="layerwise",
-        quant_cfg=(),
-        algorithm="max",
-        weight_attributes=None,
-        input_attributes=None,
-        calibrates_inputs=False,
-        effective_bits=16.0,
-        groups=(),
-        cells={"small": "cell"},
-    )
-    tasks = {f"task-{i}": replace(task, task_id=f"task-{i}") for i in range(_N_TRIALS)}
+    tasks = {f"task-{i}": replace(TASK, task_id=f"task-{i}") for i in range(_N_TRIALS)}
     orders = [driver.TrialOrder(name=f"trial-{i}", task_id=task_id) for i, task_id in enumerate(tasks)]
     marks: list[float] = []
     driver.Worker = InstantWorker  # type: ignore[misc, assignment]

@@ -7,27 +7,11 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests.tasks import GROUP, TASK
 from workers.actor import Ended, Lease, Pool
-from workers.task import GroupSpec, ModelSpec, Task
+from workers.task import Task
 
 T = TypeVar("T")
-GROUP = GroupSpec(name="layers.0.a", modules=("layers.0.a",), part="layers.0", layer_index=0, weight_elements=4, n_inputs=2, n_outputs=2)
-TASK = Task(
-    task_id="",
-    label="",
-    model=ModelSpec(path="/model", revision="r", dtype="float32"),
-    plan_id="plan",
-    method="gradient",
-    engine="layerwise",
-    quant_cfg=(),
-    algorithm="max",
-    weight_attributes=None,
-    input_attributes=None,
-    calibrates_inputs=False,
-    effective_bits=8.0,
-    groups=(GROUP,),
-    cells={"small": "cell"},
-)
 
 
 def tasks(names: str, **changed: Any) -> list[Task]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from workers.task import ModelSpec, Task, part_of
+from tests.tasks import TASK
+from workers.task import part_of
 
 
 @pytest.mark.parametrize(
@@ -25,22 +26,7 @@ def test_a_part_is_a_numbered_block_or_the_modules_parent(module: str, part: str
     assert part_of(module) == (part, layer_index)
 
 
-TASK = Task(
-    task_id="t",
-    label="pair/granularity",
-    model=ModelSpec(path="/models/m", revision="r", dtype="bfloat16"),
-    plan_id="p",
-    method="gradient",
-    engine="layerwise",
-    quant_cfg=(),
-    algorithm="max",
-    weight_attributes={"num_bits": 8, "axis": 0},
-    input_attributes=None,
-    calibrates_inputs=False,
-    effective_bits=8.0,
-    groups=(),
-    cells={},
-)
+INT8 = replace(TASK, weight_attributes={"num_bits": 8, "axis": 0})
 
 
 @pytest.mark.parametrize(
@@ -53,4 +39,4 @@ TASK = Task(
     ],
 )
 def test_only_what_has_no_kernel_elsewhere_needs_modelopts_extensions(changes: dict[str, Any], needed: set[str]) -> None:
-    assert replace(TASK, **changes).extensions == needed
+    assert replace(INT8, **changes).extensions == needed

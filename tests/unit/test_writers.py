@@ -1,47 +1,31 @@
 """Parts reach the store through threads and through processes, and no process outlives the worker that started it."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sweep.store import Store
+from tests.tasks import GROUP, TASK
 from workers.ledger import Ledger
 from workers.scores import GroupScore
-from workers.task import GroupSpec, ModelSpec, Part, Task
+from workers.task import Part, Task
 from workers.writers import Writers
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = [
-    GroupSpec(name=f"layers.{i}.a", modules=(f"layers.{i}.a",), part=f"layers.{i}", layer_index=i, weight_elements=4, n_inputs=2, n_outputs=2) for i in range(3)
-]
+GROUPS = [replace(GROUP, name=f"layers.{i}.a", modules=(f"layers.{i}.a",), part=f"layers.{i}", layer_index=i) for i in range(3)]
 PARTS = [Part(group.part, (group,)) for group in GROUPS]
 SCORE = GroupScore(score=6.0, sample_scores=np.ones(16), dy_square_sum=1.0, y_square_sum=100.0, dw_square_sum=1.0, w_square_sum=4.0, input_amax=3.0)
 
 
 def task(name: str) -> Task:
-    return Task(
-        task_id=name,
-        label=name,
-        model=ModelSpec(path="/model", revision="r", dtype="float32"),
-        plan_id="plan",
-        method="gradient",
-        engine="layerwise",
-        quant_cfg=(),
-        algorithm="max",
-        weight_attributes=None,
-        input_attributes=None,
-        calibrates_inputs=False,
-        effective_bits=8.0,
-        groups=tuple(GROUPS),
-        cells={"small": f"cell-{name}"},
-    )
+    return replace(TASK, task_id=name, groups=tuple(GROUPS), cells={"small": f"cell-{name}"})
 
 
 def opened(writers: Writers, store: Path, names: Sequence[str]) -> None:
@@ -92,5 +76,4 @@ def test_a_process_ends_when_its_worker_is_killed() -> None:
     deadline = time.monotonic() + 20
     while Path(f"/proc/{writer}").exists() and Path(f"/proc/{writer}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline
-        os.sched_yield()
         time.sleep(0.1)

@@ -1,0 +1,23 @@
+"""A task of one layer group, for tests that hand tasks about and score nothing."""
+
+from typing import Final
+
+from workers.task import GroupSpec, ModelSpec, Task
+
+GROUP: Final = GroupSpec(name="layers.0.a", modules=("layers.0.a",), part="layers.0", layer_index=0, weight_elements=4, n_inputs=2, n_outputs=2)
+TASK: Final = Task(
+    task_id="",
+    label="",
+    model=ModelSpec(path="/model", revision="r", dtype="float32"),
+    plan_id="plan",
+    method="gradient",
+    engine="layerwise",
+    quant_cfg=(),
+    algorithm="max",
+    weight_attributes=None,
+    input_attributes=None,
+    calibrates_inputs=False,
+    effective_bits=8.0,
+    groups=(GROUP,),
+    cells={"small": "cell"},
+)
