@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from types import MappingProxyType
 from typing import Any, Final
 
 import pyarrow as pa
@@ -20,9 +19,10 @@ from sweep.files import Files
 from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, TrialRow
 
 # A part lives for seconds and is written beside the scoring: a third of the time, for as many bytes.
-_QUICK: Final[dict[str, Any]] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
+_PART: Final[dict[str, Any]] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
 # Dictionaries for texts alone: of per-sample scores, all different, one makes the file larger, and takes three quarters of the time.
-_SMALL: Final[dict[str, Any]] = {"compression": "zstd", "use_dictionary": ["cell_id", "group", "modules.list.element"]}
+_SCORES: Final[dict[str, Any]] = {"compression": "zstd", "use_dictionary": ["cell_id", "group", "modules.list.element"]}
+_TRIALS: Final[dict[str, Any]] = {"compression": "zstd"}
 
 
 class _Damaged(SweepError):
@@ -61,7 +61,7 @@ class Store:
 
     def write_part(self, cell_id: str, part: str, rows: pa.Table) -> None:
         """Keep one finished decoder layer (or top-level block) of a cell; rows as in SCORES_SCHEMA."""
-        self.files.write(_part_path(cell_id, part), _parquet(rows, _QUICK))
+        self.files.write(_part_path(cell_id, part), _parquet(rows, _PART))
 
     def complete(self, cell_id: str, parts: Mapping[str, pa.Table | None]) -> None:
         """Join the parts, in this order, into the cell's scores and drop them.
@@ -74,7 +74,7 @@ class Store:
         """
         try:
             table = pa.concat_tables([self._read_part(cell_id, part) if rows is None else rows for part, rows in parts.items()])
-            self.files.write(_scores_path(cell_id), _parquet(table.combine_chunks(), _SMALL))
+            self.files.write(_scores_path(cell_id), _parquet(table.combine_chunks(), _SCORES))
         except FileNotFoundError:
             if not self.is_finished(cell_id):  # else another writer of the same bytes was faster, and dropped the parts
                 raise
@@ -120,7 +120,7 @@ class Store:
     def write_trials(self, run_id: str, rows: Iterable[TrialRow]) -> None:
         """Record a run's trials as they are now; the run's earlier record is replaced."""
         table = pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA)
-        self.files.write(f"trials/run-{run_id}.parquet", _parquet(table))
+        self.files.write(f"trials/run-{run_id}.parquet", _parquet(table, _TRIALS))
 
     def trials(self) -> dict[str, TrialRow]:
         """Every trial's latest event, by trial id, in the order of their first recording."""
@@ -144,7 +144,9 @@ class Store:
         except FileNotFoundError:  # another driver is at it
             return
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
-        self.files.write(f"trials/compact-{stamp}.parquet", _parquet(pa.Table.from_pylist([asdict(row) for row in rows.values()], schema=TRIALS_SCHEMA)))
+        self.files.write(
+            f"trials/compact-{stamp}.parquet", _parquet(pa.Table.from_pylist([asdict(row) for row in rows.values()], schema=TRIALS_SCHEMA), _TRIALS)
+        )
         for name in names:
             self.files.remove(f"trials/{name}")
 
@@ -183,7 +185,7 @@ def _part_path(cell_id: str, part: str) -> str:
     return f"parts/cell={cell_id}/{part}.parquet"
 
 
-def _parquet(table: pa.Table, options: Mapping[str, Any] = MappingProxyType({"compression": "zstd"})) -> bytes:
+def _parquet(table: pa.Table, options: Mapping[str, Any]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, write_page_checksum=True, **options)
     return sink.getvalue().to_pybytes()

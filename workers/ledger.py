@@ -10,7 +10,7 @@ import pyarrow as pa
 from sweep.records import SCORES_SCHEMA
 from sweep.store import Store
 from workers.data import SIZES
-from workers.scores import GroupScore
+from workers.scores import GroupScore, PartScores
 from workers.task import GroupSpec, Part, Task
 
 
@@ -31,7 +31,7 @@ class Ledger:
         self._n_predictions, self._parts, self._store = n_predictions, {part.name: part for part in parts}, Store(store_uri)
         self._tables: dict[str, dict[str, pa.Table | None]] = {size: dict.fromkeys(there[size]) for size in task.cells}  # None: on disk since an earlier run
 
-    def write(self, part: str, measured: Mapping[str, Sequence[GroupScore | float | None]]) -> None:
+    def write(self, part: str, measured: PartScores) -> None:
         """Put a part's rows into the store."""
         for size, scores in measured.items():
             rows = [self._row(group, size, _columns(score)) for group, score in zip(self._parts[part].groups, scores, strict=True)]

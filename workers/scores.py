@@ -25,4 +25,5 @@ class GroupScore:
 
 
 Scores = Mapping[str, GroupScore] | NotFinite  # by size
-Measured = Mapping[str, Sequence[GroupScore | float | None]] | NotFinite  # of a part's groups, by size; float: only the score is known; None: never called
+PartScores = Mapping[str, Sequence[GroupScore | float | None]]  # of a part's groups, by size; float: only the score is known; None: never called
+Measured = PartScores | NotFinite

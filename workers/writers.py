@@ -4,14 +4,14 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from typing import Final
 
 from workers.ledger import Ledger
-from workers.scores import GroupScore
+from workers.scores import PartScores
 
 _WATCH_SECONDS: Final = 1.0
 
@@ -45,7 +45,7 @@ class Writers:
         self._of_task[ledger.task.task_id] = executor
         executor.submit(_open_ledger, ledger)
 
-    def write(self, task_id: str, part: str, measured: Mapping[str, Sequence[GroupScore | float | None]]) -> Future[None]:
+    def write(self, task_id: str, part: str, measured: PartScores) -> Future[None]:
         """Put a part into the store; see workers.ledger.Ledger.write."""
         return self._of_task[task_id].submit(_write, task_id, part, measured)
 
@@ -72,7 +72,7 @@ def _open_ledger(ledger: Ledger) -> None:
     _open[ledger.task.task_id] = ledger
 
 
-def _write(task_id: str, part: str, measured: Mapping[str, Sequence[GroupScore | float | None]]) -> None:
+def _write(task_id: str, part: str, measured: PartScores) -> None:
     _open[task_id].write(part, measured)
 
 
