@@ -22,7 +22,6 @@ from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, TrialRow
 _PART: Final[dict[str, Any]] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
 # Dictionaries for texts alone: of per-sample scores, all different, one makes the file larger, and takes three quarters of the time.
 _SCORES: Final[dict[str, Any]] = {"compression": "zstd", "use_dictionary": ["cell_id", "group", "modules.list.element"]}
-_TRIALS: Final[dict[str, Any]] = {"compression": "zstd"}
 
 
 class _Damaged(SweepError):
@@ -119,8 +118,7 @@ class Store:
 
     def write_trials(self, run_id: str, rows: Iterable[TrialRow]) -> None:
         """Record a run's trials as they are now; the run's earlier record is replaced."""
-        table = pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA)
-        self.files.write(f"trials/run-{run_id}.parquet", _parquet(table, _TRIALS))
+        self.files.write(f"trials/run-{run_id}.parquet", _trials_parquet(rows))
 
     def trials(self) -> dict[str, TrialRow]:
         """Every trial's latest event, by trial id, in the order of their first recording."""
@@ -144,9 +142,7 @@ class Store:
         except FileNotFoundError:  # another driver is at it
             return
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
-        self.files.write(
-            f"trials/compact-{stamp}.parquet", _parquet(pa.Table.from_pylist([asdict(row) for row in rows.values()], schema=TRIALS_SCHEMA), _TRIALS)
-        )
+        self.files.write(f"trials/compact-{stamp}.parquet", _trials_parquet(rows.values()))
         for name in names:
             self.files.remove(f"trials/{name}")
 
@@ -183,6 +179,10 @@ def _scores_path(cell_id: str) -> str:
 
 def _part_path(cell_id: str, part: str) -> str:
     return f"parts/cell={cell_id}/{part}.parquet"
+
+
+def _trials_parquet(rows: Iterable[TrialRow]) -> bytes:
+    return _parquet(pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA), {"compression": "zstd"})
 
 
 def _parquet(table: pa.Table, options: Mapping[str, Any]) -> bytes:
