@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -179,23 +180,24 @@ def _tuner(orders: Sequence[TrialOrder], n_workers: int, scratch: str, callbacks
 class _Arrivals(tune.Stopper):
     """Admits each worker to the pool when it holds the model, in a thread of its own: Tune's processes start meanwhile.
 
-    Ends Tune's experiment if the model does not load.
+    Ends Tune's experiment if the model does not load, or `on_ready` fails.
     """
 
     def __init__(self, loads: Mapping[str, Any], pool: Any, on_ready: Callable[[], None]) -> None:
-        self._error: Exception | None = None
+        self._loads, self._pool, self._on_ready = loads, pool, on_ready
         self._left = threading.Event()
-        self._thread = threading.Thread(target=self._admit, args=(loads, pool, on_ready), name="arrivals")
+        self._thread = ThreadPoolExecutor(1, "arrivals")
+        self._admitted: Future[None]
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._admitted = self._thread.submit(self._admit)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._left.set()
-        self._thread.join()
-        if self._error is not None and error is None:
-            raise self._error
+        self._thread.shutdown()
+        if error is None:
+            self._admitted.result()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its stopper to restore an experiment from; we never do
@@ -204,31 +206,32 @@ class _Arrivals(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self._error is not None
+        return self._admitted.done() and self._admitted.exception() is not None
 
-    def _admit(self, loads: Mapping[str, Any], pool: Any, on_ready: Callable[[], None]) -> None:
-        waiting = {load: name for name, load in loads.items()}
-        while waiting and not self._left.is_set():
-            loaded, _ = ray.wait(list(waiting), num_returns=1, timeout=_LOOK_SECONDS)
-            for load in loaded:
-                self._error = self._error or _load_error(load)
-                if self._error is not None:
-                    _get(pool.give_up.remote(str(self._error)))
-                    return
-                if len(waiting) == len(loads):
-                    on_ready()
-                _get(pool.admit.remote(waiting.pop(load)))
+    def _admit(self) -> None:
+        waiting = {load: name for name, load in self._loads.items()}
+        try:
+            while waiting and not self._left.is_set():
+                for load in ray.wait(list(waiting), num_returns=1, timeout=_LOOK_SECONDS)[0]:
+                    _check_loaded(load)
+                    if len(waiting) == len(self._loads):
+                        self._on_ready()
+                    _get(self._pool.admit.remote(waiting.pop(load)))
+        except BaseException as error:  # trials that wait for workers would wait for ever
+            _get(self._pool.give_up.remote(str(error)))
+            raise
 
 
-def _load_error(load: Any) -> Exception | None:
-    """What is wrong with the checkpoint, without Ray's wrapping."""
+def _check_loaded(load: Any) -> None:
+    """Raises: SweepError: what is wrong with the checkpoint, without Ray's wrapping."""
     try:
         ray.get(load)
     except RayActorError:
         pass  # a worker that died loads when it is lent out; a task under which workers keep dying fails with the reason
     except RayTaskError as error:
-        return SweepError(str(error.cause)) if isinstance(error.cause, SweepError) else error
-    return None
+        if isinstance(error.cause, SweepError):
+            raise SweepError(str(error.cause)) from None
+        raise
 
 
 class TrialRunner(tune.Trainable):
