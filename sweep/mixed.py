@@ -1,0 +1,166 @@
+"""A mixed-precision recipe: which recipe each layer group gets. A YAML file that `solve` writes and `validate` and `export` read."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal, Self
+
+import yaml
+
+from sweep.errors import SweepError, require_known
+from sweep.recipe_quantizer import QuantizerSpec
+
+RECIPE_VERSION: Final = 1  # of the file's layout
+_16_BIT: Final = 16.0
+
+Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig; tuples and integer keys intact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupFormat:
+    """One recipe that layer groups may get, resolved."""
+
+    quant_pair: str
+    quant_granularity: str
+    algorithm: str  # ModelOpt's calibration algorithm
+    scales: Literal["fused", "private"]  # whether the linears of a group share their per-tensor scales
+    weight: Attributes | None  # None: left unquantized
+    inputs: Attributes | None
+
+    @property
+    def label(self) -> str:
+        """What files and tables call it: ``wint4_afp16/w_group128/awq_lite``; the algorithm `max` goes without saying."""
+        return "/".join([self.quant_pair, self.quant_granularity, *([] if self.algorithm == "max" else [self.algorithm])])
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits a weight, block scales counted."""
+        return _16_BIT if self.weight is None else QuantizerSpec(attributes=self.weight).effective_bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupChoice:
+    """What one layer group gets."""
+
+    group: str  # the first module
+    modules: tuple[str, ...]
+    layer_index: int | None  # None outside decoder blocks
+    weight_elements: int
+    format: str | None  # label of one of the recipe's formats; None: left in 16 bits
+    cell_id: str | None  # where its score was read
+    predicted_kl: float  # nats per prediction; 0 where it is left in 16 bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedRecipe:
+    """A format for every layer group of one model."""
+
+    name: str
+    model: str  # name
+    model_revision: str  # hash of weights and config.json
+    model_path: str | None  # None: the bundled model
+    dataset: str  # that calibrated and scored
+    dataset_revision: str  # of it, in the size used
+    size: str
+    coverage: str
+    target: str | None  # runtime and hardware that it was made for
+    formats: Mapping[str, GroupFormat]  # by label, those that are used
+    groups: tuple[GroupChoice, ...]  # in the model's order
+
+    @property
+    def predicted_kl(self) -> float:
+        """Sum over groups, nats per prediction: damage adds up as long as it is small."""
+        return sum(choice.predicted_kl for choice in self.groups)
+
+    @property
+    def effective_bits(self) -> float:
+        """Mean bits a weight of the covered groups, block scales counted."""
+        elements = sum(choice.weight_elements for choice in self.groups)
+        return sum(self.bits_of(choice) * choice.weight_elements for choice in self.groups) / elements
+
+    def bits_of(self, choice: GroupChoice) -> float:
+        """Bits a weight of one group."""
+        return _16_BIT if choice.format is None else self.formats[choice.format].effective_bits
+
+    def format_of(self, choice: GroupChoice) -> GroupFormat | None:
+        """The format of one group; None: left in 16 bits."""
+        return None if choice.format is None else self.formats[choice.format]
+
+    def to_yaml(self) -> str:
+        """The file's text; equal recipes give equal text."""
+        document = {"recipe_version": RECIPE_VERSION, **asdict(self)}
+        document["totals"] = {"effective_bits": self.effective_bits, "predicted_kl": self.predicted_kl}
+        return yaml.safe_dump(_listed(document), sort_keys=False, width=1000)
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str) -> Self:
+        """Read a file back, `totals` aside, which follow from the rest.
+
+        Args:
+            text: the file's content.
+            where: its name, for errors.
+
+        Raises: SweepError: not such a file, or one that was edited into something that no model can have.
+        """
+        try:
+            document: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SweepError(f"{where} is no YAML: {str(error).splitlines()[0]}. Have `sweep solve` write it again.") from error
+        if not isinstance(document, dict) or "recipe_version" not in document:
+            raise SweepError(f"{where} is no recipe file: it has no recipe_version. `sweep solve` writes them.")
+        if document["recipe_version"] != RECIPE_VERSION:
+            raise SweepError(
+                f"{where} has recipe_version {document['recipe_version']}; this program reads {RECIPE_VERSION}. Have `sweep solve` write it again."
+            )
+        nodes: dict[str, Any] = {key: value for key, value in document.items() if key not in ("recipe_version", "totals")}
+        _check_keys(nodes, cls, where)
+        formats: dict[str, GroupFormat] = {}
+        for label, node in _mapping(nodes["formats"], f"{where}: formats").items():
+            _check_keys(_mapping(node, f"{where}: format {label!r}"), GroupFormat, f"{where}: format {label!r}")
+            fields_: dict[str, Any] = _tupled(node)
+            formats[label] = GroupFormat(**fields_)
+            if formats[label].label != label:
+                raise SweepError(f"{where}: format {label!r} describes {formats[label].label!r}. Give it the name of what it describes.")
+        if not isinstance(nodes["groups"], list) or not nodes["groups"]:
+            raise SweepError(f"{where} names no layer groups.")
+        groups = tuple(_choice(node, formats, where) for node in nodes["groups"])
+        modules = [module for choice in groups for module in choice.modules]
+        if doubled := sorted({module for module in modules if modules.count(module) > 1}) if len(modules) != len(set(modules)) else []:
+            raise SweepError(f"{where}: {doubled[0]} is in two layer groups. A linear has one format.")
+        nodes |= {"formats": formats, "groups": groups}
+        return cls(**nodes)
+
+
+def _choice(node: Any, formats: Mapping[str, GroupFormat], where: str) -> GroupChoice:
+    name = node.get("group", "?") if isinstance(node, dict) else "?"
+    _check_keys(_mapping(node, f"{where}: group {name!r}"), GroupChoice, f"{where}: group {name!r}")
+    fields_: dict[str, Any] = {**node, "modules": tuple(node["modules"])}
+    choice = GroupChoice(**fields_)
+    if choice.format is not None:
+        require_known(f"format of group {choice.group!r} in {where}", str(choice.format), formats)
+    return choice
+
+
+def _check_keys(node: Mapping[str, Any], kind: type, where: str) -> None:
+    names = [field.name for field in fields(kind)]
+    for key in node:
+        require_known(f"key in {where}", str(key), names)
+    if missing := [name for name in names if name not in node]:
+        raise SweepError(f"{where} lacks {missing[0]!r}. Have `sweep solve` write it again.")
+
+
+def _mapping(node: Any, where: str) -> dict[str, Any]:
+    if not isinstance(node, dict):
+        raise SweepError(f"{where} is no mapping of keys to values. Have `sweep solve` write it again.")
+    return node
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _tupled(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tupled(item) for key, item in value.items()}
+    return tuple(_tupled(item) for item in value) if isinstance(value, list | tuple) else value
