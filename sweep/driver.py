@@ -41,7 +41,8 @@ import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
 
-from workers.actor import Ended, Lease, Pool, Worker  # noqa: E402
+from workers.actor import Worker  # noqa: E402
+from workers.pool import Ended, Lease, Pool  # noqa: E402
 
 _POOL = "sweep-pool"
 _NAMESPACE = "sweep"
@@ -308,7 +309,8 @@ def _stream(lease: Lease) -> Iterator[list[Progress]]:
     worker: Any = ray.get_actor(lease.worker, namespace=_NAMESPACE)
     latest: dict[str, Progress] = {}
     told = time.monotonic()
-    for reference in worker.score.options(name=f"score {lease.tasks[0].label}", num_returns="streaming").remote(lease.tasks, lease.plan[0]):
+    name = f"score {lease.tasks[0].label}" + (f" and {len(lease.tasks) - 1} more" if len(lease.tasks) > 1 else "")
+    for reference in worker.score.options(name=name, num_returns="streaming").remote(lease.tasks, lease.plan[0], lease.parts):
         for progress in _get(reference):
             latest[progress.task_id] = progress.after(latest.get(progress.task_id))
         if time.monotonic() - told > _REPORT_SECONDS:

@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import groupby
 from typing import Any, Final, Literal
 
 from sweep import cache
@@ -19,7 +18,7 @@ from sweep.recipe import Recipe, attributes_for, resolve
 from sweep.subject import Model, checkpoint_dir, samples_of
 from workers import memory
 from workers.data import SIZES, Plan, make_plan
-from workers.task import GroupSpec, ModelSpec, Task, part_of
+from workers.task import GroupSpec, ModelSpec, Task, part_of, parts_of
 
 # 1: summed loss, delta form, canonical plan of at most 2,048 tokens a batch, logits of 512 rows at a time.
 SCORE_VERSION: Final = 1
@@ -174,7 +173,7 @@ class _Planner:
         if budget_gb is None or task.engine == "modelopt" or task.method == "kl_div":
             return
         plan = self.plans[task.plan_id]
-        parts = [list(members) for _, members in groupby(task.groups, key=lambda group: group.part)]
+        parts = [part.groups for part in parts_of(task.groups)]
         model_bytes = model.structure["parameters"] * (2 if task.model.dtype == "bfloat16" else 4)
         work = memory.workload([task], plan, plan.segments_of(point.dataset.size), model_bytes, model.structure["vocabulary"])
         if memory.whole_bytes(task.groups, work) > budget_gb * 1e9:

@@ -87,8 +87,9 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
             session.tally.update(progress)
             if progress.warning is not None:
                 display.say(progress.warning)
-            if session.first_result is None and progress.done == progress.total:
-                say_first_result(session, session.tasks[progress.task_id], display)
+            task = session.tasks[progress.task_id]
+            if session.first_result is None and session.tally.done_of(task.task_id) == task.n_steps:
+                say_first_result(session, task, display)
             display.update()
 
         orders = [driver.TrialOrder(name=trial.name, task_id=trial.task_id) for trial in session.pending_trials() if trial.task_id]

@@ -40,9 +40,11 @@ class Ledger:
             self._tables[size][part] = table
 
     def complete(self) -> None:
-        """Turn the parts of each cell into its scores."""
+        """Turn the parts of each cell into its scores, if all are there: several workers may be at one cell, and the last one does it."""
         for size, tables in self._tables.items():
-            self._store.complete(self.task.cells[size], {name: tables[name] for name in self._parts})
+            cell_id = self.task.cells[size]
+            if self._parts.keys() <= tables.keys() or self._parts.keys() <= tables.keys() | self._store.part_names(cell_id):
+                self._store.complete(cell_id, {name: tables.get(name) for name in self._parts})
 
     def _row(self, group: GroupSpec, size: str, columns: Mapping[str, Any]) -> dict[str, Any]:
         n_predictions, score = self._n_predictions[size], columns["score"]

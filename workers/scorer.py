@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,12 @@ from workers.ledger import Ledger
 from workers.quantization import auto_quantize_scores
 from workers.scores import Measured, NotFinite, Scores
 from workers.scoring import Engine, Job
-from workers.task import GroupSpec, ModelSpec, Part, Progress, Task
+from workers.task import GroupSpec, ModelSpec, Part, Progress, Task, parts_of
 from workers.windows import captures
 from workers.writers import Writers
 
 _MAX_HALVINGS = 8
-_WRITERS = 4  # at most, that put parts on disk while the next layer is scored
+_WRITERS = 8  # at most, that put parts on disk while the next layer is scored
 _MAX_WRITING = 1024  # parts that wait for them
 
 _Waiting = Callable[[], list[Scores] | None]  # see Engine.score_group
@@ -97,23 +96,25 @@ class Scorer:
         self._model_spec = spec
         self.model_loads += 1
 
-    def score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[Progress]:
+    def score(self, tasks: Sequence[Task], plan: Plan, parts: Collection[str] | None = None) -> Iterator[Progress]:
         """Score what the tasks' cells lack, layer by layer; each part is on disk before its progress is yielded.
 
         Args:
             tasks: of one model, plan, method, engine and set of layer groups; a layer is visited once for all of them.
             plan: theirs.
+            parts: names of the parts to score; None: all. Whoever finds that a cell has all its parts completes it.
 
         Yields: progress of each task; a task that meets a NaN or an infinity ends with a failure, the others go on.
         """
         with self._clock.timed("busy_seconds"), self._writers.tidied():
-            yield from self._score(tasks, plan)
+            yield from self._score(tasks, plan, parts)
 
-    def _score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[Progress]:
+    def _score(self, tasks: Sequence[Task], plan: Plan, share: Collection[str] | None) -> Iterator[Progress]:
         first = tasks[0]
         self.load(first.model)
-        parts = [Part(name, tuple(members)) for name, members in groupby(first.groups, key=lambda group: group.part)]
-        books = {task.task_id: Book(task, plan, parts, self.store) for task in tasks}
+        parts = parts_of(first.groups)
+        names = {part.name for part in parts} if share is None else share
+        books = {task.task_id: Book(task, plan, parts, names, self.store) for task in tasks}
         for book in books.values():
             n_predictions = {size: plan.n_predictions(size) for size in book.task.cells}
             self._writers.open(Ledger(book.task, n_predictions, parts, book.done, self.store.uri))
@@ -169,7 +170,7 @@ class Scorer:
         """Start the groups of each part. On a GPU a part is started before the one before it is waited for: it always has work."""
         started: deque[tuple[Part, list[Book], list[_Waiting]]] = deque()
         for part, start in starting:
-            asking = [book for book in books.values() if book.lacks(part)]
+            asking = [book for book in books.values() if book.wants(part)]
             if asking:
                 jobs = [book.job(part) for book in asking]
                 started.append((part, asking, [start(group, jobs) for group in part.groups]))
@@ -192,8 +193,7 @@ class Scorer:
 
     def _divergences(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, _Start]]:
         """method=kl_div: the same, from one pass of the unquantized model, which is kept for later tasks."""
-        wanted = [part for part in parts if any(book.lacks(part) for book in books.values())]
-        if not wanted:
+        if not (wanted := _wanted(books, parts)):
             return
         self._captured = None
         task, n_segments = next(iter(books.values())).task, max(book.n_segments for book in books.values())
@@ -207,19 +207,23 @@ class Scorer:
             yield part, lambda group, jobs: engine.score_group(group.modules, jobs)
 
     def _windows(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Sequence[Part], Mapping[str, Rows]]]:
-        """The parts that are still wanted, as many at a time as memory holds, with what their linears saw."""
-        wanted = [part for part in parts if any(book.lacks(part) for book in books.values())]
-        if not wanted:
+        """The parts that are still wanted, as many at a time as memory holds, with what their linears saw.
+
+        What other leases will want is captured with them if all of it fits.
+        """
+        if not (wanted := _wanted(books, parts)):
             return
+        lacking = [part for part in parts if any(book.lacks(part) for book in books.values())]
         tasks = [book.task for book in books.values()]
         n_segments = max(book.n_segments for book in books.values())
         work = memory.workload(tasks, plan, n_segments, self._model_bytes(), self._model.config.get_text_config().vocab_size)
-        sizes = [memory.capture_bytes(part.groups, work) for part in wanted]
-        room = (self._memory_bytes() - memory.fixed_bytes([group for part in wanted for group in part.groups], work)) / 2**self._halvings
-        windows = memory.windows(wanted, sizes, room)
-        if len(windows) == 1:
-            yield wanted, self._rows(tasks[0].plan_id, plan, n_segments, modules_of(wanted))
-            return
+        for several in (lacking, wanted):
+            sizes = [memory.capture_bytes(part.groups, work) for part in several]
+            room = (self._memory_bytes() - memory.fixed_bytes([group for part in several for group in part.groups], work)) / 2**self._halvings
+            windows = memory.windows(several, sizes, room)
+            if len(windows) == 1:
+                yield wanted, self._rows(tasks[0].plan_id, plan, n_segments, modules_of(several))
+                return
         self._captured = self._divergence = None
         passes = captures(self._model, plan.segments[:n_segments], [modules_of(window) for window in windows])
         for index, rows in self._clock.timed_items("capture_seconds", passes):
@@ -271,6 +275,11 @@ class Scorer:
                 scores[size] = {group.name: found.get(group.name) if called & {*group.modules} else None for group in task.groups}
             for part in parts if len(scores) == len(task.cells) else ():
                 yield part, {task_id: _stock_scores(part, task.label, scores)}
+
+
+def _wanted(books: Mapping[str, Book], parts: Sequence[Part]) -> list[Part]:
+    """The parts that some task is to have scored."""
+    return [part for part in parts if any(book.wants(part) for book in books.values())]
 
 
 def modules_of(parts: Sequence[Part]) -> tuple[str, ...]:

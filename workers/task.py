@@ -1,7 +1,8 @@
 """What the driver asks of a worker: plain values that travel between processes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Literal
 
 
@@ -33,6 +34,11 @@ class Part:
 
     name: str
     groups: tuple[GroupSpec, ...]
+
+
+def parts_of(groups: Sequence[GroupSpec]) -> tuple[Part, ...]:
+    """The parts that layer groups make up, in the model's order."""
+    return tuple(Part(name, tuple(members)) for name, members in groupby(groups, key=lambda group: group.part))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +83,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a worker is with a task; what it counts is on disk already."""
+    """How far a worker is with its share of a task; what it counts is on disk already."""
 
     task_id: str
-    done: int  # layer groups, over all cells of the task
+    share: str  # first of the parts that were lent to it
+    done: int  # layer groups of these, over all cells of the task
     total: int
     failure: str | None = None  # why the task has ended without all its scores
     warning: str | None = None  # what the person who watches should know

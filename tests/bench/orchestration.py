@@ -34,8 +34,8 @@ class InstantWorker:
     def info(self) -> dict[str, Any]:
         return {"model_loads": self._loads}
 
-    def score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[list[Progress]]:
-        yield [Progress(task_id=task.task_id, done=1, total=1) for task in tasks]
+    def score(self, tasks: Sequence[Task], plan: Plan, parts: Sequence[str]) -> Iterator[list[Progress]]:
+        yield [Progress(task_id=task.task_id, share=parts[0], done=1, total=1) for task in tasks]
 
 
 class Nothing(tune.Trainable):

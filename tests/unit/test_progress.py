@@ -18,7 +18,7 @@ def task(label: str, n_groups: int, *sizes: str) -> Any:
 
 
 def done(task_id: str, n: int) -> Progress:
-    return Progress(task_id=task_id, done=n, total=0)
+    return Progress(task_id=task_id, share="", done=n, total=0)
 
 
 class Clock:

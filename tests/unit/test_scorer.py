@@ -86,6 +86,7 @@ def test_a_cells_bits_do_not_depend_on_what_is_asked_beside_it(
 ) -> None:
     ask(Scorer(str(tmp_path), "cpu"), plan(place, *GRID, f"dataset.size={sizes}"))
     found = cells(tmp_path)
+    assert not list(tmp_path.glob("parts/*"))
     assert len(found) == (1 if ask is the_last_alone else 6) * (1 + sizes.count(","))
     assert found == {cell: together[cell] for cell in found}
 
@@ -96,6 +97,17 @@ def test_a_capture_that_is_too_small_is_replaced(place: Path, together: dict[str
         score(scorer, plan(place, *GRID, f"dataset.size={size}"))
     assert cells(tmp_path) == together
     assert scorer.model_loads == 1
+
+
+def test_a_cell_is_complete_when_the_last_of_its_parts_is_there(place: Path, together: dict[str, bytes], tmp_path: Path) -> None:
+    wanted = plan(place, *GRID, "dataset.size=small,medium")
+    tasks = list(wanted.tasks.values())
+    for layer in (1, 0):
+        assert cells(tmp_path) == {}
+        *_, last = Scorer(str(tmp_path), "cpu").score(tasks, wanted.plans[tasks[0].plan_id], {f"model.language_model.layers.{layer}"})
+        assert (last.share, last.done, last.total) == (f"model.language_model.layers.{layer}", 8, 8)
+    assert cells(tmp_path) == together
+    assert not list(tmp_path.glob("parts/*"))
 
 
 @pytest.mark.parametrize("n_reports", [7, 10, 15])
