@@ -32,8 +32,8 @@ class Tally:
         self.total_groups = sum(task.n_steps for task in tasks.values())
         self.n_trials = n_trials
         self._trials_of = trials_of
-        self._done: dict[str, dict[str, int]] = {task_id: {} for task_id in tasks}  # by share
-        self._resumed: dict[tuple[str, str], int] = {}  # groups that were in the store before this run, by task and share
+        self._done: dict[str, dict[int, int]] = {task_id: {} for task_id in tasks}  # by lease
+        self._found: dict[tuple[str, int], int] = {}  # groups that were in the store before, by task and lease
         self._started: float | None = None
 
     def start(self) -> None:
@@ -42,12 +42,12 @@ class Tally:
 
     def update(self, progress: Progress) -> None:
         """Take over a task's progress."""
-        self._resumed.setdefault((progress.task_id, progress.share), progress.done)
-        self._done[progress.task_id][progress.share] = progress.done
+        self._found[progress.task_id, progress.lease] = progress.found
+        self._done[progress.task_id][progress.lease] = progress.done
 
     def done_of(self, task_id: str) -> int:
         """Layer groups done of one task, over all its cells."""
-        return sum(self._done[task_id].values())
+        return min(sum(self._done[task_id].values()), self.tasks[task_id].n_steps)  # a dead worker's are found again
 
     @property
     def done_groups(self) -> int:
@@ -76,7 +76,7 @@ class Tally:
         """Rate of this run, parts found in the store not counted."""
         if self._started is None:
             return 0.0
-        return (self.done_groups - sum(self._resumed.values())) / max(time.monotonic() - self._started, 1e-3)
+        return (self.done_groups - sum(self._found.values())) / max(time.monotonic() - self._started, 1e-3)
 
     @property
     def eta_seconds(self) -> float | None:

@@ -4,7 +4,6 @@
 whole, when the cell is complete. Equal inputs give equal bytes, so two writers of one cell do no harm.
 """
 
-import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -50,17 +49,16 @@ class Store:
         """Names of the parts of an unfinished cell, readable or not."""
         return {name.removesuffix(".parquet") for name in self.files.names(f"parts/cell={cell_id}") if name.endswith(".parquet")}
 
-    def finished_parts(self, cell_id: str) -> set[str]:
-        """Names of the parts of an unfinished cell that need no scoring again; damaged ones are removed.
+    def has_part(self, cell_id: str, part: str) -> bool:
+        """Whether a part of an unfinished cell is there and needs no scoring again; a damaged one is removed.
 
-        Raises: SweepError: a part is of a newer schema version.
+        Raises: SweepError: it is of a newer schema version.
         """
-        finished: set[str] = set()
-        for part in self.part_names(cell_id):
-            with contextlib.suppress(_Damaged, FileNotFoundError):  # not found: another writer has just completed the cell
-                self._read_part(cell_id, part)
-                finished.add(part)
-        return finished
+        try:
+            self._read_part(cell_id, part)
+        except (_Damaged, FileNotFoundError):  # not found: another writer has just completed the cell
+            return False
+        return True
 
     def write_part(self, cell_id: str, part: str, rows: pa.Table) -> None:
         """Keep one finished decoder layer (or top-level block) of a cell; rows as in SCORES_SCHEMA."""

@@ -3,13 +3,15 @@
 import os
 import signal
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from workers.data import Plan
+from workers.pool import POOL
 from workers.task import Progress, Task
 
 _TELL_SECONDS = 0.2  # between messages; one costs Ray about a millisecond
@@ -39,13 +41,13 @@ class Worker:
         """Node, process, and what its scorer says of itself."""
         return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), **self._scorer.info()}
 
-    def score(self, tasks: Sequence[Task], plan: Plan, parts: Collection[str]) -> Iterator[list[Progress]]:
+    def score(self, tasks: Sequence[Task], plan: Plan, lease: int) -> Iterator[list[Progress]]:
         """Stream progress, the latest of each task, a few times a second; what it counts is in the store already."""
         latest: dict[str, Progress] = {}
         told = time.monotonic()
         try:
-            for progress in self._scorer.score(tasks, plan, parts):
-                latest[progress.task_id] = progress.after(latest.get(progress.task_id))
+            for progress in self._scorer.score(tasks, plan, _taken(lease)):
+                latest[progress.task_id] = replace(progress, lease=lease).after(latest.get(progress.task_id))
                 if time.monotonic() - told > _TELL_SECONDS:
                     yield list(latest.values())
                     latest.clear()
@@ -53,3 +55,10 @@ class Worker:
         except BrokenProcessPool:  # a writer was killed: this worker starts anew, and its tasks go on
             os._exit(1)
         yield list(latest.values())
+
+
+def _taken(lease: int) -> Iterator[str]:
+    """Names of parts, asked for as they are needed."""
+    pool: Any = ray.get_actor(POOL)
+    while names := ray.get(pool.take.remote(lease)):
+        yield from names
