@@ -83,8 +83,7 @@ class Store:
 
     def drop_parts(self, cell_id: str) -> None:
         """Remove what is left of a finished cell's parts."""
-        for part in self.part_names(cell_id):
-            self.files.remove(_part_path(cell_id, part))
+        self.files.remove_directory(f"parts/cell={cell_id}")
 
     def drop_leftovers(self) -> None:
         """Remove the parts of finished cells: a writer was cut short after it had completed one."""
