@@ -16,6 +16,7 @@ Size = Literal["small", "medium", "large"]
 
 _NAME = re.compile(r"[a-z0-9_]+")
 _MISSING = "???"  # Hydra's word for a value that must be given
+_SINCE: Mapping[str, Mapping[str, Any]] = {"sensitivity": {"scales": "private"}}  # of keys that earlier configs lack
 
 
 class _Section:
@@ -96,6 +97,9 @@ class SensitivityConfig(_Section):
     coverage: Literal["lm_only", "all_layers"]  # all_layers: vision tower and mergers too
     lm_head: bool  # score lm_head as well
     quant_algorithm: str  # ModelOpt's calibration algorithm
+    scales: Literal[
+        "fused", "private"
+    ]  # fused: linears of a group share their per-tensor scales, as runtimes have it; private: each its own, as mtq.auto_quantize
     memory_gb: float | None  # memory a worker may use, 1e9 bytes; None: what is free on its GPU, or its share of the machine's
 
     def __post_init__(self) -> None:
@@ -169,6 +173,22 @@ SECTIONS: Mapping[str, type[_Section]] = {name: hint for name, hint in typing.ge
 def to_plain(config: SweepConfig) -> dict[str, Any]:
     """The composed config as JSON can hold it, always in the same order."""
     return _plain(asdict(config))
+
+
+def from_plain(document: Mapping[str, Any]) -> SweepConfig:
+    """The config that `to_plain` gave, from a store; keys that are newer than it get the value that it was composed under.
+
+    Raises: SweepError: it was edited into something else.
+    """
+    nodes = {section: {**_SINCE.get(section, {}), **_revived(document.get(section, {}))} for section in SECTIONS}
+    return SweepConfig(**{section: kind.from_node(section, nodes[section]) for section, kind in SECTIONS.items()})  # pyright: ignore[reportArgumentType]
+
+
+def _revived(value: Any) -> Any:
+    """JSON has texts as keys: axes of blocks are numbers."""
+    if isinstance(value, Mapping):
+        return {int(key) if key.lstrip("-").isdigit() else key: _revived(item) for key, item in value.items()}
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -52,6 +52,7 @@ class SweepPlan:
     tasks: Mapping[str, Task]  # by task id, with the cells of every size asked for
     plans: Mapping[str, Plan]  # by Task.plan_id
     windowed: frozenset[str]  # plans whose capture does not fit in a worker's memory at once
+    models: Mapping[str, Mapping[str, int]]  # elements of each model, by revision: all `parameters`, of them `embeddings` and an untied `lm_head`
 
     def pending(self, finished: Iterable[str]) -> dict[str, Task]:
         """Tasks that still lack cells, each with only those."""
@@ -74,7 +75,7 @@ def plan_sweep(points: Sequence[SweepConfig], device: Device) -> SweepPlan:
     if all(trial.cell_id is None for trial in trials):
         reasons = list(dict.fromkeys(f"{trial.name}: {trial.reason}" for trial in trials))
         raise SweepError("Nothing can be scored.\n" + "\n".join(reasons[:10]) + (f"\nand {len(reasons) - 10} more" if len(reasons) > 10 else ""))
-    return SweepPlan(trials=trials, tasks=planner.tasks, plans=planner.plans, windowed=frozenset(planner.windowed))
+    return SweepPlan(trials=trials, tasks=planner.tasks, plans=planner.plans, windowed=frozenset(planner.windowed), models=planner.elements())
 
 
 def versions() -> dict[str, str]:
@@ -122,8 +123,12 @@ class _Planner:
             reason=reason,
         )
 
+    def elements(self) -> dict[str, dict[str, int]]:
+        """Elements of each model, by revision; see SweepPlan."""
+        return {model.revision: {key: model.structure[key] for key in ("parameters", "embeddings", "lm_head")} for model in self._models.values()}
+
     def _enter(self, point: SweepConfig, model: Model, plan_id: str, digest: str) -> tuple[str, str]:
-        recipe = _recipe(point)
+        recipe = recipe_of(point)
         groups = self._covered(model, recipe)
         _check_block_size(recipe, model, groups)
         if self.device == "cuda":
@@ -221,7 +226,9 @@ class _Planner:
         return self._coverage[key]
 
 
-def _recipe(point: SweepConfig) -> Recipe:
+def recipe_of(point: SweepConfig) -> Recipe:
+    """What a point does to each linear. Raises: InvalidRecipe, SweepError: see sweep.recipe.resolve."""
+
     def compute() -> dict[str, Any]:
         from workers import quantization
 

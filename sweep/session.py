@@ -48,6 +48,7 @@ class Session:
             "pid": os.getpid(),
             "started_at": now(),
             "trials": len(plan.trials),
+            "models": plan.models,
         }
         self.tally = Tally(self.tasks, Counter(trial.task_id for trial in self.pending_trials() if trial.task_id), len(plan.trials))
 

@@ -137,8 +137,8 @@ def _relaxed(problem: Problem, options: Sequence[IntArray], groups: IntArray, da
     spent, room = cost[starts].copy(), 1.0 - float(cost[starts].sum())
     exchanges: list[tuple[float, int, int, int]] = []
     for group, (start, some) in enumerate(zip(starts.tolist(), options, strict=True)):
-        for i in range(start + 1, start + len(some)):
-            exchanges.append(((damage[i - 1] - damage[i]) / (cost[i] - cost[i - 1]), group, i, int(some[i - start])))
+        upward = range(start + 1, start + len(some))
+        exchanges += [((damage[i - 1] - damage[i]) / (cost[i] - cost[i - 1]), group, i, int(some[i - start])) for i in upward]
     for _, group, i, option in sorted(exchanges, reverse=True):
         if cost[i] > spent[group] and cost[i] - spent[group] <= room:
             room -= cost[i] - spent[group]
@@ -149,13 +149,14 @@ def _relaxed(problem: Problem, options: Sequence[IntArray], groups: IntArray, da
 def _exact(damage: FloatArray, cost: FloatArray, groups: IntArray, scale: float) -> npt.NDArray[np.bool_]:
     """Which of the options that are left are chosen."""
     rows = _one_each(groups)
-    n = rows.shape[0]
+    least: Any = np.append(np.ones(rows.shape[0]), -np.inf)
+    most: Any = np.ones(rows.shape[0] + 1)
     with _hushed():
         found: Any = milp(
             damage * scale,  # HiGHS' tolerances are absolute
             integrality=np.ones(len(damage)),
             bounds=Bounds(0, 1),
-            constraints=LinearConstraint(vstack([rows, csr_array(cost[None])]).tocsr(), np.append(np.ones(n), -np.inf), np.append(np.ones(n), 1.0)),
+            constraints=LinearConstraint(vstack([rows, csr_array(cost[None])]).tocsr(), least, most),
             options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
         )
     return np.zeros(len(damage), dtype=np.bool_) if found.x is None else found.x > 0.5
