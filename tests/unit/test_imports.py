@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HOMES = {
-    "modelopt": {"workers/quantization.py", "workers/block_formats.py", "workers/tensor_formats.py"},
+    "modelopt": {"workers/quantization.py", "workers/calibration.py", "workers/block_formats.py", "workers/tensor_formats.py"},
     "transformers": {"workers/modeling.py"},
     "huggingface_hub": {"workers/modeling.py"},
     "datasets": {"workers/data.py"},
