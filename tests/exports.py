@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe
 from sweep.paths import bundled_model_dir
 from sweep.subject import Model
+from workers.calibration import fake_quantized, quantized_inputs
 from workers.linear_quant import LinearQuant
-from workers.quantization import Quantizers, fake_quantized_weight, quantized
+from workers.quantization import Quantizers
 
 PER_TOKEN = {"type": "dynamic", "block_sizes": {-1: None}}
 FP8, INT4, INT8 = {"num_bits": (4, 3)}, {"num_bits": 4}, {"num_bits": 8}
@@ -117,26 +118,22 @@ def quants_of(recipe: MixedRecipe, model: nn.Module, token_ids: Tensor) -> dict[
     return quants
 
 
-class _FakeQuantized(nn.Module):
+class FakeQuantized(nn.Module):
+    """A linear as a recipe has it, in float32."""
+
     def __init__(self, linear: nn.Linear, quant: LinearQuant) -> None:
         super().__init__()
-        self.weight = fake_quantized_weight(quant, linear.weight)
-        self.bias, self.quant = linear.bias, quant
-        self.makers = Quantizers()
+        self.weight, self.bias, self.quant = fake_quantized(quant, linear.weight), linear.bias, quant
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.quant.inputs is not None:
-            rows = x.flatten(0, -2)
-            amax = float(self.quant.input_amax) if self.quant.input_amax is not None else 1.0
-            x = quantized(self.makers.inputs(self.quant.inputs, rows, [amax]), rows).view(x.shape)
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(quantized_inputs(self.quant, x), self.weight, self.bias)
 
 
 def apply(model: nn.Module, quants: Mapping[str, LinearQuant]) -> nn.Module:
     """Put fake-quantized linears in place, in the model itself."""
     for name, quant in quants.items():
         parent, leaf = name.rsplit(".", 1)
-        setattr(model.get_submodule(parent), leaf, _FakeQuantized(model.get_submodule(name), quant))
+        setattr(model.get_submodule(parent), leaf, FakeQuantized(model.get_submodule(name), quant))
     return model
 
 

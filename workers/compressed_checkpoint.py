@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from sweep.errors import SweepError
 from sweep.mixed import GroupChoice, MixedRecipe
+from workers.calibration import fake_quantized
 from workers.checkpoint import weight_files
 from workers.compressed_schemes import Inexpressible, attributes_of, canonical, scheme_of
 from workers.compressed_weights import input_scales, packed, unpacked
 from workers.linear_quant import LinearQuant
-from workers.quantization import fake_quantized_weight
 
 _COPIED: Final = (".json", ".jinja", ".model", ".txt")  # tokenizer, preprocessor and generation settings
 _VISION: Final = "visual"
+_SMOOTHING: Final = ("awq_lite", "smoothquant")  # they multiply inputs by a scale of each channel
 # Relative to the element: float32 scales come back to the last bits, what decompresses to bfloat16 to its 8.
 _TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
@@ -66,6 +67,7 @@ def schemes_of(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
     schemes: dict[str, QuantizationScheme] = {}
     for choice in recipe.groups:
         if choice.format is not None and choice.format not in schemes:
+            _refuse_smoothed(choice, recipe.formats[choice.format].algorithm)
             try:
                 schemes[choice.format] = scheme_of(choice.format, recipe.formats[choice.format])
             except Inexpressible as error:
@@ -88,6 +90,8 @@ def write_checkpoint(source: Path, directory: Path, recipe: MixedRecipe, quants:
     schemes = _by_module(recipe)
     config = quantization_config(recipe, linears)
     check_weights_are_there(source, schemes)
+    if smoothed := [module for module, quant in quants.items() if quant.pre_quant_scale is not None]:
+        raise Inexpressible(f"{smoothed[0]}: compressed-tensors can't express pre_quant_scale, a scale of a linear's inputs. Choose algorithm max or mse.")
     weight_map: dict[str, str] = {}
     n_bytes = 0
     for shard in weight_files(source):
@@ -186,7 +190,7 @@ def _check_formats(read: Mapping[str, QuantizationScheme], recipe: MixedRecipe, 
 
 
 def _check_linear(where: str, state: Mapping[str, Tensor], weight_OI: Tensor, linear: LinearQuant, scheme: QuantizationScheme) -> None:
-    meant = fake_quantized_weight(linear, weight_OI)
+    meant = fake_quantized(linear, weight_OI)
     try:
         found = unpacked(state, scheme)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -202,6 +206,15 @@ def _check_linear(where: str, state: Mapping[str, Tensor], weight_OI: Tensor, li
     for name, scale in input_scales(linear, scheme).items():
         if name not in state or not torch.equal(state[name].float(), scale):
             raise SweepError(f"{where}: {name} is {state.get(name)}, calibrated was {scale}. Export again.")
+
+
+def _refuse_smoothed(choice: GroupChoice, algorithm: str) -> None:
+    if algorithm in _SMOOTHING:
+        raise Inexpressible(
+            f"{choice.group}: compressed-tensors can't express algorithm: {algorithm!r} of format {choice.format!r}. It has no scale of a linear's inputs, and "
+            "folding one into the layer before is not done here: o_proj and down_proj have no layer that takes it exactly. "
+            "Choose a format of algorithm max or mse for these groups, or --format modelopt."
+        )
 
 
 def _by_module(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:

@@ -19,9 +19,9 @@ from compressed_tensors.quantization.utils import calculate_range
 from torch import Tensor
 
 from workers.block_formats import mx_exponents, nvfp4_scales
+from workers.calibration import fake_quantized, smoothed_weight
 from workers.compressed_schemes import attributes_of
 from workers.linear_quant import LinearQuant
-from workers.quantization import fake_quantized_weight
 
 _NVFP4_RANGE: Final = 448.0 * 6.0  # largest block scale times largest element
 _UNUSED_SCALE: Final = 0.125  # of blocks of zeros, as the library writes it; 0 would decompress to 0 / 0
@@ -39,7 +39,7 @@ def packed(weight_OI: Tensor, linear: LinearQuant, scheme: QuantizationScheme) -
         format gives them another dtype.
     """
     assert scheme.weights is not None  # scheme_of refuses others
-    quantized_OI = fake_quantized_weight(linear, weight_OI)
+    quantized_OI = fake_quantized(linear, weight_OI)
     state = {"weight": quantized_OI, **_weight_scales(quantized_OI, weight_OI, linear, scheme.weights)}
     compressed: dict[str, Tensor] = _compressor(scheme).compress(state, scheme)
     return {name: tensor.contiguous() for name, tensor in {**compressed, **input_scales(linear, scheme)}.items()}
@@ -64,7 +64,7 @@ def input_scales(linear: LinearQuant, scheme: QuantizationScheme) -> dict[str, T
 
 
 def _weight_scales(quantized_OI: Tensor, weight_OI: Tensor, linear: LinearQuant, args: QuantizationArgs) -> dict[str, Tensor]:
-    original_OI = weight_OI.float() if linear.pre_quant_scale is None else weight_OI.float() / linear.pre_quant_scale.float()
+    original_OI = smoothed_weight(linear, weight_OI)
     if args.scale_dtype == torch.uint8:
         exponents = mx_exponents(original_OI, args.group_size or 0, attributes_of(args)["num_bits"])
         return {"weight_scale": torch.exp2(exponents.squeeze(-1).float())}

@@ -21,7 +21,6 @@ from sweep.errors import SweepError, require_known
 from workers import block_formats, tensor_formats
 from workers.capture import batch_to, labels_of, summed_loss
 from workers.data import Batch
-from workers.linear_quant import LinearQuant
 
 Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig
 
@@ -176,24 +175,6 @@ def quantized(quantizer: Any, tensor: Tensor) -> Tensor:
     """The tensor quantized in float32, whatever its dtype."""
     result: Tensor = quantizer(tensor if quantizer.backend == tensor_formats.BACKEND else tensor.float())
     return result
-
-
-def fake_quantized_weight(linear: LinearQuant, weight_OI: Tensor) -> Tensor:
-    """The weight that a model computes with under a calibrated recipe, with ModelOpt's quantizer.
-
-    Args:
-        linear: its weight's attributes and range.
-        weight_OI: [out, in], the checkpoint's.
-
-    Returns: [out, in], float32.
-    """
-    weight = weight_OI.float() if linear.pre_quant_scale is None else weight_OI.float() / linear.pre_quant_scale.float()
-    if linear.weight is None:
-        return weight
-    quantizer = TensorQuantizer(QuantizerAttributeConfig(**_with_backend(linear.weight)))
-    if linear.weight_amax is not None:
-        quantizer.amax = linear.weight_amax
-    return quantized(quantizer, weight)
 
 
 def calibrate(quantizer: Any, tensors: Iterable[Tensor]) -> None:
