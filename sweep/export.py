@@ -4,8 +4,9 @@ import os
 import secrets
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
@@ -17,6 +18,9 @@ from sweep.export_text import check_csv, check_entries, to_csv, to_modelopt
 from sweep.mixed import MixedRecipe
 from sweep.store import Store
 from sweep.subject import Model, checkpoint_dir, samples_of
+
+if TYPE_CHECKING:
+    from workers.linear_quant import LinearQuant
 
 FORMATS: Final = ("compressed-tensors", "modelopt", "csv")
 _RECIPE_FILE: Final = "sweep_recipe.yaml"  # beside an exported checkpoint
@@ -106,7 +110,7 @@ def export_checkpoint(recipe: MixedRecipe, config: SweepConfig, model: Model, ta
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _calibrated(recipe: MixedRecipe, config: SweepConfig, model: Model):  # noqa: ANN202 -- LinearQuants, whose module imports torch
+def _calibrated(recipe: MixedRecipe, config: SweepConfig, model: Model) -> "dict[str, LinearQuant]":
     import torch
 
     from workers.data import SIZES, make_plan
@@ -130,7 +134,7 @@ def _config(recipe: MixedRecipe, overrides: Sequence[str]) -> SweepConfig:
     if any(key.split(".")[0] == "model" for key in keys):
         return config
     model = ModelConfig(name=recipe.model, path=recipe.model_path, dtype="auto")
-    return SweepConfig(**{name: getattr(config, name) for name in config.__dataclass_fields__} | {"model": model})
+    return replace(config, model=model)
 
 
 def _beside(target: Path) -> Path:

@@ -45,7 +45,7 @@ def check_cells(recipe: MixedRecipe, store: Store) -> None:
     """
     known = {row.cell_id: row for row in store.trials().values() if row.cell_id is not None}
     for choice in recipe.groups:
-        row = known.get(choice.cell_id)
+        row = None if choice.cell_id is None else known.get(choice.cell_id)
         if row is not None and row.model_revision != recipe.model_revision:
             raise SweepError(
                 f"The score of {choice.group} (cell {choice.cell_id}) is of {row.model} revision {row.model_revision[:12]}, the recipe's model is "

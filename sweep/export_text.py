@@ -12,7 +12,7 @@ from sweep.mixed import MixedRecipe
 from sweep.recipe import attributes_for
 from sweep.recipe_quantizer import QuantizerSpec
 
-COLUMNS: Final = (
+COLUMNS: Final[tuple[str, ...]] = (
     "group",
     "modules",
     "layer_index",
@@ -31,7 +31,7 @@ _QUANTIZERS: Final = ("weight_quantizer", "input_quantizer")
 def to_csv(recipe: MixedRecipe) -> str:
     """One row a layer group; modules are separated by spaces, and a group in 16 bits has no format."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer: csv.DictWriter[str] = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for choice in recipe.groups:
         chosen = recipe.format_of(choice)

@@ -229,7 +229,7 @@ def _skeleton(linears: Linears) -> nn.Module:
         *parents, leaf = name.split(".")
         module = root
         for parent in parents:
-            if parent not in module._modules:
+            if parent not in dict(module.named_children()):
                 module.add_module(parent, nn.Module())
             module = module.get_submodule(parent)
         module.add_module(leaf, nn.Linear(n_in, n_out, bias=False, device="meta"))

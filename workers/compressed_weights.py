@@ -10,7 +10,7 @@ scales' dtype, float32 here. Dynamic INT8 inputs have a range of amax / 127.5 th
 """
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -40,14 +40,15 @@ def packed(weight_OI: Tensor, linear: LinearQuant, scheme: QuantizationScheme) -
     """
     assert scheme.weights is not None  # scheme_of refuses others
     quantized_OI = fake_quantized(linear, weight_OI)
-    state = {"weight": quantized_OI, **_weight_scales(quantized_OI, weight_OI, linear, scheme.weights)}
-    compressed: dict[str, Tensor] = _compressor(scheme).compress(state, scheme)
-    return {name: tensor.contiguous() for name, tensor in {**compressed, **input_scales(linear, scheme)}.items()}
+    state: dict[str, Tensor | None] = {"weight": quantized_OI, **_weight_scales(quantized_OI, weight_OI, linear, scheme.weights)}
+    compressed = _compressor(scheme).compress(state, scheme)
+    return {name: tensor.contiguous() for name, tensor in {**compressed, **input_scales(linear, scheme)}.items() if tensor is not None}
 
 
 def unpacked(state: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
     """The weight that a reader computes with. Args: state: as `packed` returns. Returns: [out, in], bfloat16 or float32."""
-    weight: Tensor = _compressor(scheme).decompress(dict(state), scheme)["weight"]
+    weight = _compressor(scheme).decompress(dict(state), scheme)["weight"]
+    assert weight is not None
     return weight
 
 
@@ -99,5 +100,5 @@ def _positive(scale: Tensor) -> Tensor:
 
 
 def _compressor(scheme: QuantizationScheme) -> type[BaseCompressor]:
-    found: type[BaseCompressor] = BaseCompressor.get_value_from_registry(scheme.format)
+    found: Any = BaseCompressor.get_value_from_registry(str(scheme.format))  # typed as an instance, but a class
     return found

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from sweep.errors import SweepError
 from sweep.export_text import check_entries, to_csv, to_modelopt
 from sweep.mixed import MixedRecipe
 from sweep.paths import bundled_model_dir
+from sweep.records import TrialRow
+from sweep.store import Store
 from sweep.subject import Model, samples_of
 from tests.exports import FORMATS, group_format, recipe_of
 from workers.data import make_plan
@@ -69,6 +72,26 @@ def test_what_is_there_stays_unless_told(tmp_path: Path, run: Callable[..., int]
 def test_text_is_written_whole(tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, file_format: str) -> None:
     assert run(file_format, "out.yaml") == 0
     assert (tmp_path / "out.yaml").read_text() == (to_csv(recipe) if file_format == "csv" else to_modelopt(recipe))
+
+
+def test_scores_of_another_model_are_refused(tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    text = dict.fromkeys(("dataset", "dataset_revision", "size", "coverage", "method", "engine", "quant_pair", "quant_granularity", "versions"), "x")
+    cell = recipe.groups[0].cell_id
+    row = TrialRow(
+        **text,
+        trial_id="t",
+        cell_id=cell,
+        model="other",
+        model_revision="1234",
+        state="done",
+        reason=None,
+        config="{}",
+        created_at=datetime.now(UTC),
+        run_id="r",
+    )
+    Store(str(tmp_path / "store")).write_trials("r", [row])
+    assert run("csv", "out.csv") == 2
+    assert f"cell {cell}) is of other revision 1234" in capsys.readouterr().err
 
 
 def test_csv_has_a_row_a_group(recipe: MixedRecipe) -> None:
