@@ -74,6 +74,12 @@ class QuantizerSpec:
         return self.attributes.get("type", "static") != "dynamic" and not is_mx
 
     @property
+    def is_per_tensor(self) -> bool:
+        """Whether one calibrated range covers the whole tensor; NVFP4's second-level scale is one."""
+        blocks = not self.has_dynamic_blocks and any(isinstance(axis, int) for axis in self.block_sizes)
+        return self.is_calibrated and self.attributes.get("axis") is None and not blocks
+
+    @property
     def effective_bits(self) -> float:
         """Bits an element, with its share of the block's scale."""
         bits = self.num_bits if isinstance(self.num_bits, int) else 1 + sum(self.num_bits)

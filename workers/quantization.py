@@ -123,9 +123,7 @@ class Quantizers:
     def _calibrated(self, attributes: Attributes, shape: tuple[int, ...], tensors: Sequence[Tensor], known: Tensor | None) -> TensorQuantizer:
         key = (repr(sorted(attributes.items(), key=str)), shape)
         if key not in self._made:
-            fast = tensors[0].is_cuda and tensor_formats.supports(attributes)
-            own = {**attributes, "backend": tensor_formats.BACKEND} if fast else _with_backend(attributes)
-            self._made[key] = TensorQuantizer(QuantizerAttributeConfig(**own)).to(tensors[0].device)
+            self._made[key] = new_quantizer(attributes, tensors[0].device)
         quantizer = self._made[key]
         if not quantizer._dynamic and not quantizer.is_mx_format:
             quantizer.reset_amax()
@@ -134,6 +132,43 @@ class Quantizers:
             else:
                 calibrate(quantizer, tensors)
         return quantizer
+
+
+class _RowBlocks(TensorQuantizer):
+    """Blocks of a row with a range each, found as the row comes, of tensors of any number of rows: ModelOpt's own keeps to the first shape it sees."""
+
+    def __init__(self, config: QuantizerAttributeConfig, block: int) -> None:
+        super().__init__(config)
+        self._block = block
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs.reshape(-1, self._block)).view_as(inputs)
+
+
+def new_quantizer(attributes: Attributes, device: torch.device) -> TensorQuantizer:
+    """One of ModelOpt's quantizers, without a range yet.
+
+    Args:
+        attributes: a valid QuantizerAttributeConfig.
+        device: where it will work; it decides which kernels.
+    """
+    block = _row_block(attributes)
+    plain = {**attributes, "block_sizes": {-1: None}} if block is not None else attributes
+    fast = device.type == "cuda" and tensor_formats.supports(plain)
+    config = QuantizerAttributeConfig(**({**plain, "backend": tensor_formats.BACKEND} if fast else _with_backend(plain)))
+    return (TensorQuantizer(config) if block is None else _RowBlocks(config, block)).to(device)
+
+
+def _row_block(attributes: Attributes) -> int | None:
+    """The block length of a format whose blocks lie along rows and have a range each that is found as they come."""
+    blocks: Mapping[Any, Any] = attributes.get("block_sizes") or {}
+    along_rows = attributes.get("type") == "dynamic" and blocks.get("type", "static") == "static" and [axis for axis in blocks if isinstance(axis, int)] == [-1]
+    return blocks[-1] if along_rows else None
+
+
+def range_of(quantizer: Any) -> Tensor | None:
+    """A calibrated quantizer's range, None where values alone decide."""
+    return None if quantizer._dynamic or quantizer.is_mx_format else getattr(quantizer, "_amax", None)
 
 
 def quantized(quantizer: Any, tensor: Tensor) -> Tensor:
