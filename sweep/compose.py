@@ -27,7 +27,7 @@ from sweep.config import SECTIONS, SweepConfig, to_plain
 from sweep.errors import SweepError, require_known
 from sweep.paths import bundled_model_dir, conf_dir
 
-_OF_THE_RUN = frozenset({"store", "output_layout", "cluster", "grid", "sensitivity.memory_gb"})  # not of a trial: they cannot be axes
+_OF_THE_RUN = frozenset({"store", "output_layout", "cluster", "grid", "target", "sensitivity.memory_gb"})  # not of a trial: they cannot be axes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,8 @@ class Grid:
 
     points: tuple[SweepConfig, ...]  # the first axis varies slowest
     axes: Mapping[str, tuple[str, ...]]  # values as typed, by key
+    target: str  # name of the runtime and hardware that recipes are for
+    only_runnable: bool  # leave out the points that the target does not run as they are
 
 
 def expand(overrides: Sequence[str], *, multirun: bool) -> Grid:
@@ -74,11 +76,12 @@ def _expand(overrides: Sequence[str], multirun: bool) -> Grid:
     _check_keys(given, options)
     singles = {key: values[0] for key, values in given.items() if len(values) == 1}
     base = _composed(singles)
-    axes = _axes(base.pop("grid"), given, multirun)
+    grid = base.pop("grid")
+    axes = _axes(grid, given, multirun)
     _check_groups(axes, options)
     choices = _choices(singles, axes)
     points = (_point(base, choices, dict(zip(axes, values, strict=True)), options) for values in itertools.product(*axes.values()))
-    return Grid(points=tuple(points), axes=axes)
+    return Grid(points=tuple(points), axes=axes, target=base["target"]["name"], only_runnable=grid["only"] == "runs_on_target")
 
 
 def _parsed(override: str) -> Override:
