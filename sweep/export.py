@@ -113,8 +113,8 @@ def export_checkpoint(recipe: MixedRecipe, config: SweepConfig, model: Model, ta
 def _calibrated(recipe: MixedRecipe, config: SweepConfig, model: Model) -> "dict[str, LinearQuant]":
     import torch
 
+    from workers.applied import calibrated_model
     from workers.data import SIZES, make_plan
-    from workers.export_inputs import calibrated_model
     from workers.modeling import load
 
     plan = make_plan(samples_of(config.dataset, model, SIZES[recipe.size]), packed=model.structure["packable"])

@@ -125,7 +125,7 @@ class Baseline:
             made = run.output_TH.float().log_softmax(-1).to(self._dtype)
         else:
             rows, head = run.output_TH[run.predictions], self.decoder.head
-            made = torch.cat([_float_logits(head, part).log_softmax(-1).to(self._dtype) for part in rows.split(_HEAD_ROWS)])
+            made = torch.cat([float_logits(head, part).log_softmax(-1).to(self._dtype) for part in rows.split(_HEAD_ROWS)])
         if made.nbytes <= self._room:
             self._room -= made.nbytes
             self._log_probs[number] = made
@@ -190,7 +190,7 @@ class _Inputs:
         torch.maximum(known, torch.maximum(-low, high).float(), out=known)
 
 
-def _float_logits(head: nn.Linear, x_TH: Tensor) -> Tensor:
+def float_logits(head: nn.Linear, x_TH: Tensor) -> Tensor:
     """Logits in float32, accumulated and returned: in bf16 one of 20 is rounded by up to 0.06. No known type's head has a bias."""
     if x_TH.is_cuda and x_TH.dtype != torch.float32:
         return torch.mm(x_TH, head.weight.T, out_dtype=torch.float32)
