@@ -20,10 +20,12 @@ def _is_asked_for(row: TrialRow, overrides: Sequence[str], asked: Mapping[str, A
     config = json.loads(row.config)
     for override in overrides:
         section, *keys = override.partition("=")[0].strip().split(".")
+        if section in ("store", "output_layout", "cluster", "target"):
+            continue
         wanted, found = asked[section], config[section]
         for key in keys or ["name"] if "name" in wanted else keys:
-            wanted, found = wanted[key], found[key]
-        if section not in ("store", "output_layout", "cluster") and wanted != found:
+            wanted, found = wanted[key], found.get(key)  # a record older than the key has none
+        if wanted != found:
             return False
     return True
 
