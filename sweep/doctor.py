@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sweep.compose import Grid
+from sweep.compose import Grid, expand
 from sweep.config import SweepConfig
-from sweep.deployable import asked_grid
 from sweep.errors import SweepError
 from sweep.machine import memory_gb, n_cores, n_gpus, pick_workers
 from sweep.planning import plan_sweep
@@ -39,7 +38,7 @@ class Finding:
 
 def examine(overrides: Sequence[str], *, multirun: bool, as_json: bool) -> int:
     """Print what would stop or surprise a run with these overrides. Returns 0, or 2 if something would stop it."""
-    grid = asked_grid(overrides, multirun=multirun)
+    grid = expand(overrides, multirun=multirun)
     findings = list(_findings(grid))
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))  # noqa: T201 -- machine-readable output

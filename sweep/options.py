@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from sweep.analysis import FloatArray, float_column, sample_matrix
-from sweep.config import SweepConfig, from_plain
+from sweep.compose import expand
+from sweep.config import SweepConfig, from_record
 from sweep.errors import SweepError
 from sweep.mixed import GroupFormat
 from sweep.planning import recipe_of
@@ -69,7 +70,8 @@ def read_options(store: Store, overrides: Sequence[str]) -> Options:
     Raises: SweepError: none, or of several models, data sets, coverages or methods, of which one must be typed.
     """
     rows = finished_trials(store, overrides)
-    configs = {row.trial_id: from_plain(json.loads(row.config)) for row in rows}
+    target = expand(overrides, multirun=True).points[0].target
+    configs = {row.trial_id: from_record(json.loads(row.config), target) for row in rows}
     rows = _of_one_kind(rows, configs)
     largest = max(rows, key=lambda row: _n_samples(row)).size
     rows = [row for row in rows if row.size == largest]

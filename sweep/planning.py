@@ -6,12 +6,12 @@ Needs no GPU and, once its facts are remembered on disk, no heavy import: a run 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, Final, Literal
 
 from sweep import cache
-from sweep.config import ModelConfig, SweepConfig, to_plain
+from sweep.config import ModelConfig, SweepConfig
 from sweep.errors import InvalidRecipe, SweepError
 from sweep.machine import first_gpu, has_compiler
 from sweep.recipe import Recipe, attributes_for, resolve
@@ -284,6 +284,13 @@ def _check_block_size(recipe: Recipe, model: Model, groups: Sequence[GroupSpec])
             raise InvalidRecipe(
                 f"Groups of {block} do not divide the {model.inputs[bad[0]]} inputs of {bad[0]} ({len(bad)} such layers): ModelOpt would pad silently. {advice}"
             )
+    rows = recipe.block_rows
+    outputs = {name: n_outputs for name, _, n_outputs in model.structure["linears"]}
+    if rows is not None and (bad := [module for module in modules if outputs[module] % rows]):
+        raise InvalidRecipe(
+            f"Blocks of {rows} rows do not divide the {outputs[bad[0]]} outputs of {bad[0]} ({len(bad)} such layers): ModelOpt would pad silently. "
+            "Choose a granularity without blocks on axis -2."
+        )
 
 
 def _check_gpu(recipe: Recipe) -> None:
@@ -303,8 +310,8 @@ def _check_gpu(recipe: Recipe) -> None:
 
 
 def _data_key(point: SweepConfig) -> tuple[object, ...]:
-    dataset = to_plain(point)["dataset"]
-    return (point.model.path, json.dumps({key: value for key, value in dataset.items() if key != "size"}, sort_keys=True))
+    dataset = {key: value for key, value in asdict(point.dataset).items() if key != "size"}
+    return (point.model.path, json.dumps(dataset, sort_keys=True))
 
 
 def _hash(value: object) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from sweep.announce import say_first_result, say_grid, say_results
+from sweep.compose import expand
 from sweep.config import SweepConfig
-from sweep.deployable import asked_grid
 from sweep.errors import SweepError
 from sweep.files import Files
 from sweep.machine import Workers, pick_workers
@@ -41,7 +41,7 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
     Raises: SweepError: wrong input; nothing has been written.
     """
     started = time.monotonic()
-    grid = asked_grid(overrides, multirun=multirun)
+    grid = expand(overrides, multirun=multirun)
     base = grid.points[0]
     workers = pick_workers(base.cluster)
     plan = plan_sweep(grid.points, workers.device)

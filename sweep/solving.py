@@ -13,13 +13,13 @@ from rich.table import Table
 from sweep.analysis import IntArray
 from sweep.compose import expand
 from sweep.errors import SweepError
-from sweep.mixed import MixedRecipe
+from sweep.mixed import GroupFormat, MixedRecipe
 from sweep.mixing import SIXTEEN, Budget, Rules, interval, problem_of, recipe, solved, uniform_choices, weights_gb
 from sweep.options import Options, read_options
 from sweep.report_rows import short_group
 from sweep.solve import Problem, cost_range, front, total
 from sweep.store import Store
-from sweep.targets import Target, load_target
+from sweep.targets import Target
 
 _SHOWN_GROUPS = 8
 
@@ -45,9 +45,9 @@ def solve_command(request: Request) -> int:
 
     Raises: SweepError: nothing to choose from, or a budget or rules that nothing fits.
     """
-    grid = expand(request.overrides, multirun=True)
-    target = load_target(grid.target)
-    options = read_options(Store(grid.points[0].store.uri), request.overrides)
+    config = expand(request.overrides, multirun=True).points[0]
+    target = Target.from_config(config.target)
+    options = read_options(Store(config.store.uri), request.overrides)
     problem = problem_of(options, rules_of(request, target, options))
     budget = Budget(bits=request.bits, gb=request.gb)
     choice = solved(options, problem, budget)
@@ -80,8 +80,19 @@ def rules_of(request: Request, target: Target, options: Options) -> Rules:
         if not sign or not pattern:
             raise SweepError(f"--pin {pin!r} is not PATTERN=FORMAT. Type for example --pin '*.down_proj=wfp8_afp8/default', or =16 for 16 bits.")
         pins[pattern] = label
-    target.check_runs_some([option.format for option in options.formats])
-    return Rules(pins=pins, excludes=request.excludes, uniform_layer=request.uniform_layer, allowed=target.runs)
+    formats = [option.format for option in options.formats]
+    if not any(runs_natively(target, each) for each in formats):
+        found = "; ".join(f"{each.label}: {target.status(each.quant_pair, each.quant_granularity, each.algorithm).words}" for each in formats[:6])
+        raise SweepError(
+            f"target={target.name} runs none of the {len(formats)} scored recipes as they are ({found}). "
+            f"Score what it runs: sweep run -m grid=deployable target={target.name}"
+        )
+    return Rules(pins=pins, excludes=request.excludes, uniform_layer=request.uniform_layer, allowed=lambda each: runs_natively(target, each))
+
+
+def runs_natively(target: Target, chosen: GroupFormat) -> bool:
+    """Whether the target computes a format as it was scored: what runs as another one has another damage."""
+    return target.status(chosen.quant_pair, chosen.quant_granularity, chosen.algorithm).kind == "native"
 
 
 def summary(options: Options, problem: Problem, choice: IntArray, made: MixedRecipe) -> dict[str, Any]:

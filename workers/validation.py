@@ -57,7 +57,7 @@ class Validator:
         Raises: SweepError: a model whose output layer is no linear without a bias.
         """
         head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or isinstance(head.bias, nn.Parameter):
+        if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
             raise SweepError(f"{type(model).__name__} has no output layer to compare logits of. Only causal language models can be validated.")
         self._model, self._head, self._head_weight = model, head, head.weight.data
         self._batches = list(batches)
