@@ -73,6 +73,7 @@ def test_a_heavy_import_would_be_seen() -> None:
         "sweep.doctor",
         "sweep.planning",
         "sweep.store",
+        "sweep.targets",
         "workers.data",
         "workers.checkpoint",
         "workers.task",
