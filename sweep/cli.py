@@ -15,6 +15,8 @@ examples:
       a small grid on the bundled model, on the CPU
   sweep run -m quant_pair=wfp8_afp8,wint4_aint8 quant_granularity=default,w_group64 dataset.size=small,medium
       a grid; the same command again resumes it
+  sweep run -m target=vllm_sm100
+      every recipe that vLLM on a B200 runs: grid=deployable, which any list narrows
   sweep run model=qwen3_vl_4b_instruct model.path=/models/Qwen3-VL-4B-Instruct quant_pair=wfp8_afp8 output_layout=publish
       one trial of the 4B model, published under models/
 
@@ -48,9 +50,9 @@ def _run(options: argparse.Namespace) -> int:
 
     overrides: list[str] = options.overrides
     if options.cfg:
-        from sweep.compose import expand, to_yaml
+        from sweep.compose import DEFAULT_GRID, expand, to_yaml
 
-        grid = expand(overrides, multirun=options.multirun)
+        grid = expand(overrides, multirun=options.multirun, default_grid=DEFAULT_GRID)
         sys.stdout.write("---\n".join(to_yaml(point) for point in grid.points))
         return 0
     from sweep.run import run
