@@ -15,6 +15,8 @@ examples:
       a small grid on the bundled model, on the CPU
   sweep run -m quant_pair=wfp8_afp8,wint4_aint8 quant_granularity=default,w_group64 dataset.size=small,medium
       a grid; the same command again resumes it
+  sweep run -m target=vllm_sm100
+      every recipe that vLLM on a B200 runs: grid=deployable, which any list narrows
   sweep run model=qwen3_vl_4b_instruct model.path=/models/Qwen3-VL-4B-Instruct quant_pair=wfp8_afp8 output_layout=publish
       one trial of the 4B model, published under models/
 
@@ -48,9 +50,9 @@ def _run(options: argparse.Namespace) -> int:
 
     overrides: list[str] = options.overrides
     if options.cfg:
-        from sweep.compose import expand, to_yaml
+        from sweep.compose import DEFAULT_GRID, expand, to_yaml
 
-        grid = expand(overrides, multirun=options.multirun)
+        grid = expand(overrides, multirun=options.multirun, default_grid=DEFAULT_GRID)
         sys.stdout.write("---\n".join(to_yaml(point) for point in grid.points))
         return 0
     from sweep.run import run
@@ -90,6 +92,21 @@ def _solve(options: argparse.Namespace) -> int:
     )
 
 
+def _validate(options: argparse.Namespace) -> int:
+    from sweep.validate import Request, validate_command
+
+    return validate_command(
+        Request(
+            recipe_path=options.recipe,
+            overrides=options.overrides,
+            n_random=options.random,
+            uniform=options.uniform,
+            groups=options.groups,
+            as_json=options.json,
+        )
+    )
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from sweep.doctor import examine
 
@@ -102,7 +119,7 @@ def _export(options: argparse.Namespace) -> int:
     return export(options.recipe, options.overrides, file_format=options.format, out=options.out, overwrite=options.overwrite)
 
 
-_VERBS = {"run": _run, "status": _status, "publish": _publish, "doctor": _doctor, "export": _export, "solve": _solve}
+_VERBS = {"run": _run, "status": _status, "publish": _publish, "doctor": _doctor, "export": _export, "solve": _solve, "validate": _validate}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,7 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument("--front", type=int, nargs="?", const=24, metavar="N", help="the Pareto front at N budgets, as table and picture")
     solve.add_argument("--rank", action="store_true", help="layer groups by damage, and by damage per byte saved")
     solve.add_argument("--out", metavar="FILE", help="the recipe file; default outputs/recipes/NAME.yaml")
-    for verb in (status, publish, doctor, solve):
+    validate = _verb(verbs, "validate", "a recipe's damage measured on samples that it has not seen, beside the predicted one", positional="recipe")
+    validate.add_argument("--random", type=int, default=0, metavar="N", help="measure N random mixes of the store's formats as well")
+    validate.add_argument("--uniform", action="store_true", help="measure one format for all groups, those no larger than the recipe, as well")
+    validate.add_argument("--groups", metavar="PATTERN", help="measure these layer groups alone, under each format, as well")
+    for verb in (status, publish, doctor, solve, validate):
         verb.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 

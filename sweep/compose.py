@@ -28,8 +28,9 @@ from sweep.errors import SweepError, require_known
 from sweep.paths import bundled_model_dir, conf_dir
 from sweep.targets import Target
 
-_OF_THE_RUN = frozenset({"store", "output_layout", "cluster", "grid", "target", "sensitivity.memory_gb"})  # not of a trial: they cannot be axes
-_RECIPE_KEYS = ("quant_pair", "quant_granularity", "sensitivity.quant_algorithm")  # what a point of a target's grid consists of
+_OF_THE_RUN = frozenset({"store", "output_layout", "cluster", "grid", "target", "validation", "sensitivity.memory_gb"})  # not of a trial: they cannot be axes
+DEFAULT_GRID = "deployable"  # of a multirun that says neither what to span nor which recipe
+_RECIPE_KEYS: tuple[str, ...] = ("quant_pair", "quant_granularity", "sensitivity.quant_algorithm")  # what a point of a target's grid consists of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

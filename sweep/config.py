@@ -121,6 +121,18 @@ class TargetConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationConfig(_Section):
+    """On which samples a recipe's damage is measured."""
+
+    n_samples: int  # after those of the data set that calibrated and scored
+    captions_path: str | None  # or the first of this text file, one caption a line
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.n_samples <= 512:
+            raise SweepError(f"validation.n_samples={self.n_samples} is not allowed. Type a number from 2 to 512.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputConfig(_Section):
     """Where reports go."""
 
@@ -167,6 +179,7 @@ class SweepConfig:
     quant_granularity: GranularityConfig
     sensitivity: SensitivityConfig
     target: TargetConfig
+    validation: ValidationConfig
     output_layout: OutputConfig
     cluster: ClusterConfig
     store: StoreConfig
@@ -187,12 +200,15 @@ def to_plain(config: SweepConfig) -> dict[str, Any]:
     return _plain(asdict(config))
 
 
-def from_record(document: Mapping[str, Any], target: TargetConfig) -> SweepConfig:
+def from_record(document: Mapping[str, Any], target: TargetConfig, validation: ValidationConfig) -> SweepConfig:
     """The config that `to_record` gave, from a store; keys that are newer than it get the value that it was composed under.
 
     Raises: SweepError: it was edited into something else.
     """
-    nodes = {section: {**_SINCE.get(section, {}), **_revived(document.get(section, {}))} for section in SECTIONS} | {"target": asdict(target)}
+    nodes = {section: {**_SINCE.get(section, {}), **_revived(document.get(section, {}))} for section in SECTIONS} | {
+        "target": asdict(target),
+        "validation": asdict(validation),
+    }
     return SweepConfig(**{section: kind.from_node(section, nodes[section]) for section, kind in SECTIONS.items()})  # pyright: ignore[reportArgumentType]
 
 
@@ -204,8 +220,8 @@ def _revived(value: Any) -> Any:
 
 
 def to_record(config: SweepConfig) -> dict[str, Any]:
-    """The same for a trial's record: without the target, on which no score depends."""
-    return {section: node for section, node in to_plain(config).items() if section != "target"}
+    """The same for a trial's record: without the target and validation, on which no score depends."""
+    return {section: node for section, node in to_plain(config).items() if section not in ("target", "validation")}
 
 
 def _plain(value: Any) -> Any:

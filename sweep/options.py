@@ -70,8 +70,8 @@ def read_options(store: Store, overrides: Sequence[str]) -> Options:
     Raises: SweepError: none, or of several models, data sets, coverages or methods, of which one must be typed.
     """
     rows = finished_trials(store, overrides)
-    target = expand(overrides, multirun=True).points[0].target
-    configs = {row.trial_id: from_record(json.loads(row.config), target) for row in rows}
+    asked = expand(overrides, multirun=True).points[0]
+    configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
     rows = _of_one_kind(rows, configs)
     largest = max(rows, key=lambda row: _n_samples(row)).size
     rows = [row for row in rows if row.size == largest]

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sweep.announce import say_first_result, say_grid, say_results
-from sweep.compose import expand
+from sweep.compose import DEFAULT_GRID, expand
 from sweep.config import SweepConfig
 from sweep.errors import SweepError
 from sweep.files import Files
@@ -41,7 +41,7 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
     Raises: SweepError: wrong input; nothing has been written.
     """
     started = time.monotonic()
-    grid = expand(overrides, multirun=multirun)
+    grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
     base = grid.points[0]
     workers = pick_workers(base.cluster)
     plan = plan_sweep(grid.points, workers.device)

@@ -10,7 +10,7 @@ from sweep.errors import SweepError
 from sweep.records import TrialRow
 from sweep.store import Store
 
-_NOT_OF_A_TRIAL = frozenset({"store", "output_layout", "cluster", "target", "grid"})
+_NOT_OF_A_TRIAL = frozenset({"store", "output_layout", "cluster", "target", "validation", "grid"})
 
 
 def finished_trials(store: Store, overrides: Sequence[str]) -> list[TrialRow]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from sweep.errors import SweepError
 from sweep.files import Files
-from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, TrialRow
+from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA, TrialRow
 
 # A part lives for seconds and is written beside the scoring: a third of the time, for as many bytes.
 _PART: Final[dict[str, Any]] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
@@ -151,6 +151,21 @@ class Store:
         data = self.files.read(f"trials/{name}")
         return [TrialRow.from_mapping(row) for row in _read_parquet(data, f"{self.uri}/trials/{name}", TRIALS_SCHEMA).to_pylist()]
 
+    # Validations
+
+    def write_validation(self, validation_id: str, rows: pa.Table) -> None:
+        """Keep what one recipe was measured to do; rows as in VALIDATIONS_SCHEMA."""
+        self.files.write(_validation_path(validation_id), _parquet(rows, {"compression": "zstd"}))
+
+    def validation(self, validation_id: str) -> pa.Table | None:
+        """A validation's rows; None: not measured yet. Raises: SweepError: damaged, or of a newer schema version."""
+        path = _validation_path(validation_id)
+        try:
+            data = self.files.read(path)
+        except FileNotFoundError:
+            return None
+        return _read_parquet(data, f"{self.uri}/{path}", VALIDATIONS_SCHEMA)
+
     # Runs
 
     def write_run(self, run_id: str, record: dict[str, Any]) -> None:
@@ -173,6 +188,10 @@ def _latest(rows: Iterable[TrialRow]) -> dict[str, TrialRow]:
 
 def _scores_path(cell_id: str) -> str:
     return f"scores/cell={cell_id}/scores.parquet"
+
+
+def _validation_path(validation_id: str) -> str:
+    return f"validations/{validation_id}.parquet"
 
 
 def _part_path(cell_id: str, part: str) -> str:

@@ -162,8 +162,8 @@ def _recipe(name: str, node: Mapping[str, Any], sources: Mapping[str, str], wher
     for one in values["export"]:
         require_known(f"export format in {where}", str(one), EXPORTS)
     require_known(f"source in {where}", str(values["source"]), sources)
-    texts = {"also": also, "algorithms": algorithms, "source": sources[values["source"]]}
-    return TargetRecipe(quant_pair=pair, quant_granularity=granularity, **{**values, **texts})
+    values |= {"quant_pair": pair, "quant_granularity": granularity, "also": also, "algorithms": algorithms, "source": sources[values["source"]]}
+    return TargetRecipe(**values)
 
 
 def _texts(value: Any, what: str) -> tuple[str, ...]:
