@@ -77,7 +77,13 @@ def _doctor(options: argparse.Namespace) -> int:
     return examine(options.overrides, multirun=options.multirun, as_json=options.json)
 
 
-_VERBS = {"run": _run, "status": _status, "publish": _publish, "doctor": _doctor}
+def _export(options: argparse.Namespace) -> int:
+    from sweep.export import export
+
+    return export(options.recipe, options.overrides, file_format=options.format, out=options.out, overwrite=options.overwrite)
+
+
+_VERBS = {"run": _run, "status": _status, "publish": _publish, "doctor": _doctor, "export": _export}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,14 +98,20 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--overwrite", action="store_true", help="replace folders that another model revision or data set content left")
     doctor = _verb(verbs, "doctor", "check machine, config, model and data before hours are spent")
     doctor.add_argument("-m", "--multirun", action="store_true", help="comma lists span a grid")
+    export = _verb(verbs, "export", "files that runtimes read, from a recipe that sweep solve wrote", positional="recipe")
+    export.add_argument("--format", required=True, choices=["compressed-tensors", "modelopt", "csv"], help="a checkpoint, ModelOpt's recipe YAML, or a table")
+    export.add_argument("--out", required=True, metavar="DIR|FILE", help="a directory for compressed-tensors, else a file")
+    export.add_argument("--overwrite", action="store_true", help="replace what is there")
     for verb in (status, publish, doctor):
         verb.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
 
-def _verb(verbs: Any, name: str, summary: str, epilog: str | None = None) -> argparse.ArgumentParser:
+def _verb(verbs: Any, name: str, summary: str, epilog: str | None = None, positional: str | None = None) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(
         name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    if positional is not None:
+        verb.add_argument(positional, metavar=f"{positional.upper()}.yaml", help="what sweep solve wrote")
     verb.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra override, e.g. quant_pair=wfp8_afp8 or dataset.size=small")
     return verb

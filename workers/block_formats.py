@@ -80,13 +80,23 @@ def nvfp4_cpu(x: Tensor, amax: Tensor, block: int) -> Tensor:
     Source: `fp4_fake_quant_kernel` of ModelOpt 0.47, compiled by Triton 3.6.
     """
     blocks = _blocked(x, block)
-    tensor_scale = amax.float() * (torch.ones(()) / (6.0 * 448.0))  # CUDA tensors are divided by a Python number this way
-    tensor_scale = torch.where(tensor_scale > 0, tensor_scale, 1e-12)
-    scale = _divide(blocks.abs().amax(-1, keepdim=True), 6.0 * tensor_scale).clamp(max=448.0)
-    scale = _round_to_float(scale, _E4M3) * tensor_scale
+    block_scale, tensor_scale = nvfp4_scales(x, amax, block)
+    scale = block_scale * tensor_scale
     scale = torch.where(scale >= 1e-5, scale, 1.0)
     magnitude = _round_to_float(_divide(blocks.abs(), scale), _E2M1) * scale
     return _unblocked(torch.where(blocks >= 0, magnitude, 0.0 - magnitude), x)
+
+
+def nvfp4_scales(x: Tensor, amax: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The two levels of NVFP4's scales, as `nvfp4_cpu` uses them.
+
+    Returns: float32 values of E4M3, one a block, ``[..., blocks, 1]``; and the tensor's scale, a scalar. Where their product is under 1e-5
+        the kernel takes 1 instead.
+    """
+    tensor_scale = amax.float() * (torch.ones(()) / (6.0 * 448.0))  # CUDA tensors are divided by a Python number this way
+    tensor_scale = torch.where(tensor_scale > 0, tensor_scale, 1e-12)
+    scale = _divide(_blocked(x, block).abs().amax(-1, keepdim=True), 6.0 * tensor_scale).clamp(max=448.0)
+    return _round_to_float(scale, _E4M3), tensor_scale
 
 
 def mx_cpu(x: Tensor, block: int, num_bits: NumBits) -> Tensor:
@@ -101,13 +111,18 @@ def mx_cpu(x: Tensor, block: int, num_bits: NumBits) -> Tensor:
     Raises: SweepError: ModelOpt's kernel has no such element format here.
     Source: `amax_and_convert_kernel` of ModelOpt 0.47 with E8M0 scales, compiled with --use_fast_math: subnormals become zero.
     """
-    blocks = _flushed(_blocked(x, block))
-    largest = blocks.abs().amax(-1, keepdim=True)
+    blocks, exponent = _flushed(_blocked(x, block)), mx_exponents(x, block, num_bits)
+    scale, unscale = ((127 + power << 23).view(torch.float32) for power in (-exponent, exponent))  # 2^-127 becomes zero
+    return _scaled(x, blocks, scale, unscale, num_bits)
+
+
+def mx_exponents(x: Tensor, block: int, num_bits: NumBits) -> Tensor:
+    """The power of two of each block's scale, as `mx_cpu` uses it. Returns: int32, ``[..., blocks, 1]``."""
+    largest = _flushed(_blocked(x, block)).abs().amax(-1, keepdim=True)
     ratio_bits = _flushed(_divide(largest, torch.tensor(_largest(num_bits)))).view(torch.int32)
     exponent = (ratio_bits >> 23) - 127 + ((ratio_bits & 0x7FFFFF) > 0).int()  # of the next power of two
     exponent = torch.where(largest == 0, 0, exponent)
-    scale, unscale = ((127 + power << 23).view(torch.float32) for power in (-exponent, exponent))  # 2^-127 becomes zero
-    return _scaled(x, blocks, scale, unscale, num_bits)
+    return exponent
 
 
 def e4m3_scaled_cpu(x: Tensor, amax: Tensor, block: int, num_bits: NumBits) -> Tensor:

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HOMES = {
-    "modelopt": {"workers/quantization.py", "workers/calibration.py", "workers/block_formats.py", "workers/tensor_formats.py"},
+    "modelopt": {"workers/quantization.py", "workers/calibration.py", "workers/block_formats.py", "workers/tensor_formats.py", "workers/modelopt_recipe.py"},
+    "compressed_tensors": {"workers/compressed_schemes.py", "workers/compressed_weights.py", "workers/compressed_checkpoint.py"},
     "transformers": {"workers/modeling.py"},
     "huggingface_hub": {"workers/modeling.py"},
     "datasets": {"workers/data.py"},
@@ -71,6 +72,7 @@ def test_a_heavy_import_would_be_seen() -> None:
         "sweep.run",
         "sweep.sync",
         "sweep.doctor",
+        "sweep.export",
         "sweep.planning",
         "sweep.store",
         "workers.data",

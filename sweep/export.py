@@ -1,0 +1,159 @@
+"""`sweep export`: a recipe as files that runtimes and people read. What cannot come back as it was is refused, and nothing is left of it."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+
+from sweep.compose import expand
+from sweep.config import ModelConfig, SweepConfig
+from sweep.errors import SweepError, require_known
+from sweep.export_checks import check_cells, check_recipe
+from sweep.export_text import check_csv, check_entries, to_csv, to_modelopt
+from sweep.mixed import MixedRecipe
+from sweep.store import Store
+from sweep.subject import Model, checkpoint_dir, samples_of
+
+if TYPE_CHECKING:
+    from workers.linear_quant import LinearQuant
+
+FORMATS: Final = ("compressed-tensors", "modelopt", "csv")
+_RECIPE_FILE: Final = "sweep_recipe.yaml"  # beside an exported checkpoint
+
+
+def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out: str, overwrite: bool) -> int:
+    """Write one export and say how to use it. Returns the exit code.
+
+    Args:
+        recipe_path: what `sweep solve` wrote.
+        overrides: Hydra's: where the checkpoint and the calibration samples are, if not where the recipe says.
+        file_format: one of FORMATS.
+        out: a directory for compressed-tensors, else a file.
+        overwrite: replace what is there.
+
+    Raises: SweepError: a recipe that cannot be meant, a format that can't express it, or something at `out` already.
+    """
+    require_known("export format", file_format, FORMATS)
+    recipe = read_recipe(Path(recipe_path))
+    config = _config(recipe, overrides)
+    target = Path(out).expanduser().absolute()
+    if target.exists() and not overwrite:
+        raise SweepError(f"{target} exists. Give another place with --out, or --overwrite to replace it.")
+    model = Model(checkpoint_dir(config.model))
+    if target == model.path or target in model.path.parents:
+        raise SweepError(f"{target} is or holds the checkpoint itself. Give another place with --out.")
+    check_recipe(recipe, model)
+    check_cells(recipe, Store(config.store.uri))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if file_format == "compressed-tensors":
+        export_checkpoint(recipe, config, model, target)
+    else:
+        export_text(recipe, file_format, model, target)
+    _say(recipe, file_format, target)
+    return 0
+
+
+def read_recipe(path: Path) -> MixedRecipe:
+    """A recipe file. Raises: SweepError: not there, or no recipe."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SweepError(f"Cannot read the recipe {path}: {error}. `sweep solve` writes recipe files.") from error
+    return MixedRecipe.from_yaml(text, str(path))
+
+
+def export_text(recipe: MixedRecipe, file_format: str, model: Model, target: Path) -> None:
+    """Write a table or ModelOpt's recipe file, whole or not at all, after it has been read back.
+
+    Raises: SweepError: what comes back is not the recipe.
+    """
+    if target.is_dir():
+        raise SweepError(f"{target} is a directory; --format {file_format} is one file. Give a file name with --out.")
+    text = to_csv(recipe) if file_format == "csv" else to_modelopt(recipe)
+    partial = _beside(target)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        if file_format == "csv":
+            check_csv(partial.read_text(encoding="utf-8"), recipe)
+        else:
+            from workers.modelopt_recipe import read_entries
+
+            check_entries(read_entries(partial), recipe, list(model.inputs))
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def export_checkpoint(recipe: MixedRecipe, config: SweepConfig, model: Model, target: Path) -> None:
+    """Calibrate, write the checkpoint beside its place, read it back, and put it there only if it is the recipe.
+
+    Raises: SweepError: something that compressed-tensors can't express, or other samples than the recipe was calibrated on.
+    """
+    from workers.compressed_checkpoint import check_export, schemes_of, write_checkpoint
+
+    schemes_of(recipe)  # before minutes are spent on calibration
+    quants = _calibrated(recipe, config, model)
+    linears = [(name, n_in, n_out) for name, n_in, n_out in model.structure["linears"]]
+    partial = _beside(target)
+    partial.mkdir()
+    try:
+        write_checkpoint(model.path, partial, recipe, quants, linears)
+        (partial / _RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        check_export(partial, model.path, recipe, quants, linears)
+        _swap(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _calibrated(recipe: MixedRecipe, config: SweepConfig, model: Model) -> "dict[str, LinearQuant]":
+    import torch
+
+    from workers.data import SIZES, make_plan
+    from workers.export_inputs import calibrated_model
+    from workers.modeling import load
+
+    plan = make_plan(samples_of(config.dataset, model, SIZES[recipe.size]), packed=model.structure["packable"])
+    if plan.digest(recipe.size) != recipe.dataset_revision:
+        raise SweepError(
+            f"The recipe was calibrated on {recipe.dataset} of revision {recipe.dataset_revision[:12]}, but what is here is "
+            f"{plan.digest(recipe.size)[:12]}. Give the same samples: dataset=NAME, dataset.captions_path=FILE, dataset.max_tokens=N."
+        )
+    loaded = load(model.path, dtype=torch.float32 if config.model.dtype != "bfloat16" else torch.bfloat16, device="cpu")
+    return calibrated_model(loaded, list(plan.batches(recipe.size)), recipe)
+
+
+def _config(recipe: MixedRecipe, overrides: Sequence[str]) -> SweepConfig:
+    keys = {override.split("=")[0] for override in overrides}
+    given = [] if "dataset" in keys else [f"dataset={recipe.dataset}"]
+    config = expand([*given, f"dataset.size={recipe.size}", *overrides], multirun=False).points[0]
+    if any(key.split(".")[0] == "model" for key in keys):
+        return config
+    model = ModelConfig(name=recipe.model, path=recipe.model_path, dtype="auto")
+    return replace(config, model=model)
+
+
+def _beside(target: Path) -> Path:
+    """A hidden name in the same directory, absolute, so that a rename is enough."""
+    return target.with_name(f".{target.stem}.{os.getpid()}-{secrets.token_hex(4)}{target.suffix}")
+
+
+def _swap(made: Path, target: Path) -> None:
+    if not target.exists():
+        made.rename(target)
+        return
+    old = _beside(target)
+    target.rename(old)
+    made.rename(target)
+    shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def _say(recipe: MixedRecipe, file_format: str, target: Path) -> None:
+    lines = [f"{target}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, predicted KL {recipe.predicted_kl:.3g} nats"]
+    if file_format == "compressed-tensors":
+        lines += ["read back: every group's format and every weight is the recipe's", f"vllm serve {target}"]
+    Console(markup=False, soft_wrap=True).print("\n".join(lines), highlight=False)

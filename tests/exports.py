@@ -1,0 +1,143 @@
+"""Recipes over the bundled model and its calibrated quantizers, for tests of what is exported: plain hooks and ModelOpt's TensorQuantizer alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe
+from sweep.paths import bundled_model_dir
+from sweep.subject import Model
+from workers.calibration import fake_quantized, quantized_inputs
+from workers.linear_quant import LinearQuant
+from workers.quantization import Quantizers
+
+PER_TOKEN = {"type": "dynamic", "block_sizes": {-1: None}}
+FP8, INT4, INT8 = {"num_bits": (4, 3)}, {"num_bits": 4}, {"num_bits": 8}
+NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+MXFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
+MXFP8 = {"num_bits": (4, 3), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
+
+# weight and input attributes of what compressed-tensors can express
+FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "fp8_tensor_static": (FP8, FP8),
+    "fp8_channel_token": ({**FP8, "axis": 0}, {**FP8, **PER_TOKEN}),
+    "fp8_blocks": ({**FP8, "block_sizes": {-1: 128, -2: 128}}, {**FP8, "type": "dynamic", "block_sizes": {-1: 128}}),
+    "fp8_weight_only": ({**FP8, "axis": 0}, None),
+    "fp8_tensor_weight_only": (FP8, None),
+    "fp8_groups_weight_only": ({**FP8, "block_sizes": {-1: 64}}, None),
+    "int8_channel_token": ({**INT8, "axis": 0}, {**INT8, **PER_TOKEN}),
+    "int8_channel_static": ({**INT8, "axis": 0}, INT8),
+    "int8_tensor_static": (INT8, INT8),
+    "int8_channel_weight_only": ({**INT8, "axis": 0}, None),
+    "int8_groups_weight_only": ({**INT8, "block_sizes": {-1: 128}}, None),
+    "int4_groups_weight_only": ({**INT4, "block_sizes": {-1: 128}}, None),
+    "int4_channel_weight_only": ({**INT4, "axis": 0}, None),
+    "int4_groups_int8_token": ({**INT4, "block_sizes": {-1: 64}}, {**INT8, **PER_TOKEN}),
+    "int4_groups_fp8_token": ({**INT4, "block_sizes": {-1: 128}}, {**FP8, **PER_TOKEN}),
+    "int4_groups_int4_static": ({**INT4, "block_sizes": {-1: 64}}, INT4),
+    "nvfp4": (NVFP4, NVFP4),
+    "nvfp4_weight_only": (NVFP4, None),
+    "nvfp4_fp8_static": (NVFP4, FP8),
+    "mxfp4_weight_only": (MXFP4, None),
+    "mxfp4_mxfp8": (MXFP4, MXFP8),
+    "mxfp4_fp8_groups": (MXFP4, {**FP8, "type": "dynamic", "block_sizes": {-1: 128}}),
+    "mxfp8": (MXFP8, MXFP8),
+    "mxfp8_weight_only": (MXFP8, None),
+}
+
+
+def group_format(name: str, weight: Mapping[str, Any] | None, inputs: Mapping[str, Any] | None, algorithm: str = "max") -> GroupFormat:
+    return GroupFormat(quant_pair=name, quant_granularity="default", algorithm=algorithm, scales="private", weight=weight, inputs=inputs)
+
+
+def recipe_of(formats: Sequence[GroupFormat | None], path: Path | None = None) -> MixedRecipe:
+    """A recipe in which the language model's groups get the formats in turn."""
+    model = Model(bundled_model_dir() if path is None else path)
+    sizes = {name: n_in * n_out for name, n_in, n_out in model.structure["linears"]}
+    groups = {first: modules for first, modules in model.structure["groups"].items() if "visual" not in first and "lm_head" not in first}
+    choices = []
+    for i, (first, modules) in enumerate(groups.items()):
+        chosen = formats[i % len(formats)]
+        elements = sum(sizes[module] for module in modules)
+        choices.append(
+            GroupChoice(
+                group=first,
+                modules=tuple(modules),
+                layer_index=int(first.split("layers.")[1].split(".")[0]),
+                weight_elements=elements,
+                format=chosen and chosen.label,
+                cell_id=chosen and f"cell-{chosen.quant_pair}",
+                predicted_kl=0.001 * (i + 1) if chosen else 0.0,
+            )
+        )
+    return MixedRecipe(
+        name="mixed",
+        model="qwen3_vl_tiny",
+        model_revision=model.revision,
+        model_path=None if path is None else str(path),
+        dataset="wordnet_glosses",
+        dataset_revision="d",
+        size="small",
+        coverage="lm_only",
+        target=None,
+        formats={chosen.label: chosen for chosen in formats if chosen},
+        groups=tuple(choices),
+    )
+
+
+def quants_of(recipe: MixedRecipe, model: nn.Module, token_ids: Tensor) -> dict[str, LinearQuant]:
+    """Calibrated on one batch, each linear with a range of its own."""
+    largest: dict[str, float] = {}
+
+    def watch(name: str) -> Any:
+        return lambda module, args: largest.__setitem__(name, float(args[0].abs().max()))
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    model(input_ids=token_ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    quants: dict[str, LinearQuant] = {}
+    makers = Quantizers()
+    for choice in recipe.groups:
+        chosen = recipe.format_of(choice)
+        if chosen is None or chosen.weight is None:
+            continue
+        for name in choice.modules:
+            amax = getattr(makers.weight(name, chosen.weight, model.get_submodule(name).weight.float()), "_amax", None)
+            static = chosen.inputs is not None and chosen.inputs.get("type") != "dynamic" and chosen.inputs != MXFP8
+            quants[name] = LinearQuant(
+                weight=chosen.weight,
+                inputs=chosen.inputs,
+                weight_amax=None if amax is None else amax.clone(),
+                input_amax=torch.tensor(largest[name]) if static else None,
+                pre_quant_scale=None,
+            )
+    return quants
+
+
+class FakeQuantized(nn.Module):
+    """A linear as a recipe has it, in float32."""
+
+    def __init__(self, linear: nn.Linear, quant: LinearQuant) -> None:
+        super().__init__()
+        self.weight, self.bias, self.quant = fake_quantized(quant, linear.weight), linear.bias, quant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(quantized_inputs(self.quant, x), self.weight, self.bias)
+
+
+def apply(model: nn.Module, quants: Mapping[str, LinearQuant]) -> nn.Module:
+    """Put fake-quantized linears in place, in the model itself."""
+    for name, quant in quants.items():
+        parent, leaf = name.rsplit(".", 1)
+        setattr(model.get_submodule(parent), leaf, FakeQuantized(model.get_submodule(name), quant))
+    return model
+
+
+def kl(logits: Tensor, reference: Tensor) -> float:
+    """Mean KL(reference || logits) over positions, nats."""
+    p, q = (torch.log_softmax(item.double(), -1) for item in (reference, logits))
+    return float((p.exp() * (p - q)).sum(-1).mean())

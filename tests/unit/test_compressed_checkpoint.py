@@ -1,0 +1,173 @@
+"""Exported checkpoints are what transformers and compressed-tensors compute with, and damage is seen."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from sweep.errors import SweepError
+from sweep.mixed import MixedRecipe
+from sweep.paths import bundled_model_dir
+from sweep.subject import Model
+from tests.exports import FORMATS, FP8, INT4, INT8, MXFP4, NVFP4, PER_TOKEN, apply, group_format, kl, quants_of, recipe_of
+from workers.compressed_checkpoint import check_export, quantization_config, read_schemes, write_checkpoint
+from workers.compressed_schemes import Inexpressible
+from workers.linear_quant import LinearQuant
+from workers.modeling import load
+
+SOURCE = bundled_model_dir()
+LINEARS = [(name, n_in, n_out) for name, n_in, n_out in Model(SOURCE).structure["linears"]]
+MIXED = ["nvfp4", "fp8_channel_token", "int4_groups_weight_only", None, "mxfp8", "int8_channel_static"]
+KL = 1e-4  # nats a prediction
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    return load(SOURCE, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def token_ids() -> Tensor:
+    texts = (SOURCE / "wordnet_glosses.txt").read_text().splitlines()[:8]
+    return torch.cat([torch.tensor(ids) for ids in Model(SOURCE).tokenize("test-export", texts)])[None]
+
+
+def exported(directory: Path, base: nn.Module, token_ids: Tensor, names: list[str | None]) -> tuple[MixedRecipe, dict[str, LinearQuant]]:
+    recipe = recipe_of([name and group_format(name, *FORMATS[name]) for name in names])
+    quants = quants_of(recipe, base, token_ids)
+    write_checkpoint(SOURCE, directory, recipe, quants, LINEARS)
+    return recipe, quants
+
+
+def loaded(directory: Path) -> Any:
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+    for hook in list(model._forward_pre_hooks.values()):
+        hook(model, ())  # the reader decompresses before its first forward pass; NVFP4 and MX weights come out in bfloat16
+    return nn.Module.float(model).eval()
+
+
+@pytest.mark.parametrize("names", [*[[name] for name in FORMATS], MIXED], ids=lambda names: "-".join(map(str, names)) if len(names) == 1 else "mixed")
+@torch.no_grad()
+def test_transformers_computes_what_the_recipe_says(tmp_path: Path, base: Any, token_ids: Tensor, names: list[str | None]) -> None:
+    """Each linear of the export is given the input that the same linear of our fake-quantized model had.
+
+    Left alone, two runs of one model that rounds its activations part at the first element that lies within 1e-7 of a tie: their KL is then
+    about that of our own model against itself with embeddings that differ by 1e-7, 1e-4 to 3e-3 nats here, and says nothing of the export.
+    """
+    recipe, quants = exported(tmp_path, base, token_ids, names)
+    check_export(tmp_path, SOURCE, recipe, quants, LINEARS)
+    ours, theirs = apply(copy.deepcopy(base), quants), loaded(tmp_path)
+    inputs: dict[str, Tensor] = {}
+    for name in quants:
+        ours.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+        theirs.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: (inputs[name],))
+    expected = ours(input_ids=token_ids, use_cache=False).logits
+    assert kl(theirs(input_ids=token_ids, use_cache=False).logits, expected) < KL
+    assert kl(base(input_ids=token_ids, use_cache=False).logits, expected) > KL  # the quantization is there at all
+
+
+@pytest.mark.parametrize("name", [name for name, (_, inputs) in FORMATS.items() if inputs is None])
+@torch.no_grad()
+def test_weight_only_exports_give_our_logits_without_help(tmp_path: Path, base: Any, token_ids: Tensor, name: str) -> None:
+    _, quants = exported(tmp_path, base, token_ids, [name])
+    expected = apply(copy.deepcopy(base), quants)(input_ids=token_ids, use_cache=False).logits
+    assert kl(loaded(tmp_path)(input_ids=token_ids, use_cache=False).logits, expected) < KL
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_a_damaged_scale_is_seen(tmp_path: Path, base: Any, token_ids: Tensor, name: str) -> None:
+    """Every scale of one linear in turn, off by an eighth, or by one where it is an exponent."""
+    recipe, quants = exported(tmp_path, base, token_ids, [name])
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    scales = [key for key in whole if "layers.2.mlp.down_proj" in key and "scale" in key]
+    assert scales
+    for key in scales:
+        scale = whole[key]
+        off = scale + 1 if scale.dtype == torch.uint8 else (scale.float() * 1.125).to(scale.dtype)
+        save_file({**whole, key: off}, file, metadata={"format": "pt"})
+        with pytest.raises(SweepError, match=r"layers\.2\.mlp\.down_proj"):
+            check_export(tmp_path, SOURCE, recipe, quants, LINEARS)
+
+
+def test_damage_elsewhere_is_seen(tmp_path: Path, base: Any, token_ids: Tensor) -> None:
+    recipe, quants = exported(tmp_path, base, token_ids, MIXED)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    norm = "model.language_model.norm.weight"
+    save_file({**whole, norm: whole[norm] * 2}, file, metadata={"format": "pt"})
+    with pytest.raises(SweepError, match=r"norm\.weight is not what"):
+        check_export(tmp_path, SOURCE, recipe, quants, LINEARS)
+    save_file({**whole, "extra": torch.ones(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(SweepError, match="holds extra"):
+        check_export(tmp_path, SOURCE, recipe, quants, LINEARS)
+
+
+def test_another_scheme_in_config_json_is_seen(tmp_path: Path, base: Any, token_ids: Tensor) -> None:
+    recipe, quants = exported(tmp_path, base, token_ids, ["int4_groups_weight_only"])
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"group_size": 128', '"group_size": 64'))
+    with pytest.raises(Inexpressible, match=r"layers\.0\.self_attn\.q_proj"):
+        check_export(tmp_path, SOURCE, recipe, quants, LINEARS)
+
+
+def test_every_linear_is_a_target_or_ignored() -> None:
+    recipe = recipe_of([name and group_format(name, *FORMATS[name]) for name in MIXED])
+    config = quantization_config(recipe, LINEARS)
+    named = [target for group in config["config_groups"].values() for target in group["targets"]] + config["ignore"]
+    assert sorted(named) == sorted([*(name for name, _, _ in LINEARS), "re:.*visual.*"])
+    assert (config["quant_method"], config["format"], config["quantization_status"]) == ("compressed-tensors", "mixed-precision", "compressed")
+    assert {group["format"] for group in config["config_groups"].values()} == {
+        "nvfp4-pack-quantized",
+        "float-quantized",
+        "pack-quantized",
+        "mxfp8-quantized",
+        "int-quantized",
+    }
+
+
+def test_shards_keep_their_names_and_sizes_add_up(tmp_path: Path, base: Any, token_ids: Tensor) -> None:
+    source, directory = tmp_path / "source", tmp_path / "export"
+    directory.mkdir()
+    base.to(torch.bfloat16).save_pretrained(source, max_shard_size="1MB")
+    base.to(torch.float32)
+    recipe = recipe_of([group_format("int4", {**INT4, "block_sizes": {-1: 64}}, None)], source)
+    quants = quants_of(recipe, base, token_ids)
+    write_checkpoint(source, directory, recipe, quants, LINEARS)
+    check_export(directory, source, recipe, quants, LINEARS)
+    shards = sorted(path.name for path in directory.glob("*.safetensors"))
+    assert shards == sorted(path.name for path in source.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert len(read_schemes(directory, LINEARS)) == 28
+
+
+@pytest.mark.parametrize(
+    ("weight", "inputs", "said"),
+    [
+        ({**FP8, "axis": 1}, None, r"weight\.axis: 1"),
+        (FP8, {**INT8, **PER_TOKEN}, r"inputs\.num_bits"),
+        ({**INT8, "axis": 0}, {**FP8, **PER_TOKEN}, r"inputs\.num_bits"),
+        ({**INT8, "axis": 0}, {**INT8, "block_sizes": {-1: 128}}, r"inputs\.block_sizes"),
+        ({**INT4, "axis": 0}, {**INT4, **PER_TOKEN}, r"inputs\.num_bits: 4"),
+        ({**NVFP4, "block_sizes": {**NVFP4["block_sizes"], -1: 64}}, None, r"weight\.block_sizes"),
+        (MXFP4, MXFP4, r"inputs\.num_bits: \(2, 1\)"),
+        ({**INT4, "block_sizes": {-1: 64}, "narrow_range": True}, None, r"weight\.narrow_range: True"),
+        (None, FP8, r"weight\.num_bits: 16"),
+    ],
+)
+def test_what_the_format_cannot_express_is_refused_by_name(weight: Any, inputs: Any, said: str) -> None:
+    recipe = recipe_of([None, group_format("odd", weight, inputs)])
+    with pytest.raises(Inexpressible, match=said) as caught:
+        quantization_config(recipe, LINEARS)
+    assert recipe.groups[1].group in str(caught.value)
+    assert "odd/default" in str(caught.value)
+
+
+def test_scales_of_inputs_are_refused() -> None:
+    with pytest.raises(Inexpressible, match="awq_lite"):
+        quantization_config(recipe_of([group_format("awq", {**INT4, "block_sizes": {-1: 128}}, None, "awq_lite")]), LINEARS)
