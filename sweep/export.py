@@ -114,7 +114,7 @@ def _calibrated(recipe: MixedRecipe, config: SweepConfig, model: Model) -> "dict
     import torch
 
     from workers.data import SIZES, make_plan
-    from workers.export_inputs import calibrated_model
+    from workers.group_quants import calibrated_model
     from workers.modeling import load
 
     plan = make_plan(samples_of(config.dataset, model, SIZES[recipe.size]), packed=model.structure["packable"])
