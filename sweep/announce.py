@@ -10,6 +10,7 @@ from sweep.progress import Display, count, duration
 from sweep.records import FinishedTrial
 from sweep.report import most_sensitive, summary_lines
 from sweep.session import Session
+from sweep.targets import Target
 from workers.data import SIZES
 from workers.task import Task
 
@@ -42,7 +43,8 @@ def say_results(session: Session, finished: Sequence[FinishedTrial], console: Co
     scored = sum(cell in session.finished for task in session.tasks.values() for cell in task.cells.values())
     console.print()
     shown = list(_largest(finished).values())
-    for line in summary_lines(shown[:_SUMMARY_RECIPES], 3) if shown else ():
+    target = Target.from_config(session.plan.trials[0].config.target)
+    for line in summary_lines(shown[:_SUMMARY_RECIPES], 3, target) if shown else ():
         console.print(line, highlight=False, soft_wrap=True)
     if len(shown) > _SUMMARY_RECIPES:
         console.print(f"... and {len(shown) - _SUMMARY_RECIPES} more recipes, in the reports", style="dim")

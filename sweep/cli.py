@@ -15,6 +15,8 @@ examples:
       a small grid on the bundled model, on the CPU
   sweep run -m quant_pair=wfp8_afp8,wint4_aint8 quant_granularity=default,w_group64 dataset.size=small,medium
       a grid; the same command again resumes it
+  sweep run -m target=vllm_sm100
+      every recipe that vLLM on a B200 runs: grid=deployable, which any list narrows
   sweep run model=qwen3_vl_4b_instruct model.path=/models/Qwen3-VL-4B-Instruct quant_pair=wfp8_afp8 output_layout=publish
       one trial of the 4B model, published under models/
 
@@ -48,9 +50,9 @@ def _run(options: argparse.Namespace) -> int:
 
     overrides: list[str] = options.overrides
     if options.cfg:
-        from sweep.compose import expand, to_yaml
+        from sweep.compose import DEFAULT_GRID, expand, to_yaml
 
-        grid = expand(overrides, multirun=options.multirun)
+        grid = expand(overrides, multirun=options.multirun, default_grid=DEFAULT_GRID)
         sys.stdout.write("---\n".join(to_yaml(point) for point in grid.points))
         return 0
     from sweep.run import run
@@ -71,6 +73,40 @@ def _publish(options: argparse.Namespace) -> int:
     return publish_store(options.overrides, overwrite=options.overwrite, as_json=options.json)
 
 
+def _solve(options: argparse.Namespace) -> int:
+    from sweep.solving import Request, solve_command
+
+    return solve_command(
+        Request(
+            overrides=options.overrides,
+            bits=options.bits,
+            gb=options.gb,
+            pins=options.pin,
+            excludes=options.exclude,
+            uniform_layer=options.uniform_layer,
+            out=options.out,
+            n_front=options.front,
+            rank=options.rank,
+            as_json=options.json,
+        )
+    )
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from sweep.validate import Request, validate_command
+
+    return validate_command(
+        Request(
+            recipe_path=options.recipe,
+            overrides=options.overrides,
+            n_random=options.random,
+            uniform=options.uniform,
+            groups=options.groups,
+            as_json=options.json,
+        )
+    )
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from sweep.doctor import examine
 
@@ -83,7 +119,7 @@ def _export(options: argparse.Namespace) -> int:
     return export(options.recipe, options.overrides, file_format=options.format, out=options.out, overwrite=options.overwrite)
 
 
-_VERBS = {"run": _run, "status": _status, "publish": _publish, "doctor": _doctor, "export": _export}
+_VERBS = {"run": _run, "status": _status, "publish": _publish, "doctor": _doctor, "export": _export, "solve": _solve, "validate": _validate}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,7 +138,20 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", required=True, choices=["compressed-tensors", "modelopt", "csv"], help="a checkpoint, ModelOpt's recipe YAML, or a table")
     export.add_argument("--out", required=True, metavar="DIR|FILE", help="a directory for compressed-tensors, else a file")
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
-    for verb in (status, publish, doctor):
+    solve = _verb(verbs, "solve", "the mixed-precision recipe of least predicted damage under a budget, from the store alone")
+    solve.add_argument("--bits", type=float, metavar="B", help="mean bits a weight of the covered layers, block scales counted")
+    solve.add_argument("--gb", type=float, metavar="G", help="GB (1e9 bytes) of all weights, embeddings and lm_head included")
+    solve.add_argument("--pin", action="append", default=[], metavar="PATTERN=FORMAT", help="layer groups that get this format; 16: none")
+    solve.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layer groups that stay in 16 bits")
+    solve.add_argument("--uniform-layer", action="store_true", help="one format for all groups of a decoder layer")
+    solve.add_argument("--front", type=int, nargs="?", const=24, metavar="N", help="the Pareto front at N budgets, as table and picture")
+    solve.add_argument("--rank", action="store_true", help="layer groups by damage, and by damage per byte saved")
+    solve.add_argument("--out", metavar="FILE", help="the recipe file; default outputs/recipes/NAME.yaml")
+    validate = _verb(verbs, "validate", "a recipe's damage measured on samples that it has not seen, beside the predicted one", positional="recipe")
+    validate.add_argument("--random", type=int, default=0, metavar="N", help="measure N random mixes of the store's formats as well")
+    validate.add_argument("--uniform", action="store_true", help="measure one format for all groups, those no larger than the recipe, as well")
+    validate.add_argument("--groups", metavar="PATTERN", help="measure these layer groups alone, under each format, as well")
+    for verb in (status, publish, doctor, solve, validate):
         verb.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 

@@ -23,11 +23,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sweep import cache
-from sweep.config import SECTIONS, SweepConfig, to_plain
+from sweep.config import SECTIONS, SweepConfig, TargetConfig, to_plain
 from sweep.errors import SweepError, require_known
 from sweep.paths import bundled_model_dir, conf_dir
+from sweep.targets import Target
 
-_OF_THE_RUN = frozenset({"store", "output_layout", "cluster", "grid", "sensitivity.memory_gb"})  # not of a trial: they cannot be axes
+_OF_THE_RUN = frozenset({"store", "output_layout", "cluster", "grid", "target", "validation", "sensitivity.memory_gb"})  # not of a trial: they cannot be axes
+DEFAULT_GRID = "deployable"  # of a multirun that says neither what to span nor which recipe
+_RECIPE_KEYS: tuple[str, ...] = ("quant_pair", "quant_granularity", "sensitivity.quant_algorithm")  # what a point of a target's grid consists of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,18 +41,19 @@ class Grid:
     axes: Mapping[str, tuple[str, ...]]  # values as typed, by key
 
 
-def expand(overrides: Sequence[str], *, multirun: bool) -> Grid:
+def expand(overrides: Sequence[str], *, multirun: bool, default_grid: str = "none") -> Grid:
     """Compose the grid that the overrides span.
 
     Args:
         overrides: Hydra's: ``group=option``, ``key=value``, with `multirun` also ``a,b``, ``glob(*)``, ``range(...)``.
         multirun: whether more than one point is wanted.
+        default_grid: the grid file taken with `multirun` where the overrides name neither one, nor a list, nor a recipe.
 
     Raises: SweepError: an unknown group, option or key (with the nearest spelling), or a value that is not allowed.
     """
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            return _expand(overrides, multirun)
+            return _expand(overrides, multirun, default_grid)
     except (HydraException, OmegaConfBaseException) as error:
         raise SweepError(f"{str(error).strip().splitlines()[0]} Overrides are Hydra's: group=option or key=value. See: sweep run --help") from error
 
@@ -59,7 +63,7 @@ def to_yaml(config: SweepConfig) -> str:
     return yaml.safe_dump(to_plain(config), sort_keys=False)
 
 
-def _expand(overrides: Sequence[str], multirun: bool) -> Grid:
+def _expand(overrides: Sequence[str], multirun: bool, default_grid: str) -> Grid:
     options = _group_options()
     given: dict[str, tuple[str, ...]] = {}
     for override in map(_parsed, overrides):
@@ -72,13 +76,40 @@ def _expand(overrides: Sequence[str], multirun: bool) -> Grid:
             raise SweepError(f"{key} is one for the whole grid, but {len(values)} values are given. Type one, or run the sweeps one after the other.")
     _check_groups(given, options)
     _check_keys(given, options)
+    if multirun and not any(len(values) > 1 or key in ("grid", *_RECIPE_KEYS) for key, values in given.items()):
+        given["grid"] = (default_grid,)
     singles = {key: values[0] for key, values in given.items() if len(values) == 1}
     base = _composed(singles)
-    axes = _axes(base.pop("grid"), given, multirun)
-    _check_groups(axes, options)
-    choices = _choices(singles, axes)
-    points = (_point(base, choices, dict(zip(axes, values, strict=True)), options) for values in itertools.product(*axes.values()))
-    return Grid(points=tuple(points), axes=axes)
+    grid = base.pop("grid")
+    axes = _axes(grid, given, multirun)
+    recipes: list[dict[str, str]] = [{}]
+    if grid["points"] == "target":
+        recipes = _target_points(base, given)
+        axes = {key: values for key, values in axes.items() if key not in _RECIPE_KEYS}
+    spanned = {key: tuple(dict.fromkeys(recipe[key] for recipe in recipes)) for key in recipes[0]} | axes
+    _check_groups(spanned, options)
+    choices = _choices(singles, spanned)
+    products = (recipe | dict(zip(axes, values, strict=True)) for recipe in recipes for values in itertools.product(*axes.values()))
+    return Grid(points=tuple(_point(base, choices, values, options) for values in products), axes=spanned)
+
+
+def _target_points(base: Mapping[str, Any], given: Mapping[str, tuple[str, ...]]) -> list[dict[str, str]]:
+    """The recipes that the target runs, of those typed if any were.
+
+    Raises: SweepError: it runs none of them.
+    """
+    target = Target.from_config(TargetConfig.from_node("target", base["target"]))
+    pairs, granularities = (given.get(key) for key in _RECIPE_KEYS[:2])
+    algorithms = given.get(_RECIPE_KEYS[2], (base["sensitivity"]["quant_algorithm"],))
+    points = [dict(zip(_RECIPE_KEYS, point, strict=True)) for point in target.points(pairs=pairs, granularities=granularities, algorithms=algorithms)]
+    if not points:
+        asked = "; ".join(f"{key}={','.join(given[key])}" for key in _RECIPE_KEYS if key in given)
+        runs = ", ".join(recipe.name for recipe in target.recipes)
+        raise SweepError(
+            f"Target {target.name}, {target.runtime}, runs none of the points asked for: {asked or algorithms[0]}. It runs: {runs}. "
+            "Type some of those, another target=NAME, or grid=none to score what nothing runs."
+        )
+    return points
 
 
 def _parsed(override: str) -> Override:

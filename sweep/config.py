@@ -16,6 +16,7 @@ Size = Literal["small", "medium", "large"]
 
 _NAME = re.compile(r"[a-z0-9_]+")
 _MISSING = "???"  # Hydra's word for a value that must be given
+_SINCE: Mapping[str, Mapping[str, Any]] = {"sensitivity": {"scales": "private"}}  # of keys that earlier configs lack
 
 
 class _Section:
@@ -96,13 +97,39 @@ class SensitivityConfig(_Section):
     coverage: Literal["lm_only", "all_layers"]  # all_layers: vision tower and mergers too
     lm_head: bool  # score lm_head as well
     quant_algorithm: str  # ModelOpt's calibration algorithm
+    scales: Literal["fused", "private"]  # whether the linears of a layer group share what runtimes share (ranges per tensor), or each has its own
     memory_gb: float | None  # memory a worker may use, 1e9 bytes; None: what is free on its GPU, or its share of the machine's
 
     def __post_init__(self) -> None:
         if (self.engine, self.method) == ("modelopt", "kl_div"):
             raise SweepError("sensitivity.engine=modelopt cross-checks method=gradient only. Type sensitivity.method=gradient, or engine=layerwise.")
+        if (self.engine, self.scales) == ("modelopt", "fused"):
+            raise SweepError("sensitivity.engine=modelopt gives every linear its own scales. Type sensitivity.scales=private, or engine=layerwise.")
         if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
             raise SweepError(f"sensitivity.memory_gb={self.memory_gb:g} is not allowed. Type a number of GB above 0, or null.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetConfig(_Section):
+    """What one runtime on one kind of hardware runs; read by `sweep.targets`. Not part of any score."""
+
+    name: str  # [a-z0-9_]+
+    runtime: str  # what it is, for people
+    scales: Literal["fused", "private"]  # whether it shares scales inside fused layer groups
+    sources: Mapping[str, str]  # where its facts were read: project, version or commit, file
+    recipes: Mapping[str, Mapping[str, Any]]  # by "pair/granularity"; what is not listed does not run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationConfig(_Section):
+    """On which samples a recipe's damage is measured."""
+
+    n_samples: int  # after those of the data set that calibrated and scored
+    captions_path: str | None  # or the first of this text file, one caption a line
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.n_samples <= 512:
+            raise SweepError(f"validation.n_samples={self.n_samples} is not allowed. Type a number from 2 to 512.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,13 +178,15 @@ class SweepConfig:
     quant_pair: PairConfig
     quant_granularity: GranularityConfig
     sensitivity: SensitivityConfig
+    target: TargetConfig
+    validation: ValidationConfig
     output_layout: OutputConfig
     cluster: ClusterConfig
     store: StoreConfig
 
     def __post_init__(self) -> None:
         names = {"model.name": self.model.name, "dataset.name": self.dataset.name}
-        names |= {"quant_pair.name": self.quant_pair.name, "quant_granularity.name": self.quant_granularity.name}
+        names |= {"quant_pair.name": self.quant_pair.name, "quant_granularity.name": self.quant_granularity.name, "target.name": self.target.name}
         for key, name in names.items():
             if name is None or not _NAME.fullmatch(name):
                 raise SweepError(f"{key}={name!r} is no name. It becomes part of paths: use lower-case letters, digits and _ only.")
@@ -169,6 +198,30 @@ SECTIONS: Mapping[str, type[_Section]] = {name: hint for name, hint in typing.ge
 def to_plain(config: SweepConfig) -> dict[str, Any]:
     """The composed config as JSON can hold it, always in the same order."""
     return _plain(asdict(config))
+
+
+def from_record(document: Mapping[str, Any], target: TargetConfig, validation: ValidationConfig) -> SweepConfig:
+    """The config that `to_record` gave, from a store; keys that are newer than it get the value that it was composed under.
+
+    Raises: SweepError: it was edited into something else.
+    """
+    nodes = {section: {**_SINCE.get(section, {}), **_revived(document.get(section, {}))} for section in SECTIONS} | {
+        "target": asdict(target),
+        "validation": asdict(validation),
+    }
+    return SweepConfig(**{section: kind.from_node(section, nodes[section]) for section, kind in SECTIONS.items()})  # pyright: ignore[reportArgumentType]
+
+
+def _revived(value: Any) -> Any:
+    """JSON has texts as keys: axes of blocks are numbers."""
+    if isinstance(value, Mapping):
+        return {int(key) if key.lstrip("-").isdigit() else key: _revived(item) for key, item in value.items()}
+    return value
+
+
+def to_record(config: SweepConfig) -> dict[str, Any]:
+    """The same for a trial's record: without the target and validation, on which no score depends."""
+    return {section: node for section, node in to_plain(config).items() if section not in ("target", "validation")}
 
 
 def _plain(value: Any) -> Any:
@@ -204,4 +257,4 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(str(option) for option in typing.get_args(hint))
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    return words.get(hint, "a mapping of quantizers to their fields")
+    return words.get(hint, "a mapping")

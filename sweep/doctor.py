@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sweep.compose import Grid, expand
+from sweep.compose import DEFAULT_GRID, Grid, expand
 from sweep.config import SweepConfig
 from sweep.errors import SweepError
 from sweep.machine import memory_gb, n_cores, n_gpus, pick_workers
@@ -38,7 +38,7 @@ class Finding:
 
 def examine(overrides: Sequence[str], *, multirun: bool, as_json: bool) -> int:
     """Print what would stop or surprise a run with these overrides. Returns 0, or 2 if something would stop it."""
-    grid = expand(overrides, multirun=multirun)
+    grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
     findings = list(_findings(grid))
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))  # noqa: T201 -- machine-readable output

@@ -41,9 +41,9 @@ import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
 
-from workers.actor import Ended, Lease, Pool, Worker  # noqa: E402
+from workers.actor import Worker  # noqa: E402
+from workers.pool import POOL, Ended, Lease, Pool  # noqa: E402
 
-_POOL = "sweep-pool"
 _NAMESPACE = "sweep"
 _SLOT = "sweep_trial"  # a resource that lets as many trials run at a time as there are workers
 _LOOK_SECONDS = 0.2  # between looks at whether loading should be waited for still
@@ -116,7 +116,7 @@ def run_trials(
         loads = {name: actor.load.remote(first) for name, actor in actors.items()}
         plan_refs = {plan_id: [ray.put(plan)] for plan_id, plan in plans.items()}
         pool_class: Any = ray.remote(Pool)
-        pool = pool_class.options(name=_POOL, num_cpus=0, max_concurrency=1000).remote(len(actors), dict(tasks), plan_refs, windowed)
+        pool = pool_class.options(name=POOL, num_cpus=0, max_concurrency=1000).remote(len(actors), dict(tasks), plan_refs, windowed)
         with _Arrivals(loads, pool, on_ready) as arrivals:
             _tuner(orders, workers.count, scratch, [_Watcher(on_progress)], arrivals).fit()
         on_ended()
@@ -268,7 +268,7 @@ class TrialRunner(tune.Trainable):
 @cache
 def _pool() -> Any:
     """The pool; kept, since Tune runs many trials in one process."""
-    return ray.get_actor(_POOL, namespace=_NAMESPACE)
+    return ray.get_actor(POOL, namespace=_NAMESPACE)
 
 
 def _alive(worker: str) -> dict[str, Any] | None:
@@ -308,7 +308,8 @@ def _stream(lease: Lease) -> Iterator[list[Progress]]:
     worker: Any = ray.get_actor(lease.worker, namespace=_NAMESPACE)
     latest: dict[str, Progress] = {}
     told = time.monotonic()
-    for reference in worker.score.options(name=f"score {lease.tasks[0].label}", num_returns="streaming").remote(lease.tasks, lease.plan[0]):
+    name = f"score {lease.tasks[0].label}" + (f" and {len(lease.tasks) - 1} more" if len(lease.tasks) > 1 else "")
+    for reference in worker.score.options(name=name, num_returns="streaming").remote(lease.tasks, lease.plan[0], lease.number):
         for progress in _get(reference):
             latest[progress.task_id] = progress.after(latest.get(progress.task_id))
         if time.monotonic() - told > _REPORT_SECONDS:

@@ -4,20 +4,19 @@ import os
 import secrets
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
-from sweep.compose import expand
-from sweep.config import ModelConfig, SweepConfig
+from sweep.config import SweepConfig
 from sweep.errors import SweepError, require_known
 from sweep.export_checks import check_cells, check_recipe
 from sweep.export_text import check_csv, check_entries, to_csv, to_modelopt
 from sweep.mixed import MixedRecipe
+from sweep.prepared import Prepared, config_of, prepared, read_recipe
 from sweep.store import Store
-from sweep.subject import Model, checkpoint_dir, samples_of
+from sweep.subject import Model, checkpoint_dir
 
 if TYPE_CHECKING:
     from workers.linear_quant import LinearQuant
@@ -40,7 +39,7 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
     """
     require_known("export format", file_format, FORMATS)
     recipe = read_recipe(Path(recipe_path))
-    config = _config(recipe, overrides)
+    config = config_of(recipe, overrides)
     target = Path(out).expanduser().absolute()
     if target.exists() and not overwrite:
         raise SweepError(f"{target} exists. Give another place with --out, or --overwrite to replace it.")
@@ -56,15 +55,6 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
         export_text(recipe, file_format, model, target)
     _say(recipe, file_format, target)
     return 0
-
-
-def read_recipe(path: Path) -> MixedRecipe:
-    """A recipe file. Raises: SweepError: not there, or no recipe."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SweepError(f"Cannot read the recipe {path}: {error}. `sweep solve` writes recipe files.") from error
-    return MixedRecipe.from_yaml(text, str(path))
 
 
 def export_text(recipe: MixedRecipe, file_format: str, model: Model, target: Path) -> None:
@@ -97,7 +87,7 @@ def export_checkpoint(recipe: MixedRecipe, config: SweepConfig, model: Model, ta
     from workers.compressed_checkpoint import check_export, schemes_of, write_checkpoint
 
     schemes_of(recipe)  # before minutes are spent on calibration
-    quants = _calibrated(recipe, config, model)
+    quants = _calibrated(prepared(recipe, config))
     linears = [(name, n_in, n_out) for name, n_in, n_out in model.structure["linears"]]
     partial = _beside(target)
     partial.mkdir()
@@ -110,31 +100,15 @@ def export_checkpoint(recipe: MixedRecipe, config: SweepConfig, model: Model, ta
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _calibrated(recipe: MixedRecipe, config: SweepConfig, model: Model) -> "dict[str, LinearQuant]":
+def _calibrated(ready: Prepared) -> "dict[str, LinearQuant]":
     import torch
 
-    from workers.data import SIZES, make_plan
-    from workers.group_quants import calibrated_model
+    from workers.applied import calibrated_model
     from workers.modeling import load
 
-    plan = make_plan(samples_of(config.dataset, model, SIZES[recipe.size]), packed=model.structure["packable"])
-    if plan.digest(recipe.size) != recipe.dataset_revision:
-        raise SweepError(
-            f"The recipe was calibrated on {recipe.dataset} of revision {recipe.dataset_revision[:12]}, but what is here is "
-            f"{plan.digest(recipe.size)[:12]}. Give the same samples: dataset=NAME, dataset.captions_path=FILE, dataset.max_tokens=N."
-        )
-    loaded = load(model.path, dtype=torch.float32 if config.model.dtype != "bfloat16" else torch.bfloat16, device="cpu")
-    return calibrated_model(loaded, list(plan.batches(recipe.size)), recipe)
-
-
-def _config(recipe: MixedRecipe, overrides: Sequence[str]) -> SweepConfig:
-    keys = {override.split("=")[0] for override in overrides}
-    given = [] if "dataset" in keys else [f"dataset={recipe.dataset}"]
-    config = expand([*given, f"dataset.size={recipe.size}", *overrides], multirun=False).points[0]
-    if any(key.split(".")[0] == "model" for key in keys):
-        return config
-    model = ModelConfig(name=recipe.model, path=recipe.model_path, dtype="auto")
-    return replace(config, model=model)
+    dtype = torch.float32 if ready.config.model.dtype != "bfloat16" else torch.bfloat16
+    loaded = load(ready.model.path, dtype=dtype, device="cpu")
+    return calibrated_model(loaded, list(ready.plan.batches(ready.recipe.size)), ready.recipe)
 
 
 def _beside(target: Path) -> Path:

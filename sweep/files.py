@@ -6,6 +6,7 @@ Locally a file appears by rename after fsync; on object storage one PUT is alrea
 import contextlib
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,11 @@ class Files:
         if "/" in path:
             with contextlib.suppress(OSError):  # not empty, or another process was faster
                 final.parent.rmdir()
+
+    def remove_directory(self, path: str) -> None:
+        """Remove a directory with what is in it, files that a killed writer left half written too; nothing happens if it is gone already."""
+        if self._local is None:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm(f"{self._root}/{path}", recursive=True)
+            return
+        shutil.rmtree(self._local / path, ignore_errors=True)  # another process may be faster, or slower

@@ -6,20 +6,19 @@ Needs no GPU and, once its facts are remembered on disk, no heavy import: a run 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import groupby
 from typing import Any, Final, Literal
 
 from sweep import cache
-from sweep.config import ModelConfig, SweepConfig, to_plain
+from sweep.config import ModelConfig, SweepConfig
 from sweep.errors import InvalidRecipe, SweepError
 from sweep.machine import first_gpu, has_compiler
 from sweep.recipe import Recipe, attributes_for, resolve
 from sweep.subject import Model, checkpoint_dir, samples_of
 from workers import memory
 from workers.data import SIZES, Plan, make_plan
-from workers.task import GroupSpec, ModelSpec, Task, part_of
+from workers.task import GroupSpec, ModelSpec, Task, part_of, parts_of
 
 # 1: summed loss, delta form, canonical plan of at most 2,048 tokens a batch, logits of 512 rows at a time.
 SCORE_VERSION: Final = 1
@@ -53,6 +52,7 @@ class SweepPlan:
     tasks: Mapping[str, Task]  # by task id, with the cells of every size asked for
     plans: Mapping[str, Plan]  # by Task.plan_id
     windowed: frozenset[str]  # plans whose capture does not fit in a worker's memory at once
+    models: Mapping[str, Mapping[str, int]]  # elements of each model, by revision: all `parameters`, of them `embeddings` and an untied `lm_head`
 
     def pending(self, finished: Iterable[str]) -> dict[str, Task]:
         """Tasks that still lack cells, each with only those."""
@@ -75,7 +75,7 @@ def plan_sweep(points: Sequence[SweepConfig], device: Device) -> SweepPlan:
     if all(trial.cell_id is None for trial in trials):
         reasons = list(dict.fromkeys(f"{trial.name}: {trial.reason}" for trial in trials))
         raise SweepError("Nothing can be scored.\n" + "\n".join(reasons[:10]) + (f"\nand {len(reasons) - 10} more" if len(reasons) > 10 else ""))
-    return SweepPlan(trials=trials, tasks=planner.tasks, plans=planner.plans, windowed=frozenset(planner.windowed))
+    return SweepPlan(trials=trials, tasks=planner.tasks, plans=planner.plans, windowed=frozenset(planner.windowed), models=planner.elements())
 
 
 def versions() -> dict[str, str]:
@@ -123,8 +123,12 @@ class _Planner:
             reason=reason,
         )
 
+    def elements(self) -> dict[str, dict[str, int]]:
+        """Elements of each model, by revision; see SweepPlan."""
+        return {model.revision: {key: model.structure[key] for key in ("parameters", "embeddings", "lm_head")} for model in self._models.values()}
+
     def _enter(self, point: SweepConfig, model: Model, plan_id: str, digest: str) -> tuple[str, str]:
-        recipe = _recipe(point)
+        recipe = recipe_of(point)
         groups = self._covered(model, recipe)
         _check_block_size(recipe, model, groups)
         if self.device == "cuda":
@@ -174,7 +178,7 @@ class _Planner:
         if budget_gb is None or task.engine == "modelopt" or task.method == "kl_div":
             return
         plan = self.plans[task.plan_id]
-        parts = [list(members) for _, members in groupby(task.groups, key=lambda group: group.part)]
+        parts = [part.groups for part in parts_of(task.groups)]
         model_bytes = model.structure["parameters"] * (2 if task.model.dtype == "bfloat16" else 4)
         work = memory.workload([task], plan, plan.segments_of(point.dataset.size), model_bytes, model.structure["vocabulary"])
         if memory.whole_bytes(task.groups, work) > budget_gb * 1e9:
@@ -222,7 +226,9 @@ class _Planner:
         return self._coverage[key]
 
 
-def _recipe(point: SweepConfig) -> Recipe:
+def recipe_of(point: SweepConfig) -> Recipe:
+    """What a point does to each linear. Raises: InvalidRecipe, SweepError: see sweep.recipe.resolve."""
+
     def compute() -> dict[str, Any]:
         from workers import quantization
 
@@ -278,6 +284,13 @@ def _check_block_size(recipe: Recipe, model: Model, groups: Sequence[GroupSpec])
             raise InvalidRecipe(
                 f"Groups of {block} do not divide the {model.inputs[bad[0]]} inputs of {bad[0]} ({len(bad)} such layers): ModelOpt would pad silently. {advice}"
             )
+    rows = recipe.block_rows
+    outputs = {name: n_outputs for name, _, n_outputs in model.structure["linears"]}
+    if rows is not None and (bad := [module for module in modules if outputs[module] % rows]):
+        raise InvalidRecipe(
+            f"Blocks of {rows} rows do not divide the {outputs[bad[0]]} outputs of {bad[0]} ({len(bad)} such layers): ModelOpt would pad silently. "
+            "Choose a granularity without blocks on axis -2."
+        )
 
 
 def _check_gpu(recipe: Recipe) -> None:
@@ -297,8 +310,8 @@ def _check_gpu(recipe: Recipe) -> None:
 
 
 def _data_key(point: SweepConfig) -> tuple[object, ...]:
-    dataset = to_plain(point)["dataset"]
-    return (point.model.path, json.dumps({key: value for key, value in dataset.items() if key != "size"}, sort_keys=True))
+    dataset = {key: value for key, value in asdict(point.dataset).items() if key != "size"}
+    return (point.model.path, json.dumps(dataset, sort_keys=True))
 
 
 def _hash(value: object) -> str:

@@ -32,8 +32,8 @@ class Tally:
         self.total_groups = sum(task.n_steps for task in tasks.values())
         self.n_trials = n_trials
         self._trials_of = trials_of
-        self._done = dict.fromkeys(tasks, 0)
-        self._resumed: dict[str, int] = {}  # groups that were in the store before this run
+        self._done: dict[str, dict[int, int]] = {task_id: {} for task_id in tasks}  # by lease
+        self._found: dict[tuple[str, int], int] = {}  # groups that were in the store before, by task and lease
         self._started: float | None = None
 
     def start(self) -> None:
@@ -42,24 +42,29 @@ class Tally:
 
     def update(self, progress: Progress) -> None:
         """Take over a task's progress."""
-        self._resumed.setdefault(progress.task_id, progress.done)
-        self._done[progress.task_id] = progress.done
+        self._found[progress.task_id, progress.lease] = progress.found
+        self._done[progress.task_id][progress.lease] = progress.done
+
+    def done_of(self, task_id: str) -> int:
+        """Layer groups done of one task, over all its cells."""
+        return min(sum(self._done[task_id].values()), self.tasks[task_id].n_steps)  # a dead worker's are found again
 
     @property
     def done_groups(self) -> int:
         """Layer groups done, over all cells."""
-        return sum(self._done.values())
+        return sum(map(self.done_of, self._done))
 
     @property
     def done_trials(self) -> int:
         """Trials that need nothing more."""
-        left = sum(self._trials_of[task_id] for task_id, task in self.tasks.items() if self._done[task_id] < task.n_steps)
+        left = sum(self._trials_of[task_id] for task_id, task in self.tasks.items() if self.done_of(task_id) < task.n_steps)
         return self.n_trials - left
 
     @property
     def running(self) -> list[tuple[Task, int]]:
         """Tasks under way, with their groups done."""
-        return [(task, self._done[task_id]) for task_id, task in self.tasks.items() if task_id in self._resumed and self._done[task_id] < task.n_steps]
+        begun = [(task, self.done_of(task_id)) for task_id, task in self.tasks.items() if self._done[task_id]]
+        return [(task, done) for task, done in begun if done < task.n_steps]
 
     @property
     def seconds(self) -> float:
@@ -71,7 +76,7 @@ class Tally:
         """Rate of this run, parts found in the store not counted."""
         if self._started is None:
             return 0.0
-        return (self.done_groups - sum(self._resumed.values())) / max(time.monotonic() - self._started, 1e-3)
+        return (self.done_groups - sum(self._found.values())) / max(time.monotonic() - self._started, 1e-3)
 
     @property
     def eta_seconds(self) -> float | None:

@@ -66,6 +66,11 @@ class Recipe:
         specs = [spec for spec in (self.weight, self.activation) if spec is not None]
         return tuple(length for spec in specs if (length := spec.block_sizes.get(-1)) is not None)
 
+    @property
+    def block_rows(self) -> int | None:
+        """Outputs that share a weight block, which must divide a linear's outputs; None where each has its own."""
+        return self.weight.block_sizes.get(-2) if self.weight is not None else None
+
 
 def resolve(pair: PairConfig, granularity: GranularityConfig, preset: Mapping[str, Any], *, coverage: str, lm_head: bool, algorithm: str) -> Recipe:
     """The recipe of one pair under one granularity.
@@ -183,6 +188,8 @@ def _check_formats(recipe: Recipe) -> None:
         )
     if inputs.attributes.get("type") == "dynamic" and -1 not in inputs.block_sizes:
         raise InvalidRecipe("A dynamic range of the whole input depends on how samples are batched. Choose per token: type dynamic, block_sizes {-1: null}.")
+    if inputs.block_sizes.get(-2) is not None:
+        raise InvalidRecipe("Blocks of activations lie within one token: axis -2 would mix tokens. Leave it out of the inputs' block_sizes.")
     if inputs.block_sizes and inputs.is_calibrated and not inputs.has_dynamic_blocks:
         raise InvalidRecipe("Static blocks of activations need inputs of one fixed shape. Choose type: dynamic, or no block_sizes for the inputs.")
 

@@ -29,6 +29,7 @@ ATTRIBUTE_DEFAULTS: Final[dict[str, Any]] = {
 COST_HINT: Final = "effective_bits"
 _FP4, _FP8 = (2, 1), (4, 3)
 _KERNEL_BLOCKS: Final = (8, 16, 32)  # of the MX extension, which quantizes all dynamic blocks but NVFP4
+_MX_INTEGER_BITS: Final = 8
 _DEFAULT_SCALE_BITS = 16  # a block's scale where the format names none
 
 
@@ -112,6 +113,8 @@ def check_format(name: str, spec: QuantizerSpec) -> None:
         raise InvalidRecipe(f"FP4 {name} need blocks: ModelOpt has no FP4 per tensor or per channel. Choose a granularity that keeps or sets block_sizes.")
     if isinstance(spec.num_bits, tuple) and spec.num_bits != _FP8 and not spec.has_dynamic_blocks:
         raise InvalidRecipe(f"ModelOpt has E{spec.num_bits[0]}M{spec.num_bits[1]} {name} in dynamic blocks only. Give block_sizes type: dynamic.")
+    if spec.has_dynamic_blocks and isinstance(spec.num_bits, int) and spec.num_bits != _MX_INTEGER_BITS:
+        raise InvalidRecipe(f"ModelOpt's kernel for dynamic blocks has no {spec.num_bits}-bit integers ({name}). Choose static blocks, or 8 bits.")
     n = spec.block_elements
     if spec.has_dynamic_blocks and n and not (n & (n - 1) == 0 if spec.is_nvfp4 else n in _KERNEL_BLOCKS):
         allowed = "powers of two" if spec.is_nvfp4 else ", ".join(map(str, _KERNEL_BLOCKS))

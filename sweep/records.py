@@ -58,6 +58,24 @@ TRIALS_SCHEMA = pa.schema(
 )
 
 
+# One row a sample of one validation: `<store>/validations/<id>.parquet`.
+VALIDATIONS_SCHEMA = pa.schema(
+    [
+        pa.field("recipe", pa.string(), nullable=False),  # name
+        pa.field("model_revision", pa.string(), nullable=False),
+        pa.field("held_out", pa.string(), nullable=False),  # hash of every tensor of the samples measured on
+        pa.field("dtype", pa.string(), nullable=False),
+        pa.field("effective_bits", pa.float64(), nullable=False),  # mean bits a weight of the covered groups
+        pa.field("predicted_kl", pa.float64(), nullable=False),  # nats per prediction
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("kl", pa.float64(), nullable=False),  # KL(unquantized || quantized), nats, summed over predictions
+        pa.field("loss_change", pa.float64(), nullable=False),  # nats, summed over predictions
+        pa.field("n_predictions", pa.int64(), nullable=False),
+    ],
+    metadata={"schema_version": str(SCHEMA_VERSION)},
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRow:
     """One event of one trial: a row of ``<store>/trials/*.parquet``. Fields as in TRIALS_SCHEMA."""

@@ -9,7 +9,8 @@ import pyarrow as pa
 from sweep.analysis import summarize
 from sweep.records import FinishedTrial
 from sweep.report_markdown import columns_text, facts_table, groups_table, kinds_table, sentences
-from sweep.report_rows import Report, short_group
+from sweep.report_rows import Report, algorithm_of, short_group
+from sweep.targets import Target
 
 REPORT_VERSION = 1  # of the JSON's layout
 
@@ -57,6 +58,7 @@ def render_json(report: Report) -> str:
             "quant_formats": [pair.get("format_name", trial.quant_pair)],
             "quant_granularity": report.config.get("quant_granularity", {"name": trial.quant_granularity}),
             "quant_pair": pair or {"name": trial.quant_pair},
+            "served_as": report.served_as,
         },
         "model": {**report.config.get("model", {}), "id": trial.model, "revision": trial.model_revision},
         "dataset": {
@@ -95,16 +97,18 @@ def render_json(report: Report) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def summary_lines(finished: Sequence[FinishedTrial], top: int) -> list[str]:
-    """A table for the end of a run: a heading, then one line a trial with its `top` most sensitive layer groups."""
-    cells = [("pair", "granularity", "size", "bits", "KL/pred.", "most sensitive layer groups (share of the total)")]
+def summary_lines(finished: Sequence[FinishedTrial], top: int, target: Target) -> list[str]:
+    """A table for the end of a run: a heading, then one line a trial with its `top` most sensitive layer groups, and what the target makes of it."""
+    cells = [("pair", "granularity", "size", "bits", "KL/pred.", f"on {target.name}", "most sensitive layer groups (share of the total)")]
     for one in finished:
         summary = summarize(one.scores)
+        served = target.status(one.trial.quant_pair, one.trial.quant_granularity, algorithm_of(one.trial)).words
         groups = ", ".join(most_sensitive(one.scores, top))
         kl = "-" if summary.total_predicted_kl is None else f"{summary.total_predicted_kl:.3g}"
-        cells.append((one.trial.quant_pair, one.trial.quant_granularity, one.trial.size, f"{summary.effective_bits:.2f}", kl, groups or "nothing measured"))
-    widths = [max(len(row[i]) for row in cells) for i in range(5)]
-    return ["  ".join([*(text.ljust(width) for text, width in zip(row[:5], widths, strict=True)), row[5]]) for row in cells]
+        facts = (one.trial.quant_pair, one.trial.quant_granularity, one.trial.size, f"{summary.effective_bits:.2f}", kl, served)
+        cells.append((*facts, groups or "nothing measured"))
+    widths = [max(len(row[i]) for row in cells) for i in range(6)]
+    return ["  ".join([*(text.ljust(width) for text, width in zip(row[:6], widths, strict=True)), row[6]]) for row in cells]
 
 
 def most_sensitive(scores: pa.Table, top: int) -> list[str]:

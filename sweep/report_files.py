@@ -15,10 +15,11 @@ from sweep.analysis import summarize
 from sweep.errors import SweepError
 from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, FinishedTrial
 from sweep.report import render_json, render_markdown
-from sweep.report_rows import analyse, portable_config
+from sweep.report_rows import analyse, portable_config, served_as_of
 
 # Raise it when the text of a report or the set of files changes, so that folders published before are written anew.
-LAYOUT_VERSION = 1
+# 2: what every target makes of the recipe.
+LAYOUT_VERSION = 2
 MANIFEST = "quant-manifest.json"
 STATE = "autoquant-state.pt"  # the only file that git ignores
 FILES = ("per-layer-sensitivity.md", "per-layer-sensitivity.json", "composed-config.yaml", "scores.parquet", STATE, MANIFEST)
@@ -52,6 +53,7 @@ def manifest_identity(finished: FinishedTrial) -> dict[str, Any]:
         **{name: getattr(trial, name) for name in _IDENTITY},
         "versions": json.loads(trial.versions),
         "config": portable_config(trial),
+        "served_as": served_as_of(trial),
         "summary": {**summary, "top_modules": modules[summary["top_groups"][0]] if summary["top_groups"] else []},
     }
     return json.loads(json.dumps(identity))  # as it reads back: lists for tuples, text for keys

@@ -1,6 +1,6 @@
 """Index pages of the published tree: from a model's page down to every report."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sweep.progress import count
@@ -26,7 +26,8 @@ def render_index(path: str, manifests: Mapping[str, Manifest]) -> str:
     parts = [
         GENERATED,
         title,
-        f"{count(len(below), 'report')}. KL: predicted, all layer groups added up, in nats per prediction; smaller is better.",
+        f"{count(len(below), 'report')}. KL: predicted, all layer groups added up, in nats per prediction; smaller is better. "
+        "Served by: targets that run it as it is; (in brackets) those that run it as another recipe, which the report names.",
     ]
     if not deeper:
         parts += ["## By quant pair", _children(below), *_grids(below)]
@@ -42,14 +43,15 @@ def _children(below: Mapping[str, Manifest]) -> str:
     children: dict[str, dict[str, Manifest]] = {}
     for folder, manifest in below.items():
         children.setdefault(folder.split("/")[0], {})[folder] = manifest
-    lines = ["| directory | reports | bits | least KL | in | most sensitive group there |", "|---|---:|---:|---:|---|---|"]
+    lines = ["| directory | reports | bits | least KL | in | most sensitive group there | served by |", "|---|---:|---:|---:|---|---|---|"]
     for child, folders in children.items():
         most = max(manifest["summary"]["n_samples"] for manifest in folders.values())
         candidates = {folder: manifest for folder, manifest in folders.items() if manifest["summary"]["n_samples"] == most}
         best = min(candidates, key=lambda folder: _order(candidates[folder]))
         where = f"[{best.partition('/')[2]}]({best}/{_REPORT})"
         summary = folders[best]["summary"]
-        lines.append(f"| [{child}]({child}/README.md) | {len(folders)} | {_bits(folders.values())} | {_kl(summary)} | {where} | {_worst(summary)} |")
+        row = [f"[{child}]({child}/README.md)", str(len(folders)), _bits(folders.values()), _kl(summary), where, _worst(summary), _served(folders.values())]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
@@ -75,12 +77,14 @@ def _grids(below: Mapping[str, Manifest]) -> list[str]:
 
 
 def _reports(below: Mapping[str, Manifest]) -> str:
-    lines = ["| report | samples | bits | KL | half of it in | most sensitive group |", "|---|---:|---:|---:|---:|---|"]
+    lines = ["| report | samples | bits | KL | half of it in | most sensitive group | served by |", "|---|---:|---:|---:|---:|---|---|"]
     for folder, manifest in sorted(below.items(), key=lambda item: (item[0].rpartition("/")[0], item[1]["summary"]["n_samples"], item[0])):
         summary = manifest["summary"]
         half = count(summary["n_groups_half"], "group")
         link = f"[{folder}]({folder}/{_REPORT})"
-        lines.append(f"| {link} | {summary['n_samples']} | {summary['effective_bits']:.3g} | {_kl(summary)} | {half} | {_worst(summary)} |")
+        lines.append(
+            f"| {link} | {summary['n_samples']} | {summary['effective_bits']:.3g} | {_kl(summary)} | {half} | {_worst(summary)} | {_served([manifest])} |"
+        )
     return "\n".join(lines)
 
 
@@ -98,6 +102,15 @@ def _worst(summary: Mapping[str, Any]) -> str:
     if not summary["top_groups"]:
         return "none"
     return f"`{short_group(summary['top_groups'][0], summary['top_modules'])}` {summary['top_shares'][0]:.0%}"
+
+
+def _served(manifests: Iterable[Manifest]) -> str:
+    """Targets that run at least one of the recipes as it is; those that only run it as another one follow in brackets."""
+    kinds: dict[str, set[str]] = {"native": set(), "runs_as": set(), "none": set()}
+    for manifest in manifests:
+        for target, status in manifest.get("served_as", {}).items():  # a folder of an older layout has none
+            kinds[status["status"]].add(target)
+    return ", ".join([*sorted(kinds["native"]), *(f"({target})" for target in sorted(kinds["runs_as"] - kinds["native"]))]) or "none"
 
 
 def _bits(manifests: Any) -> str:

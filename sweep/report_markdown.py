@@ -1,6 +1,7 @@
 """The parts of a Markdown report: tables and sentences."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from sweep.report_rows import Report, ratio, short_group
@@ -28,8 +29,14 @@ def facts_table(report: Report) -> str:
         "method, engine": f"`{trial.method}`, `{trial.engine}`",
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(report.versions.items())) or "unknown",
         "trial, cell": f"`{trial.trial_id}`, `{trial.cell_id}`",
+        **{f"on `{target}`": _served(status) for target, status in report.served_as.items()},
     }
     return "| measured | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in facts.items())
+
+
+def _served(status: Mapping[str, str | None]) -> str:
+    words = {"native": "runs as it is", "runs_as": f"runs as `{status['runs_as']}`", "none": "nothing runs it"}[status["status"] or "none"]
+    return f"{words}: `{status['reader_name']}`" if status["reader_name"] else words
 
 
 def sentences(report: Report) -> list[str]:

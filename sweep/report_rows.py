@@ -21,6 +21,7 @@ from sweep.analysis import (
     summarize,
 )
 from sweep.records import FinishedTrial, TrialRow
+from sweep.targets import served_as
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class Report:
     trial: TrialRow
     config: dict[str, Any]
     versions: dict[str, str]
+    served_as: dict[str, dict[str, str | None]]  # by target
     rows: list[dict[str, Any]]  # groups that were measured, most sensitive first, as in the JSON
     not_measured: list[dict[str, Any]]
     summary: Summary
@@ -85,6 +87,7 @@ def analyse(finished: FinishedTrial) -> Report:
         trial=finished.trial,
         config=portable_config(finished.trial),
         versions=json.loads(finished.trial.versions),
+        served_as=served_as_of(finished.trial),
         rows=rows,
         not_measured=not_measured,
         summary=summary,
@@ -106,14 +109,24 @@ def short_group(group: str, modules: Sequence[str]) -> str:
     return full.removeprefix("model.").removeprefix("language_model.")
 
 
+def served_as_of(trial: TrialRow) -> dict[str, dict[str, str | None]]:
+    """What every target makes of the trial's recipe, whichever target it was run for."""
+    return served_as(trial.quant_pair, trial.quant_granularity, algorithm_of(trial))
+
+
+def algorithm_of(trial: TrialRow) -> str:
+    """The calibration algorithm; records older than the key have `max`."""
+    return json.loads(trial.config).get("sensitivity", {}).get("quant_algorithm", "max")
+
+
 def portable_config(trial: TrialRow) -> dict[str, Any]:
     """The composed config without what may differ between equal runs.
 
-    Leaves out `store`, `cluster` and `output_layout`; an absolute path keeps only its last part; whole-number keys, which
+    Leaves out `store`, `cluster`, `output_layout` and `target`; an absolute path keeps only its last part; whole-number keys, which
     JSON turned into text (``block_sizes: {-1: 64}``), are numbers again.
     """
     config = json.loads(trial.config)
-    return {key: _portable(value) for key, value in config.items() if key not in ("store", "cluster", "output_layout")}
+    return {key: _portable(value) for key, value in config.items() if key not in ("store", "cluster", "output_layout", "target")}
 
 
 def _portable(value: Any) -> Any:

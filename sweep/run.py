@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sweep.announce import say_first_result, say_grid, say_results
-from sweep.compose import expand
+from sweep.compose import DEFAULT_GRID, expand
 from sweep.config import SweepConfig
 from sweep.errors import SweepError
 from sweep.files import Files
@@ -41,7 +41,7 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
     Raises: SweepError: wrong input; nothing has been written.
     """
     started = time.monotonic()
-    grid = expand(overrides, multirun=multirun)
+    grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
     base = grid.points[0]
     workers = pick_workers(base.cluster)
     plan = plan_sweep(grid.points, workers.device)
@@ -87,8 +87,9 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
             session.tally.update(progress)
             if progress.warning is not None:
                 display.say(progress.warning)
-            if session.first_result is None and progress.done == progress.total:
-                say_first_result(session, session.tasks[progress.task_id], display)
+            task = session.tasks[progress.task_id]
+            if session.first_result is None and session.tally.done_of(task.task_id) == task.n_steps:
+                say_first_result(session, task, display)
             display.update()
 
         orders = [driver.TrialOrder(name=trial.name, task_id=trial.task_id) for trial in session.pending_trials() if trial.task_id]

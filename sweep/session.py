@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sweep.compose import Grid
-from sweep.config import to_plain
+from sweep.config import to_record
 from sweep.planning import PlannedTrial, SweepPlan, versions
 from sweep.progress import Tally
 from sweep.records import TrialRow, TrialState
@@ -48,6 +48,7 @@ class Session:
             "pid": os.getpid(),
             "started_at": now(),
             "trials": len(plan.trials),
+            "models": plan.models,
         }
         self.tally = Tally(self.tasks, Counter(trial.task_id for trial in self.pending_trials() if trial.task_id), len(plan.trials))
 
@@ -136,7 +137,7 @@ class Session:
             quant_granularity=config.quant_granularity.name,
             state=state,
             reason=reason,
-            config=json.dumps(to_plain(config)),
+            config=json.dumps(to_record(config)),
             versions=self._versions,
             created_at=datetime.now(UTC),
             run_id=self.run_id,

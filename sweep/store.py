@@ -4,7 +4,6 @@
 whole, when the cell is complete. Equal inputs give equal bytes, so two writers of one cell do no harm.
 """
 
-import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from sweep.errors import SweepError
 from sweep.files import Files
-from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, TrialRow
+from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA, TrialRow
 
 # A part lives for seconds and is written beside the scoring: a third of the time, for as many bytes.
 _PART: Final[dict[str, Any]] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
@@ -46,17 +45,20 @@ class Store:
         """Whether the cell's scores are complete."""
         return self.files.exists(_scores_path(cell_id))
 
-    def finished_parts(self, cell_id: str) -> set[str]:
-        """Names of the parts of an unfinished cell that need no scoring again; damaged ones are removed.
+    def part_names(self, cell_id: str) -> set[str]:
+        """Names of the parts of an unfinished cell, readable or not."""
+        return {name.removesuffix(".parquet") for name in self.files.names(f"parts/cell={cell_id}") if name.endswith(".parquet")}
 
-        Raises: SweepError: a part is of a newer schema version.
+    def has_part(self, cell_id: str, part: str) -> bool:
+        """Whether a part of an unfinished cell is there and needs no scoring again; a damaged one is removed.
+
+        Raises: SweepError: it is of a newer schema version.
         """
-        finished: set[str] = set()
-        for part in self._parts(cell_id):
-            with contextlib.suppress(_Damaged, FileNotFoundError):  # not found: another writer has just completed the cell
-                self._read_part(cell_id, part)
-                finished.add(part)
-        return finished
+        try:
+            self._read_part(cell_id, part)
+        except (_Damaged, FileNotFoundError):  # not found: another writer has just completed the cell
+            return False
+        return True
 
     def write_part(self, cell_id: str, part: str, rows: pa.Table) -> None:
         """Keep one finished decoder layer (or top-level block) of a cell; rows as in SCORES_SCHEMA."""
@@ -81,8 +83,7 @@ class Store:
 
     def drop_parts(self, cell_id: str) -> None:
         """Remove what is left of a finished cell's parts."""
-        for part in self._parts(cell_id):
-            self.files.remove(_part_path(cell_id, part))
+        self.files.remove_directory(f"parts/cell={cell_id}")
 
     def drop_leftovers(self) -> None:
         """Remove the parts of finished cells: a writer was cut short after it had completed one."""
@@ -102,9 +103,6 @@ class Store:
         except FileNotFoundError as error:
             raise SweepError(f"{self.uri}/{path} is missing, though its trial is done. Type the same sweep run again: it is scored again.") from error
         return _read_parquet(data, f"{self.uri}/{path}", SCORES_SCHEMA)
-
-    def _parts(self, cell_id: str) -> list[str]:
-        return [name.removesuffix(".parquet") for name in self.files.names(f"parts/cell={cell_id}") if name.endswith(".parquet")]
 
     def _read_part(self, cell_id: str, part: str) -> pa.Table:
         path = _part_path(cell_id, part)
@@ -153,6 +151,21 @@ class Store:
         data = self.files.read(f"trials/{name}")
         return [TrialRow.from_mapping(row) for row in _read_parquet(data, f"{self.uri}/trials/{name}", TRIALS_SCHEMA).to_pylist()]
 
+    # Validations
+
+    def write_validation(self, validation_id: str, rows: pa.Table) -> None:
+        """Keep what one recipe was measured to do; rows as in VALIDATIONS_SCHEMA."""
+        self.files.write(_validation_path(validation_id), _parquet(rows, {"compression": "zstd"}))
+
+    def validation(self, validation_id: str) -> pa.Table | None:
+        """A validation's rows; None: not measured yet. Raises: SweepError: damaged, or of a newer schema version."""
+        path = _validation_path(validation_id)
+        try:
+            data = self.files.read(path)
+        except FileNotFoundError:
+            return None
+        return _read_parquet(data, f"{self.uri}/{path}", VALIDATIONS_SCHEMA)
+
     # Runs
 
     def write_run(self, run_id: str, record: dict[str, Any]) -> None:
@@ -177,6 +190,10 @@ def _scores_path(cell_id: str) -> str:
     return f"scores/cell={cell_id}/scores.parquet"
 
 
+def _validation_path(validation_id: str) -> str:
+    return f"validations/{validation_id}.parquet"
+
+
 def _part_path(cell_id: str, part: str) -> str:
     return f"parts/cell={cell_id}/{part}.parquet"
 
@@ -193,7 +210,8 @@ def _parquet(table: pa.Table, options: Mapping[str, Any]) -> bytes:
 
 def _read_parquet(data: bytes, where: str, schema: pa.Schema) -> pa.Table:
     try:
-        table: pa.Table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        # Threads, and what pq.read_table brings for whole data sets, take four times as long as these small files.
+        table: pa.Table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
         version = (table.schema.metadata or {}).get(b"schema_version", b"missing").decode()
         if version != str(SCHEMA_VERSION):
             raise SweepError(f"{where} has schema version {version}; this program reads {SCHEMA_VERSION}. Use the program that wrote it, or another store.uri.")

@@ -32,7 +32,7 @@ class Model:
     @cached_property
     def structure(self) -> dict[str, Any]:
         """See workers.modeling.structure; and `groups`: modules by first module."""
-        key = [2, file_key(self.path / "config.json"), version("transformers"), version("nvidia-modelopt")]
+        key = [3, file_key(self.path / "config.json"), version("transformers"), version("nvidia-modelopt")]
         return cache.remember("model-structure", key, self._read_structure)
 
     def _read_structure(self) -> dict[str, Any]:

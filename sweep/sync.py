@@ -1,31 +1,17 @@
 """`sweep publish`: put every finished trial of a store into the models directory."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from sweep.compose import expand
-from sweep.config import to_plain
 from sweep.errors import SweepError
 from sweep.publish import publish
-from sweep.records import FinishedTrial, TrialRow
+from sweep.records import FinishedTrial
+from sweep.selection import finished_trials
 from sweep.store import Store
-
-
-def _is_asked_for(row: TrialRow, overrides: Sequence[str], asked: Mapping[str, Any]) -> bool:
-    """Whether a trial has the values that were typed: `quant_pair=wfp8_afp8` publishes only its trials."""
-    config = json.loads(row.config)
-    for override in overrides:
-        section, *keys = override.partition("=")[0].strip().split(".")
-        wanted, found = asked[section], config[section]
-        for key in keys or ["name"] if "name" in wanted else keys:
-            wanted, found = wanted[key], found[key]
-        if section not in ("store", "output_layout", "cluster") and wanted != found:
-            return False
-    return True
 
 
 def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -> int:
@@ -37,10 +23,7 @@ def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -
     store = Store(config.store.uri)
     if "{run_id}" in config.output_layout.root:
         raise SweepError("output_layout=tmp is for the reports of one run. Leave it out, or type output_layout.root=DIR.")
-    asked = to_plain(config)
-    rows = [row for row in store.trials().values() if row.state == "done" and row.cell_id is not None and _is_asked_for(row, overrides, asked)]
-    if not rows:
-        raise SweepError(f"The store {store.uri} holds no finished trial of that kind. Type `sweep run` first, or store.uri=DIR.")
+    rows = finished_trials(store, overrides)
     finished = [FinishedTrial(trial=row, scores=store.scores(row.cell_id)) for row in rows if row.cell_id is not None]
     root = config.output_layout.root if "://" in config.output_layout.root else Path(config.output_layout.root).absolute()
     result = publish(finished, root, overwrite=overwrite or config.output_layout.overwrite)

@@ -75,7 +75,7 @@ class Baseline:
         self._layer = layer
 
     def divergence_after(self, number: int, layer: int | None) -> Tensor:
-        """Run a batch again, with whatever has been changed in the model but its head.
+        """Run a batch again, with whatever has been changed in the model.
 
         Args:
             number: of the batch.
@@ -83,35 +83,17 @@ class Baseline:
 
         Returns: KL divergence of each prediction in nats, [predictions] float64.
         """
-        return divergence(self.log_probs(number), self.change_after(number, layer))
-
-    def change_after(self, number: int, layer: int | None, head_change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """How far the logits move when a batch runs again, with whatever has been changed in the model.
-
-        Args:
-            number: of the batch.
-            layer: where `start_at` is; None: run the whole model.
-            head_change: if the head itself has been changed: from its input, [predictions, hidden], to the change of the logits
-                that this makes. Models of unknown types need none.
-
-        Returns: [predictions, words].
-        """
         run, decoder = self._runs[number], self.decoder
         if decoder is None:
-            return self._logits(run.batch)[run.predictions] - run.output_TH
-        if layer is None or run.trace is None:
-            output = decoder.output(batch_to(run.batch, self._device, self._dtype))
+            change = self._logits(run.batch)[run.predictions] - run.output_TH
         else:
-            assert layer == self._layer, "start_at comes first"
-            output = decoder.norm(self._run_from(number, run.trace, layer))
-        output_TH = output.flatten(0, 1)[run.predictions]
-        change = F.linear(output_TH - run.output_TH[run.predictions], decoder.head.weight)
-        return change if head_change is None else change + head_change(output_TH).to(change.dtype)
-
-    def labels(self, number: int) -> Tensor:
-        """The tokens that a batch's predictions should name, [predictions] int64."""
-        run = self._runs[number]
-        return labels_of(run.batch).flatten().to(self._device)[run.predictions]
+            if layer is None or run.trace is None:
+                output = decoder.output(batch_to(run.batch, self._device, self._dtype))
+            else:
+                assert layer == self._layer, "start_at comes first"
+                output = decoder.norm(self._run_from(number, run.trace, layer))
+            change = F.linear(output.flatten(0, 1)[run.predictions] - run.output_TH[run.predictions], decoder.head.weight)
+        return divergence(self.log_probs(number), change)
 
     def _run_from(self, number: int, trace: Trace, layer: int) -> Tensor:
         """A batch from the input of `layer` to the final norm's; only that layer may have been changed."""
@@ -143,7 +125,7 @@ class Baseline:
             made = run.output_TH.float().log_softmax(-1).to(self._dtype)
         else:
             rows, head = run.output_TH[run.predictions], self.decoder.head
-            made = torch.cat([_float_logits(head, part).log_softmax(-1).to(self._dtype) for part in rows.split(_HEAD_ROWS)])
+            made = torch.cat([float_logits(head, part).log_softmax(-1).to(self._dtype) for part in rows.split(_HEAD_ROWS)])
         if made.nbytes <= self._room:
             self._room -= made.nbytes
             self._log_probs[number] = made
@@ -208,7 +190,7 @@ class _Inputs:
         torch.maximum(known, torch.maximum(-low, high).float(), out=known)
 
 
-def _float_logits(head: nn.Linear, x_TH: Tensor) -> Tensor:
+def float_logits(head: nn.Linear, x_TH: Tensor) -> Tensor:
     """Logits in float32, accumulated and returned: in bf16 one of 20 is rounded by up to 0.06. No known type's head has a bias."""
     if x_TH.is_cuda and x_TH.dtype != torch.float32:
         return torch.mm(x_TH, head.weight.T, out_dtype=torch.float32)

@@ -22,11 +22,13 @@ class Book:
         """
         self.task = task
         self.failure: str | None = None
-        self._plan, self._parts = plan, parts
+        self._plan, self._store = plan, store
         names = {part.name for part in parts}
-        self.done: Mapping[str, set[str]] = {  # parts that need no scoring, by size; a worker may have died between a cell's end and ours
-            size: set(names) if store.is_finished(cell) else names & store.finished_parts(cell) for size, cell in task.cells.items()
-        }
+        # A worker may have died between a cell's end and ours.
+        self.done: Mapping[str, set[str]] = {size: set(names) if store.is_finished(cell) else set() for size, cell in task.cells.items()}
+        self._there = {size: done or names & store.part_names(task.cells[size]) for size, done in self.done.items()}
+        self._taken: list[Part] = []
+        self._n_found = 0
 
     @property
     def n_segments(self) -> int:
@@ -34,7 +36,19 @@ class Book:
         return max(self._plan.segments_of(size) for size in self.task.cells)
 
     def lacks(self, part: Part) -> bool:
-        """Whether a part is to be scored."""
+        """Whether a cell has yet to get a part, here or elsewhere; by its name alone."""
+        return any(part.name not in names for names in self._there.values())
+
+    def take(self, part: Part) -> None:
+        """A part is to be scored here, unless the store has it whole."""
+        self._taken.append(part)
+        for size, cell in self.task.cells.items():
+            if part.name in self.done[size] or (part.name in self._there[size] and self._store.has_part(cell, part.name)):
+                self.done[size].add(part.name)
+                self._n_found += len(part.groups)
+
+    def wants(self, part: Part) -> bool:
+        """Whether a part that was taken is still to be scored."""
         return self.failure is None and any(part.name not in done for done in self.done.values())
 
     def job(self, part: Part) -> Job:
@@ -49,6 +63,6 @@ class Book:
         )
 
     def progress(self) -> Progress:
-        """Layer groups done, over all cells."""
-        done = sum(len(part.groups) for names in self.done.values() for part in self._parts if part.name in names)
-        return Progress(task_id=self.task.task_id, done=done, total=self.task.n_steps, failure=self.failure)
+        """Layer groups done of the parts that were taken, over all cells."""
+        done = sum(len(part.groups) for names in self.done.values() for part in self._taken if part.name in names)
+        return Progress(task_id=self.task.task_id, done=done, found=self._n_found, failure=self.failure)

@@ -105,7 +105,8 @@ def _quant_linears(weights: Mapping[str, Tensor], weight_attributes: Attributes 
         linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight_OI.to(torch.float32, copy=True), requires_grad=False)
         linears.append(linear)
-    mtq.replace_quant_module(linears)
+    with redirect_stdout(io.StringIO()):  # it says how many
+        mtq.replace_quant_module(linears)
     device = next(iter(weights.values())).device
     for linear in linears:
         for place, attributes in (("weight_quantizer", weight_attributes), ("input_quantizer", input_attributes), ("output_quantizer", None)):

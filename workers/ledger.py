@@ -1,7 +1,7 @@
 """One task's rows on their way into the store. Needs neither PyTorch nor what made the scores."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,19 +17,18 @@ from workers.task import GroupSpec, Part, Task
 class Ledger:
     """Writes a task's parts, and turns them into cells when all are there."""
 
-    def __init__(self, task: Task, n_predictions: Mapping[str, int], parts: Sequence[Part], there: Mapping[str, Collection[str]], store_uri: str) -> None:
-        """Take over what the store has.
+    def __init__(self, task: Task, n_predictions: Mapping[str, int], parts: Sequence[Part], store_uri: str) -> None:
+        """Start with nothing.
 
         Args:
             task: whose rows they are.
             n_predictions: by size.
             parts: all of them, in the model's order.
-            there: names of parts that the store has already, by size.
             store_uri: where parts and cells go.
         """
         self.task = task
         self._n_predictions, self._parts, self._store = n_predictions, {part.name: part for part in parts}, Store(store_uri)
-        self._tables: dict[str, dict[str, pa.Table | None]] = {size: dict.fromkeys(there[size]) for size in task.cells}  # None: on disk since an earlier run
+        self._tables: dict[str, dict[str, pa.Table]] = {size: {} for size in task.cells}  # what was written here
 
     def write(self, part: str, measured: PartScores) -> None:
         """Put a part's rows into the store."""
@@ -40,9 +39,13 @@ class Ledger:
             self._tables[size][part] = table
 
     def complete(self) -> None:
-        """Turn the parts of each cell into its scores."""
+        """Turn the parts of each cell into its scores, if all are there: several workers may be at one cell, and the last one does it."""
         for size, tables in self._tables.items():
-            self._store.complete(self.task.cells[size], {name: tables[name] for name in self._parts})
+            cell_id = self.task.cells[size]
+            if self._parts.keys() <= tables.keys() | (self._store.part_names(cell_id) if len(tables) < len(self._parts) else set[str]()):
+                self._store.complete(cell_id, {name: tables.get(name) for name in self._parts})
+            elif self._store.is_finished(cell_id):
+                self._store.drop_parts(cell_id)
 
     def _row(self, group: GroupSpec, size: str, columns: Mapping[str, Any]) -> dict[str, Any]:
         n_predictions, score = self._n_predictions[size], columns["score"]

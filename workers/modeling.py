@@ -59,7 +59,7 @@ def structure(path: Path) -> dict[str, Any]:
     """What the checkpoint's model is made of; no weight is read.
 
     Returns: `linears`, [name, inputs, outputs] of every nn.Linear in the model's order; `parameters` and `vocabulary`, their
-        numbers; `packable`.
+        numbers; `embeddings` and `lm_head`, weight elements of the token embedding and of the output layer, 0 where it is tied to that; `packable`.
 
     Raises: SweepError: the configuration makes no model.
     """
@@ -70,9 +70,13 @@ def structure(path: Path) -> dict[str, Any]:
     except _UNREADABLE as error:
         raise _no_model(path, error) from error
     modules = model.named_modules()
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
     return {
         "linears": [[name, module.in_features, module.out_features] for name, module in modules if isinstance(module, nn.Linear)],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()) - (head.weight.numel() if tied and head.weight is not embedding else 0),
+        "embeddings": embedding.numel(),
+        "lm_head": 0 if tied or head is None else head.weight.numel(),
         "vocabulary": config.get_text_config().vocab_size,
         "packable": config.model_type in PACKABLE,
     }

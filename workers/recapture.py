@@ -26,11 +26,10 @@ from torch import Tensor
 from sweep.errors import SweepError
 from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe
 from workers import memory
-from workers.applied import applied, output_error
+from workers.applied import applied, calibrated_model, output_error
 from workers.calibration import calibrated_linears
 from workers.capture import Rows, Segments
 from workers.data import Plan
-from workers.group_quants import calibrated_model
 from workers.linear_quant import LinearQuant
 from workers.task import part_of
 from workers.windows import captures

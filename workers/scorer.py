@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from workers.ledger import Ledger
 from workers.quantization import auto_quantize_scores
 from workers.scores import Measured, NotFinite, Scores
 from workers.scoring import Engine, Job
-from workers.task import GroupSpec, ModelSpec, Part, Progress, Task
+from workers.task import GroupSpec, ModelSpec, Part, Progress, Task, part_names, parts_of
 from workers.windows import captures
 from workers.writers import Writers
 
 _MAX_HALVINGS = 8
-_WRITERS = 4  # at most, that put parts on disk while the next layer is scored
+_WRITERS = 8  # at most, that put parts on disk while the next layer is scored
 _MAX_WRITING = 1024  # parts that wait for them
 
 _Waiting = Callable[[], list[Scores] | None]  # see Engine.score_group
@@ -97,26 +97,28 @@ class Scorer:
         self._model_spec = spec
         self.model_loads += 1
 
-    def score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[Progress]:
+    def score(self, tasks: Sequence[Task], plan: Plan, names: Iterable[str] | None = None) -> Iterator[Progress]:
         """Score what the tasks' cells lack, layer by layer; each part is on disk before its progress is yielded.
 
         Args:
             tasks: of one model, plan, method, engine and set of layer groups; a layer is visited once for all of them.
             plan: theirs.
+            names: of the parts to score, asked for one by one; None: all. Whoever finds that a cell has all its parts completes it.
 
         Yields: progress of each task; a task that meets a NaN or an infinity ends with a failure, the others go on.
         """
         with self._clock.timed("busy_seconds"), self._writers.tidied():
-            yield from self._score(tasks, plan)
+            yield from self._score(tasks, plan, names)
 
-    def _score(self, tasks: Sequence[Task], plan: Plan) -> Iterator[Progress]:
+    def _score(self, tasks: Sequence[Task], plan: Plan, names: Iterable[str] | None) -> Iterator[Progress]:
         first = tasks[0]
         self.load(first.model)
-        parts = [Part(name, tuple(members)) for name, members in groupby(first.groups, key=lambda group: group.part)]
-        books = {task.task_id: Book(task, plan, parts, self.store) for task in tasks}
+        whole = parts_of(first.groups)
+        books = {task.task_id: Book(task, plan, whole, self.store) for task in tasks}
+        parts = _Parts(whole, part_names(first) if names is None else names, books.values())
         for book in books.values():
             n_predictions = {size: plan.n_predictions(size) for size in book.task.cells}
-            self._writers.open(Ledger(book.task, n_predictions, parts, book.done, self.store.uri))
+            self._writers.open(Ledger(book.task, n_predictions, whole, self.store.uri))
             yield book.progress()
         while True:
             try:
@@ -159,7 +161,7 @@ class Scorer:
         while writing:
             yield written()
 
-    def _measured_parts(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, dict[str, Measured]]]:
+    def _measured_parts(self, books: Mapping[str, Book], plan: Plan, parts: "_Parts") -> Iterator[tuple[Part, dict[str, Measured]]]:
         task = next(iter(books.values())).task
         if task.engine == "modelopt":
             return self._stock(books, plan, parts)
@@ -169,7 +171,7 @@ class Scorer:
         """Start the groups of each part. On a GPU a part is started before the one before it is waited for: it always has work."""
         started: deque[tuple[Part, list[Book], list[_Waiting]]] = deque()
         for part, start in starting:
-            asking = [book for book in books.values() if book.lacks(part)]
+            asking = [book for book in books.values() if book.wants(part)]
             if asking:
                 jobs = [book.job(part) for book in asking]
                 started.append((part, asking, [start(group, jobs) for group in part.groups]))
@@ -178,7 +180,7 @@ class Scorer:
         for rest in started:
             yield _measured(*rest)
 
-    def _layerwise(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, _Start]]:
+    def _layerwise(self, books: Mapping[str, Book], plan: Plan, parts: "_Parts") -> Iterator[tuple[Part, _Start]]:
         """method=gradient: each part, and what starts the scoring of one of its groups."""
         engine = self._engine
         assert engine is not None
@@ -190,40 +192,49 @@ class Scorer:
             for part in window:
                 yield part, start
 
-    def _divergences(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, _Start]]:
+    def _divergences(self, books: Mapping[str, Book], plan: Plan, parts: "_Parts") -> Iterator[tuple[Part, _Start]]:
         """method=kl_div: the same, from one pass of the unquantized model, which is kept for later tasks."""
-        wanted = [part for part in parts if any(book.lacks(part) for book in books.values())]
-        if not wanted:
-            return
-        self._captured = None
         task, n_segments = next(iter(books.values())).task, max(book.n_segments for book in books.values())
-        key = (task.plan_id, n_segments, modules_of(parts))
-        if self._divergence is None or self._divergence[0] != key:
-            self._divergence = None  # frees its memory first
-            with self._clock.timed("capture_seconds"):
-                self._divergence = key, KlEngine(self._model, plan.segments[:n_segments], key[2])
-        engine = self._divergence[1]
-        for part in wanted:
-            yield part, lambda group, jobs: engine.score_group(group.modules, jobs)
+        key = (task.plan_id, n_segments, modules_of(parts.whole))
+        for part in parts.wanted():
+            self._captured = None
+            if self._divergence is None or self._divergence[0] != key:
+                self._divergence = None  # frees its memory first
+                with self._clock.timed("capture_seconds"):
+                    self._divergence = key, KlEngine(self._model, plan.segments[:n_segments], key[2])
+            engine = self._divergence[1]
+            yield part, lambda group, jobs, engine=engine: engine.score_group(group.modules, jobs)
 
-    def _windows(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Sequence[Part], Mapping[str, Rows]]]:
-        """The parts that are still wanted, as many at a time as memory holds, with what their linears saw."""
-        wanted = [part for part in parts if any(book.lacks(part) for book in books.values())]
-        if not wanted:
-            return
-        tasks = [book.task for book in books.values()]
+    def _windows(self, books: Mapping[str, Book], plan: Plan, parts: "_Parts") -> Iterator[tuple[Sequence[Part], Mapping[str, Rows]]]:
+        """The parts that are wanted, as they are taken, with what their linears saw.
+
+        If memory holds all that the cells lack, that is captured, for other leases too. Else an even share of the parts is taken at once,
+        and captured in as many windows as it needs.
+        """
+        tasks, plan_id = [book.task for book in books.values()], next(iter(books.values())).task.plan_id
         n_segments = max(book.n_segments for book in books.values())
         work = memory.workload(tasks, plan, n_segments, self._model_bytes(), self._model.config.get_text_config().vocab_size)
-        sizes = [memory.capture_bytes(part.groups, work) for part in wanted]
-        room = (self._memory_bytes() - memory.fixed_bytes([group for part in wanted for group in part.groups], work)) / 2**self._halvings
-        windows = memory.windows(wanted, sizes, room)
-        if len(windows) == 1:
-            yield wanted, self._rows(tasks[0].plan_id, plan, n_segments, modules_of(wanted))
+
+        def windows(several: Sequence[Part]) -> Sequence[Sequence[Part]]:
+            sizes = [memory.capture_bytes(part.groups, work) for part in several]
+            room = (self._memory_bytes() - memory.fixed_bytes([group for part in several for group in part.groups], work)) / 2**self._halvings
+            return memory.windows(several, sizes, room)
+
+        wanted = parts.wanted()
+        lacking = [part for part in parts.whole if any(book.lacks(part) for book in books.values())]
+        held = self._captured is not None and {*modules_of(lacking)} <= self._captured.modules
+        if held or not lacking or len(windows(lacking)) == 1:
+            for part in wanted:  # lacking, unless its file was damaged
+                yield [part], self._rows(plan_id, plan, n_segments, modules_of(lacking if part in lacking else [*lacking, part]))
             return
-        self._captured = self._divergence = None
-        passes = captures(self._model, plan.segments[:n_segments], [modules_of(window) for window in windows])
-        for index, rows in self._clock.timed_items("capture_seconds", passes):
-            yield windows[index], rows
+        while several := list(islice(wanted, math.ceil(len(parts.whole) / self._n_workers))):
+            if len(found := windows(several)) == 1:
+                yield several, self._rows(plan_id, plan, n_segments, modules_of(several))
+                continue
+            self._captured = self._divergence = None
+            passes = captures(self._model, plan.segments[:n_segments], [modules_of(window) for window in found])
+            for index, rows in self._clock.timed_items("capture_seconds", passes):
+                yield found[index], rows
 
     def _memory_bytes(self) -> float:
         if self._memory_gb is not None:
@@ -255,9 +266,10 @@ class Scorer:
             error if name is None or name.removesuffix(".weight") in str(error) else NotFinite(f"{error} The checkpoint's {name} holds NaN or infinite values.")
         )
 
-    def _stock(self, books: Mapping[str, Book], plan: Plan, parts: Sequence[Part]) -> Iterator[tuple[Part, dict[str, Measured]]]:
+    def _stock(self, books: Mapping[str, Book], plan: Plan, parts: "_Parts") -> Iterator[tuple[Part, dict[str, Measured]]]:
         """The cross-check: ModelOpt's own searcher, one recipe and size at a time."""
-        for task_id, book in books.items():
+        wanted = list(parts.wanted())
+        for task_id, book in books.items() if wanted else ():
             task = book.task
             covered = [name for group in task.groups for name in group.modules]
             scores: dict[str, dict[str, float | None]] = {}
@@ -266,11 +278,33 @@ class Scorer:
                     try:
                         found = auto_quantize_scores(self._model, task.quant_cfg, task.algorithm, list(plan.batches(size)), covered)
                     except AssertionError as error:  # ModelOpt's calibrator met a NaN
-                        yield parts[0], {task_id: NotFinite(f"{task.label}: ModelOpt {error}.")}
+                        yield wanted[0], {task_id: NotFinite(f"{task.label}: ModelOpt {error}.")}
                         break
                 scores[size] = {group.name: found.get(group.name) if called & {*group.modules} else None for group in task.groups}
-            for part in parts if len(scores) == len(task.cells) else ():
+            for part in wanted if len(scores) == len(task.cells) else ():
                 yield part, {task_id: _stock_scores(part, task.label, scores)}
+
+
+class _Parts:
+    """The parts of a lease, taken as they are asked for; from the first again after running out of memory."""
+
+    def __init__(self, whole: tuple[Part, ...], names: Iterable[str], books: Iterable[Book]) -> None:
+        self.whole = whole
+        self._names, self._books, self._taken = iter(names), list(books), list[Part]()
+        self._by_name = {part.name: part for part in whole}
+
+    def wanted(self) -> Iterator[Part]:
+        """Those that some task still wants scored."""
+        yield from [part for part in self._taken if self._is_wanted(part)]
+        for name in self._names:
+            self._taken.append(part := self._by_name[name])
+            for book in self._books:
+                book.take(part)
+            if self._is_wanted(part):
+                yield part
+
+    def _is_wanted(self, part: Part) -> bool:
+        return any(book.wants(part) for book in self._books)
 
 
 def modules_of(parts: Sequence[Part]) -> tuple[str, ...]:

@@ -1,8 +1,13 @@
 """What the driver asks of a worker: plain values that travel between processes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from itertools import groupby
+from typing import Any, Final, Literal
+
+from workers.data import SIZES
+
+_VISIT_COST: Final = 0.3  # of a task's quantizing and summing beside one product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,13 @@ class Task:
         return len(self.groups) * len(self.cells)
 
     @property
+    def cost(self) -> float:
+        """About its time on a part beside others, in products of all rows of the largest size."""
+        sizes = [SIZES[size] / max(SIZES.values()) for size in self.cells]
+        products = 0.0 if self.input_attributes is None else sum(sizes) if self.calibrates_inputs else max(sizes)
+        return _VISIT_COST + products
+
+    @property
     def extensions(self) -> frozenset[str]:
         """ModelOpt's CUDA extensions that a GPU needs for it; NVFP4 and our own engine's integers and FP8 need none."""
         needed: set[str] = {"integers", "fp8"} if self.engine == "modelopt" else set()
@@ -80,14 +92,25 @@ class Progress:
     """How far a worker is with a task; what it counts is on disk already."""
 
     task_id: str
-    done: int  # layer groups, over all cells of the task
-    total: int
+    done: int  # layer groups of the parts that it took, over all cells of the task
+    found: int  # of them those that were in the store before
+    lease: int = 0  # under which: several workers may be at one task
     failure: str | None = None  # why the task has ended without all its scores
     warning: str | None = None  # what the person who watches should know
 
     def after(self, earlier: "Progress | None") -> "Progress":
         """This progress, with an earlier one's warning if that was not told yet."""
         return self if earlier is None or self.warning is not None else replace(self, warning=earlier.warning)
+
+
+def parts_of(groups: Sequence[GroupSpec]) -> tuple[Part, ...]:
+    """The parts that layer groups make up, in the model's order."""
+    return tuple(Part(name, tuple(members)) for name, members in groupby(groups, key=lambda group: group.part))
+
+
+def part_names(task: Task) -> tuple[str, ...]:
+    """Names of a task's parts, in the model's order."""
+    return tuple(name for name, _ in groupby(group.part for group in task.groups))
 
 
 def is_vision(module: str) -> bool:

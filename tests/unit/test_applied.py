@@ -1,5 +1,6 @@
 """A recipe at work in a model, against the engines that score one layer group: output errors, one-group KL, gradients."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sweep.errors import SweepError
 from tests.models import random_model, random_samples
 from tests.recipes import FORMATS, format_of, recipe_of
-from workers.applied import applied, output_error
+from workers.applied import applied, calibrated_model, output_error
 from workers.calibration import fake_quantized, quantized_inputs
 from workers.capture import capture
-from workers.damage import Yardstick
 from workers.data import make_plan
-from workers.group_quants import calibrated_groups, calibrated_model
 from workers.kl import KlEngine
 from workers.linear_quant import LinearQuant
 from workers.quantization import layer_groups
 from workers.scores import NotFinite
 from workers.scoring import Engine, Job
+from workers.validation import Validator
 
 PLAN = make_plan(random_samples(16), packed=True)
 GROUPS = ("model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.1.mlp.gate_proj", "model.language_model.layers.1.mlp.down_proj")
@@ -42,8 +43,9 @@ def modules_of(model: nn.Module, group: str) -> tuple[str, ...]:
 
 
 def quants_of(model: nn.Module, group: str, name: str) -> dict[str, LinearQuant]:
-    choices = [choice for choice in recipe_of(model, [None]).groups if choice.group == group]
-    return calibrated_groups(model, list(PLAN.batches("small")), choices, {group: [format_of(name)]})[group, format_of(name).label]
+    recipe = recipe_of(model, [format_of(name)])
+    alone = replace(recipe, groups=tuple(choice for choice in recipe.groups if choice.group == group))
+    return calibrated_model(model, list(PLAN.batches("small")), alone)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -70,18 +72,18 @@ def test_the_output_error_is_the_one_that_the_engine_scores(model: Any, name: st
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_group_diverges_as_the_kl_engine_measures(model: Any, name: str) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    engine, yardstick = KlEngine(model, PLAN.segments, linears), Yardstick(model, PLAN.segments)
+    engine, yardstick = KlEngine(model, PLAN.segments, linears), Validator(model, list(PLAN.batches("small")))
     for group in (*GROUPS, "lm_head"):
         found = engine.score_group(modules_of(model, group), [job(name)])()
         assert found is not None
         assert not isinstance(found[0], NotFinite)
-        np.testing.assert_allclose(yardstick.damage(quants_of(model, group, name)).kl, found[0]["small"].sample_scores, rtol=1e-5)
+        np.testing.assert_allclose(yardstick.measure(quants_of(model, group, name)).kl, found[0]["small"].sample_scores, rtol=1e-5)
 
 
 def test_the_loss_change_is_the_difference_of_two_cross_entropies(model: Any) -> None:
     recipe = recipe_of(model, [format_of("int4_block"), None, format_of("int8_static")], covered="language_model")
     quants = calibrated_model(model, list(PLAN.batches("small")), recipe)
-    damage = Yardstick(model, PLAN.segments).damage(quants)
+    damage = Validator(model, list(PLAN.batches("small"))).measure(quants)
     expected_loss, expected_kl = np.zeros((2, 16))
     for index, sample in enumerate(random_samples(16)):
         ids = torch.from_numpy(sample.token_ids)[None]
@@ -100,9 +102,9 @@ def test_a_model_of_an_unknown_type_is_measured_whole(monkeypatch: pytest.Monkey
     plan = make_plan(random_samples(16), packed=False)
     recipe = recipe_of(network, [format_of("int8_static")])
     quants = calibrated_model(network, list(plan.batches("small")), recipe)
-    known = Yardstick(network, plan.segments).damage(quants)
+    known = Validator(network, list(plan.batches("small"))).measure(quants)
     monkeypatch.setattr(network.config, "model_type", "other")
-    unknown = Yardstick(network, plan.segments).damage(quants)
+    unknown = Validator(network, list(plan.batches("small"))).measure(quants)
     np.testing.assert_allclose(unknown.kl, known.kl, rtol=1e-4)
     np.testing.assert_allclose(unknown.loss_change, known.loss_change, atol=1e-4)
 
@@ -111,9 +113,16 @@ def test_the_model_is_itself_again_whatever_happens_inside(model: Any) -> None:
     ids = torch.arange(5, 15)[None]
     before = model(input_ids=ids, use_cache=False).logits
     quants = quants_of(model, GROUPS[2], "int4_block")
-    with pytest.raises(ZeroDivisionError), applied(model, quants):
-        assert not torch.equal(model(input_ids=ids, use_cache=False).logits, before)
-        raise ZeroDivisionError
+    changed: list[torch.Tensor] = []
+
+    def fail() -> None:
+        with applied(model, quants):
+            changed.append(model(input_ids=ids, use_cache=False).logits)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not torch.equal(changed[0], before)
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
 
 
@@ -139,12 +148,31 @@ def test_gradients_pass_straight_through_the_quantizer_of_the_inputs() -> None:
 
 
 def test_windows_calibrate_as_one_pass_does(model: Any) -> None:
-    choices = [choice for choice in recipe_of(model, [None], covered="language_model").groups if "layers" in choice.group]
-    formats = {choice.group: [format_of("int8_static"), format_of("int4_block"), format_of("fp8", "smoothquant", "fused")] for choice in choices}
-    whole, windows = (calibrated_groups(model, list(PLAN.batches("small")), choices, formats, room) for room in (None, 1.0))
+    recipe = recipe_of(model, [format_of("int8_static"), format_of("int4_block"), format_of("fp8", "smoothquant", "fused")], covered="language_model.layers")
+    whole, windows = (calibrated_model(model, list(PLAN.batches("small")), recipe, room) for room in (1e9, 1.0))
     assert whole.keys() == windows.keys()
-    for key, quants in whole.items():
-        for name, quant in quants.items():
-            other = windows[key][name]
-            for one, same in ((quant.weight_amax, other.weight_amax), (quant.input_amax, other.input_amax), (quant.pre_quant_scale, other.pre_quant_scale)):
-                assert one is same is None or torch.equal(one, same)  # pyright: ignore[reportArgumentType]
+    for name, quant in whole.items():
+        other = windows[name]
+        for one, same in ((quant.weight_amax, other.weight_amax), (quant.input_amax, other.input_amax), (quant.pre_quant_scale, other.pre_quant_scale)):
+            assert one is same is None or torch.equal(one, same)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_format_whose_range_no_sample_sets_is_refused(model: Any) -> None:
+    with pytest.raises(SweepError, match=r"No calibration sample reaches model\.visual"):
+        calibrated_model(model, list(PLAN.batches("small")), recipe_of(model, [format_of("int8_static")], covered="visual"))
+
+
+def test_an_embedding_that_shares_the_heads_weight_keeps_it() -> None:
+    """Of a tied model only the logits change, and as the KL engine measures."""
+    network = random_model("qwen3", tie_word_embeddings=True)
+    assert network.lm_head.weight is network.model.embed_tokens.weight
+    ids = torch.arange(5, 15)[None]
+    before = network.model(input_ids=ids, use_cache=False)[0]
+    quants = quants_of(network, "lm_head", "int4_block")
+    with applied(network, quants):
+        assert torch.equal(network.model(input_ids=ids, use_cache=False)[0], before)
+    found = KlEngine(network, PLAN.segments, ["lm_head"]).score_group(["lm_head"], [job("int4_block")])()
+    assert found is not None
+    assert not isinstance(found[0], NotFinite)
+    damage = Validator(network, list(PLAN.batches("small"))).measure(quants)
+    np.testing.assert_allclose(damage.kl, found[0]["small"].sample_scores, rtol=1e-4)

@@ -63,6 +63,14 @@ def test_removing_twice_is_removing_once(files: Files) -> None:
         assert files.names("parts") == ["cell=b"]  # a directory goes with its last file
 
 
+def test_a_directory_goes_with_all_that_is_in_it_and_a_missing_one_is_no_error(files: Files) -> None:
+    for name in ("a/b/one", "a/b/two", "a/c"):
+        files.write(name, b"x")
+    files.remove_directory("a/b")
+    files.remove_directory("a/b")
+    assert (files.names("a"), files.names("a/b")) == (["c"], [])
+
+
 def test_a_check_leaves_nothing_behind(files: Files) -> None:
     files.check_writable("store.uri")
     files.write("a", b"x")

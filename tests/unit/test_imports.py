@@ -75,6 +75,7 @@ def test_a_heavy_import_would_be_seen() -> None:
         "sweep.export",
         "sweep.planning",
         "sweep.store",
+        "sweep.targets",
         "workers.data",
         "workers.checkpoint",
         "workers.task",

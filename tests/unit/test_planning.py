@@ -176,6 +176,26 @@ def test_nothing_but_invalid_points_is_refused_with_the_reasons(granularities: s
     assert str(error.value).count("\n") == len(granularities.split(","))
 
 
+def test_blocks_that_do_not_divide_a_layers_outputs_are_refused_by_layer(tmp_path: Path, captions: Path) -> None:
+    odd = save_checkpoint(tmp_path / "odd", "llama", intermediate_size=384, num_key_value_heads=2)  # 2 heads of 32: 64 outputs
+    model = ["model=hf_causal_lm", f"model.path={odd}", "dataset=coco2017_captions", f"dataset.captions_path={captions}"]
+    with pytest.raises(SweepError, match=r"Blocks of 128 rows do not divide the 64 outputs of model\.layers\.0\.self_attn\.k_proj \(4 such layers\)"):
+        plan(*model, "quant_pair=wfp8_afp8", "quant_granularity=w_block128x128_a_group128")
+
+
+def test_the_bundled_model_takes_every_format_that_is_served() -> None:
+    trials = by_name("quant_pair=wfp8_afp8,wfp4_afp4,wfp4_afp8", "quant_granularity=mx,w_mx,w_block128x128_a_group128")
+    skipped = {name for name, trial in trials.items() if trial.cell_id is None}
+    assert skipped == {"wfp4_afp4/w_block128x128_a_group128/small", "wfp4_afp8/w_block128x128_a_group128/small"}
+
+
+def test_a_score_does_not_depend_on_the_target(own: list[str]) -> None:
+    def identities(target: str) -> list[tuple[str, str | None]]:
+        return [(trial.trial_id, trial.cell_id) for trial in plan(*own, f"target={target}").trials]
+
+    assert identities("vllm_sm90") == identities("trtllm_sm100")
+
+
 def test_groups_that_do_not_divide_a_layers_inputs_are_refused_by_layer(tmp_path: Path, captions: Path) -> None:
     odd = save_checkpoint(tmp_path / "odd", "qwen3", hidden_size=96, intermediate_size=160)
     own = ["model=hf_causal_lm", f"model.path={odd}", "dataset=coco2017_captions", f"dataset.captions_path={captions}"]

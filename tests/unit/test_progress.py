@@ -17,8 +17,8 @@ def task(label: str, n_groups: int, *sizes: str) -> Any:
     return SimpleNamespace(label=label, cells={size: f"cell-{size}" for size in sizes}, n_steps=n_groups * len(sizes))
 
 
-def done(task_id: str, n: int) -> Progress:
-    return Progress(task_id=task_id, done=n, total=0)
+def done(task_id: str, n: int, found: int = 0) -> Progress:
+    return Progress(task_id=task_id, done=n, found=found)
 
 
 class Clock:
@@ -65,10 +65,10 @@ def test_rate_and_time_left_do_not_count_what_was_in_the_store(tally: Tally, clo
     assert (tally.groups_per_second, tally.eta_seconds) == (0.0, None)
     clock.now += 60  # Ray starts, models load
     tally.start()
-    tally.update(done("a", 8))  # found in the store
+    tally.update(done("a", 8, found=8))
     clock.now += 2
     assert (tally.groups_per_second, tally.eta_seconds) == (0.0, None)
-    tally.update(done("a", 12))
+    tally.update(done("a", 12, found=8))
     assert tally.groups_per_second == 4 / 2
     assert tally.eta_seconds == (25 - 12) / 2
     clock.now += 2
@@ -76,6 +76,14 @@ def test_rate_and_time_left_do_not_count_what_was_in_the_store(tally: Tally, clo
     tally.update(done("b", 4))
     assert tally.groups_per_second == (4 + 4) / 4
     assert tally.eta_seconds == (25 - 16) / 2
+
+
+def test_what_several_workers_have_done_of_a_task_adds_up_and_a_dead_ones_part_counts_once(tally: Tally) -> None:
+    tally.update(Progress(task_id="a", done=6, found=0, lease=1))
+    tally.update(Progress(task_id="a", done=10, found=0, lease=2))
+    assert tally.done_of("a") == 16
+    tally.update(Progress(task_id="a", done=10, found=6, lease=3))  # what lease 1 left, and four more
+    assert tally.done_of("a") == 20
 
 
 @pytest.mark.parametrize(

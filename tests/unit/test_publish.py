@@ -85,6 +85,8 @@ def test_the_manifest_sums_every_other_file(tmp_path: Path) -> None:
         data = (tmp_path / FOLDER / name).read_bytes()
         assert known == {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     assert (manifest["cell_id"], manifest["model_revision"]) == ("cell-default-4.0", "a" * 64)
+    assert manifest["served_as"]["vllm_sm90"] == {"status": "none", "runs_as": None, "reader_name": None}  # wint4_aint8 with static inputs
+    assert len(manifest["served_as"]) == 5
 
 
 def test_published_scores_and_config_read_with_stock_tools(tmp_path: Path) -> None:

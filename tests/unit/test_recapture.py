@@ -11,11 +11,10 @@ from sweep.errors import SweepError
 from sweep.mixed import MixedRecipe
 from tests.models import random_model, random_samples
 from tests.recipes import FORMATS, format_of, recipe_of
-from workers.applied import applied
+from workers.applied import applied, calibrated_model
 from workers.calibration import calibrated_linears, fake_quantized, quantized_inputs
 from workers.capture import batch_to, capture, labels_of, summed_loss
 from workers.data import make_plan
-from workers.group_quants import calibrated_model
 from workers.recapture import recaptured_scores
 from workers.scores import NotFinite
 from workers.scoring import Engine, Job

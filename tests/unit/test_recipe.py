@@ -285,6 +285,52 @@ def test_scores_depend_on_the_calibration_size_only_if_a_range_of_inputs_is_cali
     assert (recipe.calibrates_activations, recipe.has_dynamic_blocks) == (calibrates, has_dynamic_blocks)
 
 
+@pytest.mark.parametrize(
+    ("pair", "granularity", "format_name"),
+    [
+        ("wfp8_afp8", "mx", "MXFP8_DEFAULT_CFG"),
+        ("wfp4_afp4", "mx", "MXFP4_DEFAULT_CFG"),
+        ("wfp4_afp8", "w_mx", "W4A8_MXFP4_FP8_CFG"),
+        ("wint8_aint8", "mx", "MXINT8_DEFAULT_CFG"),
+        ("wfp4_afp4", "default", "NVFP4_DEFAULT_CFG"),
+        ("wfp4_afp16", "default", "W4A16_NVFP4_CFG"),
+        ("wfp8_afp8", "recipe_match_channel_token", "FP8_PER_CHANNEL_PER_TOKEN_CFG"),
+        ("wfp8_afp16", "w_block128x128_a_group128", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"),
+    ],
+)
+def test_formats_that_are_served_are_modelopts_presets(pair: str, granularity: str, format_name: str) -> None:
+    recipe = made(pair, granularity)
+    theirs = {entry["quantizer_name"]: entry["cfg"] for entry in stored_preset(format_name)["quant_cfg"] if entry.get("cfg")}
+    for quantizer, spec in ((WEIGHT, recipe.weight), (INPUT, recipe.activation)):
+        ours = spec and {**ATTRIBUTE_DEFAULTS, **spec.attributes}
+        preset_cfg = theirs.get(quantizer) and {**ATTRIBUTE_DEFAULTS, **theirs[quantizer]}
+        for cfg in (ours, preset_cfg):
+            if cfg:
+                cfg.pop(COST_HINT, None)
+        assert ours == preset_cfg
+
+
+def test_blocks_of_128x128_come_with_inputs_in_groups_of_a_token() -> None:
+    recipe = made("wfp8_afp8", "w_block128x128_a_group128")
+    assert cfg_of(recipe, WEIGHT) == FP8 | {"block_sizes": {-1: 128, -2: 128}}
+    assert cfg_of(recipe, INPUT) == FP8 | {"type": "dynamic", "block_sizes": {-1: 128}}
+    assert (recipe.block_lengths, recipe.block_rows, recipe.calibrates_activations, recipe.has_dynamic_blocks) == ((128, 128), 128, False, False)
+    assert recipe.effective_bits == 8 + 16 / 128**2  # 8.001
+
+
+@pytest.mark.parametrize(
+    ("pair", "bits", "activation"), [("wfp8_afp8", 8.25, (4, 3)), ("wfp4_afp16", 4.25, None), ("wfp4_afp8", 4.25, (4, 3)), ("wfp4_afp4", 4.25, (2, 1))]
+)
+def test_mx_has_a_power_of_two_for_32_values_of_weights_and_of_quantized_inputs(pair: str, bits: float, activation: tuple[int, int] | None) -> None:
+    recipe = made(pair, "mx")
+    blocks = {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}
+    assert recipe.weight is not None
+    assert recipe.weight.block_sizes == blocks
+    assert recipe.activation is None if activation is None else recipe.activation and recipe.activation.block_sizes == blocks
+    assert (recipe.activation and recipe.activation.num_bits) == activation
+    assert (recipe.effective_bits, recipe.calibrates_activations, recipe.has_dynamic_blocks, recipe.block_rows) == (bits, False, True, None)
+
+
 def test_mx_formats_calibrate_nothing() -> None:
     recipe = made(own_pair("MXFP8_DEFAULT_CFG", "fp8", "fp8"))
     assert (recipe.calibrates_activations, recipe.has_dynamic_blocks, recipe.effective_bits) == (False, True, 8.25)
@@ -334,6 +380,10 @@ def test_an_overlay_that_means_nothing_is_refused_whatever_the_pair(granularity:
         ("wint8_aint8", overlay(input={"axis": 0}), "Rows of activations are tokens"),
         ("wint8_aint8", overlay(weight={"num_bits": 4}), "says weight: int8"),
         ("wfp4_afp16", overlay(weight={"block_sizes": {-2: 16}}), "Dynamic blocks of weights"),
+        ("wfp4_afp4", "w_block128x128_a_group128", "Dynamic blocks of weights"),
+        ("wint4_afp16", "mx", "no 4-bit integers"),
+        ("wfp8_aint4", "mx", "no 4-bit integers"),
+        ("wfp8_afp8", overlay(input={"type": "dynamic", "block_sizes": {-1: 128, -2: 128}}), "would mix tokens"),
         (own_pair("MXFP8_DEFAULT_CFG", "fp8", "fp8"), "a_per_token_dynamic", "Dynamic blocks of activations"),
         (own_pair("MXFP6_DEFAULT_CFG", "fp8", "fp8"), "w_per_tensor", "in dynamic blocks only"),
         (own_pair("INT8_DEFAULT_CFG", "int8", "fp16"), "default", "says activation: fp16"),

@@ -12,7 +12,9 @@ from sweep.records import SCORES_SCHEMA, FinishedTrial, TrialRow
 from sweep.report import render_json, render_markdown, summary_lines
 from sweep.report_index import render_index
 from sweep.report_rows import analyse, portable_config, short_group
+from sweep.targets import all_targets
 
+TARGETS = {target.name: target for target in all_targets()}
 LAYERS = "model.language_model.layers"
 CONFIG = {
     "model": {"name": "tiny", "path": "/home/ann/models/tiny-vl"},
@@ -150,9 +152,41 @@ def test_published_config_names_no_machine_and_no_store() -> None:
 
 
 def test_summary_lines_name_the_most_sensitive_groups_of_each_trial() -> None:
-    heading, line = summary_lines([SMALL], top=1)
-    assert heading.split()[:3] == ["pair", "granularity", "size"]
-    assert line.split() == ["wint4_afp16", "w_group64", "small", "4.25", "0.08", "layers.1.mlp.down_proj", "75%"]
+    heading, line = summary_lines([SMALL], 1, TARGETS["vllm_sm90"])
+    assert heading.split()[:7] == ["pair", "granularity", "size", "bits", "KL/pred.", "on", "vllm_sm90"]
+    assert line.split() == ["wint4_afp16", "w_group64", "small", "4.25", "0.08", "native", "layers.1.mlp.down_proj", "75%"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "granularity", "algorithm", "words"),
+    [
+        ("wfp4_afp4", "default", "max", "as wfp4_afp16/default"),
+        ("wfp8_aint8", "default", "max", "none"),
+        ("wint4_afp16", "w_group64", "awq_lite", "native"),
+        ("wint4_afp16", "w_group64", "smoothquant", "none"),
+    ],
+)
+def test_summary_lines_say_what_the_target_makes_of_each_recipe(pair: str, granularity: str, algorithm: str, words: str) -> None:
+    one = finished({"a.b": [1.0]}, quant_pair=pair, quant_granularity=granularity, config=json.dumps({"sensitivity": {"quant_algorithm": algorithm}}))
+    _, line = summary_lines([one], 1, TARGETS["vllm_sm90"])
+    assert f" {words} a.b 100%" in " ".join(line.split())
+
+
+def test_a_report_says_what_every_target_makes_of_the_recipe() -> None:
+    one = finished({"a.b": [1.0]}, quant_pair="wfp4_afp4", quant_granularity="default")
+    lines = [line for line in render_markdown(analyse(one)).splitlines() if line.startswith("| on ")]
+    assert [line.split("`")[1] for line in lines] == sorted(TARGETS)
+    assert "| on `vllm_sm90` | runs as `wfp4_afp16/default`: `CompressedTensorsW4A4Fp4 on Marlin (NVFP4)` |" in lines
+    assert "| on `trtllm_sm100` | runs as it is: `NVFP4` |" in lines
+    assert "| on `vllm_sm90` | nothing runs it |" in render_markdown(analyse(finished({"a.b": [1.0]}, quant_pair="wfp8_aint8")))
+    served = json.loads(render_json(analyse(one)))["scheme"]["served_as"]
+    assert served["trtllm_sm100"] == {"status": "native", "runs_as": None, "reader_name": "NVFP4"}
+    assert [name for name, status in served.items() if status["status"] == "runs_as"] == ["trtllm_sm90", "vllm_sm90"]
+
+
+def test_a_report_does_not_depend_on_the_target_it_was_run_for() -> None:
+    with_target = finished({"a.b": [1.0]}, config=json.dumps(CONFIG | {"target": {"name": "vllm_sm120"}}))
+    assert render_json(analyse(with_target)) == render_json(analyse(finished({"a.b": [1.0]})))
 
 
 def test_index_pages_link_downwards() -> None:
@@ -165,8 +199,9 @@ def test_index_pages_link_downwards() -> None:
         "top_shares": [0.4],
     }
     base = "tiny/layer-analysis"
+    served = {"a_sm90": {"status": "native"}, "b_sm90": {"status": "runs_as"}, "c_sm90": {"status": "none"}}
     manifests = {
-        f"{base}/weight-fp8-act-fp8/default/lm_only-glosses-small-gradient": {"summary": summary | {"total_predicted_kl": 0.25}},
+        f"{base}/weight-fp8-act-fp8/default/lm_only-glosses-small-gradient": {"summary": summary | {"total_predicted_kl": 0.25}, "served_as": served},
         f"{base}/weight-fp8-act-fp8/w_group64/lm_only-glosses-small-gradient": {"summary": summary | {"total_predicted_kl": 0.125}},
     }
     top = render_index(base, manifests)
@@ -176,4 +211,5 @@ def test_index_pages_link_downwards() -> None:
     assert "| [default](default/README.md) | 1 | 8 | 0.25 |" in pair
     leaf = render_index(f"{base}/weight-fp8-act-fp8/default", {folder: m for folder, m in manifests.items() if "/default/" in folder})
     link = "[lm_only-glosses-small-gradient](lm_only-glosses-small-gradient/per-layer-sensitivity.md)"
-    assert f"| {link} | 16 | 8 | 0.25 | 2 groups | `a.b` 40% |" in leaf
+    assert f"| {link} | 16 | 8 | 0.25 | 2 groups | `a.b` 40% | a_sm90, (b_sm90) |" in leaf
+    assert "`a.b` 40% | none |" in pair  # of a folder that an older version left

@@ -59,7 +59,7 @@ def rows(store: Path, wanted: SweepPlan) -> list[dict[str, Any]]:
 def together(place: Path) -> dict[str, bytes]:
     """The cells of all recipes and two sizes, scored in one visit to each layer."""
     progress = score(Scorer(str(place / "together"), "cpu"), plan(place, *GRID, "dataset.size=small,medium"))
-    assert {label: (one.done, one.total, one.failure) for label, one in progress.items()} == dict.fromkeys(progress, (16, 16, None))
+    assert {label: (one.done, one.found, one.failure) for label, one in progress.items()} == dict.fromkeys(progress, (16, 0, None))
     assert not list((place / "together").glob("parts/*"))
     found = cells(place / "together")
     assert len(found) == 6 * 2
@@ -86,6 +86,7 @@ def test_a_cells_bits_do_not_depend_on_what_is_asked_beside_it(
 ) -> None:
     ask(Scorer(str(tmp_path), "cpu"), plan(place, *GRID, f"dataset.size={sizes}"))
     found = cells(tmp_path)
+    assert not list(tmp_path.glob("parts/*"))
     assert len(found) == (1 if ask is the_last_alone else 6) * (1 + sizes.count(","))
     assert found == {cell: together[cell] for cell in found}
 
@@ -96,6 +97,17 @@ def test_a_capture_that_is_too_small_is_replaced(place: Path, together: dict[str
         score(scorer, plan(place, *GRID, f"dataset.size={size}"))
     assert cells(tmp_path) == together
     assert scorer.model_loads == 1
+
+
+def test_a_cell_is_complete_when_the_last_of_its_parts_is_there(place: Path, together: dict[str, bytes], tmp_path: Path) -> None:
+    wanted = plan(place, *GRID, "dataset.size=small,medium")
+    tasks = list(wanted.tasks.values())
+    for layer in (1, 0):
+        assert cells(tmp_path) == {}
+        *_, last = Scorer(str(tmp_path), "cpu").score(tasks, wanted.plans[tasks[0].plan_id], [f"model.language_model.layers.{layer}"])
+        assert (last.done, last.found) == (8, 0)
+    assert cells(tmp_path) == together
+    assert not list(tmp_path.glob("parts/*"))
 
 
 @pytest.mark.parametrize("n_reports", [7, 10, 15])
@@ -112,10 +124,11 @@ def test_a_worker_that_is_cut_short_leaves_parts_that_the_next_one_keeps(n_repor
     left[0].write_bytes(left[0].read_bytes()[:-9])
     left[-1].unlink()
     scorer = Scorer(str(tmp_path), "cpu")
-    next(iter(scorer.score(tasks, wanted.plans[tasks[0].plan_id])))  # looks at what is there, and drops the damaged part
-    assert not left[0].exists()
+    list(islice(scorer.score(tasks, wanted.plans[tasks[0].plan_id]), len(tasks) + 1))  # looks at what is there, and drops the damaged part
+    scorer._writers.shutdown()
+    assert not left[0].exists() or left[0].stat().st_mtime_ns > times[left[0]]
     assert all(path.stat().st_mtime_ns == times[path] for path in left[1:-1])
-    score(scorer, wanted)
+    score(Scorer(str(tmp_path), "cpu"), wanted)
     assert cells(tmp_path) == together
     assert not list(tmp_path.glob("parts/*"))
 
@@ -130,7 +143,7 @@ def test_a_finished_part_is_not_scored_again(place: Path, tmp_path: Path) -> Non
     store.write_part(cell, "model.language_model.layers.0", first.set_column(first.schema.get_field_index("input_amax"), "input_amax", [[12345.0] * 4]))
     shutil.rmtree(tmp_path / "scores")
     progress = list(Scorer(str(tmp_path), "cpu").score([task], wanted.plans[task.plan_id]))
-    assert (progress[0].done, progress[-1].done) == (4, 8)
+    assert (progress[0].done, progress[-1].done, progress[-1].found) == (0, 8, 4)
     amaxes = store.scores(cell)["input_amax"].to_pylist()
     assert amaxes[:4] == [12345.0] * 4
     assert max(amaxes[4:]) < 100
@@ -268,7 +281,7 @@ def test_a_cell_that_was_finished_meanwhile_is_not_scored_again(place: Path, tmp
     Store(str(tmp_path)).write_part(cell, "model.language_model.layers.0", Store(str(tmp_path)).scores(cell).slice(0, 4))
     again = Scorer(str(tmp_path), "cpu")
     reports = list(again.score([task], wanted.plans[task.plan_id]))
-    assert (reports[-1].done, reports[-1].total) == (task.n_steps, task.n_steps)
+    assert (reports[-1].done, reports[-1].found) == (task.n_steps, task.n_steps)
     assert again.info()["capture_seconds"] == 0
     assert cells(tmp_path) == before
     assert not list(tmp_path.glob("parts/*"))

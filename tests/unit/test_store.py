@@ -30,6 +30,11 @@ store.complete(sys.argv[2], dict.fromkeys(sys.argv[3:]))
 """
 
 
+def whole_parts(store: Store, cell: str) -> set[str]:
+    """Parts that need no scoring again."""
+    return {part for part in store.part_names(cell) if store.has_part(cell, part)}
+
+
 def rows(part: str) -> pa.Table:
     """Two groups of a part; the second was never called."""
     common = {"cell_id": CELL, "layer_index": 0, "n_predictions": 10, "n_samples": 2, "weight_elements": 64, "effective_bits": 4.5}
@@ -68,7 +73,7 @@ def fill(store: Store, *parts: str) -> Store:
 def test_a_cell_is_finished_when_its_parts_are_joined_in_the_order_given(store: Store) -> None:
     for n, part in enumerate(PARTS, start=1):
         fill(store, part)
-        assert store.finished_parts(CELL) == set(PARTS[:n])
+        assert whole_parts(store, CELL) == set(PARTS[:n])
     assert not store.is_finished(CELL)
     store.complete(CELL, IN_STORE)
     assert store.is_finished(CELL)
@@ -77,7 +82,7 @@ def test_a_cell_is_finished_when_its_parts_are_joined_in_the_order_given(store: 
     assert scores["group"].to_pylist() == [f"{part}.{module}" for part in PARTS for module in "qo"]
     assert scores["score"].to_pylist() == [value for part in PARTS for value in (len(part) / 3, None)]  # doubles, to the last bit
     assert scores["sample_scores"].to_pylist()[:2] == [[0.25, 0.0], None]
-    assert store.finished_parts(CELL) == set()
+    assert whole_parts(store, CELL) == set()
     assert store.files.names("parts") == []
 
 
@@ -101,7 +106,7 @@ def test_a_cell_that_lacks_a_part_is_not_finished(store: Store) -> None:
     with pytest.raises(FileNotFoundError):
         fill(store, *PARTS[:2]).complete(CELL, IN_STORE)
     assert not store.is_finished(CELL)
-    assert store.finished_parts(CELL) == set(PARTS[:2])
+    assert whole_parts(store, CELL) == set(PARTS[:2])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,7 @@ def test_a_writer_killed_while_completing_loses_nothing(patch: str, finished: bo
     assert ended.returncode == -signal.SIGKILL
     assert store.is_finished(CELL) == finished
     assert len(list(tmp_path.glob("scores/*/*.parquet"))) == finished  # what a reader without our code globs
-    assert store.finished_parts(CELL) == set(PARTS)
+    assert whole_parts(store, CELL) == set(PARTS)
     store.complete(CELL, IN_STORE)
     assert store.scores(CELL).num_rows == 2 * len(PARTS)
     assert store.files.names("parts") == []
@@ -152,14 +157,14 @@ def test_parts_that_a_finished_cell_has_left_are_dropped_and_no_others(store: St
     before = store.files.read(SCORES)
     store.drop_leftovers()
     assert store.files.names(f"parts/cell={CELL}") == []
-    assert store.finished_parts("other") == {PARTS[0]}
+    assert whole_parts(store, "other") == {PARTS[0]}
     assert store.files.read(SCORES) == before
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_part_is_not_finished_and_scored_again(damage: Callable[[bytes], bytes], store: Store) -> None:
     fill(store).files.write(PART, damage(store.files.read(PART)))
-    assert store.finished_parts(CELL) == {PARTS[0], PARTS[2]}
+    assert whole_parts(store, CELL) == {PARTS[0], PARTS[2]}
     assert not store.files.exists(PART)
     fill(store, PARTS[1]).complete(CELL, IN_STORE)
     assert store.scores(CELL)["group"].to_pylist() == [f"{part}.{module}" for part in PARTS for module in "qo"]
@@ -183,7 +188,7 @@ def test_a_file_of_another_schema_version_is_refused_and_kept(version: int | Non
     contents = {path: of_version(version, schema) for path, schema in files.items()}
     for path, content in contents.items():
         store.files.write(path, content)
-    for read in (lambda: store.scores(CELL), lambda: store.finished_parts(CELL), lambda: store.complete(CELL, {PARTS[1]: None}), store.trials):
+    for read in (lambda: store.scores(CELL), lambda: whole_parts(store, CELL), lambda: store.complete(CELL, {PARTS[1]: None}), store.trials):
         with pytest.raises(SweepError, match=f"has schema version {version or 'missing'}; this program reads {SCHEMA_VERSION}"):
             read()
     assert {path: store.files.read(path) for path in files} == contents
@@ -255,7 +260,7 @@ def test_a_runs_heartbeat_is_the_last_one_written_oldest_run_first(store: Store)
 
 def test_an_empty_store_holds_nothing(store: Store) -> None:
     store.compact_trials(["1"])
-    assert (store.trials(), store.runs(), store.finished_parts(CELL), store.is_finished(CELL)) == ({}, {}, set(), False)
+    assert (store.trials(), store.runs(), whole_parts(store, CELL), store.is_finished(CELL)) == ({}, {}, set(), False)
 
 
 def test_duckdb_reads_the_store_without_our_code(tmp_path: Path) -> None:

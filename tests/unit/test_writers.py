@@ -30,7 +30,7 @@ def task(name: str) -> Task:
 
 def opened(writers: Writers, store: Path, names: Sequence[str]) -> None:
     for name in names:
-        writers.open(Ledger(task(name), {"small": 3}, PARTS, {"small": ()}, str(store)))
+        writers.open(Ledger(task(name), {"small": 3}, PARTS, str(store)))
 
 
 @pytest.mark.parametrize("processes", [False, True])
@@ -48,7 +48,7 @@ def test_parts_become_cells(tmp_path: Path, processes: bool) -> None:
         assert table["output_rel_error"].to_pylist()[0] == pytest.approx(0.1)
         assert table["output_sqnr_db"].to_pylist()[0] == pytest.approx(20)
     assert not store.is_finished("cell-c")
-    assert store.finished_parts("cell-c") == {part.name for part in PARTS}
+    assert store.part_names("cell-c") == {part.name for part in PARTS}
     writers.shutdown()
 
 

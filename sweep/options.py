@@ -1,0 +1,153 @@
+"""What a store says each layer group may get: formats, their damage and their size. From finished cells alone."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sweep.analysis import FloatArray, float_column, sample_matrix
+from sweep.compose import expand
+from sweep.config import SweepConfig, from_record
+from sweep.errors import SweepError
+from sweep.mixed import GroupFormat
+from sweep.planning import recipe_of
+from sweep.records import TrialRow
+from sweep.selection import finished_trials
+from sweep.store import Store
+
+UNQUANTIZED_BITS = 16.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A format for every layer group, and what it does to each."""
+
+    format: GroupFormat
+    cell_id: str
+    predicted_kl: FloatArray  # [groups], nats per prediction; infinite where nothing was measured
+    sample_kl: FloatArray | None = field(repr=False)  # [groups, samples], adds up to predicted_kl
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """All that was measured of one model on one data set."""
+
+    trial: TrialRow  # one of those that the options come from
+    config: SweepConfig  # its
+    groups: tuple[Mapping[str, Any], ...]  # group, modules, layer_index, weight_elements; in the model's order
+    formats: tuple[Option, ...]
+    elements: Mapping[str, int] | None  # of the model: see SweepPlan.models; None: the store does not know
+
+    @property
+    def weights(self) -> FloatArray:
+        """[groups], elements."""
+        return np.array([group["weight_elements"] for group in self.groups], dtype=np.float64)
+
+    @property
+    def other_bytes(self) -> float:
+        """Bytes of what no recipe touches, in 16 bits: embeddings, norms, lm_head, and a vision tower that is not covered.
+
+        Raises: SweepError: the store does not know.
+        """
+        if self.elements is None:
+            raise SweepError(
+                f"The store does not know the size of {self.trial.model}: an earlier version swept it. Type --bits instead of --gb, or sweep again."
+            )
+        return (self.elements["parameters"] - float(self.weights.sum())) * UNQUANTIZED_BITS / 8
+
+
+def read_options(store: Store, overrides: Sequence[str]) -> Options:
+    """The options that the finished trials of a store give, of the largest size that was measured.
+
+    Args:
+        store: read only.
+        overrides: Hydra's; those that name a property of trials select them.
+
+    Raises: SweepError: none, or of several models, data sets, coverages or methods, of which one must be typed.
+    """
+    rows = finished_trials(store, overrides)
+    asked = expand(overrides, multirun=True).points[0]
+    configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
+    rows = _of_one_kind(rows, configs)
+    largest = max(rows, key=lambda row: _n_samples(row)).size
+    rows = [row for row in rows if row.size == largest]
+    tables = {row.cell_id: store.scores(row.cell_id) for row in rows if row.cell_id is not None}
+    first = next(iter(tables.values()))
+    columns = ("group", "modules", "layer_index", "weight_elements")
+    groups = tuple(first.select(columns).to_pylist())
+    by_cell = {row.cell_id: row for row in reversed(rows)}  # equal trials share a cell: the first one's name counts
+    options: dict[str, Option] = {}
+    for row in rows:
+        if by_cell.get(row.cell_id) is not row or row.cell_id is None:
+            continue
+        table = tables[row.cell_id]
+        if table.select(columns).to_pylist() != list(groups):
+            raise SweepError(
+                f"Cells of {row.model} cover different layer groups: {row.trial_id}, {rows[0].trial_id}. Type quant_pair=... or quant_granularity=..."
+            )
+        option = _option(row.cell_id, configs[row.trial_id], table)
+        options.setdefault(option.format.label, option)
+    records = store.runs().values()
+    elements = next((record["models"][rows[0].model_revision] for record in records if rows[0].model_revision in record.get("models", {})), None)
+    return Options(trial=rows[0], config=configs[rows[0].trial_id], groups=groups, formats=tuple(options.values()), elements=elements)
+
+
+def _option(cell_id: str, config: SweepConfig, table: pa.Table) -> Option:
+    recipe = recipe_of(config)
+    kl = float_column(table, "predicted_kl")
+    score, samples = float_column(table, "score"), sample_matrix(table)
+    if samples is not None:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            samples = np.nan_to_num(samples * np.where(score > 0, kl / score, 0.0)[:, None])
+    return Option(
+        format=GroupFormat(
+            quant_pair=config.quant_pair.name,
+            quant_granularity=config.quant_granularity.name,
+            algorithm=recipe.algorithm,
+            scales=config.sensitivity.scales,
+            weight=recipe.weight and recipe.weight.attributes,
+            inputs=recipe.activation and recipe.activation.attributes,
+        ),
+        cell_id=cell_id,
+        predicted_kl=np.where(np.isfinite(kl), kl, np.inf),
+        sample_kl=samples,
+    )
+
+
+def _of_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]) -> list[TrialRow]:
+    """Damages of different models, data or methods cannot be added up."""
+
+    def kind(row: TrialRow) -> tuple[str, ...]:
+        config = configs[row.trial_id]
+        words = {
+            "model": f"{row.model} ({row.model_revision[:8]})",
+            "dataset": row.dataset,
+            "sensitivity.coverage": row.coverage,
+            "sensitivity.lm_head": str(config.sensitivity.lm_head).lower(),
+            "sensitivity.method": row.method,
+            "sensitivity.engine": row.engine,
+            "sensitivity.scales": config.sensitivity.scales,
+            "model.dtype": config.model.dtype,
+        }
+        return tuple(f"{key}={value}" for key, value in words.items())
+
+    kinds = {found: list(members) for found, members in groupby(sorted(rows, key=kind), key=kind)}
+    if len(kinds) > 1:
+        differing = [sorted(set(values)) for values in zip(*kinds, strict=True) if len(set(values)) > 1]
+        raise SweepError(
+            "The store holds trials of several kinds, whose damages cannot be compared: "
+            + "; ".join(" or ".join(values) for values in differing)
+            + ". Type the one you mean."
+        )
+    wanted = next(iter(kinds))
+    return [row for row in rows if kind(row) == wanted]
+
+
+def _n_samples(row: TrialRow) -> int:
+    from workers.data import SIZES
+
+    return SIZES[row.size]
