@@ -35,6 +35,7 @@ class Request:
     excludes: Sequence[str]
     uniform_layer: bool
     out: str | None
+    recapture: int  # how often the model is captured again with the recipe applied
     n_front: int | None
     rank: bool
     as_json: bool
@@ -48,10 +49,18 @@ def solve_command(request: Request) -> int:
     config = expand(request.overrides, multirun=True).points[0]
     target = Target.from_config(config.target)
     options = read_options(Store(config.store.uri), request.overrides)
-    problem = problem_of(options, rules_of(request, target, options))
-    budget = Budget(bits=request.bits, gb=request.gb)
+    rules, budget = rules_of(request, target, options), Budget(bits=request.bits, gb=request.gb)
+    problem = problem_of(options, rules)
     choice = solved(options, problem, budget)
-    made = recipe(options, choice, f"{options.trial.model}-{target.name}-{budget.slug}", target.name)
+    name = f"{options.trial.model}-{target.name}-{budget.slug}"
+    made = recipe(options, choice, name, target.name)
+    for _ in range(request.recapture):
+        from sweep.recapturing import recaptured_damage
+
+        damage = recaptured_damage(options, made, config)
+        problem = problem_of(options, rules, damage)
+        choice = solved(options, problem, budget)
+        made = recipe(options, choice, name, target.name, damage)
     out = Path(request.out).expanduser() if request.out else Path("outputs/recipes") / f"{made.name}.yaml"
     document: dict[str, Any] = summary(options, problem, choice, made) | {"recipe": str(out)}
     if request.rank:
