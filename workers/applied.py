@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sweep.errors import SweepError
 from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe
 from sweep.recipe_quantizer import QuantizerSpec
-from workers.calibration import calibrated_linears, fake_quantized, quantized_inputs
+from workers.calibration import calibrated_linears, fake_quantized, quantized_inputs, smoothed_inputs, smoothed_weight
 from workers.capture import batch_to
 from workers.data import Batch
 from workers.linear_quant import LinearQuant
@@ -32,7 +32,7 @@ def calibrated_model(model: nn.Module, batches: Sequence[Batch], recipe: MixedRe
 
     Raises: SweepError: no calibration sample reaches a group that needs them.
     """
-    n_tokens = sum(sum(batch.lengths) for batch in batches)
+    n_rows = sum(max(sum(batch.lengths), sum(batch.patch_counts)) for batch in batches)
     itemsize = next(model.parameters()).element_size()
     quants: dict[str, LinearQuant] = {}
     waiting: list[GroupChoice] = []
@@ -54,7 +54,7 @@ def calibrated_model(model: nn.Module, batches: Sequence[Batch], recipe: MixedRe
         chosen = recipe.format_of(choice)
         if chosen is None:
             continue
-        more = n_tokens * _linear(model, choice.group).in_features * itemsize if needs_inputs(chosen) else 0
+        more = n_rows * _linear(model, choice.group).in_features * itemsize if needs_inputs(chosen) else 0
         if waiting and size + more > room_bytes:
             flush()
             size = 0.0
@@ -66,33 +66,63 @@ def calibrated_model(model: nn.Module, batches: Sequence[Batch], recipe: MixedRe
 
 @contextmanager
 def applied(model: nn.Module, quants: Mapping[str, LinearQuant]) -> Generator[None]:
-    """The model as if it were quantized, in its own dtype, until the block ends.
+    """The model as if it were quantized, in its own dtype, until the block ends; gradients pass straight through quantizers of inputs.
+
+    A linear's forward is replaced, not its weight: embeddings that share the weight keep it, whoever measures the linear's error
+    finds the original, and hooks see what it reads before that is quantized.
 
     Args:
         model: unquantized.
         quants: from `calibrated_model`, by module name.
     """
-    originals: dict[str, Tensor] = {}
-    handles: list[RemovableHandle] = []
+    linears: dict[str, Any] = {name: _linear(model, name) for name in quants}
     try:
         with torch.no_grad():
-            for name, quant in quants.items():
-                linear = _linear(model, name)
-                originals[name] = linear.weight.data
-                if quant.weight is not None or quant.pre_quant_scale is not None:
-                    linear.weight.data = fake_quantized(quant, originals[name]).to(originals[name].dtype)
-                if quant.inputs is not None or quant.pre_quant_scale is not None:
-                    handles.append(linear.register_forward_pre_hook(_input_hook(quant)))
+            for name, linear in linears.items():
+                linear.forward = _forward(linear, quants[name])
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-        for name, weight in originals.items():
-            _linear(model, name).weight.data = weight
+        for linear in linears.values():
+            vars(linear).pop("forward", None)  # the instance's: the class's is back
 
 
-def _input_hook(quant: LinearQuant) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
-    return lambda _, args: (quantized_inputs(quant, args[0]).to(args[0].dtype),)
+@torch.no_grad()
+def output_error(quant: LinearQuant, weight_OI: Tensor, x_TI: Tensor) -> Tensor:
+    """How far a linear's output moves when it is quantized, in float32 and in delta form: x' dW'^T + dx' Q(W')^T.
+
+    The difference of two outputs would cancel.
+
+    Args:
+        quant: calibrated.
+        weight_OI: [out, in], unquantized.
+        x_TI: [rows, in], what the linear reads.
+
+    Returns: [rows, out].
+    """
+    quantized_OI, x = fake_quantized(quant, weight_OI), smoothed_inputs(quant, x_TI)
+    error_TO = F.linear(x, quantized_OI - smoothed_weight(quant, weight_OI))
+    return error_TO if quant.inputs is None else error_TO + F.linear(quantized_inputs(quant, x_TI) - x, quantized_OI)
+
+
+def _forward(linear: nn.Linear, quant: LinearQuant) -> Callable[[Tensor], Tensor]:
+    weight_OI, bias = fake_quantized(quant, linear.weight.detach()).to(linear.weight.dtype), linear.bias
+    if quant.inputs is None and quant.pre_quant_scale is None:
+        return lambda x: F.linear(x, weight_OI, bias)
+    return lambda x: F.linear(_StraightThrough.apply(x, quant), weight_OI, bias)  # pyright: ignore[reportArgumentType]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Q(x'), with the gradient that x' would have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quant: LinearQuant) -> Tensor:
+        ctx.scale = quant.pre_quant_scale
+        return quantized_inputs(quant, x).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = grad_outputs
+        return gradient if ctx.scale is None else (gradient * ctx.scale).to(gradient.dtype), None
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

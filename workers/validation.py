@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sweep.errors import SweepError
-from workers.applied import applied
+from workers.applied import applied, output_error
 from workers.baseline import float_logits
 from workers.capture import batch_to, labels_of
 from workers.data import Batch
@@ -59,7 +59,8 @@ class Validator:
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
             raise SweepError(f"{type(model).__name__} has no output layer to compare logits of. Only causal language models can be validated.")
-        self._model, self._head, self._head_weight = model, head, head.weight.data
+        self._model, self._head = model, head
+        self._head_name = next(name for name, module in model.named_modules() if module is head)
         self._batches = list(batches)
         self._base = [self._hidden(batch) for batch in self._batches]
 
@@ -71,7 +72,7 @@ class Validator:
         with applied(self._model, quants):
             for batch, base in zip(self._batches, self._base, strict=True):
                 labels = labels_of(batch).flatten().to(base.device)
-                found = _compared(base, self._hidden(batch), self._head_weight, self._head, labels).cpu().numpy()
+                found = _compared(base, self._hidden(batch), self._head, quants.get(self._head_name), labels).cpu().numpy()
                 if not np.isfinite(found).all():
                     raise SweepError("The quantized model gives NaN or infinite logits: the recipe breaks it.")
                 owners = np.repeat(batch.order, batch.lengths)[(labels != -100).cpu().numpy()]
@@ -89,25 +90,23 @@ class Validator:
             return read()
 
 
-def _compared(base_TH: Tensor, new_TH: Tensor, base_head_VH: Tensor, head: nn.Linear, labels_T: Tensor) -> Tensor:
-    """KL and change of the loss at each prediction, [2, predictions] float64."""
+def _compared(base_TH: Tensor, new_TH: Tensor, head: nn.Linear, head_quant: LinearQuant | None, labels_T: Tensor) -> Tensor:
+    """KL and change of the loss at each prediction, [2, predictions] float64. Args: head: unquantized."""
     rows = (labels_T != -100).nonzero().flatten()
-    unquantized = nn.Linear(base_head_VH.shape[1], base_head_VH.shape[0], bias=False, device="meta")
-    unquantized.weight = nn.Parameter(base_head_VH, requires_grad=False)
     found: list[Tensor] = []
     for some in rows.split(_HEAD_ROWS):
-        base = float_logits(unquantized, base_TH[some])
-        new = float_logits(head, new_TH[some])
-        log_probs = base.log_softmax(1)
-        labels = labels_T[some][:, None]
-        loss = log_probs.gather(1, labels) - new.log_softmax(1).gather(1, labels)
-        found.append(torch.stack([divergence(log_probs, new - base), loss[:, 0].double()]))
+        change = float_logits(head, new_TH[some] - base_TH[some])  # the difference of two outputs of the head would cancel
+        if head_quant is not None:
+            change += output_error(head_quant, head.weight, new_TH[some])
+        log_probs = float_logits(head, base_TH[some]).log_softmax(1)
+        loss = (log_probs + change).logsumexp(1) - change.gather(1, labels_T[some][:, None])[:, 0]
+        found.append(torch.stack([divergence(log_probs, change), loss.double()]))
     return torch.cat(found, dim=1)
 
 
 @contextmanager
 def _reading(head: nn.Linear) -> Generator[Callable[[], Tensor]]:
-    """Keep what the output layer reads, quantized if its inputs are, and have it multiply one row only."""
+    """Keep what the output layer reads, before that is quantized, and have it multiply one row only."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
