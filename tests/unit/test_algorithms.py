@@ -62,6 +62,7 @@ def stock(model: Any, plan: Plan, name: str, size: str, *, fused: bool = False) 
     entries = [{"quantizer_name": "*", "enable": False}, {"quantizer_name": "*language_model*weight_quantizer", "cfg": dict(weight)}]
     if inputs is not None:
         entries.append({"quantizer_name": "*language_model*input_quantizer", "cfg": dict(inputs)})
+    entries.append({"quantizer_name": "*embed_tokens*", "enable": False})
 
     def feed(network: Any) -> None:
         for batch in plan.batches(size):
