@@ -101,6 +101,11 @@ class SensitivityConfig(_Section):
     memory_gb: float | None  # memory a worker may use, 1e9 bytes; None: what is free on its GPU, or its share of the machine's
 
     def __post_init__(self) -> None:
+        if self.quant_algorithm != "max" and (self.engine != "layerwise" or self.method != "gradient"):
+            raise SweepError(
+                f"sensitivity.quant_algorithm={self.quant_algorithm} is scored by engine=layerwise, method=gradient only. "
+                "Type sensitivity.quant_algorithm=max, or leave engine and method out."
+            )
         if (self.engine, self.method) == ("modelopt", "kl_div"):
             raise SweepError("sensitivity.engine=modelopt cross-checks method=gradient only. Type sensitivity.method=gradient, or engine=layerwise.")
         if (self.engine, self.scales) == ("modelopt", "fused"):

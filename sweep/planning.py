@@ -145,6 +145,9 @@ class _Planner:
             "engine": point.sensitivity.engine,
             "dtype": dtype,
         }
+        fused = point.sensitivity.scales == "fused" and recipe.shares_ranges
+        if fused:
+            common["scales"] = "fused"
         cell_id = _hash(common | {"data": digest})[:20]
         task_id = _hash(common | {"plan": plan_id})[:20]
         if task_id not in self.tasks:
@@ -157,6 +160,7 @@ class _Planner:
                 engine=point.sensitivity.engine,
                 quant_cfg=tuple(recipe.quant_cfg),
                 algorithm=recipe.algorithm,
+                fused=fused,
                 weight_attributes=recipe.weight and recipe.weight.attributes,
                 input_attributes=recipe.activation and recipe.activation.attributes,
                 calibrates_inputs=recipe.calibrates_activations,

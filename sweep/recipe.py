@@ -16,7 +16,9 @@ from sweep.errors import InvalidRecipe, SweepError
 from sweep.recipe_fields import QUANTIZERS, check_fields
 from sweep.recipe_quantizer import COST_HINT, QuantizerSpec, check_format
 
-ALGORITHMS: Final = ("max",)  # calibration algorithms that have a parity test against ModelOpt
+ALGORITHMS: Final = ("max", "mse", "awq_lite", "smoothquant")  # calibration algorithms that have a parity test against ModelOpt
+
+SCALES_INPUTS: Final = frozenset({"awq_lite", "smoothquant"})  # those that multiply the inputs by a scale, found on samples
 
 _VISION_PATTERNS = frozenset({"*visual*", "*vision_tower*", "*vision_model*", "*embed_vision*", "*multi_modal_projector*"})
 _LM_HEAD_PATTERNS = frozenset({"*lm_head*", "*output_layer*"})
@@ -47,8 +49,13 @@ class Recipe:
 
     @property
     def calibrates_activations(self) -> bool:
-        """Whether scores depend on the samples that calibrated the inputs' range."""
-        return self.activation is not None and self.activation.is_calibrated
+        """Whether scores depend on the samples that calibrated the inputs' range or scale."""
+        return self.algorithm in SCALES_INPUTS or (self.activation is not None and self.activation.is_calibrated)
+
+    @property
+    def shares_ranges(self) -> bool:
+        """Whether it makes a difference that linears of a group share what runtimes share."""
+        return self.algorithm in SCALES_INPUTS or (self.weight is not None and self.weight.is_per_tensor)
 
     @property
     def has_dynamic_blocks(self) -> bool:
@@ -101,6 +108,7 @@ def resolve(pair: PairConfig, granularity: GranularityConfig, preset: Mapping[st
     weight, activation = (_spec(entries, quantizer) for quantizer in QUANTIZERS)
     recipe = Recipe(quant_cfg=entries, algorithm=algorithm, weight=weight, activation=activation)
     _check_formats(recipe)
+    _check_algorithm(recipe)
     _check_labels(pair, recipe)
     return recipe
 
@@ -137,7 +145,7 @@ def _own_entries(pair: PairConfig, entries: list[dict[str, Any]], preset_algorit
     Raises: InvalidRecipe: the preset is more than one number format for the weights and one for the inputs of every linear.
     """
     preset = f"format_name={pair.format_name} of quant_pair {pair.name!r}"
-    if preset_algorithm not in (None, algorithm):
+    if preset_algorithm not in (None, "max", algorithm):
         raise InvalidRecipe(f"{preset} calibrates with {preset_algorithm!r}, not {algorithm!r}: its scores would be another format's. Choose another preset.")
     for entry in entries:
         enables = entry.get("cfg") is not None or entry.get("enable") is True
@@ -192,6 +200,22 @@ def _check_formats(recipe: Recipe) -> None:
         raise InvalidRecipe("Blocks of activations lie within one token: axis -2 would mix tokens. Leave it out of the inputs' block_sizes.")
     if inputs.block_sizes and inputs.is_calibrated and not inputs.has_dynamic_blocks:
         raise InvalidRecipe("Static blocks of activations need inputs of one fixed shape. Choose type: dynamic, or no block_sizes for the inputs.")
+
+
+def _check_algorithm(recipe: Recipe) -> None:
+    """Refuse what ModelOpt's algorithm would skip without a word, or cannot do."""
+    weight, inputs, algorithm = recipe.weight, recipe.activation, recipe.algorithm
+    if algorithm == "max":
+        return
+    static_inputs = inputs is not None and inputs.is_calibrated and not inputs.has_dynamic_blocks
+    if algorithm == "mse" and (weight is None or not weight.is_calibrated or weight.has_dynamic_blocks):
+        raise InvalidRecipe("quant_algorithm=mse searches ranges of weights; these have none to search. Choose max, or a format with static ranges.")
+    if algorithm == "awq_lite" and not (weight is not None and weight.is_calibrated and not weight.has_dynamic_blocks and set(weight.block_sizes) >= {-1}):
+        raise InvalidRecipe("quant_algorithm=awq_lite needs weights in static groups along the inputs, as INT4 under w_group128. Choose max, or these.")
+    if algorithm == "awq_lite" and inputs is not None and not static_inputs:
+        raise InvalidRecipe("quant_algorithm=awq_lite needs inputs in 16 bits or with a static range. Choose max, or another granularity.")
+    if algorithm == "smoothquant" and not (weight is not None and inputs is not None and weight.num_bits == inputs.num_bits == 8 and static_inputs):
+        raise InvalidRecipe("quant_algorithm=smoothquant is for INT8 weights and INT8 inputs with a static range: wint8_aint8/default. Choose max, or that.")
 
 
 def _check_labels(pair: PairConfig, recipe: Recipe) -> None:

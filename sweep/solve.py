@@ -1,10 +1,13 @@
 """The best mix of formats under a budget: a multiple-choice knapsack, solved to the optimum by HiGHS. Arrays in, choices out."""
 
+import logging
 import os
 import sys
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +18,12 @@ from scipy.sparse import coo_array, csr_array, vstack
 from sweep.analysis import FloatArray, IntArray
 
 _GAP: Final = 1e-9  # relative: damages are not known to more digits
-_SECONDS: Final = 20.0  # then the best choice found so far counts; never seen to be needed
+_ROUNDING: Final = 1e-12  # relative: so much over the budget is the rounding of the budget itself
+_SCALE: Final = 1e6  # of the budget inside HiGHS
+_SECONDS: Final = 20.0  # then the best choice so far counts, and its gap is said; real scores take less than one
+_TIME_IS_UP: Final = 1  # status of scipy's milp
+
+_log = logging.getLogger(__name__)
 
 
 class Infeasible(ValueError):
@@ -103,63 +111,102 @@ def _summed(values: FloatArray, of_group: npt.NDArray[np.intp], n_blocks: int) -
 
 
 def _solve_apart(problem: Problem, budget: float) -> IntArray:
-    low, _ = cost_range(problem)
-    if low > budget:
+    low, high = cost_range(problem)
+    room = budget * (1 + _ROUNDING)
+    if low > room:
         raise Infeasible(low)
+    if high <= room:
+        return np.lexsort((problem.cost, problem.damage), axis=1)[:, 0]
     options = [useful_options(damage, cost) for damage, cost in zip(problem.damage, problem.cost, strict=True)]
     groups = np.repeat(np.arange(len(options)), [len(some) for some in options])
     flat = np.concatenate(options)
-    damage, cost = problem.damage[groups, flat], problem.cost[groups, flat] / max(budget, 1.0)
-    price, bound, choice = _relaxed(problem, options, groups, damage, cost)
+    damage, cost = problem.damage[groups, flat], problem.cost[groups, flat]
+    choice = _exchanged(problem, options, room)
+    price, bound = _relaxed(damage, cost / room, groups)
     # An option that raises the bound above what is already reached is in no better choice: few are left.
-    excess = damage + price * cost - _least(damage + price * cost, groups)[groups]
-    left = excess <= (total(problem.damage, choice) - bound) * (1 + 1e-9)
-    left |= flat == choice[groups]
-    better = _exact(damage[left], cost[left], groups[left], scale=1e3 / bound if bound > 0 else 1.0)
+    priced = damage + price * cost / room
+    reached = total(problem.damage, choice)
+    left = (priced - _least(priced, groups)[groups] <= reached - bound + _GAP * reached) | (flat == choice[groups])
+    better = _exact(damage[left], cost[left], groups[left], room, reached)
     candidate = choice.copy()
     candidate[groups[left][better]] = flat[left][better]
-    fits = total(problem.cost, candidate) <= budget and total(problem.damage, candidate) <= total(problem.damage, choice)
-    return candidate if fits else choice
+    return candidate if total(problem.damage, candidate) < reached else choice
 
 
-def _relaxed(problem: Problem, options: Sequence[IntArray], groups: IntArray, damage: FloatArray, cost: FloatArray) -> tuple[float, float, IntArray]:
-    """The price of a unit of budget, a bound from below on the damage, and a choice that fits: what the linear relaxation says.
+def _exchanged(problem: Problem, options: Sequence[IntArray], room: float) -> IntArray:
+    """A good choice that fits: from the cheapest options on, exchanges in the order of what they save for their cost."""
+    choice = np.array([some[0] for some in options])
+    damage, cost = problem.damage, problem.cost
+    exchanges = [
+        ((damage[group, before] - damage[group, after]) / (cost[group, after] - cost[group, before]), group, after)
+        for group, some in enumerate(options)
+        for before, after in pairwise(some.tolist())
+    ]
+    spent = total(cost, choice)
+    for _, group, after in sorted(exchanges, reverse=True):
+        more = cost[group, after] - cost[group, choice[group]]
+        if more > 0 and spent + more <= room:
+            before, choice[group] = choice[group], after
+            spent = total(cost, choice)
+            if spent > room:  # by rounding
+                choice[group] = before
+                spent = total(cost, choice)
+    return choice
 
-    Args: damage and cost of each useful option, in units of the budget; groups: whose it is.
+
+def _relaxed(damage: FloatArray, share: FloatArray, groups: IntArray) -> tuple[float, float]:
+    """The price of the whole budget, and a bound from below on the damage, both by the linear relaxation.
+
+    Args:
+        damage: of each useful option.
+        share: of the budget that it costs.
+        groups: whose it is.
     """
     rows = _one_each(groups)
-    found: Any = linprog(damage, A_ub=cost[None], b_ub=[1.0], A_eq=rows, b_eq=np.ones(rows.shape[0]), method="highs")
-    price = max(0.0, -float(found.ineqlin.marginals[0]))
-    bound = float(_least(damage + price * cost, groups).sum()) - price
-    # A choice that fits: from the cheapest options on, exchanges in the order of what they save for their cost.
-    choice = np.array([some[0] for some in options])
-    starts = np.searchsorted(groups, np.arange(len(options)))
-    spent, room = cost[starts].copy(), 1.0 - float(cost[starts].sum())
-    exchanges: list[tuple[float, int, int, int]] = []
-    for group, (start, some) in enumerate(zip(starts.tolist(), options, strict=True)):
-        upward = range(start + 1, start + len(some))
-        exchanges += [((damage[i - 1] - damage[i]) / (cost[i] - cost[i - 1]), group, i, int(some[i - start])) for i in upward]
-    for _, group, i, option in sorted(exchanges, reverse=True):
-        if cost[i] > spent[group] and cost[i] - spent[group] <= room:
-            room -= cost[i] - spent[group]
-            spent[group], choice[group] = cost[i], option
-    return price, bound, choice
+    found: Any = linprog(damage, A_ub=share[None], b_ub=[1.0], A_eq=rows, b_eq=np.ones(rows.shape[0]), method="highs")
+    price = 0.0 if found.x is None else max(0.0, -float(found.ineqlin.marginals[0]))
+    return price, float(_least(damage + price * share, groups).sum()) - price  # a bound for any price
 
 
-def _exact(damage: FloatArray, cost: FloatArray, groups: IntArray, scale: float) -> npt.NDArray[np.bool_]:
-    """Which of the options that are left are chosen."""
+def _exact(damage: FloatArray, cost: FloatArray, groups: IntArray, room: float, reached: float) -> npt.NDArray[np.bool_]:
+    """Which of the options that are left are chosen; none, if HiGHS finds nothing.
+
+    Args:
+        damage: of each option.
+        cost: of each.
+        groups: whose it is.
+        room: what they may cost together.
+        reached: damage of a choice that fits, above 0.
+    """
     rows = _one_each(groups)
-    least: Any = np.append(np.ones(rows.shape[0]), -np.inf)
-    most: Any = np.ones(rows.shape[0] + 1)
-    with _hushed():
-        found: Any = milp(
-            damage * scale,  # HiGHS' tolerances are absolute
-            integrality=np.ones(len(damage)),
-            bounds=Bounds(0, 1),
-            constraints=LinearConstraint(vstack([rows, csr_array(cost[None])]).tocsr(), least, most),
-            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
-        )
-    return np.zeros(len(damage), dtype=np.bool_) if found.x is None else found.x > 0.5
+    n_groups = rows.shape[0]
+    # HiGHS' tolerances are absolute, 1e-6: scaled so that they are less than damages and budgets are known to.
+    budget = csr_array(cost[None] * (_SCALE / room))
+    objective = damage * (1e3 / reached)
+    least, most = np.append(np.ones(n_groups), -np.inf), np.append(np.ones(n_groups), _SCALE)
+    constraints: Any = vstack([rows, budget])
+    end = time.monotonic() + _SECONDS
+    while True:
+        with _hushed():
+            found: Any = milp(
+                objective,
+                integrality=np.ones(len(damage)),
+                bounds=Bounds(0, 1),
+                constraints=LinearConstraint(constraints.tocsr(), least, most),  # pyright: ignore[reportArgumentType]
+                options={"mip_rel_gap": _GAP, "time_limit": max(0.0, end - time.monotonic())},
+            )
+        if found.status == _TIME_IS_UP:
+            _log.warning("No proof of the best choice after %g s: it may be better than the one given by up to %.2g %%.", _SECONDS, _left_open(found))
+        if found.x is None:
+            return np.zeros(len(damage), dtype=np.bool_)
+        chosen = found.x > 0.5
+        if cost[chosen].sum() <= room:
+            return chosen
+        # Within HiGHS' tolerance, but not within the budget: so is nothing that costs as much or more in every group.
+        spent = np.zeros(n_groups)
+        spent[groups[chosen]] = cost[chosen]
+        constraints = vstack([constraints, csr_array((cost >= spent[groups]).astype(np.float64)[None])])
+        least, most = np.append(least, -np.inf), np.append(most, n_groups - 1.0)
 
 
 @contextmanager
@@ -174,6 +221,11 @@ def _hushed() -> Generator[None]:
         os.dup2(kept, 1)
         os.close(kept)
         os.close(sink)
+
+
+def _left_open(found: Any) -> float:
+    """By how much a better choice may be better, in per cent."""
+    return 100.0 if found.x is None or not found.fun else 100 * (1 - (found.mip_dual_bound or 0.0) / found.fun)
 
 
 def _one_each(groups: IntArray) -> Any:

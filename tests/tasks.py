@@ -14,6 +14,7 @@ TASK: Final = Task(
     engine="layerwise",
     quant_cfg=(),
     algorithm="max",
+    fused=False,
     weight_attributes=None,
     input_attributes=None,
     calibrates_inputs=False,

@@ -59,6 +59,8 @@ class Book:
             weight=task.weight_attributes,
             inputs=task.input_attributes,
             calibrates_inputs=task.calibrates_inputs,
+            algorithm=task.algorithm,
+            fused=task.fused,
             sizes={size: self._plan.segments_of(size) for size, done in self.done.items() if part.name not in done},
         )
 

@@ -75,7 +75,8 @@ class KlEngine:
         return lambda: [finish(modules[0]) for finish in started]
 
     def _start(self, modules: Sequence[str], job: Job) -> Callable[[str], Scores]:
-        linears = {name: self._linear(name, job.weight) for name in modules}
+        together = {name: self._model.get_submodule(name).weight.detach() for name in modules} if job.fused else None
+        linears = {name: self._linear(name, job.weight, together) for name in modules}
         by_size: dict[str, Tensor] = {}  # [samples] float64, in the order of the rows
         if job.calibrates_inputs:
             by_size |= {size: self._samples(self._with_inputs(linears, job, n_segments), n_segments) for size, n_segments in job.sizes.items()}
@@ -152,11 +153,11 @@ class KlEngine:
             for module in replaced.values():
                 del module.forward  # the instance's: the class's is back
 
-    def _linear(self, name: str, attributes: Attributes | None) -> _Linear:
+    def _linear(self, name: str, attributes: Attributes | None, together: Mapping[str, Tensor] | None) -> _Linear:
         weight = self._model.get_submodule(name).weight.detach()
         if attributes is None:
             return _Linear(weight, None, 0.0)
-        return _Linear(*kernels.deltas(quantized(self._quantizers.weight(name, attributes, weight), weight), weight))
+        return _Linear(*kernels.deltas(quantized(self._quantizers.weight(name, attributes, weight, together), weight), weight))
 
     def _with_inputs(self, linears: Mapping[str, _Linear], job: Job, n_segments: int) -> Mapping[str, _Linear]:
         """The linears with a quantizer for each tensor that they read, its range set by leading segments."""

@@ -83,16 +83,23 @@ class Quantizers:
         self._made: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._weight_ranges: dict[tuple[str, str], Tensor] = {}
 
-    def weight(self, module: str, attributes: Attributes, weight_OI: Tensor) -> TensorQuantizer:
+    def weight(self, module: str, attributes: Attributes, weight_OI: Tensor, together: Mapping[str, Tensor] | None = None) -> TensorQuantizer:
         """A quantizer whose range was set on a module's weight by ModelOpt's own `max` calibrator, or is known from an earlier call.
 
         Args:
             module: names the weight; an equal name means an equal weight.
             attributes: a valid QuantizerAttributeConfig.
             weight_OI: [out, in].
+            together: weights, this one among them, that share the largest of their ranges, each of its whole tensor.
 
         Raises: AssertionError: ModelOpt's calibrator met a NaN; callers check for it first.
         """
+        if together is not None and len(together) > 1:
+            shared = (",".join(together), _range_of(attributes))
+            if shared not in self._weight_ranges:
+                ranges = [range_of(self.weight(name, attributes, weight)) for name, weight in together.items()]
+                self._weight_ranges[shared] = torch.stack([amax.clone() for amax in ranges if amax is not None]).amax(dim=0)
+            return self._calibrated(attributes, tuple(weight_OI.shape), [weight_OI], self._weight_ranges[shared])
         key = (module, _range_of(attributes))
         known = self._weight_ranges.get(key)
         quantizer = self._calibrated(attributes, tuple(weight_OI.shape), [weight_OI if known is not None else weight_OI.float()], known)

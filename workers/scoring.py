@@ -10,7 +10,8 @@ segment by segment; so does dx Q(W)^T where the inputs' range is dynamic, and as
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from sweep.errors import SweepError
 from workers import kernels
+from workers.calibration import calibrated_linears, fake_quantized, quantized_inputs, smoothed_inputs, smoothed_weight
 from workers.capture import Layout, Rows, square_sum
 from workers.data import SIZES
 from workers.quantization import Attributes, Quantizers, quantized
@@ -35,13 +37,15 @@ class Job:
     name: str  # for errors
     weight: Attributes | None  # None: left unquantized
     inputs: Attributes | None
-    calibrates_inputs: bool  # the input quantizer's range is static, set by the samples of each size
+    calibrates_inputs: bool  # the inputs' range or scale is static, set by the samples of each size
     sizes: Mapping[str, int]  # number of leading segments, by size
+    algorithm: str = "max"  # ModelOpt's, that finds ranges and scales
+    fused: bool = False  # linears of a group share ranges of whole tensors and scales of the inputs
     weight_key: str = field(init=False)  # equal for equal attributes
     input_key: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weight_key", _key(self.weight))
+        object.__setattr__(self, "weight_key", _key([self.weight, self.algorithm, self.fused]))
         object.__setattr__(self, "input_key", _key(self.inputs))
 
 
@@ -116,6 +120,9 @@ class Engine:
             here = [column for column in columns if column.job in visit.jobs]
             _score_visit(visit, rows[visit.name], jobs, here, total.sums[called.index(visit.name)])
             total.add_weight(visit, self._weight_squares[visit.name])
+        for index, job in enumerate(jobs):
+            if job.algorithm != "max":
+                self._score_calibrated(index, called, weights, rows, jobs, [column for column in columns if column.job == index], total)
         total.close()
         return total.results
 
@@ -124,7 +131,10 @@ class Engine:
     ) -> Iterator[_Visit]:
         by_weight: dict[str, list[int]] = {}
         for index, job in enumerate(jobs):
-            by_weight.setdefault(job.weight_key, []).append(index)
+            if job.algorithm == "max":
+                by_weight.setdefault(job.weight_key, []).append(index)
+        if not by_weight:
+            return
         inputs: dict[tuple[str, str | None], Tensor] = {}
         fresh: list[Tensor] = []
         x_TI: Tensor | None = None
@@ -135,24 +145,55 @@ class Engine:
                     inputs = self._input_deltas(rows[name], jobs, columns)
                 fresh = list(inputs.values())
             for indices in by_weight.values():
-                attributes = jobs[indices[0]].weight
+                first = jobs[indices[0]]
                 with self._aside():
-                    operand = self._weight(name, attributes, weights[name])
+                    operand = self._weight(name, first.weight, weights[name], {module: weights[module] for module in called} if first.fused else None)
                 self._hand_over(operand.quantized_OI, operand.delta_OI, operand.dw_square_sum, *fresh)
                 fresh = []
                 yield _Visit(name, operand, tuple(indices), inputs)
 
-    def _weight(self, name: str, attributes: Attributes | None, weight: Tensor) -> _Weight:
+    def _score_calibrated(
+        self,
+        index: int,
+        called: Sequence[str],
+        weights: Mapping[str, Tensor],
+        rows: Mapping[str, Rows],
+        jobs: Sequence[Job],
+        columns: Sequence[_Column],
+        total: "_Total",
+    ) -> None:
+        """Score a recipe whose ranges or scales another algorithm than `max` finds: on the inputs of each size, and on these scaled."""
+        job, largest = jobs[index], max(columns, key=lambda column: column.end)
+        for column in columns:
+            for names in _reading_alike(called, rows):
+                x_TI, layout = rows[names[0]].x_TI[: column.end], rows[names[0]].layout
+                ends = [end for end in layout.batch_ends if end <= column.end]
+                batches = [x_TI[start:end] for start, end in pairwise(ends) if end > start]
+                scales = "fused" if job.fused else "private"
+                found = calibrated_linears({name: weights[name] for name in names}, batches, job.weight, job.inputs, job.algorithm, scales)
+                for name in names:
+                    quant, dtype = found[name], weights[name].dtype
+                    weight = kernels.deltas(fake_quantized(quant, weights[name]), smoothed_weight(quant, weights[name]).to(dtype))
+                    x = smoothed_inputs(quant, x_TI).to(dtype)
+                    inputs = {} if job.inputs is None else {(job.input_key, column.size): kernels.deltas(quantized_inputs(quant, x_TI), x)[1]}
+                    visit = _Visit(name, _Weight(*weight) if job.weight is not None else _Weight(weight[0], None, 0.0), (index,), inputs)
+                    _score_visit(visit, replace(rows[name], x_TI=x), jobs, [column], total.sums[called.index(name)])
+                    if column is largest:
+                        if name not in self._weight_squares:
+                            self._weight_squares[name] = square_sum(weights[name])
+                        total.add_weight(visit, self._weight_squares[name])
+
+    def _weight(self, name: str, attributes: Attributes | None, weight: Tensor, together: Mapping[str, Tensor] | None) -> _Weight:
         if attributes is None:
             return _Weight(weight, None, 0.0)
-        return _Weight(*kernels.deltas(quantized(self._quantizers.weight(name, attributes, weight), weight), weight))
+        return _Weight(*kernels.deltas(quantized(self._quantizers.weight(name, attributes, weight, together), weight), weight))
 
     def _input_deltas(self, rows: Rows, jobs: Sequence[Job], columns: Sequence[_Column]) -> dict[tuple[str, str | None], Tensor]:
         """Dx of every recipe of the inputs that the jobs have, over the rows of its largest column."""
         wanted: dict[tuple[str, str | None], tuple[Attributes, int]] = {}
         for column in columns:
             attributes = jobs[column.job].inputs
-            if attributes is not None:
+            if attributes is not None and jobs[column.job].algorithm == "max":
                 key = (jobs[column.job].input_key, column.size)
                 wanted[key] = attributes, max(column.end, wanted.get(key, (attributes, 0))[1])
         deltas: dict[tuple[str, str | None], Tensor] = {}
@@ -291,6 +332,17 @@ def _score_visit(visit: _Visit, rows: Rows, jobs: Sequence[Job], columns: Sequen
         kernels.score_rows(by_weight, by_inputs, rows.g_TO, ends, input_ends, sums[0, into], sums[1, into])
 
 
+def _reading_alike(called: Sequence[str], rows: Mapping[str, Rows]) -> list[list[str]]:
+    """Modules that read the same tensor, together."""
+    groups: list[list[str]] = []
+    for name in called:
+        if groups and rows[groups[-1][0]].x_TI is rows[name].x_TI:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
 def _columns(jobs: Sequence[Job], layout: Layout) -> list[_Column]:
     """Columns of jobs with equal weights lie side by side."""
     order: dict[str, int] = {}
@@ -327,5 +379,7 @@ def _result_dtype(operand: Tensor) -> torch.dtype:
     return torch.float32 if not operand.is_cuda else operand.dtype
 
 
-def _key(attributes: Attributes | None) -> str:
-    return repr(attributes and sorted(attributes.items(), key=str))
+def _key(value: object) -> str:
+    if isinstance(value, Mapping):
+        return repr(sorted(value.items(), key=str))
+    return "".join(map(_key, value)) if isinstance(value, list) else repr(value)

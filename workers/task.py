@@ -52,6 +52,7 @@ class Task:
     engine: Literal["layerwise", "modelopt"]
     quant_cfg: tuple[Mapping[str, Any], ...]  # ModelOpt's ordered entries
     algorithm: str
+    fused: bool  # linears of a group share ranges of whole tensors and scales of the inputs; False too where it makes no difference
     weight_attributes: Mapping[str, Any] | None  # ModelOpt's QuantizerAttributeConfig fields; None: left unquantized
     input_attributes: Mapping[str, Any] | None
     calibrates_inputs: bool  # the input quantizer has a static range: scores depend on the calibration size
