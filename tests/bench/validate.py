@@ -29,7 +29,7 @@ _RECIPES = (
     "wfp8_afp8/default",
     "wfp8_afp8/recipe_match_channel_token",
     "wint8_aint8/default",
-    "wint8_aint8/recipe_match_channel_token",
+    "wint8_aint8/a_per_token_dynamic",
     "wint4_afp16/default",
     "wint4_afp16/w_group64",
     "wint4_aint8/default",
