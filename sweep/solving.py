@@ -170,7 +170,9 @@ def ranked(options: Options, problem: Problem, choice: IntArray) -> list[dict[st
 
 
 def front_rows(options: Options, problem: Problem, n_budgets: int) -> list[dict[str, Any]]:
-    """The Pareto front at so many budgets."""
+    """The Pareto front at so many budgets. Raises: SweepError: fewer than two of them, or one recipe is the smallest and the best."""
+    if n_budgets < 2:
+        raise SweepError(f"--front {n_budgets} is no front. Type at least 2, or --front alone for 24.")
     low, high = cost_range(problem)
     if high <= low:
         raise SweepError("One recipe is the smallest and the best: there is no front. Score more formats.")
