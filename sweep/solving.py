@@ -33,6 +33,7 @@ class Request:
     excludes: Sequence[str]
     uniform_layer: bool
     out: str | None
+    recapture: int  # how often the model is captured again with the recipe applied
     n_front: int | None
     rank: bool
     as_json: bool
@@ -52,7 +53,15 @@ def solve_command(request: Request) -> int:
     problem = problem_of(options, rules)
     budget = budget_of(request, options, problem)
     choice = solved(options, problem, budget, rules)
-    made = recipe(options, choice, f"{options.trial.model}-{target.name}-{budget.slug}", target.name)
+    name = f"{options.trial.model}-{target.name}-{budget.slug}"
+    made = recipe(options, choice, name, target.name)
+    for _ in range(request.recapture):
+        from sweep.recapturing import recaptured_damage
+
+        damage = recaptured_damage(options, made, config)
+        problem = problem_of(options, rules, damage)
+        choice = solved(options, problem, budget, rules)
+        made = recipe(options, choice, name, target.name, damage)
     out = Path(request.out).expanduser() if request.out else Path("outputs/recipes") / f"{made.name}.yaml"
     document: dict[str, Any] = summary(options, problem, choice, made) | {"recipe": str(out)}
     n_usable = sum(rules.allowed(option.format) for option in options.formats)
