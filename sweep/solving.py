@@ -1,13 +1,12 @@
 """`sweep solve`: the mixed-precision recipe of least predicted damage under a budget, from the store alone."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from sweep.analysis import IntArray
 from sweep.compose import expand
@@ -80,11 +79,8 @@ def solve_command(request: Request) -> int:
     if request.as_json:
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
-        console = Console(markup=False, soft_wrap=True, highlight=False)
-        for line in lines(document):
-            console.print(line)
-        console.print(f"Written: {out}")
-        console.print(f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR")
+        next_steps = f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR"
+        sys.stdout.write("\n".join([*lines(document), f"Written: {out}", next_steps]) + "\n")
     return 0
 
 
