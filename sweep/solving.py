@@ -1,13 +1,12 @@
 """`sweep solve`: the mixed-precision recipe of least predicted damage under a budget, from the store alone."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from sweep.analysis import IntArray
 from sweep.compose import expand
@@ -82,11 +81,8 @@ def solve_command(request: Request) -> int:
     if request.as_json:
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
-        console = Console(markup=False, soft_wrap=True, highlight=False)
-        for line in lines(document):
-            console.print(line)
-        console.print(f"Written: {out}")
-        console.print(f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR")
+        next_steps = f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR"
+        sys.stdout.write("\n".join([*lines(document), f"Written: {out}", next_steps]) + "\n")
     return 0
 
 
@@ -181,7 +177,9 @@ def ranked(options: Options, problem: Problem, choice: IntArray) -> list[dict[st
 
 
 def front_rows(options: Options, problem: Problem, n_budgets: int) -> list[dict[str, Any]]:
-    """The Pareto front at so many budgets."""
+    """The Pareto front at so many budgets. Raises: SweepError: fewer than two of them, or one recipe is the smallest and the best."""
+    if n_budgets < 2:
+        raise SweepError(f"--front {n_budgets} is no front. Type at least 2, or --front alone for 24.")
     low, high = cost_range(problem)
     if high <= low:
         raise SweepError("One recipe is the smallest and the best: there is no front. Score more formats.")
