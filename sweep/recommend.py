@@ -24,7 +24,7 @@ from sweep.solve import cost_range
 from sweep.solving import front_rows, rules_of, summary, uniform_rows
 from sweep.store import Store
 from sweep.targets import Target
-from sweep.validate import Measured, table_lines, uniform_recipes, validate
+from sweep.validate import Measured, markdown_table, uniform_recipes, validate
 
 _FRONT = 24
 _STYLE = (
@@ -109,7 +109,7 @@ def render(ready: Prepared, target: Target, asked: Budget, summaries: Sequence[d
         "## Recipes",
         "\n".join(_recipe_lines(summaries)),
         "## Predicted and measured",
-        "\n".join(table_lines(rows)),
+        markdown_table(rows),
         "## Serve it",
         f"```\n{_serve(target, exported)}\n```",
         "The other recipes: `sweep export compact.yaml` or `faithful.yaml`. What the formats are called there:",
