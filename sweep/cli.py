@@ -3,9 +3,15 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sweep.errors import SweepError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Request = TypeVar("_Request", bound="DataclassInstance")
 
 EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 2, 75
 
@@ -64,48 +70,25 @@ def _run(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from sweep.status import print_status
 
-    return print_status(options.overrides, as_json=options.json, watch=options.watch)
+    return print_status(options.overrides, as_json=options.as_json, watch=options.watch)
 
 
 def _publish(options: argparse.Namespace) -> int:
     from sweep.sync import publish_store
 
-    return publish_store(options.overrides, overwrite=options.overwrite, as_json=options.json)
+    return publish_store(options.overrides, overwrite=options.overwrite, as_json=options.as_json)
 
 
 def _solve(options: argparse.Namespace) -> int:
     from sweep.solving import Request, solve_command
 
-    return solve_command(
-        Request(
-            overrides=options.overrides,
-            bits=options.bits,
-            gb=options.gb,
-            pins=options.pin,
-            excludes=options.exclude,
-            uniform_layer=options.uniform_layer,
-            out=options.out,
-            recapture=options.recapture,
-            n_front=options.front,
-            rank=options.rank,
-            as_json=options.json,
-        )
-    )
+    return solve_command(_request(Request, options))
 
 
 def _validate(options: argparse.Namespace) -> int:
     from sweep.validate import Request, validate_command
 
-    return validate_command(
-        Request(
-            recipe_path=options.recipe,
-            overrides=options.overrides,
-            n_random=options.random,
-            uniform=options.uniform,
-            groups=options.groups,
-            as_json=options.json,
-        )
-    )
+    return validate_command(_request(Request, options))
 
 
 def _recommend(options: argparse.Namespace) -> int:
@@ -113,20 +96,24 @@ def _recommend(options: argparse.Namespace) -> int:
 
     from sweep.recommend import Request, recommend
 
-    console = Console(markup=False, soft_wrap=True, quiet=options.json)
-    return recommend(Request(overrides=options.overrides, bits=options.bits, gb=options.gb, out=options.out, as_json=options.json), console)
+    return recommend(_request(Request, options), Console(markup=False, soft_wrap=True, quiet=options.as_json))
+
+
+def _request(kind: type[_Request], options: argparse.Namespace) -> _Request:
+    """What was typed, as a verb's own type: its fields are called as the options' destinations."""
+    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
 
 
 def _doctor(options: argparse.Namespace) -> int:
     from sweep.doctor import examine
 
-    return examine(options.overrides, multirun=options.multirun, as_json=options.json)
+    return examine(options.overrides, multirun=options.multirun, as_json=options.as_json)
 
 
 def _export(options: argparse.Namespace) -> int:
     from sweep.export import export
 
-    return export(options.recipe, options.overrides, file_format=options.format, out=options.out, overwrite=options.overwrite)
+    return export(options.recipe_path, options.overrides, file_format=options.format, out=options.out, overwrite=options.overwrite)
 
 
 _VERBS = {
@@ -153,38 +140,37 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--overwrite", action="store_true", help="replace folders that another model revision or data set content left")
     doctor = _verb(verbs, "doctor", "check machine, config, model and data before hours are spent")
     doctor.add_argument("-m", "--multirun", action="store_true", help="comma lists span a grid")
-    export = _verb(verbs, "export", "files that runtimes read, from a recipe that sweep solve wrote", positional="recipe")
+    export = _verb(verbs, "export", "files that runtimes read, from a recipe that sweep solve wrote", takes_recipe=True)
     export.add_argument("--format", required=True, choices=["compressed-tensors", "modelopt", "csv"], help="a checkpoint, ModelOpt's recipe YAML, or a table")
     export.add_argument("--out", required=True, metavar="DIR|FILE", help="a directory for compressed-tensors, else a file")
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
     solve = _verb(verbs, "solve", "the mixed-precision recipe of least predicted damage under a budget, from the store alone")
-    solve.add_argument("--bits", type=float, metavar="B", help="mean bits a weight of the covered layers, block scales counted")
-    solve.add_argument("--gb", type=float, metavar="G", help="GB (1e9 bytes) of all weights, embeddings and lm_head included")
-    solve.add_argument("--pin", action="append", default=[], metavar="PATTERN=FORMAT", help="layer groups that get this format; 16: none")
-    solve.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layer groups that stay in 16 bits")
+    solve.add_argument("--pin", dest="pins", action="append", default=[], metavar="PATTERN=FORMAT", help="layer groups that get this format; 16: none")
+    solve.add_argument("--exclude", dest="excludes", action="append", default=[], metavar="PATTERN", help="layer groups that stay in 16 bits")
     solve.add_argument("--uniform-layer", action="store_true", help="one format for all groups of a decoder layer")
     solve.add_argument("--recapture", type=int, default=0, metavar="N", help="apply the recipe, capture and score again, solve again; N times")
-    solve.add_argument("--front", type=int, nargs="?", const=24, metavar="N", help="the Pareto front at N budgets, as table and picture")
+    solve.add_argument("--front", dest="n_front", type=int, nargs="?", const=24, metavar="N", help="the Pareto front at N budgets, as table and picture")
     solve.add_argument("--rank", action="store_true", help="layer groups by damage, and by damage per byte saved")
     solve.add_argument("--out", metavar="FILE", help="the recipe file; default outputs/recipes/NAME.yaml")
-    validate = _verb(verbs, "validate", "a recipe's damage measured on samples that it has not seen, beside the predicted one", positional="recipe")
-    validate.add_argument("--random", type=int, default=0, metavar="N", help="measure N random mixes of the store's formats as well")
+    validate = _verb(verbs, "validate", "a recipe's damage measured on samples that it has not seen, beside the predicted one", takes_recipe=True)
+    validate.add_argument("--random", dest="n_random", type=int, default=0, metavar="N", help="measure N random mixes of the store's formats as well")
     validate.add_argument("--uniform", action="store_true", help="measure one format for all groups, those no larger than the recipe, as well")
     validate.add_argument("--groups", metavar="PATTERN", help="measure these layer groups alone, under each format, as well")
     advise = _verb(verbs, "recommend", "doctor, the target's grid, recipes under a budget, their measured damage, files and a page, in one command")
-    advise.add_argument("--bits", type=float, metavar="B", help="mean bits a weight of the covered layers, block scales counted")
-    advise.add_argument("--gb", type=float, metavar="G", help="GB (1e9 bytes) of all weights, embeddings and lm_head included")
     advise.add_argument("--out", metavar="DIR", help="where everything goes; default outputs/recommended/NAME")
+    for verb in (solve, advise):
+        verb.add_argument("--bits", type=float, metavar="B", help="mean bits a weight of the covered layers, block scales counted")
+        verb.add_argument("--gb", type=float, metavar="G", help="GB (1e9 bytes) of all weights, embeddings and lm_head included")
     for verb in (status, publish, doctor, solve, validate, advise):
-        verb.add_argument("--json", action="store_true", help="print JSON instead of text")
+        verb.add_argument("--json", dest="as_json", action="store_true", help="print JSON instead of text")
     return parser
 
 
-def _verb(verbs: Any, name: str, summary: str, epilog: str | None = None, positional: str | None = None) -> argparse.ArgumentParser:
+def _verb(verbs: Any, name: str, summary: str, epilog: str | None = None, *, takes_recipe: bool = False) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(
         name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if positional is not None:
-        verb.add_argument(positional, metavar=f"{positional.upper()}.yaml", help="what sweep solve wrote")
+    if takes_recipe:
+        verb.add_argument("recipe_path", metavar="RECIPE.yaml", help="what sweep solve wrote")
     verb.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra override, e.g. quant_pair=wfp8_afp8 or dataset.size=small")
     return verb

@@ -48,6 +48,12 @@ class ModelConfig(_Section):
     path: str | None  # directory or hub id; None: the bundled model
     dtype: Literal["auto", "float32", "bfloat16"]  # what the model computes in; auto: float32 on a CPU, bfloat16 on a GPU
 
+    def dtype_on(self, device: Literal["cpu", "cuda"]) -> Literal["float32", "bfloat16"]:
+        """What it computes in there."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if device == "cuda" else "float32"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetConfig(_Section):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
-from sweep.config import SweepConfig
 from sweep.errors import SweepError, require_known
 from sweep.export_checks import check_cells, check_recipe
 from sweep.export_text import check_csv, check_entries, to_csv, to_modelopt
@@ -50,7 +49,7 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
     check_cells(recipe, Store(config.store.uri))
     target.parent.mkdir(parents=True, exist_ok=True)
     if file_format == "compressed-tensors":
-        export_checkpoint(recipe, config, model, target)
+        export_checkpoint(prepared(recipe, config), target)
     else:
         export_text(recipe, file_format, model, target)
     _say(recipe, file_format, target)
@@ -79,15 +78,16 @@ def export_text(recipe: MixedRecipe, file_format: str, model: Model, target: Pat
         partial.unlink(missing_ok=True)
 
 
-def export_checkpoint(recipe: MixedRecipe, config: SweepConfig, model: Model, target: Path) -> None:
+def export_checkpoint(ready: Prepared, target: Path) -> None:
     """Calibrate, write the checkpoint beside its place, read it back, and put it there only if it is the recipe.
 
-    Raises: SweepError: something that compressed-tensors can't express, or other samples than the recipe was calibrated on.
+    Raises: SweepError: something that compressed-tensors can't express.
     """
     from workers.compressed_checkpoint import check_export, schemes_of, write_checkpoint
 
+    recipe, model = ready.recipe, ready.model
     schemes_of(recipe)  # before minutes are spent on calibration
-    quants = _calibrated(prepared(recipe, config))
+    quants = _calibrated(ready)
     linears = [(name, n_in, n_out) for name, n_in, n_out in model.structure["linears"]]
     partial = _beside(target)
     partial.mkdir()
@@ -106,8 +106,7 @@ def _calibrated(ready: Prepared) -> "dict[str, LinearQuant]":
     from workers.applied import calibrated_model
     from workers.modeling import load
 
-    dtype = torch.float32 if ready.config.model.dtype != "bfloat16" else torch.bfloat16
-    loaded = load(ready.model.path, dtype=dtype, device="cpu")
+    loaded = load(ready.model.path, dtype=getattr(torch, ready.config.model.dtype_on("cpu")), device="cpu")
     return calibrated_model(loaded, list(ready.plan.batches(ready.recipe.size)), ready.recipe)
 
 

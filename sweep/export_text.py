@@ -10,7 +10,7 @@ import yaml
 from sweep.errors import SweepError
 from sweep.mixed import MixedRecipe
 from sweep.recipe import attributes_for
-from sweep.recipe_quantizer import QuantizerSpec
+from sweep.recipe_quantizer import canonical_attributes, listed
 
 COLUMNS: Final[tuple[str, ...]] = (
     "group",
@@ -83,7 +83,7 @@ def to_modelopt(recipe: MixedRecipe) -> str:
     description = f"{recipe.name}: {recipe.effective_bits:.3f} bits a weight over the covered layer groups of {recipe.model}"
     document = {
         "metadata": {"recipe_type": "ptq", "description": description},
-        "quantize": {"quant_cfg": _listed(quant_cfg(recipe)), "algorithm": algorithms[0]},
+        "quantize": {"quant_cfg": listed(quant_cfg(recipe)), "algorithm": algorithms[0]},
     }
     return yaml.safe_dump(document, sort_keys=False, width=1000)
 
@@ -103,15 +103,5 @@ def check_entries(entries: Sequence[Mapping[str, Any]], recipe: MixedRecipe, mod
         chosen = chosen_of.get(module)
         for quantizer, wanted in zip(_QUANTIZERS, (None, None) if chosen is None else (chosen.weight, chosen.inputs), strict=True):
             found = attributes_for(entries, module, quantizer, "nn.Linear")
-            if _canonical(found) != _canonical(wanted):
+            if canonical_attributes(found) != canonical_attributes(wanted):
                 raise SweepError(f"{module}.{quantizer}: a ModelOpt recipe can't express {wanted}, it comes back as {found}.")
-
-
-def _canonical(attributes: Mapping[str, Any] | None) -> Any:
-    return None if attributes is None else QuantizerSpec(attributes=attributes).canonical
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _listed(item) for key, item in value.items()}
-    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value

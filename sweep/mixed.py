@@ -1,16 +1,16 @@
 """A mixed-precision recipe: which recipe each layer group gets. A YAML file that `solve` writes and `validate` and `export` read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
 from typing import Any, Final, Literal, Self
 
 import yaml
 
 from sweep.errors import SweepError, require_known
-from sweep.recipe_quantizer import QuantizerSpec
+from sweep.recipe_quantizer import UNQUANTIZED_BITS, QuantizerSpec, listed, tupled
 
 RECIPE_VERSION: Final = 1  # of the file's layout
-_16_BIT: Final = 16.0
 
 Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig; tuples and integer keys intact
 
@@ -34,7 +34,7 @@ class GroupFormat:
     @property
     def effective_bits(self) -> float:
         """Bits a weight, block scales counted."""
-        return _16_BIT if self.weight is None else QuantizerSpec(attributes=self.weight).effective_bits
+        return UNQUANTIZED_BITS if self.weight is None else QuantizerSpec(attributes=self.weight).effective_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class MixedRecipe:
 
     def bits_of(self, choice: GroupChoice) -> float:
         """Bits a weight of one group."""
-        return _16_BIT if choice.format is None else self.formats[choice.format].effective_bits
+        return UNQUANTIZED_BITS if choice.format is None else self.formats[choice.format].effective_bits
 
     def format_of(self, choice: GroupChoice) -> GroupFormat | None:
         """The format of one group; None: left in 16 bits."""
@@ -89,7 +89,7 @@ class MixedRecipe:
         """The file's text; equal recipes give equal text."""
         document = {"recipe_version": RECIPE_VERSION, **asdict(self)}
         document["totals"] = {"effective_bits": self.effective_bits, "predicted_kl": self.predicted_kl}
-        return yaml.safe_dump(_listed(document), sort_keys=False, width=1000)
+        return yaml.safe_dump(listed(document), sort_keys=False, width=1000)
 
     @classmethod
     def from_yaml(cls, text: str, where: str) -> Self:
@@ -116,7 +116,7 @@ class MixedRecipe:
         formats: dict[str, GroupFormat] = {}
         for label, node in _mapping(nodes["formats"], f"{where}: formats").items():
             _check_keys(_mapping(node, f"{where}: format {label!r}"), GroupFormat, f"{where}: format {label!r}")
-            fields_: dict[str, Any] = _tupled(node)
+            fields_: dict[str, Any] = tupled(node)
             formats[label] = GroupFormat(**fields_)
             if formats[label].label != label:
                 raise SweepError(f"{where}: format {label!r} describes {formats[label].label!r}. Give it the name of what it describes.")
@@ -128,6 +128,11 @@ class MixedRecipe:
             raise SweepError(f"{where}: {doubled[0]} is in two layer groups. A linear has one format.")
         nodes |= {"formats": formats, "groups": groups}
         return cls(**nodes)
+
+
+def is_called(names: Iterable[str], pattern: str) -> bool:
+    """Whether one of the names ends as a typed pattern says; * stands for anything."""
+    return any(fnmatch(name, f"*{pattern}") for name in names)
 
 
 def _choice(node: Any, formats: Mapping[str, GroupFormat], where: str) -> GroupChoice:
@@ -152,15 +157,3 @@ def _mapping(node: Any, where: str) -> dict[str, Any]:
     if not isinstance(node, dict):
         raise SweepError(f"{where} is no mapping of keys to values. Have `sweep solve` write it again.")
     return node
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _listed(item) for key, item in value.items()}
-    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _tupled(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _tupled(item) for key, item in value.items()}
-    return tuple(_tupled(item) for item in value) if isinstance(value, list | tuple) else value

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 
 import numpy as np
 
 from sweep.analysis import FloatArray, IntArray, bootstrap_interval
 from sweep.errors import SweepError, require_known
-from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe
-from sweep.options import UNQUANTIZED_BITS, Options
+from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe, is_called
+from sweep.options import Options
+from sweep.recipe_quantizer import UNQUANTIZED_BITS
 from sweep.solve import Infeasible, Problem, cost_range, solve, total
 
 SIXTEEN = "16"  # what a pin calls the choice to leave a group unquantized
@@ -46,7 +46,7 @@ class Budget:
 
     def say(self, options: Options, cost: float) -> str:
         """A cost in the unit of this budget, rounded up: what to type instead."""
-        value = cost / float(options.weights.sum()) if self.bits is not None else (cost / 8 + options.other_bytes) / 1e9
+        value = cost / float(options.weights.sum()) if self.bits is not None else options.gb(cost)
         return f"--bits {np.ceil(value * 1e4) / 1e4:g}" if self.bits is not None else f"--gb {np.ceil(value * 1e5) / 1e5:g}"
 
 
@@ -79,7 +79,7 @@ def problem_of(options: Options, rules: Rules, damage: FloatArray | None = None)
     table[:, ruled_out] = np.inf
     for pattern, label in [*rules.pins.items(), *((pattern, SIXTEEN) for pattern in rules.excludes)]:
         require_known("format", label, labels)
-        matching = [index for index, group in enumerate(options.groups) if _matches(group, pattern)]
+        matching = [index for index, group in enumerate(options.groups) if is_called([group["group"], *group["modules"]], pattern)]
         if not matching:
             raise SweepError(f"{pattern!r} matches no layer group. Groups are called like {options.groups[0]['group']!r}; * stands for anything.")
         column = labels.index(label)
@@ -166,7 +166,7 @@ def recipe(options: Options, choice: IntArray, name: str, target: str | None, da
 
 def weights_gb(options: Options, made: MixedRecipe) -> float:
     """GB (1e9 bytes) of all weights under a recipe. Raises: SweepError: the store does not know the model's size."""
-    return (made.effective_bits * float(options.weights.sum()) / 8 + options.other_bytes) / 1e9
+    return options.gb(made.effective_bits * float(options.weights.sum()))
 
 
 def interval(options: Options, choice: IntArray) -> tuple[float, float] | None:
@@ -192,8 +192,3 @@ def uniform_choices(options: Options, problem: Problem) -> dict[str, tuple[float
         if np.isfinite(total(problem.damage, choice)):
             found[option.format.label] = total(problem.cost, choice), total(problem.damage, choice)
     return found
-
-
-def _matches(group: Mapping[str, object], pattern: str) -> bool:
-    names = [str(group["group"]), *(str(name) for name in group["modules"])]  # type: ignore[attr-defined]
-    return any(fnmatch(name, pattern) or fnmatch(name, f"*{pattern}") for name in names)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,11 @@ from sweep.config import SweepConfig, from_record
 from sweep.errors import SweepError
 from sweep.mixed import GroupFormat
 from sweep.planning import ELEMENTS, recipe_of
+from sweep.recipe_quantizer import UNQUANTIZED_BITS
 from sweep.records import TrialRow
 from sweep.selection import finished_trials
 from sweep.store import Store
 from sweep.subject import Model, checkpoint_dir
-
-UNQUANTIZED_BITS = 16.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +60,10 @@ class Options:
         copied = sum(group["weight_elements"] for group in self.groups if _is_lm_head(group)) if not self.elements["lm_head"] else 0
         return (self.elements["parameters"] + copied - float(self.weights.sum())) * UNQUANTIZED_BITS / 8
 
+    def gb(self, cost: float) -> float:
+        """GB (1e9 bytes) of all weights where the covered groups take `cost` bits. Raises: SweepError: as `other_bytes`."""
+        return (cost / 8 + self.other_bytes) / 1e9
+
     @property
     def covers_lm_head(self) -> bool:
         """Whether lm_head is among the groups."""
@@ -90,11 +92,12 @@ def read_options(store: Store, overrides: Sequence[str]) -> Options:
 
     Raises: SweepError: none, or of several models, data sets, coverages or methods, of which one must be typed.
     """
-    rows = finished_trials(store, overrides)
-    asked = expand(overrides, multirun=True).points[0]
+    points = expand(overrides, multirun=True).points
+    asked = points[0]
+    rows = finished_trials(store, overrides, points)
     configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
-    rows = _of_one_kind(rows, configs)
-    largest = max(rows, key=lambda row: _n_samples(row)).size
+    _check_one_kind(rows, configs)
+    largest = max(rows, key=_n_samples).size
     rows = _of_one_revision([row for row in rows if row.size == largest])
     tables = {row.cell_id: store.scores(row.cell_id) for row in rows if row.cell_id is not None}
     first = next(iter(tables.values()))
@@ -139,8 +142,8 @@ def _option(cell_id: str, config: SweepConfig, table: pa.Table) -> Option:
     )
 
 
-def _of_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]) -> list[TrialRow]:
-    """Damages of different models, data or methods cannot be added up."""
+def _check_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]) -> None:
+    """Damages of different models, data or methods cannot be added up. Raises: SweepError: says where the trials differ."""
 
     def kind(row: TrialRow) -> tuple[str, ...]:
         config = configs[row.trial_id]
@@ -156,16 +159,13 @@ def _of_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]) -
         }
         return tuple(f"{key}={value}" for key, value in words.items())
 
-    kinds = {found: list(members) for found, members in groupby(sorted(rows, key=kind), key=kind)}
-    if len(kinds) > 1:
-        differing = [sorted(set(values)) for values in zip(*kinds, strict=True) if len(set(values)) > 1]
+    found = (sorted(set(values)) for values in zip(*map(kind, rows), strict=True))
+    if differing := [values for values in found if len(values) > 1]:
         raise SweepError(
             "The store holds trials of several kinds, whose damages cannot be compared: "
             + "; ".join(" or ".join(values) for values in differing)
             + ". Type the one you mean."
         )
-    wanted = next(iter(kinds))
-    return [row for row in rows if kind(row) == wanted]
 
 
 def _of_one_revision(rows: Sequence[TrialRow]) -> list[TrialRow]:

@@ -113,7 +113,14 @@ class _Planner:
         except InvalidRecipe as error:
             reason = str(error)
         asked = [point.model.name, model.revision, digest, point.dataset.name, point.dataset.size, point.quant_pair.name, point.quant_granularity.name]
-        asked += [point.sensitivity.coverage, point.sensitivity.lm_head, point.sensitivity.method, point.sensitivity.engine, self._dtype(point), cell_id]
+        asked += [
+            point.sensitivity.coverage,
+            point.sensitivity.lm_head,
+            point.sensitivity.method,
+            point.sensitivity.engine,
+            point.model.dtype_on(self.device),
+            cell_id,
+        ]
         name = f"{point.quant_pair.name}-{point.quant_granularity.name}-{point.dataset.size}"
         return PlannedTrial(
             trial_id=f"{name}-{_hash(asked)[:10]}",
@@ -135,7 +142,7 @@ class _Planner:
         _check_block_size(recipe, model, groups)
         if self.device == "cuda":
             _check_gpu(recipe)
-        dtype = self._dtype(point)
+        dtype = point.model.dtype_on(self.device)
         common = {
             "score_version": SCORE_VERSION,
             "modelopt": version("nvidia-modelopt"),
@@ -195,11 +202,6 @@ class _Planner:
                 f"{budget_gb:g} GB are too little for one decoder layer at a time: a model of {model_bytes / 1e9:.1f} GB and {work.n_tokens} tokens "
                 f"need about {needed_gb:.1f} GB. Type sensitivity.memory_gb={needed_gb + 0.5:.0f} or more, or a smaller dataset.size."
             )
-
-    def _dtype(self, point: SweepConfig) -> Literal["float32", "bfloat16"]:
-        if point.model.dtype != "auto":
-            return point.model.dtype
-        return "bfloat16" if self.device == "cuda" else "float32"
 
     def _model(self, config: ModelConfig) -> Model:
         if config.path not in self._models:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sweep.compose import expand
 from sweep.config import ModelConfig, SweepConfig
 from sweep.errors import SweepError
 from sweep.export_checks import check_recipe
+from sweep.machine import pick_workers
 from sweep.mixed import MixedRecipe
 from sweep.subject import Model, checkpoint_dir, samples_of
 
@@ -25,6 +26,18 @@ class Prepared:
     model: Model
     samples: "Sequence[Sample]"  # that calibrated and scored
     plan: "Plan"  # of these
+
+
+def loaded(ready: Prepared) -> Any:
+    """The model with its weights, on the device that the config chooses, for one process alone."""
+    import torch
+
+    from workers.modeling import load
+
+    device = pick_workers(ready.config.cluster).device
+    if device == "cpu":
+        torch.set_num_threads(1)  # as a sweep's workers: more would change bits, and crawl beside them
+    return load(ready.model.path, dtype=getattr(torch, ready.config.model.dtype_on(device)), device=device)
 
 
 def read_recipe(path: Path) -> MixedRecipe:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from sweep.config import GranularityConfig, PairConfig
 from sweep.errors import InvalidRecipe, SweepError
 from sweep.recipe_fields import QUANTIZERS, check_fields
-from sweep.recipe_quantizer import COST_HINT, QuantizerSpec, check_format
+from sweep.recipe_quantizer import COST_HINT, UNQUANTIZED_BITS, QuantizerSpec, check_format, tupled
 
 ALGORITHMS: Final = ("max", "mse", "awq_lite", "smoothquant")  # calibration algorithms that have a parity test against ModelOpt
 
@@ -23,7 +23,6 @@ SCALES_INPUTS: Final = frozenset({"awq_lite", "smoothquant"})  # those that mult
 _VISION_PATTERNS = frozenset({"*visual*", "*vision_tower*", "*vision_model*", "*embed_vision*", "*multi_modal_projector*"})
 _LM_HEAD_PATTERNS = frozenset({"*lm_head*", "*output_layer*"})
 _NUM_BITS: Final[Mapping[str, int | tuple[int, int] | None]] = {"int4": 4, "int8": 8, "fp4": (2, 1), "fp8": (4, 3), "fp16": None}
-_UNQUANTIZED_BITS = 16.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +64,7 @@ class Recipe:
     @property
     def effective_bits(self) -> float:
         """Bits a weight, block scales counted: NVFP4 4.5, INT4 in blocks of 128 4.125."""
-        return self.weight.effective_bits if self.weight is not None else _UNQUANTIZED_BITS
+        return self.weight.effective_bits if self.weight is not None else UNQUANTIZED_BITS
 
     @property
     def block_lengths(self) -> tuple[int, ...]:
@@ -96,7 +95,7 @@ def resolve(pair: PairConfig, granularity: GranularityConfig, preset: Mapping[st
     """
     if algorithm not in ALGORITHMS:
         raise SweepError(f"sensitivity.quant_algorithm={algorithm} has no parity test against ModelOpt yet. Choose one of: {', '.join(ALGORITHMS)}.")
-    entries = _own_entries(pair, [_tupled(entry) for entry in preset["quant_cfg"]], preset.get("algorithm"), algorithm)
+    entries = _own_entries(pair, [tupled(entry) for entry in preset["quant_cfg"]], preset.get("algorithm"), algorithm)
     for quantizer, fields in pair.quant_cfg_overrides.items():
         check_fields(quantizer, {key: value for key, value in fields.items() if key != "enable"}, f"quant_cfg_overrides of quant_pair {pair.name!r}")
         entries = [_replaced(entry, fields) if entry["quantizer_name"] == quantizer else entry for entry in entries]
@@ -132,13 +131,6 @@ def attributes_for(quant_cfg: Sequence[Mapping[str, Any]], module: str, quantize
     return attributes if enabled else None
 
 
-def _tupled(value: Any) -> Any:
-    """A deep copy in which lists are tuples: ModelOpt compares `num_bits` with tuples, YAML has lists."""
-    if isinstance(value, Mapping):
-        return {key: _tupled(item) for key, item in value.items()}
-    return tuple(_tupled(item) for item in value) if isinstance(value, list | tuple) else value
-
-
 def _own_entries(pair: PairConfig, entries: list[dict[str, Any]], preset_algorithm: object, algorithm: str) -> list[dict[str, Any]]:
     """The preset's entries, with one for each of our two quantizers.
 
@@ -159,12 +151,12 @@ def _own_entries(pair: PairConfig, entries: list[dict[str, Any]], preset_algorit
 def _replaced(entry: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     name = {"quantizer_name": entry["quantizer_name"]}
     cfg = {key: value for key, value in fields.items() if key != "enable"}
-    return {**name, "cfg": _tupled(cfg)} if fields.get("enable", True) else {**name, "enable": False}
+    return {**name, "cfg": tupled(cfg)} if fields.get("enable", True) else {**name, "enable": False}
 
 
 def _overlaid(entry: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     cfg = {**entry["cfg"]}
-    overlay = _tupled(fields)
+    overlay = tupled(fields)
     blocks = overlay.get("block_sizes")
     if "axis" in overlay and blocks is None:
         cfg.pop("block_sizes", None)

@@ -27,6 +27,7 @@ ATTRIBUTE_DEFAULTS: Final[dict[str, Any]] = {
     "constant_amax": None,
 }
 COST_HINT: Final = "effective_bits"
+UNQUANTIZED_BITS: Final = 16.0  # of a weight that is left as it is
 _FP4, _FP8 = (2, 1), (4, 3)
 _KERNEL_BLOCKS: Final = (8, 16, 32)  # of the MX extension, which quantizes all dynamic blocks but NVFP4
 _MX_INTEGER_BITS: Final = 8
@@ -130,3 +131,22 @@ def canonical_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         return [[key, canonical_value(value[key])] for key in sorted(value, key=str)]
     return [canonical_value(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def canonical_attributes(attributes: Mapping[str, Any] | None) -> Any:
+    """What identifies a quantizer, defaults filled in; None: left unquantized."""
+    return None if attributes is None else QuantizerSpec(attributes=attributes).canonical
+
+
+def tupled(value: Any) -> Any:
+    """A deep copy in which lists are tuples: ModelOpt compares `num_bits` with tuples, YAML has lists."""
+    if isinstance(value, Mapping):
+        return {key: tupled(item) for key, item in value.items()}
+    return tuple(tupled(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def listed(value: Any) -> Any:
+    """A deep copy in which tuples are lists, for YAML."""
+    if isinstance(value, Mapping):
+        return {key: listed(item) for key, item in value.items()}
+    return [listed(item) for item in value] if isinstance(value, list | tuple) else value

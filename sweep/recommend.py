@@ -53,15 +53,14 @@ def recommend(request: Request, console: Console) -> int:
     grid = ["grid=deployable", *request.overrides]
     config = expand(grid, multirun=True).points[0]
     target = Target.from_config(config.target)
-    if (code := examine(grid, multirun=True, as_json=False) if not request.as_json else 0) or (code := run(grid, multirun=True, console=console)):
+    checks = 0 if request.as_json else examine(grid, multirun=True, as_json=False)  # a run refuses by itself what would stop it
+    if code := checks or run(grid, multirun=True, console=console):
         return code
     typed = [*request.overrides, f"dataset.size={config.dataset.size}", "sensitivity.scales=fused"]
-    options = read_options(Store(config.store.uri), _without_repeats(typed))
-    if options.elements is not None:
-        options = sized(options)
+    options = sized(read_options(Store(config.store.uri), _without_repeats(typed)))
     rules = rules_of((), (), False, target, options)
     problem = problem_of(options, rules)
-    choice = solved(options, problem, asked, rules)  # says so before anything else if nothing fits
+    choice = solved(options, problem, asked, rules)  # first of all: it says what to type if nothing fits
     low, high = cost_range(problem)
     cost = min(asked.cost(options), high)
     weights = float(options.weights.sum())
@@ -146,7 +145,7 @@ def _names(made: MixedRecipe, target: Target) -> list[str]:
 def _export(ready: Prepared, target: Target, out: Path) -> Path:
     """What the target's runtime reads: a compressed-tensors checkpoint for vLLM, ModelOpt's recipe for the rest."""
     if target.name.startswith("vllm"):
-        export_checkpoint(ready.recipe, ready.config, ready.model, out / "checkpoint")
+        export_checkpoint(ready, out / "checkpoint")
         return out / "checkpoint"
     export_text(ready.recipe, "modelopt", ready.model, out / "modelopt_recipe.yaml")
     return out / "modelopt_recipe.yaml"

@@ -10,6 +10,7 @@ from sweep.analysis import summarize
 from sweep.records import FinishedTrial
 from sweep.report_markdown import columns_text, facts_table, groups_table, kinds_table, sentences
 from sweep.report_rows import Report, algorithm_of, short_group
+from sweep.tables import aligned
 from sweep.targets import Target
 
 REPORT_VERSION = 1  # of the JSON's layout
@@ -107,8 +108,7 @@ def summary_lines(finished: Sequence[FinishedTrial], top: int, target: Target) -
         kl = "-" if summary.total_predicted_kl is None else f"{summary.total_predicted_kl:.3g}"
         facts = (one.trial.quant_pair, one.trial.quant_granularity, one.trial.size, f"{summary.effective_bits:.2f}", kl, served)
         cells.append((*facts, groups or "nothing measured"))
-    widths = [max(len(row[i]) for row in cells) for i in range(6)]
-    return ["  ".join([*(text.ljust(width) for text, width in zip(row[:6], widths, strict=True)), row[6]]) for row in cells]
+    return aligned(cells)
 
 
 def most_sensitive(scores: pa.Table, top: int) -> list[str]:

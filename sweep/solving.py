@@ -192,7 +192,7 @@ def uniform_rows(options: Options, problem: Problem) -> list[dict[str, Any]]:
 
 
 def _point(options: Options, cost: float, damage: float) -> dict[str, Any]:
-    gb = None if options.elements is None else (cost / 8 + options.other_bytes) / 1e9
+    gb = None if options.elements is None else options.gb(cost)
     return {"effective_bits": cost / float(options.weights.sum()), "gb": gb, "predicted_kl": damage}
 
 

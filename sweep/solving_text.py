@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from sweep.mixing import SIXTEEN
+from sweep.tables import aligned
 
 _SHOWN_GROUPS: Final = 8
 _SHOWN_RANKS: Final = 20
@@ -47,7 +48,7 @@ def _ranks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         per_gb = row["predicted_kl_per_gb_saved"]
         saved, second = ("-", "-") if per_gb is None else (f"{per_gb:.3g}", str(place[row["group"]]))
         table.append((str(rank), str(row["name"]), str(row["format"]), f"{row['predicted_kl']:.3g}", saved, second))
-    yield from _aligned(table)
+    yield from (f"  {line}" for line in aligned(table))
     if len(rows) > _SHOWN_RANKS:
         yield f"and {len(rows) - _SHOWN_RANKS} more: --json has all"
 
@@ -58,10 +59,4 @@ def _front(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         (row.get("format", "best mix"), f"{row['effective_bits']:.3f}", "-" if row["gb"] is None else f"{row['gb']:.4g}", f"{row['predicted_kl']:.4g}")
         for row in rows
     ]
-    yield from _aligned(table)
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    for row in table:
-        yield "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+    yield from (f"  {line}" for line in aligned(table))

@@ -23,7 +23,7 @@ def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -
     store = Store(config.store.uri)
     if "{run_id}" in config.output_layout.root:
         raise SweepError("output_layout=tmp is for the reports of one run. Leave it out, or type output_layout.root=DIR.")
-    rows = finished_trials(store, overrides)
+    rows = finished_trials(store, overrides, [config])
     finished = [FinishedTrial(trial=row, scores=store.scores(row.cell_id)) for row in rows if row.cell_id is not None]
     root = config.output_layout.root if "://" in config.output_layout.root else Path(config.output_layout.root).absolute()
     result = publish(finished, root, overwrite=overwrite or config.output_layout.overwrite)

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,14 +16,15 @@ from sweep.analysis import FloatArray, bootstrap_interval
 from sweep.errors import SweepError
 from sweep.export_checks import check_recipe
 from sweep.machine import pick_workers
-from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe
+from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe, is_called
 from sweep.mixing import recipe as recipe_of_choice
 from sweep.options import Options, read_options
-from sweep.prepared import Prepared, prepare
+from sweep.prepared import Prepared, loaded, prepare
 from sweep.records import VALIDATIONS_SCHEMA
 from sweep.report_rows import short_group
 from sweep.store import Store
 from sweep.subject import samples_of
+from sweep.tables import aligned
 
 if TYPE_CHECKING:
     from workers.data import Plan
@@ -91,12 +91,9 @@ def wanted(prepared: Prepared, request: Request) -> list[tuple[str, MixedRecipe]
     """
     recipe = prepared.recipe
     found = [("recipe", recipe)]
-    if request.groups is not None:
-        alone = [choice for choice in recipe.groups if fnmatch(choice.group, request.groups) or fnmatch(choice.group, f"*{request.groups}")]
-        if not alone:
-            raise SweepError(f"--groups {request.groups!r} matches no layer group. They are called like {recipe.groups[0].group!r}; * stands for anything.")
-    else:
-        alone = []
+    alone = [choice for choice in recipe.groups if request.groups is not None and is_called([choice.group], request.groups)]
+    if request.groups is not None and not alone:
+        raise SweepError(f"--groups {request.groups!r} matches no layer group. They are called like {recipe.groups[0].group!r}; * stands for anything.")
     if not (request.uniform or request.n_random or alone):
         return found
     options = _options_of(prepared)
@@ -143,13 +140,13 @@ def validate(prepared: Prepared, recipes: Sequence[tuple[str, MixedRecipe]], on_
     plan, digest = held_out(prepared)
     store, config = Store(prepared.config.store.uri), prepared.config
     device = pick_workers(config.cluster).device
-    dtype = config.model.dtype if config.model.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    dtype = config.model.dtype_on(device)
     ids = [_identity(recipe, digest, dtype, device) for _, recipe in recipes]
     known = {key: found for key in ids if (found := store.validation(key)) is not None}
     fresh = {key: recipe for key, (_, recipe) in zip(ids, recipes, strict=True) if key not in known}
     for recipe in fresh.values():
         check_recipe(recipe, prepared.model)
-    measure = _measurer(prepared, list(fresh.values()), plan, device, dtype) if fresh else None
+    measure = _measurer(prepared, list(fresh.values()), plan) if fresh else None
     rows: list[Measured] = []
     for key, (kind, recipe) in zip(ids, recipes, strict=True):
         if key not in known:
@@ -206,8 +203,7 @@ def table_lines(rows: Sequence[Measured]) -> list[str]:
             f"{row.loss_change:+.4f}",
         )
         cells.append((row.name, *figures))
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return ["  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]) for line in cells]
+    return aligned(cells, figures=True)
 
 
 def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
@@ -233,18 +229,13 @@ def markdown_table(rows: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def _measurer(prepared: Prepared, recipes: Sequence[MixedRecipe], plan: "Plan", device: str, dtype: str) -> "Callable[[MixedRecipe], Damage]":
+def _measurer(prepared: Prepared, recipes: Sequence[MixedRecipe], plan: "Plan") -> "Callable[[MixedRecipe], Damage]":
     """What measures any of the recipes, each format of each layer group being calibrated once for all of them."""
-    import torch
-
     from workers.applied import calibrated_groups
     from workers.data import SIZES
-    from workers.modeling import load
     from workers.validation import Validator
 
-    if device == "cpu":
-        torch.set_num_threads(1)  # as a sweep's workers: more would change bits, and crawl beside them
-    model = load(prepared.model.path, dtype=getattr(torch, dtype), device=device)
+    model = loaded(prepared)
     formats: dict[str, list[GroupFormat]] = {}
     for recipe in recipes:
         for choice in recipe.groups:

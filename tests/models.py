@@ -94,3 +94,15 @@ def write_captions(path: Path, n: int) -> Path:
     lines = [" ".join(f"w{i}" for i in generator.integers(0, VOCABULARY - 2, size=generator.integers(3, 20))) for _ in range(n)]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def place_at(path: Path) -> Path:
+    """A directory with a random Qwen3-VL checkpoint, and 128 captions that its tokenizer knows: one token a word."""
+    save_checkpoint(path / "model", "qwen3_vl")
+    write_captions(path / "captions.txt", 128)
+    return path
+
+
+def overrides_of(place: Path) -> list[str]:
+    """What a user types for a place's model and captions."""
+    return ["model=hf_causal_lm", f"model.path={place / 'model'}", "dataset=coco2017_captions", f"dataset.captions_path={place / 'captions.txt'}"]

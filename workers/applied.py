@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sweep.errors import SweepError
 from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe
+from sweep.recipe import SCALES_INPUTS
 from sweep.recipe_quantizer import QuantizerSpec
 from workers.calibration import calibrated_linears, fake_quantized, quantized_inputs, smoothed_inputs, smoothed_weight
 from workers.capture import batch_to
@@ -149,7 +150,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 def needs_inputs(chosen: GroupFormat) -> bool:
     """Whether ranges or scales depend on calibration samples."""
     is_static = chosen.inputs is not None and QuantizerSpec(attributes=chosen.inputs).is_calibrated
-    return is_static or chosen.algorithm in ("awq_lite", "smoothquant")
+    return is_static or chosen.algorithm in SCALES_INPUTS
 
 
 def _inputs(model: nn.Module, batches: Sequence[Batch], groups: Sequence[str]) -> dict[str, list[Tensor]]:

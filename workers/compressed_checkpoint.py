@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from sweep.errors import SweepError
 from sweep.mixed import GroupChoice, MixedRecipe
+from sweep.recipe import SCALES_INPUTS
+from sweep.recipe_quantizer import canonical_attributes
 from workers.calibration import fake_quantized
 from workers.checkpoint import weight_files
-from workers.compressed_schemes import Inexpressible, attributes_of, canonical, scheme_of
+from workers.compressed_schemes import Inexpressible, attributes_of, scheme_of
 from workers.compressed_weights import input_scales, packed, unpacked
 from workers.linear_quant import LinearQuant
 
 _COPIED: Final = (".json", ".jinja", ".model", ".txt")  # tokenizer, preprocessor and generation settings
 _VISION: Final = "visual"
-_SMOOTHING: Final = ("awq_lite", "smoothquant")  # they multiply inputs by a scale of each channel
 # Relative to the element: float32 scales come back to the last bits, what decompresses to bfloat16 to its 8.
 _TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
@@ -182,9 +183,9 @@ def _check_formats(read: Mapping[str, QuantizationScheme], recipe: MixedRecipe, 
         choice = meant.get(name)
         chosen = None if choice is None else recipe.format_of(choice)
         scheme = read.get(name)
-        wanted = (None, None) if chosen is None else (canonical(chosen.weight), canonical(chosen.inputs))
+        wanted = (None, None) if chosen is None else (canonical_attributes(chosen.weight), canonical_attributes(chosen.inputs))
         args = (None, None) if scheme is None else (scheme.weights, scheme.input_activations)
-        found = tuple(None if item is None else canonical(attributes_of(item)) for item in args)
+        found = tuple(None if item is None else canonical_attributes(attributes_of(item)) for item in args)
         if found != wanted:
             raise Inexpressible(f"{_group(choice, name)}: compressed-tensors can't express this: module {name} would be read as {found}, not {wanted}.")
 
@@ -209,7 +210,7 @@ def _check_linear(where: str, state: Mapping[str, Tensor], weight_OI: Tensor, li
 
 
 def _refuse_smoothed(choice: GroupChoice, algorithm: str) -> None:
-    if algorithm in _SMOOTHING:
+    if algorithm in SCALES_INPUTS:
         raise Inexpressible(
             f"{choice.group}: compressed-tensors can't express algorithm: {algorithm!r} of format {choice.format!r}. It has no scale of a linear's inputs, and "
             "folding one into the layer before is not done here: o_proj and down_proj have no layer that takes it exactly. "

@@ -16,7 +16,7 @@ from torch import nn
 
 from sweep.errors import SweepError
 from sweep.mixed import GroupFormat
-from sweep.recipe_quantizer import ATTRIBUTE_DEFAULTS, COST_HINT, QuantizerSpec
+from sweep.recipe_quantizer import ATTRIBUTE_DEFAULTS, COST_HINT, QuantizerSpec, canonical_attributes
 
 _E2M1, _E4M3, _E8M0 = (2, 1), (4, 3), (8, 0)
 _FLOAT_BITS: Final = {_E2M1: 4, _E4M3: 8}
@@ -86,11 +86,6 @@ def attributes_of(args: QuantizationArgs) -> dict[str, Any]:
     if strategy == QuantizationStrategy.GROUP:
         return {**found, "block_sizes": {-1: group}} | ({"type": "dynamic"} if args.dynamic else {})
     return found | ({"type": "dynamic"} if args.dynamic else {})
-
-
-def canonical(attributes: Mapping[str, Any] | None) -> Any:
-    """What identifies a quantizer, defaults filled in; None: unquantized."""
-    return None if attributes is None else QuantizerSpec(attributes=attributes).canonical
 
 
 def _weight_args(attributes: Mapping[str, Any], where: _Where) -> QuantizationArgs:
@@ -167,7 +162,7 @@ def _check_pair(weights: QuantizationArgs, inputs: QuantizationArgs, where: _Whe
 
 
 def _check_returns(given: Mapping[str, Any], returned: Mapping[str, Any], where: _Where) -> None:
-    if canonical(given) == canonical(returned):
+    if canonical_attributes(given) == canonical_attributes(returned):
         return
     full = {**ATTRIBUTE_DEFAULTS, **{key: value for key, value in given.items() if key != COST_HINT}}
     back = {**ATTRIBUTE_DEFAULTS, **returned}

@@ -14,7 +14,7 @@ from modelopt.torch.export.quant_utils import preprocess_linear_fusion
 from sweep.compose import expand
 from sweep.errors import InvalidRecipe
 from sweep.planning import plan_sweep, recipe_of
-from tests.models import save_checkpoint, write_captions
+from tests.models import overrides_of, place_at
 from workers.capture import batch_to, capture
 from workers.data import Plan
 from workers.modeling import load
@@ -31,17 +31,13 @@ RECIPES: Mapping[str, tuple[Any, Any]] = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = tmp_path_factory.mktemp("algorithms")
-    save_checkpoint(path / "model", "qwen3_vl")
-    write_captions(path / "captions.txt", 128)
-    return path
+    return place_at(tmp_path_factory.mktemp("algorithms"))
 
 
 @pytest.fixture(scope="module")
 def captured(place: Any) -> tuple[Any, Plan, Mapping[str, Any], tuple[Any, ...]]:
     """The model, its samples, what its linears saw, its layer groups."""
-    overrides = ["model=hf_causal_lm", f"model.path={place / 'model'}", "dataset=coco2017_captions", f"dataset.captions_path={place / 'captions.txt'}"]
-    sweep = plan_sweep(expand([*overrides, "dataset.size=medium"], multirun=False).points, "cpu")
+    sweep = plan_sweep(expand([*overrides_of(place), "dataset.size=medium"], multirun=False).points, "cpu")
     (task,), (plan,) = sweep.tasks.values(), sweep.plans.values()
     model = load(place / "model", dtype=torch.float32, device="cpu")
     modules = [name for group in task.groups for name in group.modules]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sweep.compose import expand
 from sweep.planning import SweepPlan, plan_sweep
 from sweep.store import Store
-from tests.models import save_checkpoint, write_captions
+from tests.models import overrides_of, place_at
 from workers.scorer import Scorer
 from workers.task import Progress, Task, is_vision
 
@@ -24,16 +24,11 @@ DOWN_1 = "model.language_model.layers.1.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3-VL checkpoint, with captions that its tokenizer knows: one token a word."""
-    path = tmp_path_factory.mktemp("scorer")
-    save_checkpoint(path / "model", "qwen3_vl")
-    write_captions(path / "captions.txt", 128)
-    return path
+    return place_at(tmp_path_factory.mktemp("scorer"))
 
 
 def plan(place: Path, *overrides: str) -> SweepPlan:
-    own = ["model=hf_causal_lm", f"model.path={place / 'model'}", "dataset=coco2017_captions", f"dataset.captions_path={place / 'captions.txt'}"]
-    return plan_sweep(expand([*own, *overrides], multirun=True).points, "cpu")
+    return plan_sweep(expand([*overrides_of(place), *overrides], multirun=True).points, "cpu")
 
 
 def score(scorer: Scorer, wanted: SweepPlan, tasks: Sequence[Task] = ()) -> dict[str, Progress]:
