@@ -85,6 +85,7 @@ def _solve(options: argparse.Namespace) -> int:
             excludes=options.exclude,
             uniform_layer=options.uniform_layer,
             out=options.out,
+            recapture=options.recapture,
             n_front=options.front,
             rank=options.rank,
             as_json=options.json,
@@ -144,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument("--pin", action="append", default=[], metavar="PATTERN=FORMAT", help="layer groups that get this format; 16: none")
     solve.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layer groups that stay in 16 bits")
     solve.add_argument("--uniform-layer", action="store_true", help="one format for all groups of a decoder layer")
+    solve.add_argument("--recapture", type=int, default=0, metavar="N", help="apply the recipe, capture and score again, solve again; N times")
     solve.add_argument("--front", type=int, nargs="?", const=24, metavar="N", help="the Pareto front at N budgets, as table and picture")
     solve.add_argument("--rank", action="store_true", help="layer groups by damage, and by damage per byte saved")
     solve.add_argument("--out", metavar="FILE", help="the recipe file; default outputs/recipes/NAME.yaml")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 import numpy as np
@@ -11,7 +11,7 @@ from sweep.analysis import FloatArray, IntArray, bootstrap_interval
 from sweep.errors import SweepError, require_known
 from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe
 from sweep.options import UNQUANTIZED_BITS, Options
-from sweep.solve import Infeasible, Problem, solve, total
+from sweep.solve import Infeasible, Problem, cost_range, solve, total
 
 SIXTEEN = "16"  # what a pin calls the choice to leave a group unquantized
 
@@ -96,19 +96,38 @@ def problem_of(options: Options, rules: Rules, damage: FloatArray | None = None)
     return Problem(damage=table, cost=options.weights[:, None] * bits[None, :], together=together)
 
 
-def solved(options: Options, problem: Problem, budget: Budget) -> IntArray:
-    """The best choices under a budget. Raises: SweepError: nothing fits; names the least budget that does."""
+def solved(options: Options, problem: Problem, budget: Budget, rules: Rules) -> IntArray:
+    """The best choices under a budget.
+
+    Args:
+        options: what was measured.
+        problem: of these options and rules.
+        budget: of all groups.
+        rules: for the message.
+
+    Raises: SweepError: nothing fits; names the least budget that does, and the rules that keep it from being less.
+    """
     try:
         return solve(problem, budget.cost(options))
     except Infeasible as error:
         if not np.isfinite(error.least_cost):
             raise SweepError("The rules leave some layer group no format that was measured. Loosen --pin, --exclude or --uniform-layer.") from error
         least = budget.say(options, error.least_cost)
-        smallest = min((option.format for option in options.formats), key=lambda each: each.effective_bits)
-        raise SweepError(
-            f"{budget} is below the smallest recipe that the rules allow. The nearest that works: {least}. "
-            f"The smallest format scored is {smallest.label} ({smallest.effective_bits:g} bits)."
-        ) from error
+        binding = [f"{budget.say(options, cost)} without {name}" for name, cost in least_costs_without(options, rules).items() if cost < error.least_cost]
+        smallest = min((option.format for option in options.formats if rules.allowed(option.format)), key=lambda each: each.effective_bits)
+        allowed = f"the smallest format that may be used is {smallest.label}, {smallest.effective_bits:g} bits"
+        raise SweepError(f"{budget} is too little. The nearest that works: {least}; {'; '.join([*binding, allowed])}.") from error
+
+
+def least_costs_without(options: Options, rules: Rules) -> dict[str, float]:
+    """What the cheapest choices cost without one rule each, in bits of all groups."""
+    loosened = {
+        "the target": replace(rules, allowed=lambda _: True),
+        "--pin": replace(rules, pins={}),
+        "--exclude": replace(rules, excludes=()),
+        "--uniform-layer": replace(rules, uniform_layer=False),
+    }
+    return {name: cost_range(problem_of(options, without))[0] for name, without in loosened.items() if without != rules}
 
 
 def recipe(options: Options, choice: IntArray, name: str, target: str | None, damage: FloatArray | None = None) -> MixedRecipe:

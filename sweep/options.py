@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -14,10 +14,11 @@ from sweep.compose import expand
 from sweep.config import SweepConfig, from_record
 from sweep.errors import SweepError
 from sweep.mixed import GroupFormat
-from sweep.planning import recipe_of
+from sweep.planning import ELEMENTS, recipe_of
 from sweep.records import TrialRow
 from sweep.selection import finished_trials
 from sweep.store import Store
+from sweep.subject import Model, checkpoint_dir
 
 UNQUANTIZED_BITS = 16.0
 
@@ -57,7 +58,27 @@ class Options:
             raise SweepError(
                 f"The store does not know the size of {self.trial.model}: an earlier version swept it. Type --bits instead of --gb, or sweep again."
             )
-        return (self.elements["parameters"] - float(self.weights.sum())) * UNQUANTIZED_BITS / 8
+        # A tied lm_head that is quantized is a copy: the embeddings are still there in 16 bits.
+        copied = sum(group["weight_elements"] for group in self.groups if _is_lm_head(group)) if not self.elements["lm_head"] else 0
+        return (self.elements["parameters"] + copied - float(self.weights.sum())) * UNQUANTIZED_BITS / 8
+
+    @property
+    def covers_lm_head(self) -> bool:
+        """Whether lm_head is among the groups."""
+        return any(_is_lm_head(group) for group in self.groups)
+
+
+def sized(options: Options) -> Options:
+    """With the model's size from its checkpoint, if the store does not know it and the checkpoint is still there, unchanged."""
+    if options.elements is not None:
+        return options
+    try:
+        model = Model(checkpoint_dir(options.config.model))
+        if model.revision != options.trial.model_revision:
+            return options
+        return replace(options, elements={key: model.structure[key] for key in ELEMENTS})
+    except SweepError:  # not there any more: the store's own message says what to type
+        return options
 
 
 def read_options(store: Store, overrides: Sequence[str]) -> Options:
@@ -74,15 +95,15 @@ def read_options(store: Store, overrides: Sequence[str]) -> Options:
     configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
     rows = _of_one_kind(rows, configs)
     largest = max(rows, key=lambda row: _n_samples(row)).size
-    rows = [row for row in rows if row.size == largest]
+    rows = _of_one_revision([row for row in rows if row.size == largest])
     tables = {row.cell_id: store.scores(row.cell_id) for row in rows if row.cell_id is not None}
     first = next(iter(tables.values()))
     columns = ("group", "modules", "layer_index", "weight_elements")
     groups = tuple(first.select(columns).to_pylist())
-    by_cell = {row.cell_id: row for row in reversed(rows)}  # equal trials share a cell: the first one's name counts
+    named = {row.cell_id: row for row in reversed(rows)}  # equal trials share a cell: the first one's name counts
     options: dict[str, Option] = {}
-    for row in rows:
-        if by_cell.get(row.cell_id) is not row or row.cell_id is None:
+    for row in sorted(rows, key=lambda row: row.created_at):
+        if named[row.cell_id] is not row or row.cell_id is None:
             continue
         table = tables[row.cell_id]
         if table.select(columns).to_pylist() != list(groups):
@@ -90,7 +111,7 @@ def read_options(store: Store, overrides: Sequence[str]) -> Options:
                 f"Cells of {row.model} cover different layer groups: {row.trial_id}, {rows[0].trial_id}. Type quant_pair=... or quant_granularity=..."
             )
         option = _option(row.cell_id, configs[row.trial_id], table)
-        options.setdefault(option.format.label, option)
+        options[option.format.label] = option  # the latest, where another version of something scored it before
     records = store.runs().values()
     elements = next((record["models"][rows[0].model_revision] for record in records if rows[0].model_revision in record.get("models", {})), None)
     return Options(trial=rows[0], config=configs[rows[0].trial_id], groups=groups, formats=tuple(options.values()), elements=elements)
@@ -147,7 +168,23 @@ def _of_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]) -
     return [row for row in rows if kind(row) == wanted]
 
 
+def _of_one_revision(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """Of one set of samples and one way to score: that of the latest trial."""
+    samples = {row.dataset_revision for row in rows}
+    if len(samples) > 1:
+        raise SweepError(
+            f"The store holds trials of {len(samples)} different sets of samples that are called {rows[0].dataset}/{rows[0].size}. "
+            "Type the dataset.max_tokens or dataset.captions_path that you mean; where the file itself has changed, sweep into another store.uri."
+        )
+    score_version = json.loads(max(rows, key=lambda row: row.created_at).versions).get("score")
+    return [row for row in rows if json.loads(row.versions).get("score") == score_version]
+
+
 def _n_samples(row: TrialRow) -> int:
     from workers.data import SIZES
 
     return SIZES[row.size]
+
+
+def _is_lm_head(group: Mapping[str, Any]) -> bool:
+    return any(module.rpartition(".")[2] == "lm_head" for module in group["modules"])

@@ -23,6 +23,8 @@ from workers.task import GroupSpec, ModelSpec, Task, part_of, parts_of
 # 1: summed loss, delta form, canonical plan of at most 2,048 tokens a batch, logits of 512 rows at a time.
 SCORE_VERSION: Final = 1
 
+ELEMENTS: Final = ("parameters", "embeddings", "lm_head")  # what a store keeps of each model: see SweepPlan.models
+
 Device = Literal["cpu", "cuda"]
 
 
@@ -126,7 +128,7 @@ class _Planner:
 
     def elements(self) -> dict[str, dict[str, int]]:
         """Elements of each model, by revision; see SweepPlan."""
-        return {model.revision: {key: model.structure[key] for key in ("parameters", "embeddings", "lm_head")} for model in self._models.values()}
+        return {model.revision: {key: model.structure[key] for key in ELEMENTS} for model in self._models.values()}
 
     def _enter(self, point: SweepConfig, model: Model, plan_id: str, digest: str) -> tuple[str, str]:
         recipe = recipe_of(point)

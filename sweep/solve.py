@@ -4,15 +4,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, csr_array, vstack
 
 from sweep.analysis import FloatArray, IntArray
@@ -20,6 +19,8 @@ from sweep.analysis import FloatArray, IntArray
 _GAP: Final = 1e-9  # relative: damages are not known to more digits
 _ROUNDING: Final = 1e-12  # relative: so much over the budget is the rounding of the budget itself
 _SCALE: Final = 1e6  # of the budget inside HiGHS
+_DOUBLINGS: Final = 200  # of a price until the choices fit: then they are the cheapest
+_HALVINGS: Final = 80  # until it is exact
 _SECONDS: Final = 20.0  # then the best choice so far counts, and its gap is said; real scores take less than one
 _TIME_IS_UP: Final = 1  # status of scipy's milp
 
@@ -117,15 +118,15 @@ def _solve_apart(problem: Problem, budget: float) -> IntArray:
         raise Infeasible(low)
     if high <= room:
         return np.lexsort((problem.cost, problem.damage), axis=1)[:, 0]
+    price, choice = _priced(problem.damage, problem.cost / room)
+    choice = _filled(problem, choice, room)
     options = [useful_options(damage, cost) for damage, cost in zip(problem.damage, problem.cost, strict=True)]
     groups = np.repeat(np.arange(len(options)), [len(some) for some in options])
     flat = np.concatenate(options)
     damage, cost = problem.damage[groups, flat], problem.cost[groups, flat]
-    choice = _exchanged(problem, options, room)
-    price, bound = _relaxed(damage, cost / room, groups)
     # An option that raises the bound above what is already reached is in no better choice: few are left.
     priced = damage + price * cost / room
-    reached = total(problem.damage, choice)
+    bound, reached = float(_least(priced, groups).sum()) - price, total(problem.damage, choice)
     left = (priced - _least(priced, groups)[groups] <= reached - bound + _GAP * reached) | (flat == choice[groups])
     better = _exact(damage[left], cost[left], groups[left], room, reached)
     candidate = choice.copy()
@@ -133,39 +134,45 @@ def _solve_apart(problem: Problem, budget: float) -> IntArray:
     return candidate if total(problem.damage, candidate) < reached else choice
 
 
-def _exchanged(problem: Problem, options: Sequence[IntArray], room: float) -> IntArray:
-    """A good choice that fits: from the cheapest options on, exchanges in the order of what they save for their cost."""
-    choice = np.array([some[0] for some in options])
-    damage, cost = problem.damage, problem.cost
-    exchanges = [
-        ((damage[group, before] - damage[group, after]) / (cost[group, after] - cost[group, before]), group, after)
-        for group, some in enumerate(options)
-        for before, after in pairwise(some.tolist())
-    ]
-    spent = total(cost, choice)
-    for _, group, after in sorted(exchanges, reverse=True):
-        more = cost[group, after] - cost[group, choice[group]]
-        if more > 0 and spent + more <= room:
-            before, choice[group] = choice[group], after
-            spent = total(cost, choice)
-            if spent > room:  # by rounding
-                choice[group] = before
-                spent = total(cost, choice)
-    return choice
+def _filled(problem: Problem, choice: IntArray, room: float) -> IntArray:
+    """A choice that fits, made better by one exchange after the other, each that of all that fit which saves most damage."""
+    choice, groups = choice.copy(), np.arange(len(choice))
+    while True:
+        saved = problem.damage[groups, choice][:, None] - problem.damage
+        more = problem.cost - problem.cost[groups, choice][:, None]
+        saved[more > room - total(problem.cost, choice)] = 0.0
+        group, option = np.unravel_index(np.argmax(saved), saved.shape)
+        before, choice[group] = choice[group], option
+        if saved[group, option] <= 0 or total(problem.cost, choice) > room:  # the latter by rounding
+            choice[group] = before
+            return choice
 
 
-def _relaxed(damage: FloatArray, share: FloatArray, groups: IntArray) -> tuple[float, float]:
-    """The price of the whole budget, and a bound from below on the damage, both by the linear relaxation.
+def _priced(damage: FloatArray, share: FloatArray) -> tuple[float, IntArray]:
+    """The least price of the whole budget at which the best choice of each group alone fits, and those choices: Lagrange's relaxation.
 
     Args:
-        damage: of each useful option.
-        share: of the budget that it costs.
-        groups: whose it is.
+        damage: [groups, options].
+        share: of the budget, of each; the cheapest fit.
     """
-    rows = _one_each(groups)
-    found: Any = linprog(damage, A_ub=share[None], b_ub=[1.0], A_eq=rows, b_eq=np.ones(rows.shape[0]), method="highs")
-    price = 0.0 if found.x is None else max(0.0, -float(found.ineqlin.marginals[0]))
-    return price, float(_least(damage + price * share, groups).sum()) - price  # a bound for any price
+
+    def choice_at(price: float) -> IntArray:
+        return np.argmin(damage + price * share, axis=1)
+
+    cheapest = np.lexsort((damage, np.where(np.isfinite(damage), share, np.inf)), axis=1)[:, 0]
+    low, high, chosen = 0.0, total(damage, cheapest), cheapest
+    for _ in range(_DOUBLINGS):
+        if total(share, choice := choice_at(high)) <= 1:
+            chosen = choice
+            break
+        low, high = high, 2 * high
+    for _ in range(_HALVINGS):
+        price = (low + high) / 2
+        if total(share, choice := choice_at(price)) <= 1:
+            high, chosen = price, choice
+        else:
+            low = price
+    return high, chosen
 
 
 def _exact(damage: FloatArray, cost: FloatArray, groups: IntArray, room: float, reached: float) -> npt.NDArray[np.bool_]:

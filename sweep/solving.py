@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from sweep.analysis import IntArray
 from sweep.compose import expand
 from sweep.errors import SweepError
 from sweep.mixed import GroupFormat, MixedRecipe
 from sweep.mixing import SIXTEEN, Budget, Rules, interval, problem_of, recipe, solved, uniform_choices, weights_gb
-from sweep.options import Options, read_options
+from sweep.options import Options, read_options, sized
 from sweep.report_rows import short_group
 from sweep.solve import Problem, cost_range, front, total
+from sweep.solving_text import lines
 from sweep.store import Store
 from sweep.targets import Target
-
-_SHOWN_GROUPS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +33,7 @@ class Request:
     excludes: Sequence[str]
     uniform_layer: bool
     out: str | None
+    recapture: int  # how often the model is captured again with the recipe applied
     n_front: int | None
     rank: bool
     as_json: bool
@@ -48,28 +47,55 @@ def solve_command(request: Request) -> int:
     config = expand(request.overrides, multirun=True).points[0]
     target = Target.from_config(config.target)
     options = read_options(Store(config.store.uri), request.overrides)
-    problem = problem_of(options, rules_of(request, target, options))
-    budget = Budget(bits=request.bits, gb=request.gb)
-    choice = solved(options, problem, budget)
-    made = recipe(options, choice, f"{options.trial.model}-{target.name}-{budget.slug}", target.name)
+    if request.gb is not None:
+        options = sized(options)
+    rules = rules_of(request, target, options)
+    problem = problem_of(options, rules)
+    budget = budget_of(request, options, problem)
+    choice = solved(options, problem, budget, rules)
+    name = f"{options.trial.model}-{target.name}-{budget.slug}"
+    made = recipe(options, choice, name, target.name)
+    for _ in range(request.recapture):
+        from sweep.recapturing import recaptured_damage
+
+        damage = recaptured_damage(options, made, config)
+        problem = problem_of(options, rules, damage)
+        choice = solved(options, problem, budget, rules)
+        made = recipe(options, choice, name, target.name, damage)
     out = Path(request.out).expanduser() if request.out else Path("outputs/recipes") / f"{made.name}.yaml"
     document: dict[str, Any] = summary(options, problem, choice, made) | {"recipe": str(out)}
+    n_usable = sum(rules.allowed(option.format) for option in options.formats)
+    document["scored"] = {"recipes": len(options.formats), "usable": n_usable, "dataset": options.trial.dataset, "size": options.trial.size}
     if request.rank:
         document["rank"] = ranked(options, problem, choice)
-    if request.n_front:
+    if request.n_front is not None:
         document["front"] = front_rows(options, problem, request.n_front)
         document["uniform"] = uniform_rows(options, problem)
         document["picture"] = str(out.with_suffix(".svg"))
     _write(out, made.to_yaml().encode())
-    if request.n_front:
+    if request.n_front is not None:
         from sweep.pictures import front_picture
 
         _write(out.with_suffix(".svg"), front_picture(document["front"], document["uniform"], [document]))
     if request.as_json:
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
-        _print(document, Console(markup=False, soft_wrap=True, highlight=False))
+        console = Console(markup=False, soft_wrap=True, highlight=False)
+        for line in lines(document):
+            console.print(line)
+        console.print(f"Written: {out}")
+        console.print(f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR")
     return 0
+
+
+def budget_of(request: Request, options: Options, problem: Problem) -> Budget:
+    """What was typed; the smallest recipe's size if the question is about ranks or the front alone.
+
+    Raises: SweepError: no budget, two of them, or none that is above 0.
+    """
+    if request.bits is None and request.gb is None and (request.rank or request.n_front is not None):
+        return Budget(bits=cost_range(problem)[0] / float(options.weights.sum()))
+    return Budget(bits=request.bits, gb=request.gb)
 
 
 def rules_of(request: Request, target: Target, options: Options) -> Rules:
@@ -99,19 +125,36 @@ def summary(options: Options, problem: Problem, choice: IntArray, made: MixedRec
     """A recipe in figures: size, damage, how often each format is used, and what stays in the most bits."""
     counts = Counter(group.format or SIXTEEN for group in made.groups)
     highest = max(made.bits_of(group) for group in made.groups)
-    known = options.elements is not None
+    head = None
+    sizes: dict[str, float | None] = dict.fromkeys(("gb", "gb_covered", "gb_embeddings", "gb_lm_head", "gb_rest"))
+    if options.elements is not None:
+        sizes = sizes_gb(options, made)
+        head = "covered" if options.covers_lm_head else "16 bits" if options.elements["lm_head"] else "tied to the embeddings"
     return {
         "name": made.name,
         "target": made.target,
         "effective_bits": made.effective_bits,
-        "gb": weights_gb(options, made) if known else None,
-        "gb_not_covered": options.other_bytes / 1e9 if known else None,
-        "gb_embeddings": options.elements["embeddings"] * 2 / 1e9 if options.elements is not None else None,
-        "gb_lm_head": options.elements["lm_head"] * 2 / 1e9 if options.elements is not None else None,
+        **sizes,
+        "lm_head": head,
         "predicted_kl": total(problem.damage, choice),
         "predicted_kl_interval": interval(options, choice),
         "formats": dict(sorted(counts.items(), key=lambda item: -item[1])),
         "most_bits": [short_group(group.group, list(group.modules)) for group in made.groups if made.bits_of(group) == highest],
+    }
+
+
+def sizes_gb(options: Options, made: MixedRecipe) -> dict[str, float | None]:
+    """GB (1e9 bytes) of weights: all, and what they consist of; `gb_lm_head` is None where it is covered or tied to the embeddings."""
+    assert options.elements is not None
+    gb_embeddings, head = options.elements["embeddings"] * 2 / 1e9, options.elements["lm_head"]
+    gb_lm_head = head * 2 / 1e9 if head and not options.covers_lm_head else None
+    gb = weights_gb(options, made)
+    return {
+        "gb": gb,
+        "gb_covered": gb - options.other_bytes / 1e9,
+        "gb_embeddings": gb_embeddings,
+        "gb_lm_head": gb_lm_head,
+        "gb_rest": options.other_bytes / 1e9 - gb_embeddings - (gb_lm_head or 0.0),
     }
 
 
@@ -125,6 +168,7 @@ def ranked(options: Options, problem: Problem, choice: IntArray) -> list[dict[st
         rows.append(
             {
                 "group": group["group"],
+                "name": short_group(group["group"], group["modules"]),
                 "format": label,
                 "predicted_kl": float(damage),
                 "bytes_saved": float(saved),
@@ -160,36 +204,3 @@ def _write(path: Path, content: bytes) -> None:
         Files(str(path.parent)).write(path.name, content)
     except OSError as error:
         raise SweepError(f"Cannot write {path}: {error.strerror or error}. Give another place with --out.") from error
-
-
-def _print(document: dict[str, Any], console: Console) -> None:
-    size = f"{document['effective_bits']:.3f} bits a weight of the covered layers"
-    if document["gb"] is not None:
-        rest = f"{document['gb_not_covered']:.3g} GB of it not covered, in 16 bits: embeddings {document['gb_embeddings']:.3g}"
-        rest += f", lm_head {document['gb_lm_head']:.3g}" if document["gb_lm_head"] else ", lm_head tied to them"
-        size += f"; {document['gb']:.4g} GB of weights ({rest})"
-    console.print(f"Recipe {document['name']} for {document['target']}: {size}")
-    low_high = document["predicted_kl_interval"]
-    spread = "" if low_high is None else f" (90 %: {low_high[0]:.3g} to {low_high[1]:.3g})"
-    console.print(f"predicted KL {document['predicted_kl']:.4g} nats per prediction{spread}")
-    for label, n in document["formats"].items():
-        console.print(f"  {n:4d} layer groups: {label if label != SIXTEEN else '16 bits'}")
-    most = document["most_bits"]
-    if len(most) < sum(document["formats"].values()):
-        console.print("most bits: " + ", ".join(most[:_SHOWN_GROUPS]) + (f" and {len(most) - _SHOWN_GROUPS} more" if len(most) > _SHOWN_GROUPS else ""))
-    if "rank" in document:
-        table = Table("layer group", "format", "predicted KL", "KL per GB saved", box=None)
-        for row in document["rank"]:
-            per_gb = row["predicted_kl_per_gb_saved"]
-            table.add_row(row["group"], row["format"], f"{row['predicted_kl']:.3g}", "-" if per_gb is None else f"{per_gb:.3g}")
-        console.print(table)
-    if "front" in document:
-        table = Table("", "bits", "GB", "predicted KL", box=None)
-        for row in [*document["front"], *document["uniform"]]:
-            table.add_row(
-                row.get("format", "mixed"), f"{row['effective_bits']:.3f}", "-" if row["gb"] is None else f"{row['gb']:.4g}", f"{row['predicted_kl']:.4g}"
-            )
-        console.print(table)
-        console.print(f"Picture: {document['picture']}")
-    console.print(f"Written: {document['recipe']}")
-    console.print(f"Next: sweep validate {document['recipe']}, then sweep export {document['recipe']} --format compressed-tensors --out DIR")

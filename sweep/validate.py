@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pyarrow as pa
 from rich.console import Console
-from rich.table import Table
 
 from sweep.analysis import FloatArray, bootstrap_interval
 from sweep.errors import SweepError
@@ -23,6 +22,7 @@ from sweep.mixing import recipe as recipe_of_choice
 from sweep.options import Options, read_options
 from sweep.prepared import Prepared, prepare
 from sweep.records import VALIDATIONS_SCHEMA
+from sweep.report_rows import short_group
 from sweep.store import Store
 from sweep.subject import samples_of
 
@@ -78,13 +78,8 @@ def validate_command(request: Request) -> int:
         print(text)  # noqa: T201 -- machine-readable output, not for rich to wrap
         return 0
     console = Console(markup=False, soft_wrap=True, highlight=False)
-    table = Table("recipe", "bits", "predicted KL", "measured KL (90 %)", "loss change", box=None)
-    for row in rows:
-        low, high = row.measured_kl_interval
-        table.add_row(
-            row.name, f"{row.effective_bits:.3f}", f"{row.predicted_kl:.4g}", f"{row.measured_kl:.4g} ({low:.3g} to {high:.3g})", f"{row.loss_change:+.4f}"
-        )
-    console.print(table)
+    for line in table_lines(rows):
+        console.print(line)
     console.print(f"{rows[0].n_samples} samples, {rows[0].n_predictions} predictions that neither calibrated nor scored; nats per prediction. Page: {page}")
     return 0
 
@@ -113,7 +108,7 @@ def wanted(prepared: Prepared, request: Request) -> list[tuple[str, MixedRecipe]
         for number, option in enumerate(options.formats):
             only = np.full(len(options.groups), len(options.formats))
             only[index] = number
-            found.append(("group", recipe_of_choice(options, only, f"{choice.group} alone, {option.format.label}", recipe.target)))
+            found.append(("group", recipe_of_choice(options, only, f"{short_group(choice.group, choice.modules)} alone, {option.format.label}", recipe.target)))
     return found
 
 
@@ -151,19 +146,18 @@ def validate(prepared: Prepared, recipes: Sequence[tuple[str, MixedRecipe]], on_
     dtype = config.model.dtype if config.model.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     ids = [_identity(recipe, digest, dtype, device) for _, recipe in recipes]
     known = {key: found for key in ids if (found := store.validation(key)) is not None}
+    fresh = {key: recipe for key, (_, recipe) in zip(ids, recipes, strict=True) if key not in known}
+    for recipe in fresh.values():
+        check_recipe(recipe, prepared.model)
+    measure = _measurer(prepared, list(fresh.values()), plan, device, dtype) if fresh else None
     rows: list[Measured] = []
-    measure: Callable[[MixedRecipe], Any] | None = None
     for key, (kind, recipe) in zip(ids, recipes, strict=True):
-        if key in known:
-            row = _row(known[key], kind, recipe)
-        else:
-            check_recipe(recipe, prepared.model)
-            measure = measure or _measurer(prepared, plan, device, dtype)
-            table = _table(measure(recipe), recipe, digest, dtype)
-            store.write_validation(key, table)
-            row = _row(table, kind, recipe)
-        rows.append(row)
-        on_measured(row)
+        if key not in known:
+            assert measure is not None
+            known[key] = _table(measure(recipe), recipe, digest, dtype)
+            store.write_validation(key, known[key])
+        rows.append(_row(known[key], kind, recipe))
+        on_measured(rows[-1])
     return rows
 
 
@@ -197,6 +191,25 @@ def held_out(prepared: Prepared) -> "tuple[Plan, str]":
     return plan, plan.digest(list(SIZES)[len(plan.segments) - 1])
 
 
+def table_lines(rows: Sequence[Measured]) -> list[str]:
+    """A table for the screen: a heading, then one line a recipe."""
+    cells = [("recipe", "bits", "predicted KL", "measured KL", "90 % interval", "measured/predicted", "loss change")]
+    for row in rows:
+        low, high = row.measured_kl_interval
+        ratio = f"{row.measured_kl / row.predicted_kl:.2f}" if row.predicted_kl else "-"
+        figures = (
+            f"{row.effective_bits:.3f}",
+            f"{row.predicted_kl:.4g}",
+            f"{row.measured_kl:.4g}",
+            f"{low:.3g} to {high:.3g}",
+            ratio,
+            f"{row.loss_change:+.4f}",
+        )
+        cells.append((row.name, *figures))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return ["  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]) for line in cells]
+
+
 def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
     """The page that people read."""
     head = (
@@ -215,18 +228,32 @@ def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
-def _measurer(prepared: Prepared, plan: "Plan", device: str, dtype: str) -> Callable[[MixedRecipe], Any]:
+def _measurer(prepared: Prepared, recipes: Sequence[MixedRecipe], plan: "Plan", device: str, dtype: str) -> "Callable[[MixedRecipe], Damage]":
+    """What measures any of the recipes, each format of each layer group being calibrated once for all of them."""
     import torch
 
-    from workers.applied import calibrated_model
+    from workers.applied import calibrated_groups
     from workers.data import SIZES
     from workers.modeling import load
     from workers.validation import Validator
 
+    if device == "cpu":
+        torch.set_num_threads(1)  # as a sweep's workers: more would change bits, and crawl beside them
     model = load(prepared.model.path, dtype=getattr(torch, dtype), device=device)
+    formats: dict[str, list[GroupFormat]] = {}
+    for recipe in recipes:
+        for choice in recipe.groups:
+            chosen = recipe.format_of(choice)
+            if chosen is not None and chosen not in formats.setdefault(choice.group, []):
+                formats[choice.group].append(chosen)
+    quants = calibrated_groups(model, list(prepared.plan.batches(prepared.recipe.size)), prepared.recipe.groups, formats)
     validator = Validator(model, list(plan.batches(list(SIZES)[len(plan.segments) - 1])))
-    calibration = list(prepared.plan.batches(prepared.recipe.size))
-    return lambda recipe: validator.measure(calibrated_model(model, calibration, recipe))
+
+    def measure(recipe: MixedRecipe) -> "Damage":
+        chosen = [(choice.group, found) for choice in recipe.groups if (found := recipe.format_of(choice)) is not None]
+        return validator.measure({name: quant for group, found in chosen for name, quant in quants[group][formats[group].index(found)].items()})
+
+    return measure
 
 
 def _table(damage: "Damage", recipe: MixedRecipe, held_out: str, dtype: str) -> pa.Table:

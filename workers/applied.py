@@ -15,53 +15,67 @@ from workers.calibration import calibrated_linears, fake_quantized, quantized_in
 from workers.capture import batch_to
 from workers.data import Batch
 from workers.linear_quant import LinearQuant
+from workers.memory import windows
 
 _ROOM_BYTES: Final = 4e9  # for what linears read in one pass
 
 
-@torch.no_grad()
 def calibrated_model(model: nn.Module, batches: Sequence[Batch], recipe: MixedRecipe, room_bytes: float = _ROOM_BYTES) -> dict[str, LinearQuant]:
     """ModelOpt's ranges and scales by module name.
 
     Args:
         model: unquantized, evaluation mode.
-        batches: calibration samples; run through the model only if a format needs what its linears read, once for as many groups as
-            have room.
+        batches: calibration samples; run through the model only if a format needs what its linears read.
         recipe: what each layer group gets.
         room_bytes: for what linears read.
 
     Raises: SweepError: no calibration sample reaches a group that needs them.
     """
+    formats = {choice.group: [chosen] for choice in recipe.groups if (chosen := recipe.format_of(choice)) is not None}
+    found = calibrated_groups(model, batches, recipe.groups, formats, room_bytes)
+    return {name: quant for (quants,) in found.values() for name, quant in quants.items()}
+
+
+@torch.no_grad()
+def calibrated_groups(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    groups: Sequence[GroupChoice],
+    formats: Mapping[str, Sequence[GroupFormat]],
+    room_bytes: float = _ROOM_BYTES,
+) -> dict[str, list[dict[str, LinearQuant]]]:
+    """ModelOpt's ranges and scales for several formats of each layer group.
+
+    Args:
+        model: unquantized, evaluation mode.
+        batches: calibration samples; run through the model only if a format needs what its linears read, once for as many groups as
+            have room.
+        groups: in the model's order; their choices are not looked at.
+        formats: those wanted, by group.
+        room_bytes: for what linears read.
+
+    Returns: by group, for each of its formats: by module name.
+
+    Raises: SweepError: no calibration sample reaches a group that needs them.
+    """
+    wanted = [choice for choice in groups if choice.group in formats]
     n_rows = sum(max(sum(batch.lengths), sum(batch.patch_counts)) for batch in batches)
     itemsize = next(model.parameters()).element_size()
-    quants: dict[str, LinearQuant] = {}
-    waiting: list[GroupChoice] = []
-    size = 0.0
-
-    def flush() -> None:
-        inputs = _inputs(model, batches, [choice.group for choice in waiting if needs_inputs(recipe.format_of(choice))])
-        for choice in waiting:
-            chosen = recipe.format_of(choice)
-            assert chosen is not None
+    reading = {choice.group for choice in wanted if any(map(needs_inputs, formats[choice.group]))}
+    sizes = [n_rows * _linear(model, choice.group).in_features * itemsize if choice.group in reading else 0 for choice in wanted]
+    found: dict[str, list[dict[str, LinearQuant]]] = {}
+    for window in windows(wanted, sizes, room_bytes):
+        inputs = _inputs(model, batches, [choice.group for choice in window if choice.group in reading])
+        for choice in window:
             seen = inputs.pop(choice.group, [])
-            if needs_inputs(chosen) and not seen:
+            if choice.group in reading and not seen:
                 raise SweepError(f"No calibration sample reaches {choice.group}, so its inputs have no range. Choose a data set that does, or another format.")
             weights: dict[str, Tensor] = {module: _linear(model, module).weight.detach() for module in choice.modules}
-            quants.update(calibrated_linears(weights, seen, chosen.weight, chosen.inputs, chosen.algorithm, chosen.scales))
-        waiting.clear()
-
-    for choice in recipe.groups:
-        chosen = recipe.format_of(choice)
-        if chosen is None:
-            continue
-        more = n_rows * _linear(model, choice.group).in_features * itemsize if needs_inputs(chosen) else 0
-        if waiting and size + more > room_bytes:
-            flush()
-            size = 0.0
-        waiting.append(choice)
-        size += more
-    flush()
-    return quants
+            found[choice.group] = [
+                calibrated_linears(weights, seen if needs_inputs(chosen) else [], chosen.weight, chosen.inputs, chosen.algorithm, chosen.scales)
+                for chosen in formats[choice.group]
+            ]
+    return found
 
 
 @contextmanager
@@ -132,10 +146,8 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return found
 
 
-def needs_inputs(chosen: GroupFormat | None) -> bool:
+def needs_inputs(chosen: GroupFormat) -> bool:
     """Whether ranges or scales depend on calibration samples."""
-    if chosen is None:
-        return False
     is_static = chosen.inputs is not None and QuantizerSpec(attributes=chosen.inputs).is_calibrated
     return is_static or chosen.algorithm in ("awq_lite", "smoothquant")
 

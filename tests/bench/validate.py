@@ -1,0 +1,137 @@
+"""Predicted against measured damage: one layer group at a time on the samples that scored it, and random mixes on those and on others.
+
+Every group of the bundled model under recipes from mild to harsh; predicted_kl from the gradient engine, one-group KL from the KL engine, in nats
+per prediction. Then random mixes of the same recipes, with all of their groups quantized at once.
+
+python -m tests.bench.validate --device cpu
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from sweep.mixed import GroupChoice, GroupFormat
+from sweep.paths import bundled_model_dir
+from tests.bench.setup import Subject, job, report, subject
+from workers import modeling
+from workers.applied import calibrated_groups
+from workers.capture import capture
+from workers.data import Plan, make_plan, read_captions, text_samples
+from workers.kl import KlEngine
+from workers.scores import NotFinite, Scores
+from workers.scoring import Engine
+from workers.task import GroupSpec, Task
+from workers.validation import Damage, Validator
+
+_RECIPES = (
+    "wfp8_afp8/default",
+    "wfp8_afp8/recipe_match_channel_token",
+    "wint8_aint8/default",
+    "wint8_aint8/a_per_token_dynamic",
+    "wint4_afp16/default",
+    "wint4_afp16/w_group64",
+    "wint4_aint8/default",
+    "wfp4_afp16/default",
+    "wfp4_afp8/default",
+)
+_HELD_OUT = 128
+_MIXES = 20
+
+
+def one_group(bench: Subject, tasks: list[Task], groups: tuple[GroupSpec, ...], size: str) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and measured KL of each group under each recipe: [groups, recipes] each, nats per prediction."""
+    n_predictions = bench.plan.n_predictions(size)
+    segments = bench.plan.segments[: bench.plan.segments_of(size)]
+    modules = [name for group in groups for name in group.modules]
+    jobs = [job(task, bench.plan, size) for task in tasks]
+    rows, scorer, measurer = capture(bench.model, segments, modules), Engine(bench.device), KlEngine(bench.model, segments, modules)
+
+    def scores(found: list[Scores] | None) -> list[float]:
+        assert found is not None
+        return [one[size].score for one in found if not isinstance(one, NotFinite)]
+
+    weights = [{name: bench.model.get_submodule(name).weight for name in group.modules} for group in groups]
+    predicted = [scores(scorer.score_group(own, rows, jobs)()) for own in weights]
+    measured = [scores(measurer.score_group(group.modules, jobs)()) for group in groups]
+    return np.array(predicted) / (2 * n_predictions), np.array(measured) / n_predictions
+
+
+def mixes(bench: Subject, tasks: list[Task], groups: tuple[GroupSpec, ...], size: str, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predicted KL of random mixes, and measured on the samples that scored and on held-out ones: [mixes] each."""
+    formats = [
+        GroupFormat(
+            quant_pair=task.label, quant_granularity="default", algorithm="max", scales="private", weight=task.weight_attributes, inputs=task.input_attributes
+        )
+        for task in tasks
+    ]
+    choices = [
+        GroupChoice(
+            group=group.name,
+            modules=group.modules,
+            layer_index=group.layer_index,
+            weight_elements=group.weight_elements,
+            format=None,
+            cell_id=None,
+            predicted_kl=0.0,
+        )
+        for group in groups
+    ]
+    quants = calibrated_groups(bench.model, list(bench.plan.batches(size)), choices, {group.name: formats for group in groups})
+    texts = read_captions(bundled_model_dir() / "wordnet_glosses.txt", 512 + _HELD_OUT)[512:]
+    others: Plan = make_plan(text_samples(modeling.tokenize(bundled_model_dir(), texts), 512), packed=True)
+    validators = [Validator(bench.model, list(plan.batches(name))) for plan, name in ((bench.plan, size), (others, "medium"))]
+    rng = np.random.default_rng(0)
+    sums: list[float] = []
+    damages: list[list[Damage]] = []
+    for _ in range(_MIXES):
+        chosen = rng.integers(0, len(formats) + 1, len(groups))  # the last stands for 16 bits
+        picked = [(index, number) for index, number in enumerate(chosen.tolist()) if number < len(formats)]
+        sums.append(float(sum(predicted[index, number] for index, number in picked)))
+        applied = {name: quant for index, number in picked for name, quant in quants[groups[index].name][number].items()}
+        damages.append([validator.measure(applied) for validator in validators])
+    same, other = np.array([[damage.mean_kl for damage in pair] for pair in damages]).T
+    return np.array(sums), same, other
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", choices=["small", "medium", "large"], default="large")
+    args = parser.parse_args()
+    bench = subject("tiny", args.device)
+    tasks = [next(task for task in bench.tasks if task.label == label) for label in _RECIPES]
+    groups = tasks[0].groups
+    predicted, measured = one_group(bench, tasks, groups, args.size)
+    for index, task in enumerate(tasks):
+        ratios = predicted[:, index] / measured[:, index]
+        rank = float(spearmanr(predicted[:, index], measured[:, index]).statistic)
+        figures = {"spearman": rank, "median_ratio": float(np.median(ratios)), "least_ratio": float(ratios.min()), "largest_ratio": float(ratios.max())}
+        report("one_group_kl", bench.device, {"recipe": task.label, "groups": len(groups), **figures, "summed_kl": float(measured[:, index].sum())})
+    ratios = predicted / measured
+    overall = {
+        "groups_x_recipes": int(ratios.size),
+        "spearman": float(spearmanr(predicted.ravel(), measured.ravel()).statistic),
+        "median_ratio": float(np.median(ratios)),
+        "ratio_5_percent": float(np.quantile(ratios, 0.05)),
+        "ratio_95_percent": float(np.quantile(ratios, 0.95)),
+    }
+    report("one_group_kl_overall", bench.device, {"size": args.size, **overall})
+    sums, same, other = mixes(bench, tasks, groups, args.size, predicted)
+    for where, found in (("samples that scored", same), ("held-out samples", other)):
+        ratios = sums / found
+        figures = {
+            "median_ratio": float(np.median(ratios)),
+            "least_ratio": float(ratios.min()),
+            "largest_ratio": float(ratios.max()),
+            "spearman": float(spearmanr(sums, found).statistic),
+            "least_kl": float(found.min()),
+            "largest_kl": float(found.max()),
+        }
+        report("random_mixes", bench.device, {"mixes": _MIXES, "on": where, **figures})
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
