@@ -108,6 +108,15 @@ def _validate(options: argparse.Namespace) -> int:
     )
 
 
+def _recommend(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sweep.recommend import Request, recommend
+
+    console = Console(markup=False, soft_wrap=True, quiet=options.json)
+    return recommend(Request(overrides=options.overrides, bits=options.bits, gb=options.gb, out=options.out, as_json=options.json), console)
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from sweep.doctor import examine
 
@@ -120,7 +129,16 @@ def _export(options: argparse.Namespace) -> int:
     return export(options.recipe, options.overrides, file_format=options.format, out=options.out, overwrite=options.overwrite)
 
 
-_VERBS = {"run": _run, "status": _status, "publish": _publish, "doctor": _doctor, "export": _export, "solve": _solve, "validate": _validate}
+_VERBS = {
+    "run": _run,
+    "status": _status,
+    "publish": _publish,
+    "doctor": _doctor,
+    "solve": _solve,
+    "validate": _validate,
+    "export": _export,
+    "recommend": _recommend,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -153,7 +171,11 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("--random", type=int, default=0, metavar="N", help="measure N random mixes of the store's formats as well")
     validate.add_argument("--uniform", action="store_true", help="measure one format for all groups, those no larger than the recipe, as well")
     validate.add_argument("--groups", metavar="PATTERN", help="measure these layer groups alone, under each format, as well")
-    for verb in (status, publish, doctor, solve, validate):
+    advise = _verb(verbs, "recommend", "doctor, the target's grid, recipes under a budget, their measured damage, files and a page, in one command")
+    advise.add_argument("--bits", type=float, metavar="B", help="mean bits a weight of the covered layers, block scales counted")
+    advise.add_argument("--gb", type=float, metavar="G", help="GB (1e9 bytes) of all weights, embeddings and lm_head included")
+    advise.add_argument("--out", metavar="DIR", help="where everything goes; default outputs/recommended/NAME")
+    for verb in (status, publish, doctor, solve, validate, advise):
         verb.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 

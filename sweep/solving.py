@@ -1,13 +1,12 @@
 """`sweep solve`: the mixed-precision recipe of least predicted damage under a budget, from the store alone."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from sweep.analysis import IntArray
 from sweep.compose import expand
@@ -49,16 +48,18 @@ def solve_command(request: Request) -> int:
     options = read_options(Store(config.store.uri), request.overrides)
     if request.gb is not None:
         options = sized(options)
-    rules = rules_of(request, target, options)
+    rules = rules_of(request.pins, request.excludes, request.uniform_layer, target, options)
     problem = problem_of(options, rules)
     budget = budget_of(request, options, problem)
     choice = solved(options, problem, budget, rules)
     name = f"{options.trial.model}-{target.name}-{budget.slug}"
     made = recipe(options, choice, name, target.name)
     for _ in range(request.recapture):
-        from sweep.recapturing import recaptured_damage
+        from sweep.prepared import prepared
+        from sweep.recapture import recaptured_damage
 
-        damage = recaptured_damage(options, made, config)
+        ready = prepared(made, replace(options.config, cluster=config.cluster))
+        damage = recaptured_damage(ready, made, options)
         problem = problem_of(options, rules, damage)
         choice = solved(options, problem, budget, rules)
         made = recipe(options, choice, name, target.name, damage)
@@ -80,11 +81,8 @@ def solve_command(request: Request) -> int:
     if request.as_json:
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
-        console = Console(markup=False, soft_wrap=True, highlight=False)
-        for line in lines(document):
-            console.print(line)
-        console.print(f"Written: {out}")
-        console.print(f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR")
+        next_steps = f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR"
+        sys.stdout.write("\n".join([*lines(document), f"Written: {out}", next_steps]) + "\n")
     return 0
 
 
@@ -98,10 +96,10 @@ def budget_of(request: Request, options: Options, problem: Problem) -> Budget:
     return Budget(bits=request.bits, gb=request.gb)
 
 
-def rules_of(request: Request, target: Target, options: Options) -> Rules:
+def rules_of(typed_pins: Sequence[str], excludes: Sequence[str], uniform_layer: bool, target: Target, options: Options) -> Rules:
     """The rules that were typed. Raises: SweepError: a pin without a label, or a target that runs none of the formats."""
     pins: dict[str, str] = {}
-    for pin in request.pins:
+    for pin in typed_pins:
         pattern, sign, label = pin.rpartition("=")
         if not sign or not pattern:
             raise SweepError(f"--pin {pin!r} is not PATTERN=FORMAT. Type for example --pin '*.down_proj=wfp8_afp8/default', or =16 for 16 bits.")
@@ -113,7 +111,7 @@ def rules_of(request: Request, target: Target, options: Options) -> Rules:
             f"target={target.name} runs none of the {len(formats)} scored recipes as they are ({found}). "
             f"Score what it runs: sweep run -m grid=deployable target={target.name}"
         )
-    return Rules(pins=pins, excludes=request.excludes, uniform_layer=request.uniform_layer, allowed=lambda each: runs_natively(target, each))
+    return Rules(pins=pins, excludes=excludes, uniform_layer=uniform_layer, allowed=lambda each: runs_natively(target, each))
 
 
 def runs_natively(target: Target, chosen: GroupFormat) -> bool:
@@ -179,7 +177,9 @@ def ranked(options: Options, problem: Problem, choice: IntArray) -> list[dict[st
 
 
 def front_rows(options: Options, problem: Problem, n_budgets: int) -> list[dict[str, Any]]:
-    """The Pareto front at so many budgets."""
+    """The Pareto front at so many budgets. Raises: SweepError: fewer than two of them, or one recipe is the smallest and the best."""
+    if n_budgets < 2:
+        raise SweepError(f"--front {n_budgets} is no front. Type at least 2, or --front alone for 24.")
     low, high = cost_range(problem)
     if high <= low:
         raise SweepError("One recipe is the smallest and the best: there is no front. Score more formats.")

@@ -217,6 +217,11 @@ def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
         f"{recipe.size}; measured on {rows[0].n_samples} other samples ({rows[0].n_predictions} predictions). KL(unquantized || quantized) and change of the "
         "loss in nats per prediction, with 90 % bootstrap intervals over samples.\n\n"
     )
+    return head + markdown_table(rows) + "\n"
+
+
+def markdown_table(rows: Sequence[Measured]) -> str:
+    """Predicted beside measured damage, for pages."""
     lines = ["| recipe | bits a weight | predicted KL | measured KL | measured / predicted | loss change |", "|---|---:|---:|---:|---:|---:|"]
     for row in rows:
         low, high = row.measured_kl_interval
@@ -225,7 +230,7 @@ def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
         lines.append(
             f"| {row.name} | {row.effective_bits:.3f} | {row.predicted_kl:.4g} | {row.measured_kl:.4g} ({low:.3g} to {high:.3g}) | {ratio} | {change} |"
         )
-    return head + "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _measurer(prepared: Prepared, recipes: Sequence[MixedRecipe], plan: "Plan", device: str, dtype: str) -> "Callable[[MixedRecipe], Damage]":

@@ -71,7 +71,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str
         (["cluster.workers=0"], "cluster.workers=0", "at least 1"),
         (["cluster.device=cuda"], "no NVIDIA GPU", "cluster.device=cpu"),
         (["cluster.gpus_per_worker=NaN"], "nan", "a fraction up to 1, or a whole number"),
-        (["sensitivity.quant_algorithm=gptq"], "gptq", "Choose one of: max, mse, awq_lite, smoothquant."),
+        (["sensitivity.quant_algorithm=svdquant"], "svdquant", "Choose one of: max, mse, awq_lite, smoothquant."),
         (["quant_pair=wfp4_afp16", "quant_granularity=w_per_tensor"], "FP4 weights need blocks", "block_sizes"),
         (["dataset.size=small,medium"], "several values", "sweep run -m dataset.size=small,medium"),
         (["-m", "sensitivity.lm_head=true,false"], "one report folder", "output_layout.root=DIR"),

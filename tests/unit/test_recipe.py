@@ -404,8 +404,8 @@ def test_a_typing_error_in_a_pair_is_refused() -> None:
 
 def test_an_algorithm_without_a_parity_test_is_refused_by_name() -> None:
     pair = pair_of("wint8_aint8")
-    with pytest.raises(SweepError, match=r"gptq has no parity test .* max, mse, awq_lite, smoothquant"):
-        resolve(pair, granularity_of("default"), stored_preset(pair.format_name), coverage="lm_only", lm_head=False, algorithm="gptq")
+    with pytest.raises(SweepError, match=r"svdquant has no parity test .* max, mse, awq_lite, smoothquant"):
+        resolve(pair, granularity_of("default"), stored_preset(pair.format_name), coverage="lm_only", lm_head=False, algorithm="svdquant")
 
 
 @pytest.mark.parametrize(

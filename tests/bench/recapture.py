@@ -1,0 +1,53 @@
+"""What recapturing gains: recipes solved on the sweep's scores, and again on scores around the recipe before, on held-out samples.
+
+Needs a store with finished cells of the bundled model, all of one kind: `sweep run -m grid=demo store.uri=DIR`.
+
+python -m tests.bench.recapture --store DIR --bits 4.25,4.5,5,6 --rounds 2
+"""
+
+import argparse
+import time
+
+import torch
+
+from sweep.analysis import FloatArray
+from sweep.compose import expand
+from sweep.mixing import Budget, Rules, problem_of, recipe, solved
+from sweep.options import read_options
+from sweep.prepared import config_of, prepared
+from sweep.recapture import recaptured_damage
+from sweep.store import Store
+from sweep.validate import uniform_recipes, validate
+from tests.bench.setup import report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--bits", default="4.25,4.5,5,6")
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    typed = [f"store.uri={args.store}", "dataset.size=large"]
+    device = torch.device("cpu")
+    options = read_options(Store(expand(typed, multirun=False).points[0].store.uri), typed)
+    uniform = uniform_recipes(options)
+    for bits in map(float, args.bits.split(",")):
+        damage: FloatArray | None = None
+        for round_ in range(args.rounds + 1):
+            started = time.perf_counter()
+            problem = problem_of(options, Rules(pins={}), damage)
+            made = recipe(options, solved(options, problem, Budget(bits=bits)), f"{bits:g} bits, round {round_}", None, damage)
+            ready = prepared(made, config_of(made, [f"store.uri={args.store}", "cluster.device=cpu"]))
+            asked = [("recipe", made), *(("uniform", each) for each in uniform if each.effective_bits <= bits and not round_)]
+            found, *others = validate(ready, asked)
+            figures: dict[str, object] = {"bits": bits, "round": round_, "predicted_kl": found.predicted_kl, "held_out_kl": found.measured_kl}
+            if others:
+                best = min(others, key=lambda row: row.measured_kl)
+                figures |= {"best_uniform": best.name, "best_uniform_kl": best.measured_kl}
+            if round_ < args.rounds:
+                damage = recaptured_damage(ready, made, options)
+            report("recapture", device, figures | {"seconds": time.perf_counter() - started})
+
+
+if __name__ == "__main__":
+    main()

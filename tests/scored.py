@@ -1,0 +1,82 @@
+"""A store with made-up scores: two decoder layers of two groups and one group outside, for tests of what is solved from it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import pyarrow as pa
+
+from sweep.compose import expand
+from sweep.config import to_record
+from sweep.records import SCORES_SCHEMA, TrialRow
+from sweep.store import Store
+
+# name, modules, decoder layer, weight elements
+GROUPS: Final = (
+    ("m.layers.0.attn.q_proj", ("m.layers.0.attn.q_proj", "m.layers.0.attn.k_proj"), 0, 1000),
+    ("m.layers.0.mlp.down_proj", ("m.layers.0.mlp.down_proj",), 0, 3000),
+    ("m.layers.1.attn.q_proj", ("m.layers.1.attn.q_proj", "m.layers.1.attn.k_proj"), 1, 1000),
+    ("m.layers.1.mlp.down_proj", ("m.layers.1.mlp.down_proj",), 1, 3000),
+    ("m.merger.fc", ("m.merger.fc",), None, 2000),
+)
+N_WEIGHTS: Final = 10_000
+N_PREDICTIONS: Final = 50
+INT4, INT8, FP8 = "wint4_afp16/default", "wint8_aint8/recipe_match_channel_token", "wfp8_afp8/default"  # 4.125, 8 and 8 bits
+DAMAGES: Final[Mapping[str, Sequence[float | None]]] = {  # predicted KL, nats per prediction
+    INT4: (0.04, 0.01, 0.02, 0.03, 0.05),
+    INT8: (0.004, 0.002, 0.003, 0.002, 0.001),
+    FP8: (0.005, 0.003, 0.004, 0.003, 0.0005),
+}
+ELEMENTS: Final = {"parameters": 25_000, "embeddings": 8_000, "lm_head": 0}
+
+
+def scores(cell_id: str, damages: Sequence[float | None], bits: float = 8.0) -> pa.Table:
+    """Rows of one cell; None: never called. Two samples, of which the first has a quarter of the score."""
+    rows: list[dict[str, Any]] = []
+    for (group, modules, layer, elements), kl in zip(GROUPS, damages, strict=True):
+        score = None if kl is None else kl * 2 * N_PREDICTIONS
+        row = {"cell_id": cell_id, "group": group, "modules": modules, "layer_index": layer, "weight_elements": elements, "predicted_kl": kl, "score": score}
+        row |= {"n_predictions": N_PREDICTIONS, "n_samples": 2, "effective_bits": bits}
+        rows.append(row | {"sample_scores": None if score is None else [score / 4, score * 3 / 4]})
+    return pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)
+
+
+def add(store: Store, recipe: str, damages: Sequence[float | None], *overrides: str, minute: int = 0, **changed: Any) -> str:
+    """Enter one finished trial; returns its cell. `changed` are columns of its row."""
+    pair, granularity = recipe.split("/")
+    config = expand([f"quant_pair={pair}", f"quant_granularity={granularity}", *overrides], multirun=False).points[0]
+    cell_id = f"{pair}-{granularity}-{config.dataset.size}-{minute}"
+    store.write_part(cell_id, "m", scores(cell_id, damages))
+    store.complete(cell_id, {"m": None})
+    row: dict[str, Any] = {
+        "trial_id": cell_id,
+        "cell_id": cell_id,
+        "model": config.model.name,
+        "model_revision": "r1",
+        "dataset": config.dataset.name,
+        "dataset_revision": f"d-{config.dataset.size}",
+        "size": config.dataset.size,
+        "coverage": config.sensitivity.coverage,
+        "method": config.sensitivity.method,
+        "engine": config.sensitivity.engine,
+        "quant_pair": pair,
+        "quant_granularity": granularity,
+        "state": "done",
+        "reason": None,
+        "config": json.dumps(to_record(config)),
+        "versions": json.dumps({"score": "1"}),
+        "created_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=minute),
+        "run_id": "r",
+    }
+    store.write_trials(cell_id, [TrialRow(**(row | changed))])
+    return cell_id
+
+
+def store_at(path: Any, damages: Mapping[str, Sequence[float | None]] = DAMAGES, elements: Mapping[str, int] | None = ELEMENTS) -> Store:
+    """The store of these recipes, in size `small`."""
+    store = Store(str(path))
+    for recipe, each in damages.items():
+        add(store, recipe, each)
+    store.write_run("r", {"run_id": "r"} | ({} if elements is None else {"models": {"r1": dict(elements)}}))
+    return store
