@@ -42,8 +42,8 @@ class PlannedTrial:
 
     @property
     def name(self) -> str:
-        """For people: ``wfp8_afp8/default/large``."""
-        return f"{self.config.quant_pair.name}/{self.config.quant_granularity.name}/{self.config.dataset.size}"
+        """For people: ``wfp8_afp8/default/large``, ``wint4_afp16/w_group128/awq_lite/fused/large``."""
+        return f"{_label(self.config)}/{self.config.dataset.size}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,14 +113,9 @@ class _Planner:
         except InvalidRecipe as error:
             reason = str(error)
         asked = [point.model.name, model.revision, digest, point.dataset.name, point.dataset.size, point.quant_pair.name, point.quant_granularity.name]
-        asked += [
-            point.sensitivity.coverage,
-            point.sensitivity.lm_head,
-            point.sensitivity.method,
-            point.sensitivity.engine,
-            point.model.dtype_on(self.device),
-            cell_id,
-        ]
+        sensitivity = point.sensitivity
+        asked += [sensitivity.coverage, sensitivity.lm_head, sensitivity.method, sensitivity.engine, point.model.dtype_on(self.device), cell_id]
+        asked += _variant(point)
         name = f"{point.quant_pair.name}-{point.quant_granularity.name}-{point.dataset.size}"
         return PlannedTrial(
             trial_id=f"{name}-{_hash(asked)[:10]}",
@@ -162,7 +157,7 @@ class _Planner:
         if task_id not in self.tasks:
             self.tasks[task_id] = Task(
                 task_id=task_id,
-                label=f"{point.quant_pair.name}/{point.quant_granularity.name}",
+                label=_label(point),
                 model=ModelSpec(path=str(model.path), revision=model.revision, dtype=dtype),
                 plan_id=plan_id,
                 method=point.sensitivity.method,
@@ -251,6 +246,15 @@ def recipe_of(point: SweepConfig) -> Recipe:
         lm_head=point.sensitivity.lm_head,
         algorithm=point.sensitivity.quant_algorithm,
     )
+
+
+def _variant(point: SweepConfig) -> list[str]:
+    """Algorithm and scales, where they are not those that go without saying."""
+    return [value for value, usual in ((point.sensitivity.quant_algorithm, "max"), (point.sensitivity.scales, "private")) if value != usual]
+
+
+def _label(point: SweepConfig) -> str:
+    return "/".join([point.quant_pair.name, point.quant_granularity.name, *_variant(point)])
 
 
 def _covered_groups(model: Model, recipe: Recipe) -> tuple[GroupSpec, ...]:

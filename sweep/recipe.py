@@ -20,6 +20,7 @@ ALGORITHMS: Final = ("max", "mse", "awq_lite", "smoothquant")  # calibration alg
 
 SCALES_INPUTS: Final = frozenset({"awq_lite", "smoothquant"})  # those that multiply the inputs by a scale, found on samples
 
+_ALGORITHM_DEFAULTS: Final[Mapping[str, object]] = {"alpha_step": 0.1, "alpha": 1.0}  # ModelOpt 0.47's, of awq_lite and of smoothquant
 _VISION_PATTERNS = frozenset({"*visual*", "*vision_tower*", "*vision_model*", "*embed_vision*", "*multi_modal_projector*"})
 _LM_HEAD_PATTERNS = frozenset({"*lm_head*", "*output_layer*"})
 _NUM_BITS: Final[Mapping[str, int | tuple[int, int] | None]] = {"int4": 4, "int8": 8, "fp4": (2, 1), "fp8": (4, 3), "fp16": None}
@@ -137,8 +138,12 @@ def _own_entries(pair: PairConfig, entries: list[dict[str, Any]], preset_algorit
     Raises: InvalidRecipe: the preset is more than one number format for the weights and one for the inputs of every linear.
     """
     preset = f"format_name={pair.format_name} of quant_pair {pair.name!r}"
-    if preset_algorithm not in (None, "max", algorithm):
-        raise InvalidRecipe(f"{preset} calibrates with {preset_algorithm!r}, not {algorithm!r}: its scores would be another format's. Choose another preset.")
+    own = preset_algorithm if isinstance(preset_algorithm, Mapping) else {"method": preset_algorithm}
+    if own["method"] not in (None, "max", algorithm) or any(_ALGORITHM_DEFAULTS.get(key) != value for key, value in own.items() if key != "method"):
+        raise InvalidRecipe(
+            f"{preset} calibrates with {preset_algorithm!r}, not {algorithm!r}: its scores would be another format's. "
+            f"Choose another preset, or one of sensitivity.quant_algorithm={','.join(ALGORITHMS)} that is the preset's."
+        )
     for entry in entries:
         enables = entry.get("cfg") is not None or entry.get("enable") is True
         if enables and (entry["quantizer_name"] not in QUANTIZERS or not isinstance(entry.get("cfg"), Mapping)):
@@ -199,15 +204,20 @@ def _check_algorithm(recipe: Recipe) -> None:
     weight, inputs, algorithm = recipe.weight, recipe.activation, recipe.algorithm
     if algorithm == "max":
         return
-    static_inputs = inputs is not None and inputs.is_calibrated and not inputs.has_dynamic_blocks
     if algorithm == "mse" and (weight is None or not weight.is_calibrated or weight.has_dynamic_blocks):
         raise InvalidRecipe("quant_algorithm=mse searches ranges of weights; these have none to search. Choose max, or a format with static ranges.")
-    if algorithm == "awq_lite" and not (weight is not None and weight.is_calibrated and not weight.has_dynamic_blocks and set(weight.block_sizes) >= {-1}):
-        raise InvalidRecipe("quant_algorithm=awq_lite needs weights in static groups along the inputs, as INT4 under w_group128. Choose max, or these.")
-    if algorithm == "awq_lite" and inputs is not None and not static_inputs:
-        raise InvalidRecipe("quant_algorithm=awq_lite needs inputs in 16 bits or with a static range. Choose max, or another granularity.")
-    if algorithm == "smoothquant" and not (weight is not None and inputs is not None and weight.num_bits == inputs.num_bits == 8 and static_inputs):
-        raise InvalidRecipe("quant_algorithm=smoothquant is for INT8 weights and INT8 inputs with a static range: wint8_aint8/default. Choose max, or that.")
+    if algorithm == "awq_lite" and (weight is None or weight.attributes.get("type") == "dynamic" or not weight.block_elements or -1 not in weight.block_sizes):
+        raise InvalidRecipe("quant_algorithm=awq_lite needs weights in groups along the inputs, as INT4 under w_group128 or NVFP4. Choose max, or these.")
+    if algorithm == "awq_lite" and inputs is not None and not (inputs.is_per_tensor or inputs.has_dynamic_blocks):
+        raise InvalidRecipe("quant_algorithm=awq_lite needs inputs in 16 bits, under one static range, or in NVFP4 or MX. Choose max, or another granularity.")
+    if algorithm == "smoothquant" and not (
+        weight is not None and weight.num_bits == 8 and weight.is_calibrated and inputs is not None and _is_int8_tensor(inputs)
+    ):
+        raise InvalidRecipe("quant_algorithm=smoothquant is for INT8 weights and INT8 inputs under one static range: wint8_aint8/default. Choose max, or that.")
+
+
+def _is_int8_tensor(spec: QuantizerSpec) -> bool:
+    return spec.num_bits == 8 and spec.is_per_tensor and not spec.has_dynamic_blocks
 
 
 def _check_labels(pair: PairConfig, recipe: Recipe) -> None:

@@ -69,7 +69,9 @@ def checksums(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
     return {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
 
 
-def folder_of(model: str, pair: Mapping[str, Any], granularity: str, coverage: str, dataset: str, size: str, method: str) -> tuple[str, ...]:
+def folder_of(
+    model: str, pair: Mapping[str, Any], granularity: str, coverage: str, dataset: str, size: str, method: str, *, algorithm: str, scales: str
+) -> tuple[str, ...]:
     """Where a trial's reports lie under the models directory: the path's parts, unchecked.
 
     Args:
@@ -80,8 +82,11 @@ def folder_of(model: str, pair: Mapping[str, Any], granularity: str, coverage: s
         dataset: see model.
         size: see model.
         method: see model.
+        algorithm: sensitivity.quant_algorithm; `max` goes without saying.
+        scales: sensitivity.scales; `private` goes without saying.
     """
-    return model, "layer-analysis", f"weight-{pair['weight']}-act-{pair['activation']}", granularity, f"{coverage}-{dataset}-{size}-{method}"
+    variant = "".join(f"-{value}" for value, usual in ((algorithm, "max"), (scales, "private")) if value != usual)
+    return model, "layer-analysis", f"weight-{pair['weight']}-act-{pair['activation']}", granularity, f"{coverage}-{dataset}-{size}-{method}{variant}"
 
 
 def folder_of_finished(finished: FinishedTrial) -> tuple[str, ...]:
@@ -90,10 +95,21 @@ def folder_of_finished(finished: FinishedTrial) -> tuple[str, ...]:
     Raises: SweepError: the composed config does not say which formats the pair has.
     """
     trial = finished.trial
-    pair = json.loads(trial.config).get("quant_pair", {})
+    config = json.loads(trial.config)
+    pair, sensitivity = config.get("quant_pair", {}), config.get("sensitivity", {})
     if "weight" not in pair or "activation" not in pair:
         raise SweepError(f"Trial {trial.trial_id} names no quant_pair.weight and .activation in its config. Run it again to publish it.")
-    return folder_of(trial.model, pair, trial.quant_granularity, trial.coverage, trial.dataset, trial.size, trial.method)
+    return folder_of(
+        trial.model,
+        pair,
+        trial.quant_granularity,
+        trial.coverage,
+        trial.dataset,
+        trial.size,
+        trial.method,
+        algorithm=sensitivity.get("quant_algorithm", "max"),
+        scales=sensitivity.get("scales", "private"),
+    )
 
 
 def _config_yaml(finished: FinishedTrial) -> bytes:

@@ -141,7 +141,17 @@ def _check_folders(plan: SweepPlan, root: str) -> None:
         assert config.model.name is not None  # SweepConfig has checked
         pair = {"weight": config.quant_pair.weight, "activation": config.quant_pair.activation}
         dataset, sensitivity = config.dataset, config.sensitivity
-        parts = folder_of(config.model.name, pair, config.quant_granularity.name, sensitivity.coverage, dataset.name, dataset.size, sensitivity.method)
+        parts = folder_of(
+            config.model.name,
+            pair,
+            config.quant_granularity.name,
+            sensitivity.coverage,
+            dataset.name,
+            dataset.size,
+            sensitivity.method,
+            algorithm=sensitivity.quant_algorithm,
+            scales=sensitivity.scales,
+        )
         folder = "/".join(parts)
         if trial.cell_id is not None and by_folder.setdefault(folder, trial).cell_id != trial.cell_id:
             raise SweepError(

@@ -23,6 +23,7 @@ from workers import kernels
 from workers.calibration import calibrated_linears, fake_quantized, quantized_inputs, smoothed_inputs, smoothed_weight
 from workers.capture import Layout, Rows, square_sum
 from workers.data import SIZES
+from workers.linear_quant import LinearQuant
 from workers.quantization import Attributes, Quantizers, quantized
 from workers.scores import GroupScore, NotFinite, Scores
 from workers.transfer import sent_home
@@ -173,11 +174,10 @@ class Engine:
                 found = calibrated_linears({name: weights[name] for name in names}, batches, job.weight, job.inputs, job.algorithm, scales)
                 for name in names:
                     quant, dtype = found[name], weights[name].dtype
-                    weight = kernels.deltas(fake_quantized(quant, weights[name]), smoothed_weight(quant, weights[name]).to(dtype))
-                    x = smoothed_inputs(quant, x_TI).to(dtype)
-                    inputs = {} if job.inputs is None else {(job.input_key, column.size): kernels.deltas(quantized_inputs(quant, x_TI), x)[1]}
-                    visit = _Visit(name, _Weight(*weight) if job.weight is not None else _Weight(weight[0], None, 0.0), (index,), inputs)
-                    _score_visit(visit, replace(rows[name], x_TI=x), jobs, [column], total.sums[called.index(name)])
+                    x = smoothed_inputs(quant, x_TI)
+                    inputs = {} if job.inputs is None else {(job.input_key, column.size): (quantized_inputs(quant, x_TI) - x).to(dtype)}
+                    visit = _Visit(name, _smoothed(quant, weights[name]), (index,), inputs)
+                    _score_visit(visit, replace(rows[name], x_TI=x.to(dtype)), jobs, [column], total.sums[called.index(name)])
                     if column is largest:
                         if name not in self._weight_squares:
                             self._weight_squares[name] = square_sum(weights[name])
@@ -330,6 +330,16 @@ def _score_visit(visit: _Visit, rows: Rows, jobs: Sequence[Job], columns: Sequen
                     _matmul(deltas[start:end], weight, by_inputs[place, start:end])
         into = slice(together[0].index, together[-1].index + 1)
         kernels.score_rows(by_weight, by_inputs, rows.g_TO, ends, input_ends, sums[0, into], sums[1, into])
+
+
+def _smoothed(quant: LinearQuant, weight: Tensor) -> _Weight:
+    """A weight with the inputs' scale divided out. Its change is taken before the cast: rounded to bf16 first, W' would change by that as well."""
+    quantized_OI = fake_quantized(quant, weight)
+    if quant.weight is None:
+        return _Weight(quantized_OI.to(weight.dtype), None, 0.0)
+    delta_OI = quantized_OI - smoothed_weight(quant, weight)
+    own = delta_OI if quant.pre_quant_scale is None else delta_OI * quant.pre_quant_scale  # as a change of W
+    return _Weight(quantized_OI.to(weight.dtype), delta_OI.to(weight.dtype), square_sum(own))
 
 
 def _reading_alike(called: Sequence[str], rows: Mapping[str, Rows]) -> list[list[str]]:

@@ -3,6 +3,8 @@
 import copy
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -15,16 +17,21 @@ from sweep.compose import expand
 from sweep.errors import InvalidRecipe
 from sweep.planning import plan_sweep, recipe_of
 from tests.models import overrides_of, place_at
+from workers.block_formats import BACKEND
+from workers.calibration import calibrated_linears, fake_quantized, quantized_inputs
 from workers.capture import batch_to, capture
 from workers.data import Plan
 from workers.modeling import load
 from workers.scoring import Engine, Job
 
 INT8, INT4 = {"num_bits": 8, "axis": 0}, {"num_bits": 4, "block_sizes": {-1: 32, "type": "static"}}
+NVFP4: dict[str, Any] = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 RECIPES: Mapping[str, tuple[Any, Any]] = {
     "mse": (INT4, None),
     "mse, static inputs": (INT8, {"num_bits": 8, "axis": None}),
     "awq_lite": (INT4, None),
+    "awq_lite, static inputs": (INT4, {"num_bits": (4, 3), "axis": None}),
+    "awq_lite, nvfp4": (NVFP4, NVFP4),
     "smoothquant": (INT8, {"num_bits": 8, "axis": None}),
 }
 
@@ -46,7 +53,7 @@ def captured(place: Any) -> tuple[Any, Plan, Mapping[str, Any], tuple[Any, ...]]
 
 def job(name: str, fused: bool = False) -> Job:
     weight, inputs = RECIPES[name]
-    calibrates = inputs is not None or name in ("awq_lite", "smoothquant")
+    calibrates = inputs is not None or name == "awq_lite"
     return Job(
         name=name, weight=weight, inputs=inputs, calibrates_inputs=calibrates, sizes={"small": 1, "medium": 2}, algorithm=name.partition(",")[0], fused=fused
     )
@@ -55,10 +62,11 @@ def job(name: str, fused: bool = False) -> Job:
 def stock(model: Any, plan: Plan, name: str, size: str, *, fused: bool = False) -> Any:
     """The whole model as ModelOpt quantizes it with samples of one size."""
     weight, inputs = RECIPES[name]
+    weight, inputs = ({**cfg, "backend": BACKEND} if cfg is NVFP4 else cfg for cfg in (weight, inputs))
     entries = [{"quantizer_name": "*", "enable": False}, {"quantizer_name": "*language_model*weight_quantizer", "cfg": dict(weight)}]
     if inputs is not None:
         entries.append({"quantizer_name": "*language_model*input_quantizer", "cfg": dict(inputs)})
-    entries.append({"quantizer_name": "*embed_tokens*", "enable": False})
+    entries.append({"quantizer_name": "*", "parent_class": "nn.Embedding", "enable": False})  # as presets do: it would move what awq_lite sees
 
     def feed(network: Any) -> None:
         for batch in plan.batches(size):
@@ -86,6 +94,31 @@ def test_scores_are_those_of_the_linears_that_modelopt_has_calibrated_in_the_who
         weights = {module: model.get_submodule(module).weight.detach() for module in group.modules}
         found: Any = Engine(torch.device("cpu")).score_group(weights, {module: rows[module] for module in group.modules}, [job(name)])()
         assert found[0][size].score == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_bf16_models_score_as_in_float64(name: str, captured: Any) -> None:
+    """Scaled weights and inputs are no bf16 numbers: rounding them must not count as quantization."""
+    model, _, rows, groups = captured
+    for group in (groups[0], groups[-1]):
+        end = rows[group.name].layout.ends[0]
+        weights = {module: model.get_submodule(module).weight.detach().bfloat16() for module in group.modules}
+        x = rows[group.name].x_TI.bfloat16()
+        own = {module: replace(rows[module], x_TI=x, g_TO=rows[module].g_TO.bfloat16(), input_ranges={}) for module in group.modules}
+        found: Any = Engine(torch.device("cpu")).score_group(weights, own, [replace(job(name), sizes={"small": 1})])()
+        ends = [row for row in rows[group.name].layout.batch_ends if row <= end]
+        weight, inputs = RECIPES[name]
+        quants = calibrated_linears(weights, [x[a:b] for a, b in pairwise(ends)], weight, inputs, name.partition(",")[0], "private")
+        expected, changed, whole = 0.0, 0.0, 0.0
+        for module, quant in quants.items():
+            q_w, q_x, w = fake_quantized(quant, weights[module]).double(), quantized_inputs(quant, x[:end]).double(), weights[module].double()
+            dy = q_x @ q_w.T - x[:end].double() @ w.T
+            expected += float((own[module].g_TO[:end].double() * dy).square().sum())
+            changed += float((q_w * (1.0 if quant.pre_quant_scale is None else quant.pre_quant_scale.double()) - w).square().sum())
+            whole += float(w.square().sum())
+        score = found[0]["small"]
+        assert score.score == pytest.approx(expected, rel=5e-3)
+        assert score.dw_square_sum / score.w_square_sum == pytest.approx(changed / whole, rel=5e-3)  # in units of W
 
 
 def test_recipes_of_several_algorithms_score_alike_alone_and_together(captured: Any) -> None:
@@ -155,7 +188,7 @@ def test_fused_scales_of_the_inputs_are_those_that_modelopts_export_gives(captur
     ("overrides", "message"),
     [
         (["quant_pair=wfp4_afp16", "sensitivity.quant_algorithm=mse"], "mse searches ranges"),
-        (["quant_pair=wfp8_afp8", "sensitivity.quant_algorithm=awq_lite"], "awq_lite needs weights in static groups"),
+        (["quant_pair=wfp8_afp8", "sensitivity.quant_algorithm=awq_lite"], "awq_lite needs weights in groups"),
         (["quant_pair=wint4_afp8", "quant_granularity=a_per_token_dynamic", "sensitivity.quant_algorithm=awq_lite"], "awq_lite needs inputs"),
         (["quant_pair=wint8_afp16", "sensitivity.quant_algorithm=smoothquant"], "smoothquant is for INT8"),
         (["quant_pair=wint8_aint8", "quant_granularity=a_per_token_dynamic", "sensitivity.quant_algorithm=smoothquant"], "smoothquant is for INT8"),

@@ -49,6 +49,14 @@ def test_a_weight_only_pair_has_one_cell_under_all_activation_granularities() ->
     assert len({trial.trial_id for trial in trials.values()}) == 8  # each is a trial of its own, with its own folder
 
 
+def test_algorithm_and_scales_are_part_of_a_trials_name_and_id() -> None:
+    """Ranges of a channel are the same under both scales, so they share a cell; the trials stay two."""
+    trials = plan("quant_pair=wint8_afp16", "sensitivity.quant_algorithm=max,mse", "sensitivity.scales=private,fused").trials
+    assert [trial.name for trial in trials] == [f"wint8_afp16/default/{rest}" for rest in ("small", "fused/small", "mse/small", "mse/fused/small")]
+    assert len({trial.trial_id for trial in trials}) == 4
+    assert len({trial.cell_id for trial in trials}) == 2
+
+
 def test_equal_cells_are_one_task_with_every_size_asked_for() -> None:
     found = plan("quant_pair=wint8_afp16", "quant_granularity=default,a_per_token_dynamic", "dataset.size=large,small")
     (task,) = found.tasks.values()

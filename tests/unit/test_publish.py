@@ -18,7 +18,7 @@ import yaml
 from sweep.errors import SweepError
 from sweep.publish import publish
 from sweep.records import SCORES_SCHEMA, FinishedTrial, TrialRow
-from sweep.report_files import FILES
+from sweep.report_files import FILES, folder_of, folder_of_finished
 
 FOLDER = "tiny/layer-analysis/weight-int4-act-int8/default/lm_only-glosses-small-gradient"
 
@@ -165,6 +165,15 @@ def test_two_trials_for_one_folder_are_refused_and_with_overwrite_the_later_wins
     assert not list(tmp_path.iterdir())
     publish(rivals, tmp_path, overwrite=True)
     assert pq.read_table(tmp_path / FOLDER / "scores.parquet")["score"][0].as_py() == 1.0
+
+
+def test_algorithm_and_scales_have_folders_of_their_own_where_they_are_not_the_usual_ones() -> None:
+    place = ("tiny", {"weight": "int4", "activation": "fp16"}, "default", "lm_only", "texts", "small", "gradient")
+    names = [folder_of(*place, algorithm=algorithm, scales=scales)[-1] for algorithm in ("max", "awq_lite") for scales in ("private", "fused")]
+    usual = "lm_only-texts-small-gradient"
+    assert names == [usual, f"{usual}-fused", f"{usual}-awq_lite", f"{usual}-awq_lite-fused"]
+    mse = finished(config={"quant_pair": {"weight": "int8", "activation": "int8"}, "sensitivity": {"quant_algorithm": "mse", "scales": "fused"}})
+    assert folder_of_finished(mse)[-1].endswith("-mse-fused")
 
 
 def test_files_of_others_are_not_deleted(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tests.models import random_model, random_samples
 from workers.capture import capture
-from workers.data import Plan, make_plan
+from workers.data import Plan, Sample, make_plan
 from workers.quantization import auto_quantize_scores, layer_groups, preset
 from workers.scores import NotFinite
 from workers.scoring import Engine, Job
@@ -18,6 +19,10 @@ INT8 = {"num_bits": 8, "axis": None}
 INT8_CHANNEL = {"num_bits": 8, "axis": 0}
 PER_TOKEN: dict[str, Any] = {"type": "dynamic", "block_sizes": {-1: None}}
 INT4_BLOCK = {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}
+NVFP4: dict[str, Any] = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+MXFP4: dict[str, Any] = {"num_bits": (2, 1), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
+MXFP8: dict[str, Any] = MXFP4 | {"num_bits": (4, 3)}
+FP8_BLOCKS: dict[str, Any] = {"num_bits": (4, 3), "block_sizes": {-1: 128, -2: 128}}
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "fp8": (FP8, FP8),
     "int8": (INT8_CHANNEL, INT8),
@@ -26,6 +31,11 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "int4_block": (INT4_BLOCK, None),
     "int4_group64_int4": ({"num_bits": 4, "block_sizes": {-1: 64, "type": "static"}}, {"num_bits": 4, "axis": None}),
     "int8_per_in_channel": ({"num_bits": 8, "axis": 1}, None),
+    "fp8_blocks": (FP8_BLOCKS, None),
+    "nvfp4": (NVFP4, NVFP4),
+    "mxfp8": (MXFP8, MXFP8),
+    "mxfp4": (MXFP4, None),
+    "mxfp4_mxfp8": (MXFP4, MXFP8),
 }
 
 
@@ -78,6 +88,15 @@ def worst(left: dict[str, float], right: dict[str, float]) -> float:
 def test_every_group_equals_auto_quantize_on_the_same_batches(model: Any, linears: list[str], recipe: str) -> None:
     plan = make_plan(random_samples(128), packed=True)
     assert worst(ours(model, linears, plan, recipe, "medium"), stock(model, linears, plan, recipe, "medium")) < 1e-5
+
+
+def test_fp8_blocks_with_dynamic_inputs_equal_auto_quantize_on_batches_of_one_shape(model: Any, linears: list[str]) -> None:
+    """ModelOpt's own blocks of inputs keep to the first shape they see: samples of 12 tokens, as many in each batch."""
+    RECIPES["fp8_blocks_dynamic"] = FP8_BLOCKS, {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: 128}}
+    samples = [Sample(token_ids=np.random.default_rng(i).integers(5, 512, size=12)) for i in range(16)]
+    plan = make_plan(samples, packed=True)
+    assert len(plan.segments[0]) == 1
+    assert worst(ours(model, linears, plan, "fp8_blocks_dynamic", "small"), stock(model, linears, plan, "fp8_blocks_dynamic", "small")) < 1e-5
 
 
 @pytest.mark.parametrize(("recipe", "tolerance"), [("int4_block", 1e-5), ("int8_per_in_channel", 1e-5), ("int8", 1e-3), ("fp8_per_token", 1e-3)])

@@ -404,5 +404,23 @@ def test_a_typing_error_in_a_pair_is_refused() -> None:
 
 def test_an_algorithm_without_a_parity_test_is_refused_by_name() -> None:
     pair = pair_of("wint8_aint8")
-    with pytest.raises(SweepError, match=r"svdquant has no parity test .* max"):
+    with pytest.raises(SweepError, match=r"svdquant has no parity test .* max, mse, awq_lite, smoothquant"):
         resolve(pair, granularity_of("default"), stored_preset(pair.format_name), coverage="lm_only", lm_head=False, algorithm="svdquant")
+
+
+@pytest.mark.parametrize(
+    ("preset", "algorithm"), [("INT4_AWQ_CFG", "awq_lite"), ("INT8_SMOOTHQUANT_CFG", "smoothquant"), ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "mse")]
+)
+def test_a_preset_goes_with_its_own_algorithm_and_one_of_max_with_any(preset: str, algorithm: str) -> None:
+    labels = ("int8", "int8") if preset.startswith("INT8") else ("int4", "fp16")
+    pair = own_pair(preset, *labels)
+    found = resolve(pair, granularity_of("default"), stored_preset(preset), coverage="lm_only", lm_head=False, algorithm=algorithm)
+    assert found.algorithm == algorithm
+
+
+def test_an_algorithm_with_other_settings_than_its_defaults_is_refused() -> None:
+    """Only the defaults are run."""
+    pair = own_pair("INT4_AWQ_CFG", "int4", "fp16")
+    coarse = {**stored_preset("INT4_AWQ_CFG"), "algorithm": {"method": "awq_lite", "alpha_step": 0.5}}
+    with pytest.raises(InvalidRecipe, match="alpha_step"):
+        resolve(pair, granularity_of("default"), coarse, coverage="lm_only", lm_head=False, algorithm="awq_lite")
