@@ -72,6 +72,10 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.store:
+        from sweep.integrity import examine_store
+
+        return examine_store(options.overrides, as_json=options.json)
     from sweep.doctor import examine
 
     return examine(options.overrides, multirun=options.multirun, as_json=options.json)
@@ -92,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--overwrite", action="store_true", help="replace folders that another model revision or data set content left")
     doctor = _verb(verbs, "doctor", "check machine, config, model and data before hours are spent")
     doctor.add_argument("-m", "--multirun", action="store_true", help="comma lists span a grid")
+    doctor.add_argument("--store", action="store_true", help="verify every file of the store, repair what can be, name the rest")
     for verb in (status, publish, doctor):
         verb.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser

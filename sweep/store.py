@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from sweep.errors import StoreFailed, SweepError
 from sweep.files import Files, Misplaced
@@ -122,7 +121,7 @@ class Store:
     def _read_rows(self, path: str, cell_id: str) -> pa.Table:
         def read() -> pa.Table:
             rows = decode(self.files.read(path), path, f"{self.uri}/{path}", SCORES_SCHEMA)
-            if not pc.all(pc.equal(rows["cell_id"], cell_id), min_count=0).as_py():
+            if any(found != cell_id for found in rows["cell_id"].unique().to_pylist()):
                 raise Damaged(f"{self.uri}/{path} is damaged: it holds rows of another cell.")
             return rows
 
@@ -138,15 +137,12 @@ class Store:
             self._write(f"{place}/why.txt", f"{reason}\n".encode())
             self.files.move(path, f"{place}/{path}")
 
-    def quarantined(self) -> dict[str, str]:
-        """Why files were set aside, by the directory that holds each, oldest first."""
-        why: dict[str, str] = {}
-        for name in self.files.names("quarantine"):
-            try:
-                why[f"quarantine/{name}"] = self.files.read(f"quarantine/{name}/why.txt").decode(errors="replace").strip()
-            except FileNotFoundError:
-                why[f"quarantine/{name}"] = "reason unknown"
-        return why
+    def why(self, name: str) -> str:
+        """Why a directory of the quarantine was made."""
+        try:
+            return self.files.read(f"quarantine/{name}/why.txt").decode(errors="replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return "reason unknown"
 
     def _guarded(self, path: str, read: Callable[[], T]) -> T:
         """Read, and set aside what proves damaged.
@@ -177,7 +173,7 @@ class Store:
         names = self._trial_files()
         while True:
             try:
-                return _latest(row for name in names for row in self._read_trials(name))
+                return _latest(row for name in names for row in self.read_trials(name))
             except FileNotFoundError:  # compacted by another driver since it was listed: its rows are in a newer file
                 listed, names = names, self._trial_files()
                 if names == listed:
@@ -190,7 +186,7 @@ class Store:
         if len(names) < 2:
             return
         try:
-            rows = _latest(row for name in names for row in self._read_trials(name))
+            rows = _latest(row for name in names for row in self.read_trials(name))
         except FileNotFoundError:  # another driver is at it
             return
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
@@ -201,8 +197,8 @@ class Store:
     def _trial_files(self) -> list[str]:
         return [name for name in self.files.names("trials") if name.endswith(".parquet")]
 
-    def _read_trials(self, name: str) -> list[TrialRow]:
-        """A file's rows; none if it is damaged."""
+    def read_trials(self, name: str) -> list[TrialRow]:
+        """One file's rows; none if it is damaged."""
         path = f"trials/{name}"
         try:
             table = self._guarded(path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", TRIALS_SCHEMA))
