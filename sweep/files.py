@@ -37,7 +37,10 @@ class Files:
             import fsspec
 
             try:
-                self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)  # other processes write here, too
+                if uri.startswith("s3://"):
+                    self._fs, self._root = _s3(), uri.removeprefix("s3://").rstrip("/")
+                else:
+                    self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)  # other processes write here, too
             except (ImportError, ValueError) as error:
                 raise SweepError(f"Cannot open {uri!r}: {error}. Give a local path, or install the driver for that protocol.") from error
 
@@ -180,6 +183,18 @@ class Files:
         if os.path.commonpath([os.path.realpath(full), root]) != root:
             raise Misplaced(f"{full} is reached by a link that leads out of {self.uri}. Put what it leads to in its place.")
         return full
+
+
+def _s3() -> Any:
+    """S3 through pyarrow, which is here anyway: credentials, region and endpoint from the usual AWS_* variables, profiles and roles.
+
+    A file of up to 5 MB is one PUT; a larger one is sent in pieces and appears, whole, with the last request.
+    """
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow.fs import S3FileSystem
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")  # which pyarrow does not look at
+    return ArrowFSWrapper(S3FileSystem(allow_delayed_open=True, endpoint_override=endpoint))
 
 
 def _check_path(path: str) -> None:

@@ -66,7 +66,7 @@ def _findings(store: Store) -> Iterator[Finding]:
     yield from _join_trials(store)
     trials = store.trials()
     yield from _parts(store, sound, trials)
-    yield from _missing(store, trials)
+    yield from _missing(sound, trials)
     yield from revisions(trials)
     n_aside = len(store.files.names("quarantine"))
     text = f"{counts['scores']} cells, {counts['parts']} parts, {len(trials)} trials, {counts['runs']} runs verified"
@@ -142,8 +142,8 @@ def _parts(store: Store, sound: set[str], trials: dict[str, TrialRow]) -> Iterat
             yield _aside(store, path, "a part of a cell that no trial wants")
 
 
-def _missing(store: Store, trials: dict[str, TrialRow]) -> Iterator[Finding]:
-    finished = {name.removeprefix("cell=") for name in store.files.names("scores")}
+def _missing(sound: set[str], trials: dict[str, TrialRow]) -> Iterator[Finding]:
+    finished = {found[1] for path in sound if (found := _SCORES.fullmatch(path))}
     for row in trials.values():
         if row.state == "done" and row.cell_id not in finished:
             yield Finding(subject=row.trial_id, verdict="warning", text=f"its cell {row.cell_id} has no scores; the same sweep run again scores it")

@@ -52,8 +52,8 @@ class Found:
 def start(store: Path, workers: int, *, mark: str = "") -> "subprocess.Popen[bytes]":
     """The command; its output goes to a file beside the store."""
     command = [sys.executable, "-m", "sweep", "run", *GRID, f"store.uri={store}", f"output_layout.root={store}-published", f"cluster.workers={workers}"]
-    log = Path(f"{store}.log").open("ab")
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"SWEEP_FAULTS": mark})
+    with Path(f"{store}.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"SWEEP_FAULTS": mark})
 
 
 def processes(mark: str) -> dict[int, str]:
@@ -79,7 +79,7 @@ def kill_writer(store: Path, pid: int) -> bool:
     """Kill a worker when it has just begun to write a file: its half-written one is there. False: it never was."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        if any(f".{pid}-" in path.name for path in store.rglob(".*.tmp")):
+        if any(f".{pid}-" in path.name for path in listed(store, "*/*/.*.tmp")):
             os.kill(pid, signal.SIGKILL)
             return True
     os.kill(pid, signal.SIGKILL)
@@ -94,7 +94,7 @@ def reading(store: Path, found: Found) -> Iterator[None]:
     def read() -> None:
         while not left.wait(0.05):
             for pattern in ("scores/*/*.parquet", "parts/*/*.parquet", "trials/*.parquet"):
-                for path in store.glob(pattern):
+                for path in listed(store, pattern):
                     try:
                         pq.ParquetFile(path, page_checksum_verification=True).read(use_threads=False)
                         found.reads += 1
@@ -113,8 +113,15 @@ def reading(store: Path, found: Found) -> Iterator[None]:
         thread.join()
 
 
+def listed(store: Path, pattern: str) -> list[Path]:
+    """What matches; a directory may go while it is listed."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return list(store.glob(pattern))
+
+
 def cells(store: Path) -> dict[str, bytes]:
-    return {path.parent.name: path.read_bytes() for path in store.glob("scores/*/scores.parquet")}
+    return {path.parent.name: path.read_bytes() for path in listed(store, "scores/*/scores.parquet")}
 
 
 class Stats:
@@ -125,7 +132,7 @@ class Stats:
         self.again = 0
 
     def look(self) -> None:
-        for path in self._store.glob("parts/*/*.parquet"):
+        for path in listed(self._store, "parts/*/*.parquet"):
             with contextlib.suppress(FileNotFoundError):
                 changed = path.stat().st_mtime_ns
                 self.again += self._seen.get(str(path), changed) != changed
@@ -204,7 +211,7 @@ def compare(store: Path, expected: dict[str, bytes], found: Found) -> None:
     got = cells(store)
     found.lost += len(expected.keys() - got.keys())
     found.different += sum(got[cell] != data for cell, data in expected.items() if cell in got)
-    rows = Counter((row["cell_id"], row["group"]) for path in store.glob("scores/*/*.parquet") for row in pq.read_table(path, partitioning=None).to_pylist())
+    rows = Counter((row["cell_id"], row["group"]) for path in listed(store, "scores/*/*.parquet") for row in pq.read_table(path, partitioning=None).to_pylist())
     found.duplicate += sum(n - 1 for n in rows.values())
     if left := [*store.glob("parts/*/*"), *store.glob("quarantine/*")]:
         print(f"left: {left}", file=sys.stderr)

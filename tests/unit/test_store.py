@@ -55,8 +55,12 @@ def of_version(version: int | None, schema: pa.Schema) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-@pytest.fixture(params=["path", "memory://"])
+@pytest.fixture(params=["path", "memory://", "s3://"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    if request.param == "s3://":
+        request.getfixturevalue("s3")
+        yield Store("s3://bucket/store")
+        return
     yield Store(str(tmp_path / "store") if request.param == "path" else "memory://test-store/store")
     if request.param == "memory://":
         fs = fsspec.filesystem("memory")
