@@ -151,16 +151,18 @@ def _missing(sound: set[str], trials: dict[str, TrialRow]) -> Iterator[Finding]:
 
 def revisions(trials: dict[str, TrialRow]) -> Iterator[Finding]:
     """Say where scores of one name stand for different contents: another checkpoint, another data set, another way to score."""
-    for what, key in (("model", "model_revision"), ("dataset", "dataset_revision")):
-        by_name: dict[str, Counter[str]] = {}
-        for row in trials.values():
-            name = row.model if what == "model" else f"{row.dataset}/{row.size} as {row.model} reads it"
-            by_name.setdefault(name, Counter())[getattr(row, key)] += 1
-        for name, found in by_name.items():
-            if len(found) > 1:
-                listed = ", ".join(f"{revision[:12]} ({count(n, 'trial')})" for revision, n in found.most_common())
-                yield Finding(subject=f"{what} {name}", verdict="warning", text=f"the store holds {len(found)} revisions: {listed}; they are never mixed")
-    versions = Counter(str(json.loads(row.versions).get("score")) for row in trials.values() if row.versions.startswith("{"))
+    by_name: dict[str, Counter[str]] = {}
+    for (model, revision), n in Counter((row.model, row.model_revision) for row in trials.values()).items():
+        by_name.setdefault(f"model {model}", Counter())[revision] += n
+    for (dataset, size, model, revision), n in Counter((row.dataset, row.size, row.model, row.dataset_revision) for row in trials.values()).items():
+        by_name.setdefault(f"dataset {dataset}/{size} as {model} reads it", Counter())[revision] += n
+    for name, found in by_name.items():
+        if len(found) > 1:
+            listed = ", ".join(f"{revision[:12]} ({count(n, 'trial')})" for revision, n in found.most_common())
+            yield Finding(subject=name, verdict="warning", text=f"the store holds {len(found)} revisions: {listed}; they are never mixed")
+    versions: Counter[str] = Counter()
+    for text, n in Counter(row.versions for row in trials.values() if row.versions.startswith("{")).items():
+        versions[str(json.loads(text).get("score"))] += n
     if len(versions) > 1:
         listed = ", ".join(f"{version} ({count(n, 'trial')})" for version, n in versions.most_common())
         yield Finding(subject="score version", verdict="warning", text=f"the store holds {len(versions)}: {listed}; they are never mixed")

