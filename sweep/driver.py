@@ -12,8 +12,9 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -40,12 +41,14 @@ for _name, _value in _ENVIRONMENT.items():
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
+from ray._private import services  # noqa: E402
 from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
 
 from workers.actor import Worker  # noqa: E402
 from workers.pool import POOL, Ended, Lease, Pool  # noqa: E402
 
 _NAMESPACE = "sweep"
+_LOOPBACK = "127.0.0.1"
 _SLOT = "sweep_trial"  # a resource that lets as many trials run at a time as there are workers
 _LOOK_SECONDS = 0.2  # between looks at whether loading should be waited for still
 _REPORT_SECONDS = 0.5  # a report costs the driver a few milliseconds
@@ -139,21 +142,37 @@ def _start_ray(workers: Workers) -> None:
     """Start a Ray cluster of this process' own, and keep the caller's signal handlers: Ray's ends the process with exit code 15."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(
-            address="local",
-            num_cpus=workers.count + 1,
-            num_gpus=None if workers.device == "cuda" else 0,
-            resources={_SLOT: workers.count},
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace=_NAMESPACE,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=workers.count + 1,
+                num_gpus=None if workers.device == "cuda" else 0,
+                resources={_SLOT: workers.count},
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace=_NAMESPACE,
+                _node_ip_address=_LOOPBACK,
+            )
     except SystemExit:  # SIGTERM, while Ray's handler was in place
         raise KeyboardInterrupt from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _on_loopback() -> Generator[None]:
+    """Have Ray listen on loopback alone: it does for a node of that address, but would replace the address by the machine's (2.60)."""
+    names = ("resolve_ip_for_localhost", "get_node_ip_address")
+    before = {name: getattr(services, name) for name in names}
+    try:
+        for name in names:
+            setattr(services, name, lambda *_: _LOOPBACK)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(services, name, function)
 
 
 def _start_workers(workers: Workers, store_uri: str, memory_gb: float | None) -> dict[str, Any]:

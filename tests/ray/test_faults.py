@@ -122,3 +122,20 @@ def test_two_drivers_on_one_store_at_once_give_the_union_each_row_once(whole: Pa
     rows = Counter((row["cell_id"], row["group"]) for path in store.glob("scores/*/*.parquet") for row in pq.read_table(path, partitioning=None).to_pylist())
     assert set(rows.values()) == {1}
     assert not list(store.glob("parts/*"))
+
+
+def test_the_cluster_of_a_run_listens_on_loopback_alone(whole: Path, tmp_path: Path) -> None:
+    process = start(tmp_path / "store", "bound")
+    wait_for(lambda: has_begun(tmp_path / "store"), process)
+    pids = [*processes("bound"), process.pid]
+    sockets = {os.readlink(handle) for pid in pids for handle in Path(f"/proc/{pid}/fd").iterdir() if os.path.lexists(handle)}
+    addresses: set[str] = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                addresses.add(local.split(":")[0])
+    process.terminate()
+    assert end(process)[0] == 75
+    assert addresses
+    assert addresses <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
