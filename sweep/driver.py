@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sweep.errors import ModelNotLoaded, StoreFailed, SweepError
+from sweep.errors import ClusterLost, ModelNotLoaded, StoreFailed, SweepError
 from sweep.machine import Workers
 from sweep.watchdog import Watchdog
 from workers.data import Plan
@@ -42,7 +42,7 @@ for _name, _value in _ENVIRONMENT.items():
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray._private import services  # noqa: E402
-from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
+from ray.exceptions import RayActorError, RayError, RayTaskError  # noqa: E402
 
 from workers.actor import Worker  # noqa: E402
 from workers.pool import POOL, Ended, Lease, Pool  # noqa: E402
@@ -107,6 +107,7 @@ def run_trials(
 
     Raises:
         SweepError: the model does not load on any worker.
+        ClusterLost: Ray did not start.
         StoreFailed: the store cannot be written.
         KeyboardInterrupt: as the caller's signal handlers raise it; the cluster is stopped then, too.
     """
@@ -114,7 +115,6 @@ def run_trials(
     with Watchdog(on_dead) as watchdog:
         try:
             _start_ray(workers)
-            watchdog.started()
             actors = _start_workers(workers, store_uri, memory_gb)
             first = next(iter(tasks.values()))
             extensions = frozenset[str]().union(*(task.extensions for task in tasks.values())) if workers.device == "cuda" else frozenset[str]()
@@ -156,6 +156,8 @@ def _start_ray(workers: Workers) -> None:
             )
     except SystemExit:  # SIGTERM, while Ray's handler was in place
         raise KeyboardInterrupt from None
+    except (RuntimeError, ConnectionError, TimeoutError, RayError) as error:  # one of its processes has not come up, or not lived
+        raise ClusterLost(f"Ray did not start: {str(error).splitlines()[0]}.") from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -16,6 +16,10 @@ class StoreFailed(SweepError):
     """The store cannot be written: a full disk, a lost mount, a refused permission. Nobody's scores are wrong; the run ends and can be resumed."""
 
 
+class ClusterLost(SweepError):
+    """Ray did not start, or is gone; what the store has stays, and the run can be resumed."""
+
+
 class ModelNotLoaded(SweepError):
     """A worker cannot load a checkpoint; another one may."""
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from sweep.announce import say_first_result, say_grid, say_results
 from sweep.compose import expand
 from sweep.config import SweepConfig
-from sweep.errors import StoreFailed, SweepError
+from sweep.errors import ClusterLost, StoreFailed, SweepError
 from sweep.files import Files
 from sweep.machine import Workers, pick_workers
 from sweep.planning import PlannedTrial, SweepPlan, plan_sweep
@@ -67,6 +67,8 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
             return _leave(session, console, "Interrupted")
         except StoreFailed as error:
             return _leave(session, console, f"{error} Make room, or mend what is wrong with it. Stopped")
+        except ClusterLost as error:
+            return _leave(session, console, f"{error} Stopped")
         finally:
             _say_set_aside(store, set_aside, console)
     states = session.end(None)

@@ -43,7 +43,7 @@ class Watchdog:
         self._mark = f"{os.getpid()}-{time.time_ns()}"
         self._stopping: float | None = None  # since when Ray is being stopped
         self._left = threading.Event()
-        self._watched: dict[int, str] = {}
+        self._watched: dict[int, str] = {}  # of the cluster's head: children of this process, from the moment that they are there
 
     def __enter__(self) -> Self:
         os.environ[_MARK] = self._mark
@@ -62,21 +62,22 @@ class Watchdog:
         self._reaper.wait()
         del os.environ[_MARK]
 
-    def started(self) -> None:
-        """Ray runs: the processes of its head that are this process' own children are watched from now on."""
-        self._watched = {pid: _ESSENTIAL[name] for pid, name in _children(os.getpid()) if name in _ESSENTIAL}
-
     def stopping(self) -> None:
         """Ray is about to be stopped: its processes may end, but it must not take for ever."""
-        self._watched = {}
+        self._check()
         self._stopping = time.monotonic()
+
+    def _check(self) -> None:
+        dead = next((name for pid, name in self._watched.items() if not _is_alive(pid)), None)
+        if dead is not None and self._stopping is None:  # it was not told to end meanwhile
+            self._on_dead(f"{dead} has died")
 
     def _watch(self) -> None:
         while not self._left.wait(_LOOK_SECONDS):
-            for pid, name in self._watched.copy().items():
-                if not _is_alive(pid) and self._watched:
-                    self._on_dead(f"{name} has died")
-            if self._stopping is not None and time.monotonic() - self._stopping > _SHUTDOWN_SECONDS:
+            if self._stopping is None:
+                self._check()
+                self._watched |= {pid: _ESSENTIAL[name] for pid, name in _children(os.getpid()) if name in _ESSENTIAL}
+            elif time.monotonic() - self._stopping > _SHUTDOWN_SECONDS:
                 self._on_dead("Ray did not stop")
 
 

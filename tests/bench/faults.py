@@ -230,7 +230,7 @@ def main() -> None:
     figures |= {"faults": found.injected.total(), "kinds": dict(found.injected), "exit_codes": dict(sorted(found.ended.items()))}
     figures |= {"rows_lost": found.lost, "rows_duplicate": found.duplicate, "cells_different": found.different, "torn": found.torn, "reads": found.reads}
     figures |= {"hung": found.hung, "orphans": found.orphans, "slowest_end_seconds": found.slowest_end}
-    figures |= {"parts_scored_again_a_fault_mean": sum(again) / max(len(again), 1), "parts_scored_again_a_fault_max": max(again, default=0)}
+    figures |= {"parts_written_again_a_fault_mean": sum(again) / max(len(again), 1), "parts_written_again_a_fault_max": max(again, default=0)}
     report("faults", torch.device("cpu"), json.loads(json.dumps(figures)))
 
 

@@ -45,8 +45,7 @@ def test_it_says_which_process_of_the_cluster_has_died_and_only_while_ray_runs(n
     told = Event()
     with Watchdog(lambda text: (said.append(text), told.set())) as watchdog:  # pyright: ignore[reportArgumentType]
         process = subprocess.Popen([tmp_path / name, "600"])
-        watchdog.started()
-        assert not told.wait(1.2)
+        assert not told.wait(2.0)
         process.kill()
         assert told.wait(20)
         watchdog.stopping()
@@ -59,7 +58,7 @@ def test_processes_that_end_while_ray_is_being_stopped_are_no_news(tmp_path: Pat
     said: list[str] = []
     with Watchdog(said.append) as watchdog:
         process = subprocess.Popen([tmp_path / "raylet", "600"])
-        watchdog.started()
+        time.sleep(1.2)
         watchdog.stopping()
         process.kill()
         process.wait()
