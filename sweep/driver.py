@@ -12,16 +12,18 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sweep.errors import SweepError
+from sweep.errors import ClusterLost, ModelNotLoaded, StoreFailed, SweepError
 from sweep.machine import Workers
+from sweep.watchdog import Watchdog
 from workers.data import Plan
 from workers.task import Progress, Task
 
@@ -39,12 +41,14 @@ for _name, _value in _ENVIRONMENT.items():
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
-from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
+from ray._private import services  # noqa: E402
+from ray.exceptions import RayActorError, RayError, RayTaskError  # noqa: E402
 
 from workers.actor import Worker  # noqa: E402
 from workers.pool import POOL, Ended, Lease, Pool  # noqa: E402
 
 _NAMESPACE = "sweep"
+_LOOPBACK = "127.0.0.1"
 _SLOT = "sweep_trial"  # a resource that lets as many trials run at a time as there are workers
 _LOOK_SECONDS = 0.2  # between looks at whether loading should be waited for still
 _REPORT_SECONDS = 0.5  # a report costs the driver a few milliseconds
@@ -79,6 +83,7 @@ def run_trials(
     memory_gb: float | None,
     on_stage: Callable[[str], None],
     on_ready: Callable[[], None],
+    on_dead: Callable[[str], None],
     on_progress: Callable[[Progress], None],
     on_ended: Callable[[], None],
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
@@ -94,57 +99,82 @@ def run_trials(
         memory_gb: memory that each worker may use; None: see workers.scorer.Scorer.
         on_stage: called with what is happening, for people.
         on_ready: called once, from another thread, when the first worker holds the first task's model.
+        on_dead: called, from another thread, if the cluster has died, with what did; it must end the process: Ray would hang.
         on_progress: called whenever rows of a task have reached the store.
         on_ended: called once, when every trial has ended; Ray has yet to stop.
 
     Returns: why tasks failed, by task id; and what each worker says of itself.
 
     Raises:
-        SweepError: the model does not load.
+        SweepError: the model does not load on any worker.
+        ClusterLost: Ray did not start.
+        StoreFailed: the store cannot be written.
         KeyboardInterrupt: as the caller's signal handlers raise it; the cluster is stopped then, too.
     """
     scratch = tempfile.mkdtemp(prefix="sweep-")
-    try:
-        _start_ray(workers)
-        actors = _start_workers(workers, store_uri, memory_gb)
-        first = next(iter(tasks.values()))
-        extensions = frozenset[str]().union(*(task.extensions for task in tasks.values())) if workers.device == "cuda" else frozenset[str]()
-        if extensions:
-            on_stage(f"ModelOpt builds its CUDA extensions ({', '.join(sorted(extensions))}): a minute or two, once a machine ...")
-            for actor in actors.values():
-                actor.warm_up.remote(extensions)
-        loads = {name: actor.load.remote(first) for name, actor in actors.items()}
-        plan_refs = {plan_id: [ray.put(plan)] for plan_id, plan in plans.items()}
-        pool_class: Any = ray.remote(Pool)
-        pool = pool_class.options(name=POOL, num_cpus=0, max_concurrency=1000).remote(len(actors), dict(tasks), plan_refs, windowed)
-        with _Arrivals(loads, pool, on_ready) as arrivals:
-            _tuner(orders, workers.count, scratch, [_Watcher(on_progress)], arrivals).fit()
-        on_ended()
-        return _get(pool.failures.remote()), [info for name in actors if (info := _alive(name)) is not None]
-    finally:
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+    with Watchdog(on_dead) as watchdog:
+        try:
+            _start_ray(workers)
+            actors = _start_workers(workers, store_uri, memory_gb)
+            first = next(iter(tasks.values()))
+            extensions = frozenset[str]().union(*(task.extensions for task in tasks.values())) if workers.device == "cuda" else frozenset[str]()
+            if extensions:
+                on_stage(f"ModelOpt builds its CUDA extensions ({', '.join(sorted(extensions))}): a minute or two, once a machine ...")
+                for actor in actors.values():
+                    actor.warm_up.remote(extensions)
+            loads = {name: actor.load.remote(first) for name, actor in actors.items()}
+            plan_refs = {plan_id: [ray.put(plan)] for plan_id, plan in plans.items()}
+            pool_class: Any = ray.remote(Pool)
+            pool = pool_class.options(name=POOL, num_cpus=0, max_concurrency=1000).remote(len(actors), dict(tasks), plan_refs, windowed)
+            with _Arrivals(loads, pool, on_ready, on_stage) as arrivals:
+                _tuner(orders, workers.count, scratch, [_Watcher(on_progress)], arrivals).fit()
+            on_ended()
+            if (broken := _get(pool.broken.remote())) is not None:
+                raise StoreFailed(broken)
+            return _get(pool.failures.remote()), [info for name in actors if (info := _alive(name)) is not None]
+        finally:
+            watchdog.stopping()
+            ray.shutdown()
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _start_ray(workers: Workers) -> None:
     """Start a Ray cluster of this process' own, and keep the caller's signal handlers: Ray's ends the process with exit code 15."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(
-            address="local",
-            num_cpus=workers.count + 1,
-            num_gpus=None if workers.device == "cuda" else 0,
-            resources={_SLOT: workers.count},
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace=_NAMESPACE,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=workers.count + 1,
+                num_gpus=None if workers.device == "cuda" else 0,
+                resources={_SLOT: workers.count},
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace=_NAMESPACE,
+                _node_ip_address=_LOOPBACK,
+            )
     except SystemExit:  # SIGTERM, while Ray's handler was in place
         raise KeyboardInterrupt from None
+    except (RuntimeError, ConnectionError, TimeoutError, RayError) as error:  # one of its processes has not come up, or not lived
+        raise ClusterLost(f"Ray did not start: {str(error).splitlines()[0]}.") from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _on_loopback() -> Generator[None]:
+    """Have Ray listen on loopback alone: it does for a node of that address, but would replace the address by the machine's (2.60)."""
+    names = ("resolve_ip_for_localhost", "get_node_ip_address")
+    before = {name: getattr(services, name) for name in names}
+    try:
+        for name in names:
+            setattr(services, name, lambda *_: _LOOPBACK)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(services, name, function)
 
 
 def _start_workers(workers: Workers, store_uri: str, memory_gb: float | None) -> dict[str, Any]:
@@ -180,11 +210,12 @@ def _tuner(orders: Sequence[TrialOrder], n_workers: int, scratch: str, callbacks
 class _Arrivals(tune.Stopper):
     """Admits each worker to the pool when it holds the model, in a thread of its own: Tune's processes start meanwhile.
 
-    Ends Tune's experiment if the model does not load, or `on_ready` fails.
+    One on which the model does not load stays out. Ends Tune's experiment if the model loads nowhere, or
+    `on_ready` fails.
     """
 
-    def __init__(self, loads: Mapping[str, Any], pool: Any, on_ready: Callable[[], None]) -> None:
-        self._loads, self._pool, self._on_ready = loads, pool, on_ready
+    def __init__(self, loads: Mapping[str, Any], pool: Any, on_ready: Callable[[], None], on_stage: Callable[[str], None]) -> None:
+        self._loads, self._pool, self._on_ready, self._on_stage = loads, pool, on_ready, on_stage
         self._left = threading.Event()
         self._thread = ThreadPoolExecutor(1, "arrivals")
         self._admitted: Future[None]
@@ -210,28 +241,39 @@ class _Arrivals(tune.Stopper):
 
     def _admit(self) -> None:
         waiting = {load: name for name, load in self._loads.items()}
+        unfit: dict[str, SweepError] = {}  # by worker: why the model does not load there
+        ready = False
         try:
             while waiting and not self._left.is_set():
                 for load in ray.wait(list(waiting), num_returns=1, timeout=_LOOK_SECONDS)[0]:
-                    _check_loaded(load)
-                    if len(waiting) == len(self._loads):
-                        self._on_ready()
-                    _get(self._pool.admit.remote(waiting.pop(load)))
+                    name = waiting.pop(load)
+                    if (why := _load_failure(load)) is None:
+                        if not ready:
+                            ready = True
+                            self._on_ready()
+                        _get(self._pool.admit.remote(name))
+                    else:
+                        unfit[name] = why
+            if unfit and not ready:
+                raise next(iter(unfit.values()))
+            for name, why in unfit.items():
+                self._on_stage(f"The model does not load on {name}, the others go on: {why}")
         except BaseException as error:  # trials that wait for workers would wait for ever
             _get(self._pool.give_up.remote(str(error)))
             raise
 
 
-def _check_loaded(load: Any) -> None:
-    """Raises: SweepError: what is wrong with the checkpoint, without Ray's wrapping."""
+def _load_failure(load: Any) -> SweepError | None:
+    """What is wrong with the checkpoint, without Ray's wrapping; None if it is loaded."""
     try:
         ray.get(load)
     except RayActorError:
         pass  # a worker that died loads when it is lent out; a task under which workers keep dying fails with the reason
     except RayTaskError as error:
         if isinstance(error.cause, SweepError):
-            raise SweepError(str(error.cause)) from None
+            return SweepError(str(error.cause))
         raise
+    return None
 
 
 class TrialRunner(tune.Trainable):
@@ -289,6 +331,7 @@ def _carry(lease: Lease, pool: Any) -> Iterator[dict[str, Any]]:
     """Have the lease's tasks scored, report their progress, and say how they ended."""
     ended: dict[str, str | None] = {}
     death: str | None = None
+    unfit: str | None = None
     try:
         for several in _stream(lease):
             ended |= {progress.task_id: progress.failure for progress in several if progress.failure is not None}
@@ -296,11 +339,16 @@ def _carry(lease: Lease, pool: Any) -> Iterator[dict[str, Any]]:
         ended |= {task.task_id: None for task in lease.tasks if task.task_id not in ended}
     except RayTaskError as error:
         reason = str(error.cause).strip() or type(error.cause).__name__
-        ended |= {task.task_id: reason for task in lease.tasks if task.task_id not in ended}
+        if isinstance(error.cause, StoreFailed):
+            _get(pool.stop.remote(reason))
+        if isinstance(error.cause, ModelNotLoaded):
+            unfit = reason
+        else:
+            ended |= {task.task_id: reason for task in lease.tasks if task.task_id not in ended}
     except (RayActorError, ValueError) as error:  # ValueError: it has died too often to come back
         death = str(error).splitlines()[0]
         _alive(lease.worker)  # lent out while it restarts, it would seem to die again
-    _get(pool.give_back.remote(lease, ended, death))
+    _get(pool.give_back.remote(lease, ended, death, unfit))
 
 
 def _stream(lease: Lease) -> Iterator[list[Progress]]:

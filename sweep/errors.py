@@ -12,6 +12,18 @@ class InvalidRecipe(SweepError):
     """A pair and a granularity that make no recipe: alone an error, in a grid a trial with ``state=skipped``."""
 
 
+class StoreFailed(SweepError):
+    """The store cannot be written: a full disk, a lost mount, a refused permission. Nobody's scores are wrong; the run ends and can be resumed."""
+
+
+class ClusterLost(SweepError):
+    """Ray did not start, or is gone; what the store has stays, and the run can be resumed."""
+
+
+class ModelNotLoaded(SweepError):
+    """A worker cannot load a checkpoint; another one may."""
+
+
 def require_known(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise SweepError, naming the nearest known spelling, unless ``name`` is one of ``known``."""
     allowed = sorted(known)

@@ -35,7 +35,9 @@ class Session:
         self._before = store.trials()
         self._written: dict[str, TrialRow] = {}
         cells = {trial.cell_id for trial in plan.trials if trial.cell_id}
-        self.finished = {cell for cell in cells if store.is_finished(cell)}
+        # Read now, not when reports are made: what is damaged is scored again in this run.
+        self.scores = {cell: rows for cell in sorted(cells) if (rows := store.whole_scores(cell)) is not None}
+        self.finished = set(self.scores)
         given_up: set[str] = set()
         if not grid.points[0].cluster.retry_failed:
             given_up = {trial.cell_id for trial in plan.trials if trial.cell_id is not None and self._failed_before(trial)}
@@ -100,8 +102,10 @@ class Session:
 
     def end(self, code: int | None) -> Counter[str]:
         """Take stock of the store and record how the run ended. Returns trials by state."""
-        cells = [cell for task in self.tasks.values() for cell in task.cells.values()]
-        self.finished |= {cell for cell in cells if self.store.is_finished(cell)}
+        for cell in (cell for task in self.tasks.values() for cell in task.cells.values()):
+            if (rows := self.store.whole_scores(cell)) is not None:
+                self.scores[cell] = rows
+        self.finished = set(self.scores)
         self.write_trials(running=False)
         counts = self.counts()
         if self.tasks:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sweep.compose import expand
+from sweep.integrity import revisions
 from sweep.progress import duration
 from sweep.store import Store
 
@@ -36,6 +37,9 @@ def read_status(store: Store) -> dict[str, Any]:
         "failures": [{"trial": row.trial_id, "reason": row.reason} for row in trials.values() if row.state == "failed"],
         "running": running,
         "last_run": last,
+        "damaged": [*store.damage.values()],
+        "set_aside": len(store.files.names("quarantine")),
+        "mixed": [f"{finding.subject}: {finding.text}" for finding in revisions(trials)],
     }
 
 
@@ -49,7 +53,7 @@ def print_status(overrides: Sequence[str], *, as_json: bool, watch: bool) -> int
 
     Raises: SweepError: wrong overrides, or a damaged store.
     """
-    store = Store(expand(overrides, multirun=False).points[0].store.uri)
+    store = Store(expand(overrides, multirun=False).points[0].store.uri, repairs=False)
     console = Console(markup=False, soft_wrap=True)  # paths and reasons may hold brackets, and are copied from the screen
     while True:
         status = read_status(store)
@@ -66,6 +70,8 @@ def print_status(overrides: Sequence[str], *, as_json: bool, watch: bool) -> int
 
 def _print(status: dict[str, Any], console: Console) -> None:
     trials = status["trials"]
+    for damage in status["damaged"]:
+        console.print(f"{damage} Type: sweep doctor --store store.uri={status['store']}", style="red", highlight=False)
     if not trials["total"]:
         console.print(f"No trials in {status['store']} yet. Type: sweep run", highlight=False)
         return
@@ -79,22 +85,25 @@ def _print(status: dict[str, Any], console: Console) -> None:
         console.print(f"failed: {failure['trial']}: {failure['reason']}", style="red", highlight=False)
     if last := status["last_run"]:
         console.print(_run_line(last, running=status["running"]), highlight=False)
+    for mixed in status["mixed"]:
+        console.print(mixed, style="yellow", highlight=False)
     if not status["running"] and trials["planned"]:
         console.print("Interrupted: type the same `sweep run` command again to resume.")
 
 
 def _run_line(run: dict[str, Any], *, running: bool) -> str:
-    groups = f"{run['groups_done']} of {run['groups_total']} layer groups"
-    workers = f"{run.get('workers', 0)} workers on {run['host']}"
+    groups = f"{run.get('groups_done', 0)} of {run.get('groups_total', 0)} layer groups"
+    workers = f"{run.get('workers', 0)} workers on {run.get('host', 'an unknown host')}"
     if running:
         eta = run.get("eta_seconds")
-        return f"Running: {groups}, {workers}, {run['groups_per_second']:.0f}/s" + ("" if eta is None else f", about {duration(eta)} left")
+        return f"Running: {groups}, {workers}, {run.get('groups_per_second', 0):.0f}/s" + ("" if eta is None else f", about {duration(eta)} left")
     ended = run.get("ended_at")
     return f"Last run: {groups}, {workers}, " + (
-        f"ended {ended} with exit code {run['exit_code']}" if ended else f"no sign of life since {run['heartbeat_at']}"
+        f"ended {ended} with exit code {run.get('exit_code')}" if ended else f"no sign of life since {run.get('heartbeat_at')}"
     )
 
 
 def _is_alive(run: dict[str, Any]) -> bool:
-    age = datetime.now(UTC) - datetime.fromisoformat(run["heartbeat_at"])
-    return "ended_at" not in run and age.total_seconds() < _ALIVE_SECONDS
+    if "ended_at" in run or "heartbeat_at" not in run:
+        return False
+    return (datetime.now(UTC) - datetime.fromisoformat(run["heartbeat_at"])).total_seconds() < _ALIVE_SECONDS

@@ -54,6 +54,12 @@ class Worker:
                     told = time.monotonic()
         except BrokenProcessPool:  # a writer was killed: this worker starts anew, and its tasks go on
             os._exit(1)
+        except RuntimeError as error:
+            if not self._scorer.is_device_fault(error):
+                raise
+            text = str(error).splitlines()[0]
+            yield [Progress(task_id=tasks[0].task_id, done=0, found=0, lease=lease, warning=f"{text} That worker starts anew.")]
+            os._exit(1)  # no later CUDA call of this process would work
         yield list(latest.values())
 
 

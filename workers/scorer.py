@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sweep.errors import SweepError
+from sweep.errors import ModelNotLoaded, SweepError
 from sweep.machine import memory_gb, n_cores
 from sweep.store import Store
 from workers import memory, modeling
@@ -76,6 +76,11 @@ class Scorer:
         # Beside a GPU, threads would wait for Python's lock as long as the GPU scores, and it for them.
         self._writers = Writers(max(1, min(_WRITERS, n_cores() // n_workers - 1)), processes=device == "cuda")
 
+    @staticmethod
+    def is_device_fault(error: BaseException) -> bool:
+        """Whether the process' CUDA context is lost, with all that it will ever compute."""
+        return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+
     def info(self) -> dict[str, Any]:
         """What it has done so far.
 
@@ -92,7 +97,10 @@ class Scorer:
             return
         self._model, self._model_spec, self._engine, self._captured, self._divergence = None, None, None, None, None
         with self._clock.timed("load_seconds"):
-            self._model = modeling.load(Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device))
+            try:
+                self._model = modeling.load(Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device))
+            except SweepError as error:
+                raise ModelNotLoaded(str(error)) from error
         self._engine = Engine(self.device)
         self._model_spec = spec
         self.model_loads += 1

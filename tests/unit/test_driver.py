@@ -39,7 +39,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> FakePool:
 
 def arrived(pool: FakePool, loads: dict[str, str], on_ready: Callable[[], object], *, stops: bool = False) -> None:
     """Run it as Tune does: for as long as it is not told to stop."""
-    with driver._Arrivals(loads, pool, on_ready) as arrivals:
+    with driver._Arrivals(loads, pool, on_ready, lambda text: pool.called.append(("said", text))) as arrivals:
         arrivals._admitted.exception(timeout=10)
         assert arrivals.stop_all() == stops
 
@@ -53,6 +53,11 @@ def test_a_model_that_does_not_load_ends_the_run_with_its_own_message(pool: Fake
     with pytest.raises(driver.SweepError, match=r"^no weights$"):
         arrived(pool, {"w0": "bad"}, lambda: pytest.fail("it is not ready"), stops=True)
     assert pool.called == [("give_up", "no weights")]
+
+
+def test_a_worker_on_which_the_model_does_not_load_stays_out_and_the_others_go_on(pool: FakePool) -> None:
+    arrived(pool, {"w0": "bad", "w1": "load1"}, lambda: pool.called.append(("ready", "")))
+    assert pool.called == [("ready", ""), ("admit", "w1"), ("said", "The model does not load on w0, the others go on: no weights")]
 
 
 def test_a_full_disk_when_trials_are_recorded_ends_the_run_instead_of_leaving_it_waiting(pool: FakePool) -> None:
