@@ -118,8 +118,10 @@ class OutputConfig(_Section):
 class ClusterConfig(_Section):
     """What computes."""
 
+    address: str | None  # of a Ray cluster, host:port; local: one of this run's own, on this machine; null: $RAY_ADDRESS
+    dashboard: bool | Literal["auto"]  # of a cluster of this run's own; auto: where there is a GPU
     device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is a GPU
-    workers: int | Literal["auto"]  # auto: one a GPU (or share of one), else one a CPU core
+    workers: int | Literal["auto"]  # auto: one a GPU (or share of one), else one a CPU core; on a cluster more when nodes join
     gpus_per_worker: float  # fractions share a GPU
     retry_failed: bool  # try trials again that failed for their own reason
 

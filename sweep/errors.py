@@ -12,6 +12,10 @@ class InvalidRecipe(SweepError):
     """A pair and a granularity that make no recipe: alone an error, in a grid a trial with ``state=skipped``."""
 
 
+class Unfit(SweepError):
+    """What one worker cannot do, and another one may: its node does not see the model or the store, or its GPU is too small."""
+
+
 def require_known(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise SweepError, naming the nearest known spelling, unless ``name`` is one of ``known``."""
     allowed = sorted(known)

@@ -47,7 +47,7 @@ class Tally:
 
     def done_of(self, task_id: str) -> int:
         """Layer groups done of one task, over all its cells."""
-        return min(sum(self._done[task_id].values()), self.tasks[task_id].n_steps)  # a dead worker's are found again
+        return min(sum(list(self._done[task_id].values())), self.tasks[task_id].n_steps)  # a dead worker's are found again
 
     @property
     def done_groups(self) -> int:
@@ -76,7 +76,7 @@ class Tally:
         """Rate of this run, parts found in the store not counted."""
         if self._started is None:
             return 0.0
-        return (self.done_groups - sum(self._found.values())) / max(time.monotonic() - self._started, 1e-3)
+        return (self.done_groups - sum(list(self._found.values()))) / max(time.monotonic() - self._started, 1e-3)
 
     @property
     def eta_seconds(self) -> float | None:
@@ -112,6 +112,10 @@ class Display:
     def say(self, text: str) -> None:
         """A line that stays on the screen."""
         self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A line that stays on the screen, and is no warning."""
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def update(self) -> None:
         """The tally has changed."""

@@ -77,6 +77,11 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
 
         beating = ExitStack()
 
+        def on_connected(connection: "driver.cluster.Connection") -> None:
+            session.record |= {"ray_address": connection.address, "dashboard_url": connection.dashboard_url}
+            if connection.dashboard_url is not None:
+                display.note(f"Ray dashboard: {connection.dashboard_url}")
+
         def on_ready() -> None:  # a model that does not load has left no trace in the store
             session.write_trials(running=True)
             beating.enter_context(_heartbeat(session))
@@ -104,6 +109,7 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
                 workers,
                 session.store.uri,
                 memory_gb=session.plan.trials[0].config.sensitivity.memory_gb,
+                on_connected=on_connected,
                 on_stage=display.stage,
                 on_ready=on_ready,
                 on_progress=on_progress,

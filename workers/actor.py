@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from workers.data import Plan
 from workers.pool import POOL
+from workers.shared import check_shared
 from workers.task import Progress, Task
 
 _TELL_SECONDS = 0.2  # between messages; one costs Ray about a millisecond
@@ -27,8 +29,17 @@ class Worker:
 
         self._scorer = Scorer(store_uri, device, memory_gb=memory_gb, n_workers=n_workers)
 
-    def load(self, task: Task) -> None:
-        """Load the task's model before the first trial asks for it."""
+    def load(self, task: Task, mark: str | None) -> None:
+        """Load the task's model before the first trial asks for it.
+
+        Args:
+            task: the first one.
+            mark: a file of the store, which must be there; None: this is the driver's machine.
+
+        Raises: Unfit: this node does not see the store or the model.
+        """
+        if mark is not None:
+            check_shared(self._scorer.store, mark, Path(task.model.path))
         self._scorer.load(task.model)
 
     def warm_up(self, extensions: frozenset[str]) -> None:

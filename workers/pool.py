@@ -74,6 +74,8 @@ class Pool:
         self._batches = _batches(tasks.values(), n_workers)  # that are not over
         self._loans: dict[int, _Loan] = {}
         self._numbers = count()
+        self._lost: list[str] = []  # workers that died and have not been called back
+        self._deaths = 0
         self._free: dict[str, str] = {}  # worker -> revision of the model that it holds, as far as is known
         self._ended: dict[str, str | None] = {}  # task id -> why it failed, None if it is done
         self._changed = asyncio.Condition()
@@ -83,6 +85,15 @@ class Pool:
         async with self._changed:
             self._free[worker] = ""
             self._changed.notify_all()
+
+    async def lost(self) -> list[str]:
+        """Workers that died since this was last asked; each is lent out again once it is admitted again."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    async def figures(self) -> dict[str, int]:
+        """Workers that are `idle` and `busy`, and `deaths` of workers that had something to do."""
+        return {"idle": len(self._free), "busy": len(self._loans), "deaths": self._deaths}
 
     async def give_up(self, reason: str) -> None:
         """No task that waits will be scored."""
@@ -125,7 +136,7 @@ class Pool:
         return taken
 
     async def give_back(self, lease: Lease, ended: Mapping[str, str | None], death: str | None = None) -> None:
-        """The worker is free again.
+        """The worker is free again, or lost.
 
         Args:
             lease: what it was lent out with.
@@ -133,7 +144,11 @@ class Pool:
             death: what killed the worker; what has not ended waits again, with fewer tasks at a time.
         """
         async with self._changed:
-            self._free[lease.worker] = "" if death else lease.tasks[0].model.revision
+            if death is None:
+                self._free[lease.worker] = lease.tasks[0].model.revision
+            else:  # lent out while it restarts, it would seem to die again
+                self._lost.append(lease.worker)
+                self._deaths += 1
             loan = self._loans.pop(lease.number)
             batch = loan.batch
             batch.n_out -= 1

@@ -26,6 +26,7 @@ from workers.ledger import Ledger
 from workers.quantization import auto_quantize_scores
 from workers.scores import Measured, NotFinite, Scores
 from workers.scoring import Engine, Job
+from workers.shared import first_alone
 from workers.task import GroupSpec, ModelSpec, Part, Progress, Task, part_names, parts_of
 from workers.windows import captures
 from workers.writers import Writers
@@ -91,7 +92,7 @@ class Scorer:
         if spec == self._model_spec:
             return
         self._model, self._model_spec, self._engine, self._captured, self._divergence = None, None, None, None, None
-        with self._clock.timed("load_seconds"):
+        with self._clock.timed("load_seconds"), first_alone(Path(spec.path)):
             self._model = modeling.load(Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device))
         self._engine = Engine(self.device)
         self._model_spec = spec

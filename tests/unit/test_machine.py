@@ -12,7 +12,9 @@ from sweep.machine import Workers, n_cores, n_gpus, pick_workers
 
 
 def cluster(**changed: Any) -> ClusterConfig:
-    return ClusterConfig(**({"device": "auto", "workers": "auto", "gpus_per_worker": 1.0, "retry_failed": False} | changed))
+    return ClusterConfig(
+        **({"address": "local", "dashboard": "auto", "device": "auto", "workers": "auto", "gpus_per_worker": 1.0, "retry_failed": False} | changed)
+    )
 
 
 @pytest.fixture
@@ -45,7 +47,12 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_workers_of_a_machine(gpus: int, asked: dict[str, Any], expected: tuple[str, int], has: Any) -> None:
     has(gpus=gpus)
     device, count = expected
-    assert pick_workers(cluster(**asked)) == Workers(device=device, count=count, gpus_each=asked.get("gpus_per_worker", 1.0))  # pyright: ignore[reportArgumentType]
+    assert pick_workers(cluster(**asked)) == Workers(
+        device=device,  # pyright: ignore[reportArgumentType]
+        count=count,
+        gpus_each=asked.get("gpus_per_worker", 1.0),
+        dashboard=device == "cuda",
+    )
 
 
 @pytest.mark.parametrize(
