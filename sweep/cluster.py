@@ -47,6 +47,7 @@ class Connection:
 
     address: str  # host:port of its head
     dashboard_url: str | None
+    metrics: tuple[str, ...]  # host:port of each node, where Prometheus may ask for /metrics
     trial_resources: Mapping[str, float]  # of one process of Tune
 
 
@@ -67,6 +68,7 @@ def connect(workers: Workers) -> Connection:
     return Connection(
         address=context.address_info["gcs_address"],
         dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
+        metrics=tuple(f"{node['NodeManagerAddress']}:{port}" for node in _alive_nodes() if (port := node["MetricsExportPort"]) > 0),
         trial_resources={_SLOT: 1} if workers.address is None else {_HEAD: 0.001},
     )
 

@@ -24,13 +24,14 @@ from sweep import cluster  # before ray: sets what Ray reads from the environmen
 from sweep.errors import SweepError, Unfit
 from sweep.files import Files
 from sweep.machine import Workers
+from sweep.metering import Meter
 from workers.data import Plan
-from workers.task import Progress, Task
+from workers.task import Picture, Progress, Task
 
 _LOOK_SECONDS = 0.2  # between looks at whether loading should be waited for still
 _RECRUIT_SECONDS = 1.0  # between looks at whether workers have died, or nodes have joined
 _REPORT_SECONDS = 0.5  # a report costs the driver a few milliseconds
-_RUNNERS = 8  # processes of Tune, at most; threads of the driver lend out the workers beyond them, at a tenth of the memory and of the start-up
+_RUNNERS = 4  # processes of Tune, at most: each costs seconds of a core to start. Threads of the driver lend workers out, too
 _LEAVE_SECONDS = 5.0  # until a thread that lends a worker out is left behind
 
 import ray  # noqa: E402
@@ -67,6 +68,7 @@ def run_trials(
     store_uri: str,
     *,
     memory_gb: float | None,
+    picture: Callable[[], Picture],
     on_connected: Callable[[cluster.Connection], None],
     on_stage: Callable[[str], None],
     on_ready: Callable[[], None],
@@ -83,6 +85,7 @@ def run_trials(
         workers: how many, on what, where.
         store_uri: where workers put finished parts.
         memory_gb: memory that each worker may use; None: see workers.scorer.Scorer.
+        picture: how far the trials are, for the metrics.
         on_connected: called when there is a cluster.
         on_stage: called with what is happening, for people.
         on_ready: called once, from another thread, when the first worker holds the first task's model.
@@ -111,7 +114,9 @@ def run_trials(
         with _shared_mark(workers, store_uri) as mark:
             crew = cluster.Crew(workers, _hire(workers, store_uri, memory_gb, next(iter(tasks.values())), mark, extensions))
             try:
-                with _Arrivals(crew, pool, on_ready, on_stage, lambda n: helpers.help() if n > n_runners else None) as arrivals:
+                arrivals = _Arrivals(crew, pool, on_ready, on_stage, helpers.help)
+                meter = Meter(picture, lambda: _get(pool.figures.remote()), lambda: (arrivals.n_starting, arrivals.n_replaced))
+                with arrivals, meter:
                     _tuner(orders, n_runners, connection.trial_resources, scratch, [_Watcher(helpers.tell)], _Stopper(arrivals, helpers)).fit()
                 helpers.check()
                 on_ended()
@@ -199,6 +204,7 @@ class _Arrivals:
         self._waiting: dict[Any, str] = {}  # workers that load or restart, by object reference
         self._restarting: set[str] = set()
         self.admitted: set[str] = set()
+        self.n_replaced = 0  # workers that have come back after they had died
         self._is_ready = False
         self._n_hired = 0
         self._left = threading.Event()
@@ -266,7 +272,9 @@ class _Arrivals:
         except Unfit as error:
             self._lose(name, str(error))
             return
-        self._restarting.discard(name)
+        if name in self._restarting:
+            self._restarting.remove(name)
+            self.n_replaced += 1
         if not self._is_ready:
             self._is_ready = True
             self._on_ready()
@@ -296,7 +304,7 @@ def _check_loaded(load: Any) -> None:
 
 
 class _Helpers:
-    """Threads of the driver that lend workers out as trials do: those that outnumber the trials, or Tune's processes."""
+    """Threads of the driver that lend workers out as trials do: at once, while Tune's processes start, and where there are more workers than these."""
 
     def __init__(self, orders: Sequence[TrialOrder], pool: Any, on_progress: Callable[[Progress], None]) -> None:
         self._orders, self._pool, self._on_progress = orders, pool, on_progress
@@ -304,11 +312,11 @@ class _Helpers:
         self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
 
-    def help(self) -> None:
-        """One more worker can be lent out."""
-        thread = threading.Thread(target=self._help, name="helper", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+    def help(self, n_workers: int) -> None:
+        """Lend out so many workers at a time."""
+        while len(self._threads) < n_workers:
+            self._threads.append(threading.Thread(target=self._help, name="helper", daemon=True))
+            self._threads[-1].start()
 
     def tell(self, progress: Progress) -> None:
         """Pass progress on, one at a time."""

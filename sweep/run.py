@@ -78,7 +78,7 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
         beating = ExitStack()
 
         def on_connected(connection: "driver.cluster.Connection") -> None:
-            session.record |= {"ray_address": connection.address, "dashboard_url": connection.dashboard_url}
+            session.record |= {"ray_address": connection.address, "dashboard_url": connection.dashboard_url, "metrics": connection.metrics}
             if connection.dashboard_url is not None:
                 display.note(f"Ray dashboard: {connection.dashboard_url}")
 
@@ -109,6 +109,7 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
                 workers,
                 session.store.uri,
                 memory_gb=session.plan.trials[0].config.sensitivity.memory_gb,
+                picture=session.picture,
                 on_connected=on_connected,
                 on_stage=display.stage,
                 on_ready=on_ready,

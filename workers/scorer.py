@@ -50,7 +50,9 @@ class _Captured:
 class Scorer:
     """Scores tasks; loads a model only when tasks need another one, and captures only what no earlier task had captured."""
 
-    def __init__(self, store_uri: str, device: str, *, memory_gb: float | None = None, n_workers: int = 1) -> None:
+    def __init__(
+        self, store_uri: str, device: str, *, memory_gb: float | None = None, n_workers: int = 1, on_timed: Callable[[str, float], None] | None = None
+    ) -> None:
         """Prepare an empty worker.
 
         Args:
@@ -58,6 +60,7 @@ class Scorer:
             device: "cpu" or "cuda".
             memory_gb: memory to use, 1e9 bytes; None: what is free on the GPU, or an even share of the machine's.
             n_workers: workers that share the machine.
+            on_timed: called after each load and capture, see workers.clock.Clock.
         """
         if device == "cpu":
             torch.set_num_threads(1)  # more threads beside other workers cost 60x, and would change bits
@@ -68,7 +71,7 @@ class Scorer:
         self.store = Store(store_uri)
         self.device = torch.device(device)
         self.model_loads = 0
-        self._clock = Clock()
+        self._clock = Clock(on_timed)
         self._model: Any = None
         self._model_spec: ModelSpec | None = None
         self._engine: Engine | None = None
@@ -86,6 +89,13 @@ class Scorer:
         """
         peak_gb = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
         return {"model_loads": self.model_loads, "peak_gb": peak_gb, **self._clock.figures()}
+
+    def gpu_memory(self) -> tuple[int, int] | None:
+        """Bytes of the GPU that are used, and that it has; None on a CPU."""
+        if self.device.type == "cpu":
+            return None
+        free, total = torch.cuda.mem_get_info()
+        return total - free, total
 
     def load(self, spec: ModelSpec) -> None:
         """Hold this model, and no other."""

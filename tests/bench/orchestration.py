@@ -15,7 +15,7 @@ from ray import tune
 
 from sweep import cluster, driver
 from sweep.machine import Workers
-from tests.tasks import TASK
+from tests.tasks import PICTURE, TASK
 from workers import actor
 from workers.data import Plan, Sample, make_plan
 from workers.task import Progress, Task
@@ -85,6 +85,7 @@ def main() -> None:
         Workers(device="cpu", count=2, gpus_each=1.0),
         "none",
         memory_gb=None,
+        picture=lambda: PICTURE,
         on_connected=lambda connection: None,
         on_stage=print,
         on_ready=lambda: marks.append(time.perf_counter()),

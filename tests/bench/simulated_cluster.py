@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.tasks import GROUP, TASK
+from tests.tasks import GROUP, PICTURE, TASK
 from workers.task import Progress, Task
 
 _LAYERS = 36
@@ -85,6 +85,7 @@ def drive(address: str, n_workers: int, elastic: bool, folder: Path) -> None:
         Workers(device="cuda", count=n_workers, gpus_each=1.0, address=address, elastic=elastic),
         str(folder / "store"),
         memory_gb=None,
+        picture=lambda: PICTURE,
         on_connected=lambda connection: None,
         on_stage=lambda text: print(text, file=sys.stderr),
         on_ready=lambda: ((folder / "ready").touch(), marks.append(time.perf_counter())),
