@@ -37,6 +37,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noq
 _SLOT = "sweep_trial"  # a resource that lets as many trials run at a time as there are workers
 _HEAD = "node:__internal_head__"  # which every cluster has once, 1.0 of it
 _SPACE = "sweep-"  # what the names of namespaces start with
+_WORKER = "sweep-worker-"  # and those of workers
 _MAX_RESTARTS = 20  # of a worker, over a whole sweep
 _INFO_SECONDS = 10.0  # until a worker that does not answer is left out of the record
 
@@ -88,12 +89,7 @@ def join(config: ClusterConfig) -> Workers:
             f"The address {address} is not a cluster's own. Type cluster.address=HOST:6379 on one of its machines, or submit the same command as a job: "
             "ray job submit --working-dir . -- sweep run cluster=auto ..."
         )
-    if not ray.is_initialized():
-        try:
-            _init(address=address)
-        except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise SweepError(f"No Ray cluster answers at {address}: {reason} Check `ray status --address {address}`, or type cluster=local.") from error
+    _join(address, "type cluster=local")
     device = config.device if config.device != "auto" else "cuda" if any(node["Resources"].get("GPU") for node in _alive_nodes()) else "cpu"
     rooms = _rooms(device, config.gpus_per_worker)
     if config.workers == "auto" and not sum(rooms):
@@ -132,7 +128,7 @@ class Crew:
         options = {"num_cpus": 1, "num_gpus": workers.gpus_each if workers.device == "cuda" else 0, "max_restarts": _MAX_RESTARTS}
         ready: dict[str, Any] = {}
         for index in range(len(self._actors), count):
-            name = f"sweep-worker-{index}"
+            name = f"{_WORKER}{index}"
             self._actors[name], ready[name] = self._hire(options | {"name": name})
         return ready
 
@@ -161,32 +157,32 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
 def look(address: str) -> dict[str, Any]:
     """What a cluster says of itself.
 
-    Returns: `nodes`: of each that lives its `host`, and `cpus`, `gpus`; `gpus` and `free_gpus`; `workers`: of all sweeps there, by namespace.
+    Returns: `address`; `nodes`: of each that lives its `host`, `cpus` and `gpus`; `gpus` and `gpus_free` of all; `workers`: their names, of all
+        sweeps there, by namespace.
 
     Raises: SweepError: nothing answers there.
     """
+    _join(address, "leave out --cluster to see what the store says")
+    named: list[dict[str, str]] = list_named_actors(all_namespaces=True)  # pyright: ignore[reportAssignmentType]
+    workers: dict[str, list[str]] = {}
+    for actor in sorted(named, key=lambda actor: (actor["namespace"], actor["name"])):
+        if actor["namespace"].startswith(_SPACE) and actor["name"].startswith(_WORKER):
+            workers.setdefault(actor["namespace"], []).append(actor["name"])
+    nodes = [
+        {"host": node["NodeManagerHostname"], "cpus": node["Resources"].get("CPU", 0.0), "gpus": node["Resources"].get("GPU", 0.0)} for node in _alive_nodes()
+    ]
+    gpus_free = ray.available_resources().get("GPU", 0.0)
+    return {"address": address, "nodes": nodes, "gpus": sum(node["gpus"] for node in nodes), "gpus_free": gpus_free, "workers": workers}
+
+
+def _join(address: str, otherwise: str) -> None:
+    if ray.is_initialized():
+        return
     try:
         _init(address=address)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        raise SweepError(f"No Ray cluster answers at {address}. Leave out --cluster to see what the store says.") from error
-    try:
-        named: list[dict[str, str]] = list_named_actors(all_namespaces=True)  # pyright: ignore[reportAssignmentType]
-        spaces: dict[str, list[str]] = {}
-        for actor in named:
-            if actor["namespace"].startswith(_SPACE) and actor["name"].startswith("sweep-worker-"):
-                spaces.setdefault(actor["namespace"], []).append(actor["name"])
-        nodes = [
-            {"host": node["NodeManagerHostname"], "cpus": node["Resources"].get("CPU", 0.0), "gpus": node["Resources"].get("GPU", 0.0)}
-            for node in _alive_nodes()
-        ]
-        return {
-            "nodes": nodes,
-            "gpus": sum(node["gpus"] for node in nodes),
-            "free_gpus": ray.available_resources().get("GPU", 0.0),
-            "workers": {space: sorted(names) for space, names in sorted(spaces.items())},
-        }
-    finally:
-        ray.shutdown()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SweepError(f"No Ray cluster answers at {address}: {reason} Check `ray status --address {address}`, or {otherwise}.") from error
 
 
 def _init(**options: Any) -> None:
