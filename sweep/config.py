@@ -122,15 +122,16 @@ class ClusterConfig(_Section):
     dashboard: bool | Literal["auto"]  # of a cluster of this run's own; auto: where there is a GPU
     device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is a GPU
     workers: int | Literal["auto"]  # auto: one a GPU (or share of one), else one a CPU core; on a cluster more when nodes join
-    gpus_per_worker: float  # fractions share a GPU
+    gpus_per_worker: float  # 1, or a fraction: several workers share a GPU
     retry_failed: bool  # try trials again that failed for their own reason
 
     def __post_init__(self) -> None:
         if self.workers != "auto" and self.workers < 1:
             raise SweepError(f"cluster.workers={self.workers} leaves nobody to work. Type at least 1, or auto.")
         share = self.gpus_per_worker
-        if not (0 < share <= 1 or (1 < share < math.inf and share == int(share))):  # refuses NaN as well
-            raise SweepError(f"cluster.gpus_per_worker={share:g} is not allowed. Type a fraction up to 1, or a whole number.")
+        if not 0 < share <= 1:  # refuses NaN as well
+            more = " A worker holds its model on one GPU, whose memory its weights and one decoder layer's inputs and gradients must fit." if share > 1 else ""
+            raise SweepError(f"cluster.gpus_per_worker={share:g} is not allowed.{more} Type 1, or a fraction of 1 to share a GPU.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ class Workers:
 
     device: Literal["cpu", "cuda"]
     count: int
-    gpus_each: float  # fractions share a GPU; more than one for models that need several
+    gpus_each: float  # 1, or a fraction: several workers share a GPU
     address: str | None = None  # of the Ray cluster that they work on; None: one of their own, on this machine
     per_node: int | None = None  # at most, that share a node; None: all of them
     elastic: bool = False  # more of them as nodes join
@@ -76,8 +76,8 @@ def n_cores() -> int:
 
 
 def fit(gpus: float, share: float) -> int:
-    """Workers that find room on the GPUs of one node; a fraction lies on one GPU."""
-    return int(gpus) * int(1 / share) if share <= 1 else int(gpus) // int(share)
+    """Workers that find room on the GPUs of one node; a share lies on one GPU."""
+    return int(gpus) * int(1 / share)
 
 
 def pick_workers(cluster: ClusterConfig) -> Workers:
@@ -95,10 +95,6 @@ def pick_workers(cluster: ClusterConfig) -> Workers:
         raise SweepError("cluster.device=cuda, but no NVIDIA GPU is visible here. Type cluster.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES.")
     share = cluster.gpus_per_worker
     room = n_cores() if device == "cpu" else fit(gpus, share)
-    if room < 1:
-        raise SweepError(
-            f"cluster.gpus_per_worker={cluster.gpus_per_worker:g}, but only {gpus} GPU(s) are visible here. Type cluster.gpus_per_worker={gpus} or less."
-        )
     count = room if cluster.workers == "auto" else cluster.workers
     if device == "cuda" and count > room:
         raise SweepError(f"cluster.workers={count} at {cluster.gpus_per_worker:g} GPU(s) each do not fit {gpus} GPU(s). Type cluster.workers={room} or less.")

@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.job_submission import JobSubmissionClient
+from ray.util.state import list_actors, list_tasks
 from safetensors.torch import load_file, save_file
 
+from sweep.paths import bundled_model_dir
 from sweep.store import Store
-from tests.models import save_checkpoint, write_captions
-from tests.ray.test_sweep import ROOT, at_work, cells, finish, start, status
+from tests.ray.test_sweep import ROOT, at_work, cells, finish, status
 
-GRID = ["-m", "quant_pair=wint8_aint8,wfp8_afp8,wint4_afp16,wint8_afp16", "quant_granularity=default,w_group64", "dataset.size=large"]
+GRID = ["-m", "quant_pair=wint8_aint8,wfp8_afp8,wint4_afp16,wint8_afp16", "quant_granularity=default,w_group64"]
+GRID += ["dataset.size=medium", "sensitivity.method=kl_div"]  # which takes long enough to be watched
 N_TRIALS = 8
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -59,12 +62,11 @@ class Head:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def listed(self, what: str) -> list[dict[str, Any]]:
-        return json.loads(self.run("list", what, "--address", self.dashboard, "--format", "json", "--limit", "1000"))
+    def listed(self, what: Callable[..., list[Any]]) -> list[Any]:
+        return what(address=self.dashboard, limit=1000)
 
     def state_of(self, job: str) -> str:
-        (found,) = (each["status"] for each in self.listed("jobs") if each["submission_id"] == job)
-        return found
+        return str(JobSubmissionClient(self.dashboard).get_job_status(job).value)
 
 
 @pytest.fixture(scope="module")
@@ -89,46 +91,25 @@ def head() -> Iterator[Head]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint, a broken one, and captions."""
-    path = tmp_path_factory.mktemp("cluster")
-    save_checkpoint(path / "model", "qwen3", num_hidden_layers=8)
-    write_captions(path / "captions.txt", 512)
-    shutil.copytree(path / "model", path / "broken")
-    weights = load_file(path / "broken" / "model.safetensors")
-    weights["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
-    save_file(weights, path / "broken" / "model.safetensors", metadata={"format": "pt"})
-    return path
+def run_command(store: Path, *overrides: str) -> list[str]:
+    own = ["cluster=auto", "cluster.workers=2", f"store.uri={store}", f"output_layout.root={store}-published"]
+    return [sys.executable, "-m", "sweep", "run", *GRID, *own, *overrides]
 
 
-def test_a_job_is_submitted_watched_stopped_resubmitted_and_completes(head: Head, place: Path) -> None:
+def test_a_job_is_submitted_watched_stopped_resubmitted_and_completes(head: Head, tmp_path: Path) -> None:
     """`ray job submit`; its actors, tasks and workers by name; `ray job stop` leaves a sweep to resume; the same command again completes it."""
-    store = place / "jobs"
-    own = ["model=hf_causal_lm", f"model.path={place / 'model'}", "dataset=coco2017_captions", f"dataset.captions_path={place / 'captions.txt'}"]
-    command = [
-        sys.executable,
-        "-m",
-        "sweep",
-        "run",
-        *GRID,
-        "cluster=auto",
-        "cluster.workers=2",
-        *own,
-        f"store.uri={store}",
-        f"output_layout.root={place / 'out'}",
-    ]
+    store = tmp_path / "store"
     environment = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}, "excludes": ["models/*/layer-analysis", "tests"]})
 
     def submit(job: str) -> None:
         options = ["--address", head.dashboard, "--submission-id", job, "--no-wait", "--working-dir", str(ROOT), "--runtime-env-json", environment]
-        submission = [RAY, "job", "submit", *options, "--", *command]
+        submission = [RAY, "job", "submit", *options, "--", *run_command(store)]
         wait_for(lambda: subprocess.run(submission, cwd=ROOT, capture_output=True, check=False).returncode == 0)  # a head that has just started refuses jobs
 
     submit("first")
     wait_for(lambda: set(store.glob("parts/*/*")) or head.state_of("first") in ("FAILED", "SUCCEEDED"))
-    assert {actor["name"] for actor in head.listed("actors") if actor["state"] == "ALIVE"} >= {"sweep-worker-0", "sweep-worker-1", "sweep-pool"}
-    assert any(re.match(r"score w\w+/\w+", task["name"]) for task in head.listed("tasks"))
+    assert {actor.name for actor in head.listed(list_actors) if actor.state == "ALIVE"} >= {"sweep-worker-0", "sweep-worker-1", "sweep-pool"}
+    assert any(re.match(r"score w\w+/\w+", task.name) for task in head.listed(list_tasks))
     asked = subprocess.run(
         [sys.executable, "-m", "sweep", "status", "--cluster", "--json", f"store.uri={store}", f"cluster.address={head.address}"],
         cwd=ROOT,
@@ -148,7 +129,7 @@ def test_a_job_is_submitted_watched_stopped_resubmitted_and_completes(head: Head
     assert "Traceback" not in log
     assert status(store)["last_run"]["exit_code"] == 75
     assert status(store)["trials"]["done"] < N_TRIALS
-    wait_for(lambda: not any(actor["state"] == "ALIVE" for actor in head.listed("actors")))
+    wait_for(lambda: not any(actor.state == "ALIVE" for actor in head.listed(list_actors)))
     kept = cells(store)
     submit("second")
     wait_for(lambda: head.state_of("second") not in ("PENDING", "RUNNING"))
@@ -183,12 +164,16 @@ def most(prometheus: str, expression: str) -> float | None:
     return float(result[0]["value"][1]) if result else None
 
 
-def test_prometheus_sees_every_metric_of_a_sweep(head: Head, place: Path, prometheus: str) -> None:
+def test_prometheus_sees_every_metric_of_a_sweep(head: Head, tmp_path: Path, prometheus: str) -> None:
     """A grid of eight good trials and eight that fail, one of its two workers killed. A CPU has no GPU memory."""
-    store = place / "watched"
-    process = start(
-        "run", place, store, *GRID, f"model.path={place / 'broken'},{place / 'model'}", "cluster=auto", f"cluster.address={head.address}", workers=2
-    )
+    store, broken = tmp_path / "store", tmp_path / "broken"
+    shutil.copytree(bundled_model_dir(), broken, ignore=shutil.ignore_patterns("layer-analysis"))
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in sorted(weights) if name.endswith("layers.3.mlp.down_proj.weight"))
+    weights[name][3, 4] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    command = run_command(store, f"model.path={bundled_model_dir()},{broken}", f"cluster.address={head.address}")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     wait_for(lambda: process.poll() is not None or (most(prometheus, "ray_sweep_rows_written_total") and at_work(head.process.pid)))
     assert process.poll() is None, finish(process)
     os.kill(at_work(head.process.pid)[0], signal.SIGKILL)

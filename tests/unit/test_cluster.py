@@ -31,7 +31,6 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         ([node(gpus=4, cpus=2)], {}, ("cuda", 2, 2, True)),  # a worker asks for a core, too
         ([node(gpus=4), node(gpus=8, alive=False)], {}, ("cuda", 4, 4, True)),
         ([node(gpus=2), node(gpus=1)], {"gpus_per_worker": 0.5}, ("cuda", 6, 4, True)),
-        ([node(gpus=3), node(gpus=3)], {"gpus_per_worker": 2.0}, ("cuda", 2, 1, True)),  # never across nodes
         ([node(cpus=2), node(cpus=3)], {}, ("cpu", 5, 3, True)),
         ([node(gpus=1)], {"device": "cpu"}, ("cpu", 8, 8, True)),
         ([node(gpus=1)], {"workers": 4}, ("cuda", 4, 1, False)),  # the others wait for nodes

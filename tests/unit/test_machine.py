@@ -35,8 +35,6 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Any:
         (4, {}, ("cuda", 4)),
         (4, {"device": "cpu"}, ("cpu", 8)),
         (4, {"workers": 2}, ("cuda", 2)),
-        (4, {"gpus_per_worker": 2.0}, ("cuda", 2)),
-        (5, {"gpus_per_worker": 2.0}, ("cuda", 2)),
         (1, {"gpus_per_worker": 0.5}, ("cuda", 2)),
         (1, {"gpus_per_worker": 0.1}, ("cuda", 10)),
         (7, {"gpus_per_worker": 0.07}, ("cuda", 7 * 14)),
@@ -59,10 +57,8 @@ def test_workers_of_a_machine(gpus: int, asked: dict[str, Any], expected: tuple[
     ("gpus", "asked", "advice"),
     [
         (0, {"device": "cuda"}, "Type cluster.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES."),
-        (2, {"gpus_per_worker": 4.0}, "Type cluster.gpus_per_worker=2 or less."),
         (2, {"workers": 3}, "Type cluster.workers=2 or less."),
         (2, {"workers": 3, "gpus_per_worker": 0.6}, "Type cluster.workers=2 or less."),
-        (4, {"workers": 3, "gpus_per_worker": 2.0}, "Type cluster.workers=2 or less."),
     ],
 )
 def test_what_the_machine_does_not_have_is_refused(gpus: int, asked: dict[str, Any], advice: str, has: Any) -> None:
