@@ -1,5 +1,6 @@
 """A cluster that exists: jobs submitted to it, watched, stopped and resumed; and what Prometheus sees there."""
 
+import contextlib
 import json
 import os
 import re
@@ -72,7 +73,7 @@ class Head:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A head node with ports and a folder of its own, beside whatever else runs here."""
-    ports = {name: free_port() for name in ("port", "dashboard-port", "metrics-export-port", "ray-client-server-port")}
+    ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")}
     folder = tempfile.mkdtemp(prefix="ray-")  # short: a socket's path has 107 characters at most
     options = [f"--{name}={port}" for name, port in ports.items()]
     Path(folder, "token").write_text(secrets.token_hex(32), encoding="ascii")
@@ -104,7 +105,13 @@ def test_a_job_is_submitted_watched_stopped_resubmitted_and_completes(head: Head
     def submit(job: str) -> None:
         options = ["--address", head.dashboard, "--submission-id", job, "--no-wait", "--working-dir", str(ROOT), "--runtime-env-json", environment]
         submission = [RAY, "job", "submit", *options, "--", *run_command(store)]
-        wait_for(lambda: subprocess.run(submission, cwd=ROOT, capture_output=True, check=False).returncode == 0)  # a head that has just started refuses jobs
+
+        def accepted() -> bool:
+            done = subprocess.run(submission, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0 or "No available agent" in done.stdout + done.stderr, done.stdout + done.stderr
+            return done.returncode == 0  # a head that has just started refuses jobs
+
+        wait_for(accepted)
 
     submit("first")
     wait_for(lambda: set(store.glob("parts/*/*")) or head.state_of("first") in ("FAILED", "SUCCEEDED"))
@@ -139,6 +146,12 @@ def test_a_job_is_submitted_watched_stopped_resubmitted_and_completes(head: Head
     assert not [path for path in store.rglob("*.tmp") if path.name.startswith(".shared")]
 
 
+def is_ready(prometheus: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{prometheus}/-/ready", timeout=10):
+        return True
+    return False
+
+
 @pytest.fixture
 def prometheus(head: Head, tmp_path: Path) -> Iterator[str]:
     """The address of a Prometheus that scrapes the head's metrics port every second."""
@@ -150,6 +163,7 @@ def prometheus(head: Head, tmp_path: Path) -> Iterator[str]:
     command = [program, f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}", f"--web.listen-address={address}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
+        wait_for(lambda: is_ready(address))
         yield address
     finally:
         process.terminate()
