@@ -65,7 +65,8 @@ def connect(workers: Workers) -> Connection:
             )
         else:
             _init(address=workers.address)
-    context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)  # what the first call has returned
+    with _handlers_kept():
+        context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)  # what the first call has returned
     return Connection(
         address=context.address_info["gcs_address"],
         dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
