@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from sweep.status import print_status
 
-    return print_status(options.overrides, as_json=options.as_json, watch=options.watch)
+    return print_status(options.overrides, as_json=options.as_json, watch=options.watch, ask_ray=options.cluster)
 
 
 def _publish(options: argparse.Namespace) -> int:
@@ -140,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--cfg", choices=["job"], help="print the composed config and stop")
     status = _verb(verbs, "status", "trials, layer groups done, workers, ETA and failures, from the store")
     status.add_argument("--watch", action="store_true", help="again every few seconds, while a run is under way")
+    status.add_argument("--cluster", action="store_true", help="ask Ray as well: nodes, GPUs, workers of every sweep")
     publish = _verb(verbs, "publish", "sync finished results into the models directory")
     publish.add_argument("--overwrite", action="store_true", help="replace folders that another model revision or data set content left")
     doctor = _verb(verbs, "doctor", "check machine, config, model and data before hours are spent")

@@ -156,9 +156,11 @@ class OutputConfig(_Section):
 class ClusterConfig(_Section):
     """What computes."""
 
+    address: str | None  # of a Ray cluster, host:port; local: one of this run's own, on this machine; null: $RAY_ADDRESS
+    dashboard: bool | Literal["auto"]  # of a cluster of this run's own; auto: where there is a GPU
     device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is a GPU
-    workers: int | Literal["auto"]  # auto: one a GPU (or share of one), else one a CPU core
-    gpus_per_worker: float  # fractions share a GPU
+    workers: int | Literal["auto"]  # auto: one a GPU (or share of one), else one a CPU core; on a cluster more when nodes join
+    gpus_per_worker: float  # a fraction: several workers share a GPU; 2 or more: a worker spreads the model over so many
     retry_failed: bool  # try trials again that failed for their own reason
 
     def __post_init__(self) -> None:

@@ -20,8 +20,8 @@ class ClusterLost(SweepError):
     """Ray did not start, or is gone; what the store has stays, and the run can be resumed."""
 
 
-class ModelNotLoaded(SweepError):
-    """A worker cannot load a checkpoint; another one may."""
+class Unfit(SweepError):
+    """What one worker cannot do, and another one may: its node does not see the model or the store, or the model does not load there."""
 
 
 def require_known(kind: str, name: str, known: Iterable[str]) -> None:

@@ -102,6 +102,11 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
 
         beating = ExitStack()
 
+        def on_connected(connection: "driver.cluster.Connection") -> None:
+            session.record |= {"ray_address": connection.address, "dashboard_url": connection.dashboard_url, "metrics": connection.metrics}
+            if connection.dashboard_url is not None:
+                display.note(f"Ray dashboard: {connection.dashboard_url}")
+
         def on_ready() -> None:  # a model that does not load has left no trace in the store
             session.write_trials(running=True)
             beating.enter_context(_heartbeat(session))
@@ -133,6 +138,8 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
                 workers,
                 session.store.uri,
                 memory_gb=session.plan.trials[0].config.sensitivity.memory_gb,
+                picture=session.picture,
+                on_connected=on_connected,
                 on_stage=display.stage,
                 on_ready=on_ready,
                 on_dead=on_dead,

@@ -14,6 +14,7 @@ from sweep.planning import PlannedTrial, SweepPlan, versions
 from sweep.progress import Tally
 from sweep.records import TrialRow, TrialState
 from sweep.store import Store
+from workers.task import Picture
 
 EXIT_DONE, EXIT_FAILED, EXIT_INCOMPLETE = 0, 3, 75
 
@@ -52,6 +53,7 @@ class Session:
             "trials": len(plan.trials),
             "models": plan.models,
         }
+        self._at_first = self.counts()
         self.tally = Tally(self.tasks, Counter(trial.task_id for trial in self.pending_trials() if trial.task_id), len(plan.trials))
 
     def pending_trials(self) -> list[PlannedTrial]:
@@ -75,6 +77,22 @@ class Session:
     def counts(self) -> Counter[str]:
         """Trials by state."""
         return Counter(self.state(trial)[0] for trial in self.plan.trials)
+
+    def picture(self) -> Picture:
+        """How far it is, for the metrics."""
+        tally = self.tally
+        live = tally.trials_by_state()
+        at_first = {state: n for state, n in self._at_first.items() if state in ("done", "failed", "skipped")}
+        return Picture(
+            trials={state: live[state] + at_first.get(state, 0) for state in ("planned", "running", "done", "failed", "skipped")},
+            groups_done=tally.done_groups,
+            groups_total=tally.total_groups,
+            groups_scored=tally.scored_groups,
+            failed_trials=live["failed"],
+            queue=live["planned"],
+            eta_seconds=tally.eta_seconds,
+            trial_seconds=tally.take_trial_seconds(),
+        )
 
     def write_trials(self, running: bool) -> None:
         """Record every trial whose state is not what the store says already."""

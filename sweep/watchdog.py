@@ -6,17 +6,20 @@ for ever, in `ray.shutdown` too (Ray 2.60).
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 _LOOK_SECONDS: Final = 0.5
 _SHUTDOWN_SECONDS: Final = 60.0  # Ray takes 1 to 5
+_PROBE_SECONDS: Final = 5.0  # between looks at what is on other machines, and until it must have answered
+_SILENT_SECONDS: Final = 45.0  # a control service that is started anew is back by then; after 60 Ray ends this process without a word
 _MARK: Final = "SWEEP_DRIVER"  # in the environment of every process of a driver's cluster
 _ESSENTIAL: Final = {"raylet": "Ray's raylet", "gcs_server": "Ray's control service (GCS)"}
 
@@ -43,6 +46,9 @@ class Watchdog:
         self._mark = f"{os.getpid()}-{time.time_ns()}"
         self._stopping: float | None = None  # since when Ray is being stopped
         self._left = threading.Event()
+        self._remote: dict[str, tuple[str, int]] = {}
+        self._answered: dict[str, float] = {}  # when what is remote last did
+        self._probed = 0.0
         self._watched: dict[int, str] = {}  # of the cluster's head: children of this process, from the moment that they are there
 
     def __enter__(self) -> Self:
@@ -62,6 +68,11 @@ class Watchdog:
         self._reaper.wait()
         del os.environ[_MARK]
 
+    def watch(self, remote: Mapping[str, tuple[str, int]]) -> None:
+        """Look at these as well, for people by name: a host and a port that must take a connection now and then."""
+        self._answered = dict.fromkeys(remote, time.monotonic())
+        self._remote = dict(remote)
+
     def stopping(self) -> None:
         """Ray is about to be stopped: its processes may end, but it must not take for ever."""
         self._check()
@@ -72,13 +83,32 @@ class Watchdog:
         if dead is not None and self._stopping is None:  # it was not told to end meanwhile
             self._on_dead(f"{dead} has died")
 
+    def _probe(self) -> None:
+        if time.monotonic() - self._probed < _PROBE_SECONDS:
+            return
+        for name, address in self._remote.items():
+            if _takes_connections(address):
+                self._answered[name] = time.monotonic()
+            elif time.monotonic() - self._answered[name] > _SILENT_SECONDS:
+                self._on_dead(f"{name} at {address[0]}:{address[1]} does not answer")
+        self._probed = time.monotonic()
+
     def _watch(self) -> None:
         while not self._left.wait(_LOOK_SECONDS):
             if self._stopping is None:
                 self._check()
+                self._probe()
                 self._watched |= {pid: _ESSENTIAL[name] for pid, name in _children(os.getpid()) if name in _ESSENTIAL}
             elif time.monotonic() - self._stopping > _SHUTDOWN_SECONDS:
                 self._on_dead("Ray did not stop")
+
+
+def _takes_connections(address: tuple[str, int]) -> bool:
+    try:
+        with socket.create_connection(address, timeout=_PROBE_SECONDS):
+            return True
+    except OSError:
+        return False
 
 
 def kill_marked(mark: str) -> None:

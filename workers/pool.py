@@ -76,6 +76,7 @@ class Pool:
         self._batches = _batches(tasks.values(), n_workers)  # that are not over
         self._loans: dict[int, _Loan] = {}
         self._numbers = count()
+        self._lost: list[str] = []  # workers that died and have not been called back
         self._free: dict[str, str] = {}  # worker -> revision of the model that it holds, as far as is known
         self._ended: dict[str, str | None] = {}  # task id -> why it failed, None if it is done
         self._workers: set[str] = set()  # all that were admitted
@@ -86,11 +87,37 @@ class Pool:
         self._changed = asyncio.Condition()
 
     async def admit(self, worker: str) -> None:
-        """A worker, named, is there to be lent out."""
+        """A worker, named, is there to be lent out: at once, or later and later if it goes on dying."""
         async with self._changed:
             self._workers.add(worker)
-            self._free[worker] = ""
+        if (seconds := rest_seconds(self._deaths.get(worker, 0))) == 0:
+            await self._set_free(worker)
+            return
+
+        async def rest() -> None:
+            await asyncio.sleep(seconds)
+            await self._set_free(worker)
+
+        resting = asyncio.get_running_loop().create_task(rest())
+        self._resting.add(resting)
+        resting.add_done_callback(self._resting.discard)
+
+    async def lost(self) -> list[str]:
+        """Workers that died since this was last asked; each is lent out again once it is admitted again."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    async def forget(self, worker: str) -> None:
+        """A worker will not come back."""
+        async with self._changed:
+            self._workers.discard(worker)
+            for revision in self._unfit:
+                self._check_loadable(revision)
             self._changed.notify_all()
+
+    async def figures(self) -> dict[str, int]:
+        """Workers that are `idle` and `busy`, and `deaths` of workers that had something to do."""
+        return {"idle": len(self._free), "busy": len(self._loans), "deaths": sum(self._deaths.values())}
 
     async def stop(self, reason: str) -> None:
         """Nothing more can be done, for a reason that is no task's own; what is left has not failed."""
@@ -143,7 +170,7 @@ class Pool:
         return taken
 
     async def give_back(self, lease: Lease, ended: Mapping[str, str | None], death: str | None = None, unfit: str | None = None) -> None:
-        """The worker is free again.
+        """The worker is free again, or lost.
 
         Args:
             lease: what it was lent out with.
@@ -153,10 +180,11 @@ class Pool:
         """
         revision = lease.tasks[0].model.revision
         async with self._changed:
-            if death:
-                self._rest(lease.worker)
-            else:
+            if death is None:
                 self._free[lease.worker] = "" if unfit else revision
+            else:  # lent out while it restarts, it would seem to die again
+                self._lost.append(lease.worker)
+                self._deaths[lease.worker] = self._deaths.get(lease.worker, 0) + 1
             loan = self._loans.pop(lease.number)
             batch = loan.batch
             batch.n_out -= 1
@@ -167,8 +195,7 @@ class Pool:
             if left and unfit:
                 batch.parts[:] = [name for name in part_names(batch.first) if name in {*loan.taken, *batch.parts}]
                 self._unfit.setdefault(revision, {})[lease.worker] = unfit
-                if self._unfit[revision].keys() >= self._workers:
-                    self._ended |= {task_id: unfit for each in self._batches for task_id, task in each.tasks.items() if task.model.revision == revision}
+                self._check_loadable(revision)
             elif left:
                 self._again(batch, left, loan.taken, f"{death}")
             for each in self._batches:
@@ -193,22 +220,17 @@ class Pool:
         unfit = self._unfit.get(task.model.revision, {})
         return [name for name in self._free if name not in unfit]
 
-    def _rest(self, worker: str) -> None:
-        """A worker that died is free again: at once the first time, later and later if it goes on dying."""
-        self._deaths[worker] = self._deaths.get(worker, 0) + 1
-        if (seconds := rest_seconds(self._deaths[worker])) == 0:
+    async def _set_free(self, worker: str) -> None:
+        async with self._changed:
             self._free[worker] = ""
-            return
+            self._changed.notify_all()
 
-        async def rest() -> None:
-            await asyncio.sleep(seconds)
-            async with self._changed:
-                self._free[worker] = ""
-                self._changed.notify_all()
-
-        resting = asyncio.get_running_loop().create_task(rest())
-        self._resting.add(resting)
-        resting.add_done_callback(self._resting.discard)
+    def _check_loadable(self, revision: str) -> None:
+        """Tasks of a model that no worker can load have failed."""
+        unfit = self._unfit[revision]
+        if unfit.keys() >= self._workers:
+            why = next(iter(unfit.values()))
+            self._ended |= {task_id: why for batch in self._batches for task_id, task in batch.tasks.items() if task.model.revision == revision}
 
     def _split_off(self, batch: _Batch, task: Task) -> _Batch:
         """Make a task a batch of its own."""
@@ -235,7 +257,7 @@ class Pool:
 
 def rest_seconds(n_deaths: int) -> float:
     """How long a worker is left alone after so many deaths: what is wrong with its machine may pass."""
-    return 0.0 if n_deaths == 1 else min(_REST_SECONDS * 2.0 ** (n_deaths - 2), _MAX_REST_SECONDS)
+    return 0.0 if n_deaths <= 1 else min(_REST_SECONDS * 2.0 ** (n_deaths - 2), _MAX_REST_SECONDS)
 
 
 def _batches(tasks: Iterable[Task], n_workers: int) -> list[_Batch]:

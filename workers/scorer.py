@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sweep.errors import ModelNotLoaded, SweepError
+from sweep.errors import SweepError, Unfit
 from sweep.machine import memory_gb, n_cores
 from sweep.store import Store
 from workers import memory, modeling
@@ -26,6 +26,7 @@ from workers.ledger import Ledger
 from workers.quantization import auto_quantize_scores
 from workers.scores import Measured, NotFinite, Scores
 from workers.scoring import Engine, Job
+from workers.shared import first_alone
 from workers.task import GroupSpec, ModelSpec, Part, Progress, Task, part_names, parts_of
 from workers.windows import captures
 from workers.writers import Writers
@@ -49,7 +50,9 @@ class _Captured:
 class Scorer:
     """Scores tasks; loads a model only when tasks need another one, and captures only what no earlier task had captured."""
 
-    def __init__(self, store_uri: str, device: str, *, memory_gb: float | None = None, n_workers: int = 1) -> None:
+    def __init__(
+        self, store_uri: str, device: str, *, memory_gb: float | None = None, n_workers: int = 1, on_timed: Callable[[str, float], None] | None = None
+    ) -> None:
         """Prepare an empty worker.
 
         Args:
@@ -57,6 +60,7 @@ class Scorer:
             device: "cpu" or "cuda".
             memory_gb: memory to use, 1e9 bytes; None: what is free on the GPU, or an even share of the machine's.
             n_workers: workers that share the machine.
+            on_timed: called after each load and capture, see workers.clock.Clock.
         """
         if device == "cpu":
             torch.set_num_threads(1)  # more threads beside other workers cost 60x, and would change bits
@@ -67,7 +71,7 @@ class Scorer:
         self.store = Store(store_uri)
         self.device = torch.device(device)
         self.model_loads = 0
-        self._clock = Clock()
+        self._clock = Clock(on_timed)
         self._model: Any = None
         self._model_spec: ModelSpec | None = None
         self._engine: Engine | None = None
@@ -91,16 +95,23 @@ class Scorer:
         peak_gb = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
         return {"model_loads": self.model_loads, "peak_gb": peak_gb, **self._clock.figures()}
 
+    def gpu_memory(self) -> tuple[int, int] | None:
+        """Bytes of the GPU that are used, and that it has; None on a CPU."""
+        if self.device.type == "cpu":
+            return None
+        free, total = torch.cuda.mem_get_info()
+        return total - free, total
+
     def load(self, spec: ModelSpec) -> None:
         """Hold this model, and no other."""
         if spec == self._model_spec:
             return
         self._model, self._model_spec, self._engine, self._captured, self._divergence = None, None, None, None, None
-        with self._clock.timed("load_seconds"):
+        with self._clock.timed("load_seconds"), first_alone(Path(spec.path)):
             try:
                 self._model = modeling.load(Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device))
             except SweepError as error:
-                raise ModelNotLoaded(str(error)) from error
+                raise Unfit(str(error)) from error
         self._engine = Engine(self.device)
         self._model_spec = spec
         self.model_loads += 1

@@ -243,6 +243,9 @@ def test_what_a_dead_worker_had_waits_again_with_fewer_tasks_at_a_time() -> None
         lease = await leased(shared, "a")
         assert (names(lease), await taken(shared, lease, 3)) == ("abcdefgh", "012")
         await shared.give_back(lease, {"a": None}, death="killed")
+        assert await shared.lost() == ["1"]
+        assert await shared.lost() == []
+        await shared.admit("1")  # it has restarted
         for leaves in ("bc", "de", "fg", "h"):  # one of them may be what kills workers
             lease = await leased(shared, "a")  # its own task has ended: it goes on with what is left
             assert (names(lease), await taken(shared, lease)) == (leaves, "0123456789")
@@ -258,6 +261,8 @@ def test_when_one_of_two_workers_dies_what_the_other_has_taken_is_not_scored_aga
         one, two = await leased(shared, "a"), await leased(shared, "a")
         assert (await taken(shared, one, 2), await taken(shared, two, 2)) == ("01", "23")
         await shared.give_back(one, {}, death="killed")
+        assert await shared.figures() == {"idle": 0, "busy": 1, "deaths": 1}
+        await shared.admit(one.worker)
         assert await taken(shared, two) == ""  # until it is known what kills workers, tasks are scored apart
         await done(shared, two)
         again = await leased(shared, "a")
@@ -277,6 +282,7 @@ def test_a_task_under_which_alone_three_workers_died_has_failed_and_the_others_g
             lease = await leased(shared, "a")
             assert (names(lease), await taken(shared, lease)) == (leaves, "0")
             await shared.give_back(lease, {}, death="out of memory")
+            await shared.admit("1")
         for name in "bc":
             lease = await leased(shared, "a")
             assert (names(lease), await taken(shared, lease)) == (name, "0")

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from threading import Event
 
 import pytest
 
+from sweep import watchdog
 from sweep.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,12 +45,12 @@ def test_it_says_which_process_of_the_cluster_has_died_and_only_while_ray_runs(n
     shutil.copy("/bin/sleep", tmp_path / name)
     said: list[str] = []
     told = Event()
-    with Watchdog(lambda text: (said.append(text), told.set())) as watchdog:  # pyright: ignore[reportArgumentType]
+    with Watchdog(lambda text: (said.append(text), told.set())) as dog:  # pyright: ignore[reportArgumentType]
         process = subprocess.Popen([tmp_path / name, "600"])
         assert not told.wait(2.0)
         process.kill()
         assert told.wait(20)
-        watchdog.stopping()
+        dog.stopping()
         process.wait()
     assert set(said) == {what}
 
@@ -56,10 +58,10 @@ def test_it_says_which_process_of_the_cluster_has_died_and_only_while_ray_runs(n
 def test_processes_that_end_while_ray_is_being_stopped_are_no_news(tmp_path: Path) -> None:
     shutil.copy("/bin/sleep", tmp_path / "raylet")
     said: list[str] = []
-    with Watchdog(said.append) as watchdog:
+    with Watchdog(said.append) as dog:
         process = subprocess.Popen([tmp_path / "raylet", "600"])
         time.sleep(1.2)
-        watchdog.stopping()
+        dog.stopping()
         process.kill()
         process.wait()
         time.sleep(1.2)
@@ -69,8 +71,8 @@ def test_processes_that_end_while_ray_is_being_stopped_are_no_news(tmp_path: Pat
 def test_a_shutdown_that_takes_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sweep.watchdog._SHUTDOWN_SECONDS", 0.1)
     told = Event()
-    with Watchdog(lambda what: told.set()) as watchdog:
-        watchdog.stopping()
+    with Watchdog(lambda what: told.set()) as dog:
+        dog.stopping()
         assert told.wait(20)
 
 
@@ -94,3 +96,17 @@ def test_other_processes_are_left_alone() -> None:
     assert (is_alive(other.pid), "SWEEP_DRIVER" in os.environ) == (True, False)
     other.kill()
     other.wait()
+
+
+def test_a_cluster_elsewhere_that_goes_on_taking_no_connections_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog, "_SILENT_SECONDS", 1.0)
+    said: list[str] = []
+    told = Event()
+    with Watchdog(lambda text: (said.append(text), told.set())) as dog:  # pyright: ignore[reportArgumentType]
+        with socket.create_server(("127.0.0.1", 0)) as service:
+            port = service.getsockname()[1]
+            dog.watch({"Ray's control service (GCS)": ("127.0.0.1", port)})
+            assert not told.wait(2.0)
+        assert told.wait(20)
+    assert said[0] == f"Ray's control service (GCS) at 127.0.0.1:{port} does not answer"
