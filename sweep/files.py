@@ -9,6 +9,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,11 @@ class Files:
         with contextlib.suppress(OSError):  # not empty
             (self._local / path).parent.rmdir()
 
+    @cached_property
+    def _real_root(self) -> str:
+        assert self._local is not None
+        return os.path.realpath(self._local)
+
     def _url(self, path: str) -> str:
         _check_path(path)
         return f"{self._root}/{path}"
@@ -179,7 +185,7 @@ class Files:
         """The local path. Raises Misplaced: a link leads out of the root."""
         _check_path(path)
         assert self._local is not None
-        full, root = self._local / path, os.path.realpath(self._local)
+        full, root = self._local / path, self._real_root
         if os.path.commonpath([os.path.realpath(full), root]) != root:
             raise Misplaced(f"{full} is reached by a link that leads out of {self.uri}. Put what it leads to in its place.")
         return full

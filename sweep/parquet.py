@@ -85,15 +85,23 @@ def _digest(table: pa.Table, path: str) -> bytes:
 
 
 def _plain(values: pa.Array) -> list[bytes | memoryview]:
-    """An array's content as bytes that depend on nothing but the values and which of them are NULL."""
-    missing = np.asarray(values.is_null()).tobytes()
+    """An array's content as bytes that depend on nothing but the values and which of them are NULL.
+
+    Without `fill_null` and `to_numpy`, which import pandas: a quarter of a second.
+    """
+    missing, present = _numbers(values.is_null()), values.drop_null()
     if pa.types.is_list(values.type):
-        return [missing, *_plain(values.value_lengths()), *_plain(values.flatten())]
+        return [missing, *_plain(present.value_lengths()), *_plain(present.flatten())]
     if pa.types.is_string(values.type):
-        texts = values.fill_null("")
-        _, offsets, content = texts.buffers()
-        ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1] if offsets else np.zeros(1, np.int32)
+        _, offsets, content = present.buffers()
+        ends = np.frombuffer(offsets, np.int32)[present.offset : present.offset + len(present) + 1] if offsets else np.zeros(1, np.int32)
         return [missing, np.diff(ends).tobytes(), memoryview(content)[ends[0] : ends[-1]] if content else b""]
-    if pa.types.is_timestamp(values.type):
-        values = values.cast(pa.int64())
-    return [missing, values.fill_null(0).to_numpy(zero_copy_only=False).tobytes()]
+    return [missing, _numbers(present.cast(pa.int64()) if pa.types.is_timestamp(values.type) else present)]
+
+
+def _numbers(values: pa.Array) -> memoryview:
+    """The bytes of numbers, none of them NULL."""
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.uint8())
+    size = values.type.bit_width // 8
+    return memoryview(values.buffers()[1] or b"")[values.offset * size : (values.offset + len(values)) * size]

@@ -9,7 +9,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
@@ -20,6 +20,8 @@ from sweep.parquet import Damaged, decode, encode
 from sweep.records import SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA, TrialRow
 
 T = TypeVar("T")
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 # A part lives for seconds and is written beside the scoring: a third of the time, for as many bytes.
 _PART: Final[dict[str, Any]] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
@@ -204,7 +206,10 @@ class Store:
             table = self._guarded(path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", TRIALS_SCHEMA))
         except Damaged:
             return []
-        return [TrialRow.from_mapping(row) for row in table.to_pylist()]
+        at = table.schema.get_field_index("created_at")
+        microseconds = table.column(at).cast(pa.int64())  # times as Python's would import pandas: a quarter of a second
+        rows = table.set_column(at, "created_at", microseconds).to_pylist()
+        return [TrialRow.from_mapping(row | {"created_at": _EPOCH + timedelta(microseconds=row["created_at"])}) for row in rows]
 
     def _write_trials(self, path: str, rows: Iterable[TrialRow]) -> None:
         self._write(path, encode(pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA), path, {"compression": "zstd"}))
