@@ -90,6 +90,7 @@ class Session:
             groups_scored=tally.scored_groups,
             failed_trials=live["failed"],
             queue=live["planned"],
+            models=len({task.model.revision for task in self.tasks.values()}),
             eta_seconds=tally.eta_seconds,
             trial_seconds=tally.take_trial_seconds(),
         )

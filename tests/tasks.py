@@ -22,4 +22,4 @@ TASK: Final = Task(
     groups=(GROUP,),
     cells={"small": "cell"},
 )
-PICTURE: Final = Picture(trials={}, groups_done=0, groups_total=0, groups_scored=0, failed_trials=0, queue=0, eta_seconds=None, trial_seconds=())
+PICTURE: Final = Picture(trials={}, groups_done=0, groups_total=0, groups_scored=0, failed_trials=0, queue=0, models=0, eta_seconds=None, trial_seconds=())

@@ -25,6 +25,7 @@ class SweepMetrics:
         self._trials = Gauge("sweep_trials", "Trials of the grid, by state.", ("state",))
         self._groups = Gauge("sweep_groups", "Layer groups of this run over all cells, by state.", ("state",))
         self._queue = Gauge("sweep_queue", "Trials that wait for a worker.")
+        self._models = Gauge("sweep_models", "Models of this run, each of which a worker loads at most once.")
         self._workers = Gauge("sweep_workers", "Workers by state: starting, idle, busy.", ("state",))
         self._eta = Gauge("sweep_eta_seconds", "Time left at this rate; -1 while there is none.")
         self._trial_seconds = Histogram("sweep_trial_seconds", "From a trial's first lease to its last row.", _TRIAL_BUCKETS)
@@ -49,6 +50,7 @@ class SweepMetrics:
         self._groups.set(picture.groups_done, {"state": "done"})
         self._groups.set(picture.groups_total, {"state": "total"})
         self._queue.set(picture.queue)
+        self._models.set(picture.models)
         for state, n in workers.items():
             self._workers.set(n, {"state": state})
         self._eta.set(_NO_ETA if picture.eta_seconds is None else picture.eta_seconds)

@@ -114,6 +114,7 @@ class Picture:
     groups_scored: int  # of those done, the ones that were not in the store before
     failed_trials: int  # in this run
     queue: int  # trials that wait for a worker
+    models: int  # that this run's tasks are of
     eta_seconds: float | None
     trial_seconds: tuple[float, ...]  # of the trials that have ended since the last picture
 

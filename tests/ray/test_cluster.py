@@ -200,10 +200,14 @@ def test_prometheus_sees_every_metric_of_a_sweep(head: Head, tmp_path: Path, pro
     assert code == 3, output
     time.sleep(3)
     names = set(re.findall(r'"(sweep_[a-z_]+)"', (ROOT / "workers" / "metrics.py").read_text(encoding="utf-8"))) - {"sweep_gpu_memory_bytes"}
-    assert len(names) == 14
+    assert len(names) == 15
     histograms = {name for name in names if name.endswith("_seconds") and name != "sweep_eta_seconds"}
     unseen = [name for name in names if most(prometheus, f"ray_{name}_count" if name in histograms else f"ray_{name}") is None]
     assert unseen == []
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "sweep.json").read_text(encoding="utf-8"))
+    queries = {target["expr"] for panel in dashboard["panels"] for target in panel["targets"]}
+    asked = {query: most(prometheus, query.replace("$__rate_interval", "30s")) for query in queries}
+    assert [query for query, found in asked.items() if found is None and "gpu" not in query] == []  # a CPU has no GPU memory
     (run,) = Store(str(store)).runs().values()
     assert most(prometheus, 'sum(ray_sweep_groups{state="total"})') == run["groups_total"]
     assert most(prometheus, "sum(ray_sweep_workers)") == 2

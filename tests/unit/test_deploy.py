@@ -154,9 +154,7 @@ def test_documented_commands_compose() -> None:
 
     found = sorted({tuple(words) for words in commands()})
     assert len(found) >= 4
-    known = (ROOT / "conf" / "cluster" / "auto.yaml").is_file()
-    for found_words in found:
-        words = [word for word in found_words if known or word != "cluster=auto"]
+    for words in found:
         assert "grid=origin" in words
         small = ["quant_pair=wfp8_afp8,wint4_aint8" if word == "grid=origin" else word for word in words]  # its 432 points: tests/unit/test_config.py
         assert len(expand(small, multirun=True).points) == 2
@@ -288,6 +286,12 @@ def test_grafana_finds_the_dashboard_and_its_data() -> None:
     assert max(x for x, _ in cells) < 24
     assert provider["options"]["path"] in (DEPLOY / "README.md").read_text(encoding="utf-8")
     assert provider["folder"] != "Ray"
+
+
+def test_the_table_of_metrics_is_what_the_code_exports() -> None:
+    code = (ROOT / "workers" / "metrics.py").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(sweep_[a-z_]+)` \|", (DEPLOY / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(table) == sorted(re.findall(r'"(sweep_[a-z_]+)"', code))
 
 
 # Slurm
