@@ -30,6 +30,9 @@ def check_recipe(recipe: MixedRecipe, model: Model) -> None:
         require_known("layer group in the recipe", choice.group, groups)
         if sorted(choice.modules) != sorted(groups[choice.group]):
             raise SweepError(f"Layer group {choice.group} is {', '.join(groups[choice.group])}, which runtimes fuse; the recipe has {choice.modules}.")
+        elements = sum(n_in * n_out for n_in, n_out in (shapes[module] for module in choice.modules))
+        if choice.weight_elements != elements:
+            raise SweepError(f"Layer group {choice.group} has {elements} weights; the recipe says {choice.weight_elements}. Have `sweep solve` write it again.")
     for label, chosen in recipe.formats.items():
         _check_quantizers(label, chosen)
     for choice in recipe.groups:
