@@ -30,13 +30,13 @@ def main() -> None:
     typed = [f"store.uri={args.store}", "dataset.size=large"]
     device = torch.device("cpu")
     options = read_options(Store(expand(typed, multirun=False).points[0].store.uri), typed)
-    uniform = uniform_recipes(options)
+    rules, uniform = Rules(pins={}), uniform_recipes(options)
     for bits in map(float, args.bits.split(",")):
         damage: FloatArray | None = None
         for round_ in range(args.rounds + 1):
             started = time.perf_counter()
-            problem = problem_of(options, Rules(pins={}), damage)
-            made = recipe(options, solved(options, problem, Budget(bits=bits)), f"{bits:g} bits, round {round_}", None, damage)
+            problem = problem_of(options, rules, damage)
+            made = recipe(options, solved(options, problem, Budget(bits=bits), rules), f"{bits:g} bits, round {round_}", None, damage)
             ready = prepared(made, config_of(made, [f"store.uri={args.store}", "cluster.device=cpu"]))
             asked = [("recipe", made), *(("uniform", each) for each in uniform if each.effective_bits <= bits and not round_)]
             found, *others = validate(ready, asked)
