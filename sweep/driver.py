@@ -147,7 +147,8 @@ def _hire(
     actor_class: Any = ray.remote(Worker)
 
     def hire(options: Mapping[str, Any]) -> tuple[Any, Any]:
-        actor = actor_class.options(**options).remote(store_uri, workers.device, memory_gb, workers.per_node or workers.count)
+        n_gpus = max(1, int(workers.gpus_each)) if workers.device == "cuda" else 1
+        actor = actor_class.options(**options).remote(store_uri, workers.device, memory_gb, workers.per_node or workers.count, n_gpus)
         if extensions:
             actor.warm_up.remote(extensions)
         return actor, actor.load.remote(first, mark)

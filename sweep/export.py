@@ -100,6 +100,12 @@ def export_checkpoint(ready: Prepared, target: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def exported_recipe(target: Path) -> str | None:
+    """The recipe's text of an exported checkpoint; None: there is none at that place."""
+    file = target / _RECIPE_FILE
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
 def _calibrated(ready: Prepared) -> "dict[str, LinearQuant]":
     import torch
 

@@ -1,5 +1,6 @@
 """One run's account: which trials are left, which are done, and their record in the store."""
 
+import functools
 import json
 import os
 import socket
@@ -44,7 +45,6 @@ class Session:
             given_up = {trial.cell_id for trial in plan.trials if trial.cell_id is not None and self._failed_before(trial)}
         self._given_up = given_up - self.finished
         self.tasks = plan.pending(self.finished | self._given_up)
-        self._versions = json.dumps(versions(), sort_keys=True)
         self.record: dict[str, Any] = {
             "run_id": self.run_id,
             "host": socket.gethostname(),
@@ -103,7 +103,7 @@ class Session:
                 state = "running"
             last = self._written.get(trial.trial_id) or self._before.get(trial.trial_id)
             if last is None or (last.state, last.cell_id, last.reason) != (state, trial.cell_id, reason):
-                self._written[trial.trial_id] = self._row(trial, state, reason)
+                self._written[trial.trial_id] = row_of(trial, state, reason, self.run_id)
         if self._written:
             self.store.write_trials(self.run_id, self._written.values())
 
@@ -142,29 +142,36 @@ class Session:
         row = self._before.get(trial.trial_id)
         return row is not None and row.state == "failed" and row.cell_id == trial.cell_id
 
-    def _row(self, trial: PlannedTrial, state: TrialState, reason: str | None) -> TrialRow:
-        config = trial.config
-        assert config.model.name is not None  # SweepConfig has checked
-        return TrialRow(
-            trial_id=trial.trial_id,
-            cell_id=trial.cell_id,
-            model=config.model.name,
-            model_revision=trial.model_revision,
-            dataset=config.dataset.name,
-            dataset_revision=trial.dataset_revision,
-            size=config.dataset.size,
-            coverage=config.sensitivity.coverage,
-            method=config.sensitivity.method,
-            engine=config.sensitivity.engine,
-            quant_pair=config.quant_pair.name,
-            quant_granularity=config.quant_granularity.name,
-            state=state,
-            reason=reason,
-            config=json.dumps(to_record(config)),
-            versions=self._versions,
-            created_at=datetime.now(UTC),
-            run_id=self.run_id,
-        )
+
+def row_of(trial: PlannedTrial, state: TrialState, reason: str | None, run_id: str) -> TrialRow:
+    """A trial's row as of now."""
+    config = trial.config
+    assert config.model.name is not None  # SweepConfig has checked
+    return TrialRow(
+        trial_id=trial.trial_id,
+        cell_id=trial.cell_id,
+        model=config.model.name,
+        model_revision=trial.model_revision,
+        dataset=config.dataset.name,
+        dataset_revision=trial.dataset_revision,
+        size=config.dataset.size,
+        coverage=config.sensitivity.coverage,
+        method=config.sensitivity.method,
+        engine=config.sensitivity.engine,
+        quant_pair=config.quant_pair.name,
+        quant_granularity=config.quant_granularity.name,
+        state=state,
+        reason=reason,
+        config=json.dumps(to_record(config)),
+        versions=_versions(),
+        created_at=datetime.now(UTC),
+        run_id=run_id,
+    )
+
+
+@functools.cache
+def _versions() -> str:
+    return json.dumps(versions(), sort_keys=True)
 
 
 def now() -> str:

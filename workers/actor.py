@@ -23,13 +23,13 @@ _TELL_SECONDS = 0.2  # between messages; one costs Ray about a millisecond
 class Worker:
     """A named actor that holds one loaded model and scores the tasks that it is lent out for."""
 
-    def __init__(self, store_uri: str, device: str, memory_gb: float | None, n_workers: int) -> None:
+    def __init__(self, store_uri: str, device: str, memory_gb: float | None, n_workers: int, n_gpus: int) -> None:
         """Import the heavy libraries and prepare an empty worker; see workers.scorer.Scorer."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
         from workers.scorer import Scorer
 
         self._metrics = WorkerMetrics(ray.get_runtime_context().get_actor_name() or "")
-        self._scorer = Scorer(store_uri, device, memory_gb=memory_gb, n_workers=n_workers, on_timed=self._metrics.timed)
+        self._scorer = Scorer(store_uri, device, memory_gb=memory_gb, n_workers=n_workers, n_gpus=n_gpus, on_timed=self._metrics.timed)
 
     def load(self, task: Task, mark: str | None) -> None:
         """Load the task's model before the first trial asks for it.

@@ -177,6 +177,8 @@ def test_a_new_pair_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         (["output_layout.overwrite=yes"], "'yes'", "true or false"),
         (["cluster.workers=0"], "cluster.workers=0", "at least 1"),
         (["cluster.gpus_per_worker=1.5"], "gpus_per_worker=1.5", "a fraction up to 1, or a whole number"),
+        (["cluster.gpus_per_worker=2", "sensitivity.method=kl_div"], "method=kl_div runs the model on one GPU", "Type cluster.gpus_per_worker=1, or"),
+        (["cluster.gpus_per_worker=2", "sensitivity.engine=modelopt"], "engine=modelopt runs the model on one GPU", "or sensitivity.engine=layerwise"),
         (["cluster.gpus_per_worker=nan"], "nan", "a fraction up to 1, or a whole number"),
         (["cluster.gpus_per_worker=0"], "gpus_per_worker=0", "a fraction up to 1, or a whole number"),
         (["sensitivity.method=hessian"], "'hessian'", "gradient"),

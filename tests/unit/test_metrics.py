@@ -48,6 +48,7 @@ def test_a_sweep_is_told_as_it_stands_and_counters_by_what_is_new(told: dict[str
         "sweep_trial_seconds": [(1.5,)],
         "sweep_groups_scored_total": [(4,), (2,)],
         "sweep_failed_trials_total": [(1,)],
+        "sweep_models": [(0,), (0,)],
         "sweep_worker_replacements_total": [(1,)],
         "sweep_retries_total": [(1,)],
     }
