@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,15 +156,20 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def look(address: str) -> dict[str, Any]:
+def look(address: str, *, on_loopback: bool = False) -> dict[str, Any]:
     """What a cluster says of itself.
+
+    Args:
+        address: host:port of its head.
+        on_loopback: it is one that a run has started.
 
     Returns: `address`; `nodes`: of each that lives its `host`, `cpus` and `gpus`; `gpus` and `gpus_free` of all; `workers`: their names, of all
         sweeps there, by namespace.
 
     Raises: SweepError: nothing answers there.
     """
-    _join(address, "leave out --cluster to see what the store says")
+    with _on_loopback() if on_loopback else nullcontext():
+        _join(address, "leave out --cluster to see what the store says")
     named: list[dict[str, str]] = list_named_actors(all_namespaces=True)  # pyright: ignore[reportAssignmentType]
     workers: dict[str, list[str]] = {}
     for actor in sorted(named, key=lambda actor: (actor["namespace"], actor["name"])):

@@ -87,9 +87,12 @@ def _ask_ray(config: ClusterConfig, status: dict[str, Any]) -> dict[str, Any] | 
         raise SweepError("No run is under way that would have a Ray cluster. Type cluster.address=HOST:6379 to ask one.")
     if not address:
         raise SweepError("No Ray cluster is named. Type cluster.address=HOST:6379, or set RAY_ADDRESS.")
+    own = config.address == "local" and address.startswith("127.")  # else the run has joined it
+    if own:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray turns it on by itself for a cluster that it starts, not for who asks one
     from sweep.cluster import look  # imports Ray
 
-    return look(address)
+    return look(address, on_loopback=own)
 
 
 def _print(status: dict[str, Any], console: Console) -> None:

@@ -133,6 +133,9 @@ def test_the_cluster_of_a_run_listens_on_loopback_alone(whole: Path, tmp_path: P
             _, local, _, state, *_, inode = line.split()[:10]
             if state == "0A" and f"socket:[{inode}]" in sockets:
                 addresses.add(local.split(":")[0])
+    asked = [sys.executable, "-m", "sweep", "status", "--cluster", "--json", f"store.uri={tmp_path / 'store'}"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)  # from outside, with the token of whoever started it
+    assert [*json.loads(done.stdout)["cluster"]["workers"].values()] == [["sweep-worker-0"]]
     process.terminate()
     assert end(process)[0] == 75
     assert addresses
