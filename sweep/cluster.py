@@ -191,7 +191,7 @@ def _start(workers: Workers) -> None:
                 num_cpus=workers.count + 1,
                 num_gpus=None if workers.device == "cuda" else 0,
                 resources={_SLOT: workers.count},
-                include_dashboard=workers.dashboard,
+                include_dashboard=None if workers.dashboard else False,  # True would end the run if it does not start
                 _node_ip_address=_LOOPBACK,
             )
     except (RuntimeError, ConnectionError, TimeoutError, RayError) as error:
