@@ -1,6 +1,6 @@
 """Recipes over the bundled model and its calibrated quantizers, for tests of what is exported: plain hooks and ModelOpt's TensorQuantizer alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,71 @@ def quants_of(recipe: MixedRecipe, model: nn.Module, token_ids: Tensor) -> dict[
     return quants
 
 
+class ReaderLinear(nn.Module):
+    """A linear as a recipe has it, in the order of operations of compressed-tensors' forward pass, written from its formulas.
+
+    Codes and ranges are ModelOpt's. What differs from `FakeQuantized` is `x / scale` where ModelOpt has `x * (1 / scale)`, weights in bfloat16 of the
+    formats that the reader unpacks to it, and the range of dynamic INT8 inputs, amax / 127.5 there and amax / 127 in ModelOpt.
+    """
+
+    def __init__(self, linear: nn.Linear, quant: LinearQuant) -> None:
+        super().__init__()
+        assert quant.weight is not None
+        weight = fake_quantized(quant, linear.weight)
+        if (quant.weight.get("block_sizes") or {}).get("type") == "dynamic":
+            self.weight = weight.bfloat16().float()
+        else:
+            assert quant.weight_amax is not None
+            scale = _over(quant.weight_amax, weight.shape, quant.weight) / _LARGEST[quant.weight["num_bits"]]
+            self.weight = _rounded(weight / scale, quant.weight["num_bits"]) * scale
+        self.bias, self.quant = linear.bias, quant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self._inputs(x), self.weight, self.bias)
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        attributes, amax = self.quant.inputs, self.quant.input_amax
+        if attributes is None:
+            return x
+        bits, blocks = attributes["num_bits"], attributes.get("block_sizes") or {}
+        grouped = x.unflatten(-1, (-1, blocks.get(-1) or x.shape[-1]))
+        largest = grouped.abs().amax(-1, keepdim=True)
+        if blocks.get("scale_bits") == (4, 3):
+            assert amax is not None
+            whole = 2688.0 / amax
+            block = _rounded(largest / 6.0 * whole, (4, 3))
+            scale = torch.where(block == 0, 0.125, block) / whole
+        elif blocks.get("scale_bits") == (8, 0):
+            scale = torch.exp2(torch.ceil(torch.log2(largest / _LARGEST[bits])))
+        elif attributes.get("type") == "dynamic":
+            scale = largest / (127.5 if bits == 8 else _LARGEST[bits])
+        else:
+            assert amax is not None
+            scale = amax / _LARGEST[bits]
+        return (_rounded(grouped / scale, bits) * scale).flatten(-2)
+
+
+_LARGEST: dict[Any, float] = {4: 7.0, 8: 127.0, (4, 3): 448.0, (2, 1): 6.0}
+
+
+def _over(amax: Tensor, shape: Sequence[int], attributes: Mapping[str, Any]) -> Tensor:
+    """A weight's ranges, one for each element. Args: amax: one a tensor, a channel or a block, as ModelOpt keeps it."""
+    (n_out, n_in), blocks = shape, attributes.get("block_sizes") or {}
+    rows = blocks.get(-2) or (n_out if attributes.get("axis") is None and not blocks else 1)
+    columns = blocks.get(-1) or n_in
+    return amax.reshape(n_out // rows, n_in // columns).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+def _rounded(x: Tensor, num_bits: Any) -> Tensor:
+    """The nearest code, ties to even."""
+    if num_bits == (4, 3):
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    if num_bits == (2, 1):
+        step = torch.where(x.abs() < 2, 0.5, torch.where(x.abs() < 4, 1.0, 2.0))
+        return ((x / step).round() * step).clamp(-6, 6)
+    return x.round().clamp(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1)
+
+
 class FakeQuantized(nn.Module):
     """A linear as a recipe has it, in float32."""
 
@@ -129,11 +194,11 @@ class FakeQuantized(nn.Module):
         return nn.functional.linear(quantized_inputs(self.quant, x), self.weight, self.bias)
 
 
-def apply(model: nn.Module, quants: Mapping[str, LinearQuant]) -> nn.Module:
+def apply(model: nn.Module, quants: Mapping[str, LinearQuant], linear: Callable[[Any, LinearQuant], nn.Module] = FakeQuantized) -> nn.Module:
     """Put fake-quantized linears in place, in the model itself."""
     for name, quant in quants.items():
         parent, leaf = name.rsplit(".", 1)
-        setattr(model.get_submodule(parent), leaf, FakeQuantized(model.get_submodule(name), quant))
+        setattr(model.get_submodule(parent), leaf, linear(model.get_submodule(name), quant))
     return model
 
 
