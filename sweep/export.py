@@ -18,6 +18,7 @@ from sweep.store import Store
 from sweep.subject import Model, checkpoint_dir
 
 if TYPE_CHECKING:
+    from workers.folding import Linears
     from workers.linear_quant import LinearQuant
 
 FORMATS: Final = ("compressed-tensors", "modelopt", "csv")
@@ -83,12 +84,13 @@ def export_checkpoint(ready: Prepared, target: Path) -> None:
 
     Raises: SweepError: something that compressed-tensors can't express.
     """
-    from workers.compressed_checkpoint import check_export, schemes_of, write_checkpoint
+    from workers.compressed_checkpoint import check_expressible, write_checkpoint
+    from workers.compressed_readback import check_export
 
     recipe, model = ready.recipe, ready.model
-    schemes_of(recipe)  # before minutes are spent on calibration
-    quants = _calibrated(ready)
     linears = [(name, n_in, n_out) for name, n_in, n_out in model.structure["linears"]]
+    check_expressible(model.path, recipe, linears)
+    quants = _calibrated(ready, linears)
     partial = _beside(target)
     partial.mkdir()
     try:
@@ -100,14 +102,18 @@ def export_checkpoint(ready: Prepared, target: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _calibrated(ready: Prepared) -> "dict[str, LinearQuant]":
+def _calibrated(ready: Prepared, linears: "Linears") -> "dict[str, LinearQuant]":
     import torch
 
     from workers.applied import calibrated_model
+    from workers.folding import check_folds, output_scales
     from workers.modeling import load
 
     loaded = load(ready.model.path, dtype=getattr(torch, ready.config.model.dtype_on("cpu")), device="cpu")
-    return calibrated_model(loaded, list(ready.plan.batches(ready.recipe.size)), ready.recipe)
+    batches = list(ready.plan.batches(ready.recipe.size))
+    quants = calibrated_model(loaded, batches, ready.recipe)
+    check_folds(loaded, output_scales(ready.recipe, quants, linears), linears, batches[0])
+    return quants
 
 
 def _beside(target: Path) -> Path:

@@ -1,11 +1,12 @@
 """Recipes over the bundled model and its calibrated quantizers, for tests of what is exported: plain hooks and ModelOpt's TensorQuantizer alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
 
 from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe
 from sweep.paths import bundled_model_dir
@@ -49,8 +50,10 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 }
 
 
-def group_format(name: str, weight: Mapping[str, Any] | None, inputs: Mapping[str, Any] | None, algorithm: str = "max") -> GroupFormat:
-    return GroupFormat(quant_pair=name, quant_granularity="default", algorithm=algorithm, scales="private", weight=weight, inputs=inputs)
+def group_format(
+    name: str, weight: Mapping[str, Any] | None, inputs: Mapping[str, Any] | None, algorithm: str = "max", scales: Literal["fused", "private"] = "private"
+) -> GroupFormat:
+    return GroupFormat(quant_pair=name, quant_granularity="default", algorithm=algorithm, scales=scales, weight=weight, inputs=inputs)
 
 
 def recipe_of(formats: Sequence[GroupFormat | None], path: Path | None = None) -> MixedRecipe:
@@ -122,10 +125,11 @@ class ReaderLinear(nn.Module):
     """A linear as a recipe has it, in the order of operations of compressed-tensors' forward pass, written from its formulas.
 
     Codes and ranges are ModelOpt's. What differs from `FakeQuantized` is `x / scale` where ModelOpt has `x * (1 / scale)`, weights in bfloat16 of the
-    formats that the reader unpacks to it, and the range of dynamic INT8 inputs, amax / 127.5 there and amax / 127 in ModelOpt.
+    formats that the reader unpacks to it, and the range of dynamic INT8 inputs, amax / 127.5 there and amax / 127 in ModelOpt. A scale of the inputs
+    is taken care of by what computes them.
     """
 
-    def __init__(self, linear: nn.Linear, quant: LinearQuant) -> None:
+    def __init__(self, linear: nn.Linear, quant: LinearQuant, output_scale_O: Tensor | None = None) -> None:
         super().__init__()
         assert quant.weight is not None
         weight = fake_quantized(quant, linear.weight)
@@ -134,7 +138,8 @@ class ReaderLinear(nn.Module):
         else:
             assert quant.weight_amax is not None
             scale = _over(quant.weight_amax, weight.shape, quant.weight) / _LARGEST[quant.weight["num_bits"]]
-            self.weight = _rounded(weight / scale, quant.weight["num_bits"]) * scale
+            rows = 1.0 if output_scale_O is None else output_scale_O[:, None]
+            self.weight = _rounded(weight / scale, quant.weight["num_bits"]) * (scale * rows)
         self.bias, self.quant = linear.bias, quant
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,12 +199,35 @@ class FakeQuantized(nn.Module):
         return nn.functional.linear(quantized_inputs(self.quant, x), self.weight, self.bias)
 
 
-def apply(model: nn.Module, quants: Mapping[str, LinearQuant], linear: Callable[[Any, LinearQuant], nn.Module] = FakeQuantized) -> nn.Module:
+def apply(model: nn.Module, quants: Mapping[str, LinearQuant]) -> nn.Module:
     """Put fake-quantized linears in place, in the model itself."""
     for name, quant in quants.items():
-        parent, leaf = name.rsplit(".", 1)
-        setattr(model.get_submodule(parent), leaf, linear(model.get_submodule(name), quant))
+        _put(model, name, FakeQuantized(model.get_submodule(name), quant))
     return model
+
+
+def apply_as_reader(model: nn.Module, quants: Mapping[str, LinearQuant], output_scales: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The same in the reader's order of operations, with the scales of inputs in what computes these."""
+    scales = dict(output_scales or {})
+    for name, quant in quants.items():
+        _put(model, name, ReaderLinear(model.get_submodule(name), quant, scales.pop(name, None)))
+    for name, scale in scales.items():  # what is no quantized linear
+        for parameter in model.get_submodule(name).parameters(recurse=False):
+            parameter.data = parameter.data * scale.view(-1, *[1] * (parameter.dim() - 1))
+    return model
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, leaf = name.rsplit(".", 1)
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def loaded(directory: Path) -> Any:
+    """An export as transformers and compressed-tensors load it, in float32."""
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+    for hook in list(model._forward_pre_hooks.values()):
+        hook(model, ())  # the reader decompresses before its first forward pass; NVFP4 and MX weights come out in bfloat16
+    return nn.Module.float(model).eval()
 
 
 def kl(logits: Tensor, reference: Tensor) -> float:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
 
 from sweep.errors import SweepError
 from sweep.mixed import MixedRecipe
 from sweep.paths import bundled_model_dir
 from sweep.subject import Model
-from tests.exports import FORMATS, FP8, INT4, INT8, MXFP4, NVFP4, PER_TOKEN, ReaderLinear, apply, group_format, kl, quants_of, recipe_of
-from workers.compressed_checkpoint import check_export, quantization_config, read_schemes, write_checkpoint
+from tests.exports import FORMATS, FP8, INT4, INT8, MXFP4, NVFP4, PER_TOKEN, apply, apply_as_reader, group_format, kl, loaded, quants_of, recipe_of
+from workers.compressed_checkpoint import quantization_config, write_checkpoint
+from workers.compressed_readback import check_export, read_schemes
 from workers.compressed_schemes import Inexpressible
 from workers.linear_quant import LinearQuant
 from workers.modeling import load
@@ -49,13 +49,6 @@ def exported(directory: Path, base: nn.Module, token_ids: Tensor, names: list[st
     return recipe, quants
 
 
-def loaded(directory: Path) -> Any:
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
-    for hook in list(model._forward_pre_hooks.values()):
-        hook(model, ())  # the reader decompresses before its first forward pass; NVFP4 and MX weights come out in bfloat16
-    return nn.Module.float(model).eval()
-
-
 @pytest.mark.parametrize("names", EACH_AND_MIXED, ids=name_of)
 @torch.no_grad()
 def test_transformers_computes_what_the_recipe_says(tmp_path: Path, base: Any, token_ids: Tensor, names: list[str | None]) -> None:
@@ -85,7 +78,7 @@ def test_left_alone_the_export_gives_the_logits_of_our_model(tmp_path: Path, bas
     that differ by 1e-7 (FP8: 6e-4, 2.7e-3) or by 1e-4 (NVFP4: 4e-2; INT8: 2.4e-3; unquantized: 2e-8). Such a KL says nothing of an export.
     """
     _, quants = exported(tmp_path, base, token_ids, names)
-    expected = apply(copy.deepcopy(base), quants, ReaderLinear)(input_ids=token_ids, use_cache=False).logits
+    expected = apply_as_reader(copy.deepcopy(base), quants)(input_ids=token_ids, use_cache=False).logits
     assert kl(loaded(tmp_path)(input_ids=token_ids, use_cache=False).logits, expected) < KL
 
 
@@ -93,7 +86,7 @@ def test_left_alone_the_export_gives_the_logits_of_our_model(tmp_path: Path, bas
 @torch.no_grad()
 def test_logits_show_a_damaged_scale(tmp_path: Path, base: Any, token_ids: Tensor, name: str) -> None:
     _, quants = exported(tmp_path, base, token_ids, [name])
-    expected = apply(copy.deepcopy(base), quants, ReaderLinear)(input_ids=token_ids, use_cache=False).logits
+    expected = apply_as_reader(copy.deepcopy(base), quants)(input_ids=token_ids, use_cache=False).logits
     file = tmp_path / "model.safetensors"
     whole, key = load_file(file), "model.language_model.layers.2.mlp.down_proj.weight_scale"
     scale = whole[key]
@@ -197,8 +190,3 @@ def test_what_the_format_cannot_express_is_refused_by_name(weight: Any, inputs: 
         quantization_config(recipe, LINEARS)
     assert recipe.groups[1].group in str(caught.value)
     assert "odd/default" in str(caught.value)
-
-
-def test_scales_of_inputs_are_refused() -> None:
-    with pytest.raises(Inexpressible, match="awq_lite"):
-        quantization_config(recipe_of([group_format("awq", {**INT4, "block_sizes": {-1: 128}}, None, "awq_lite")]), LINEARS)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HOMES = {
     "modelopt": {"workers/quantization.py", "workers/calibration.py", "workers/block_formats.py", "workers/tensor_formats.py", "workers/modelopt_recipe.py"},
-    "compressed_tensors": {"workers/compressed_schemes.py", "workers/compressed_weights.py", "workers/compressed_checkpoint.py"},
+    "compressed_tensors": {f"workers/compressed_{name}.py" for name in ("schemes", "weights", "checkpoint", "readback")},
     "transformers": {"workers/modeling.py"},
     "huggingface_hub": {"workers/modeling.py"},
     "datasets": {"workers/data.py"},
