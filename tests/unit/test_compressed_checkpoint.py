@@ -33,6 +33,7 @@ def name_of(names: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def base() -> Any:
+    torch.set_num_threads(1)
     return load(SOURCE, dtype=torch.float32, device="cpu")
 
 

@@ -53,6 +53,7 @@ Made = tuple[MixedRecipe, dict[str, LinearQuant]]
 
 @pytest.fixture(scope="module")
 def base() -> Any:
+    torch.set_num_threads(1)
     return load(SOURCE, dtype=torch.float32, device="cpu")
 
 
