@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sweep.errors import SweepError, require_known
 from sweep.export_checks import check_cells, check_recipe
-from sweep.export_text import check_csv, check_entries, to_csv, to_modelopt
+from sweep.export_text import check_csv, check_modelopt, to_csv, to_modelopt
 from sweep.mixed import MixedRecipe
 from sweep.prepared import Prepared, config_of, prepared, read_recipe
 from sweep.store import Store
@@ -71,9 +71,9 @@ def export_text(recipe: MixedRecipe, file_format: str, model: Model, target: Pat
         if file_format == "csv":
             check_csv(partial.read_text(encoding="utf-8"), recipe)
         else:
-            from workers.modelopt_recipe import read_entries
+            from workers.modelopt_recipe import read_recipe
 
-            check_entries(read_entries(partial), recipe, list(model.inputs))
+            check_modelopt(*read_recipe(partial), recipe, list(model.inputs))
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sweep.cli import main
 from sweep.config import DatasetConfig
 from sweep.errors import SweepError
-from sweep.export_text import check_entries, to_csv, to_modelopt
+from sweep.export_text import check_modelopt, to_csv, to_modelopt
 from sweep.mixed import MixedRecipe
 from sweep.paths import bundled_model_dir
 from sweep.records import TrialRow
@@ -26,7 +26,7 @@ from sweep.subject import Model, samples_of
 from tests.exports import FORMATS, group_format, recipe_of
 from workers.data import make_plan
 from workers.modeling import load
-from workers.modelopt_recipe import read_entries
+from workers.modelopt_recipe import read_recipe
 
 MODEL = Model(bundled_model_dir())
 NAMES = ["nvfp4", "fp8_tensor_static", "int4_groups_weight_only", None, "fp8_blocks", "int8_channel_token"]
@@ -141,11 +141,21 @@ def test_modelopt_quantizes_each_module_as_the_recipe_says(tmp_path: Path, recip
                 assert quantizer._dynamic == (attributes.get("type") == "dynamic")
 
 
-def test_a_modelopt_file_that_says_something_else_is_refused(tmp_path: Path, recipe: MixedRecipe) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "said"), [("-1: 128", "-1: 64", "weight_quantizer"), ("algorithm: max", "algorithm: mse", "'max', it comes back as 'mse'")]
+)
+def test_a_modelopt_file_that_says_something_else_is_refused(tmp_path: Path, recipe: MixedRecipe, old: str, new: str, said: str) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(to_modelopt(recipe).replace("-1: 128", "-1: 64"))
-    with pytest.raises(SweepError, match=r"can't express"):
-        check_entries(read_entries(path), recipe, list(MODEL.inputs))
+    path.write_text(to_modelopt(recipe).replace(old, new))
+    with pytest.raises(SweepError, match=said):
+        check_modelopt(*read_recipe(path), recipe, list(MODEL.inputs))
+
+
+@pytest.mark.parametrize("algorithm", ["mse", "awq_lite"])
+def test_modelopt_holds_one_algorithm_for_all(tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, algorithm: str) -> None:
+    alone = recipe_of([group_format("int4", *FORMATS["int4_groups_weight_only"], algorithm)])
+    assert run("modelopt", "out.yaml", other=replace(alone, dataset_revision=recipe.dataset_revision)) == 0
+    assert f"algorithm: {algorithm}" in (tmp_path / "out.yaml").read_text()
 
 
 def test_modelopt_has_one_algorithm() -> None:
