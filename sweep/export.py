@@ -112,7 +112,7 @@ def _calibrated(ready: Prepared, linears: "Linears") -> "dict[str, LinearQuant]"
     loaded = load(ready.model.path, dtype=getattr(torch, ready.config.model.dtype_on("cpu")), device="cpu")
     batches = list(ready.plan.batches(ready.recipe.size))
     quants = calibrated_model(loaded, batches, ready.recipe)
-    check_folds(loaded, output_scales(ready.recipe, quants, linears), linears, batches[0])
+    check_folds(loaded, output_scales(ready.recipe, quants, linears), linears, batches)
     return quants
 
 

@@ -7,7 +7,7 @@ the query heads that share a value head: another recipe than was scored, so it i
 """
 
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -98,17 +98,18 @@ def output_scales(recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linear
         linears: of the whole model.
 
     Returns: [channels] float32, by module name.
+    Raises: ValueError: quantizers that are not the recipe's.
     """
     known = providers(recipe, linears)
     found: dict[str, Tensor] = {}
     for module, quant in quants.items():
-        provider = _provider(module)
-        if quant.pre_quant_scale is None or provider not in known:
+        if quant.pre_quant_scale is None:
             continue
-        scale = quant.pre_quant_scale.float().flatten().cpu()
-        if provider in found and not torch.equal(found[provider], scale):
-            raise Inexpressible(f"{module}: its inputs have another scale than those of the linears beside it, which read the same {provider}.")
-        found[provider] = scale
+        provider, scale = _provider(module), quant.pre_quant_scale.float().flatten().cpu()
+        if provider is None or provider not in known:
+            raise ValueError(f"{module} has a scale of its inputs, which the recipe's algorithm does not give")
+        if not torch.equal(found.setdefault(provider, scale), scale):
+            raise ValueError(f"{module} has another scale of its inputs than the linears beside it, which read the same")
     return found
 
 
@@ -118,7 +119,7 @@ def scaled_rows(tensor: Tensor, scale: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check_folds(model: nn.Module, scales: Mapping[str, Tensor], linears: Linears, batch: Batch) -> None:
+def check_folds(model: nn.Module, scales: Mapping[str, Tensor], linears: Linears, batches: Iterable[Batch]) -> None:
     """Try the folds on the unquantized model: with each reader's input divided again, nothing may change.
 
     Names alone don't say that a norm multiplies by its weight (some by 1 + weight) or that nobody else reads what it gives.
@@ -127,13 +128,22 @@ def check_folds(model: nn.Module, scales: Mapping[str, Tensor], linears: Linears
         model: unquantized; its parameters are put back.
         scales: from `output_scales`.
         linears: of the whole model.
-        batch: samples that reach every linear with a scale.
+        batches: samples; as many are run as it takes to reach every linear with a scale.
 
-    Raises: Inexpressible: names the linear that would read something else, or says that the logits would differ.
+    Raises: Inexpressible: names the linear that would read something else or that no sample reaches, or says that the logits would differ.
     """
-    if not scales:
-        return
     readers = {name: scale for name, _, _ in linears if (scale := scales.get(_provider(name) or "")) is not None}
+    missing = readers.keys()
+    for batch in batches if scales else ():
+        missing = missing - _tried(model, scales, readers, batch)
+        if not missing:
+            return
+    if missing:
+        raise Inexpressible(f"{min(missing)}: no sample reaches it, so nothing shows that its inputs can be scaled. Choose a data set that does.")
+
+
+def _tried(model: nn.Module, scales: Mapping[str, Tensor], readers: Mapping[str, Tensor], batch: Batch) -> set[str]:
+    """The linears that a batch reaches, each of which reads what it should."""
     plain, plain_logits = _rows_read(model, batch, readers, divided=False)
     with _folded(model, scales):
         folded, folded_logits = _rows_read(model, batch, readers, divided=True)
@@ -149,6 +159,7 @@ def check_folds(model: nn.Module, scales: Mapping[str, Tensor], linears: Linears
             f"With the scales of inputs multiplied into {', '.join([*scales][:3])} the model gives other logits: something else reads these. "
             "Solve again with formats of algorithm max or mse."
         )
+    return {*plain}
 
 
 def _provider(module: str) -> str | None:

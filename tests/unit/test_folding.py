@@ -105,7 +105,7 @@ def test_the_export_is_the_recipe_to_the_bit_in_the_readers_order(
     recipe, quants = made(name)
     scales = output_scales(recipe, quants, LINEARS)
     assert len(scales) == sum(choice.format is not None and "/default/" in choice.format for choice in recipe.groups)  # one for each group that has one
-    check_folds(base, scales, LINEARS, next(plan.batches("small")))
+    check_folds(base, scales, LINEARS, plan.batches("small"))
     write_checkpoint(SOURCE, tmp_path, recipe, quants, LINEARS)
     check_export(tmp_path, SOURCE, recipe, quants, LINEARS)
     expected = logits(apply_as_reader(copy.deepcopy(base), quants, scales), token_ids)
@@ -128,14 +128,14 @@ def test_a_damaged_scale_is_seen_where_it_went(tmp_path: Path, base: Any, token_
 
 def test_every_layer_norm_of_the_vision_tower_takes_a_scale(base: Any) -> None:
     dataset = DatasetConfig(name="scenes", kind="scenes", size="small", max_tokens=512, captions_path=None, hub_id=None, hub_split=None, hub_column=None)
-    batch = next(make_plan(samples_of(dataset, MODEL, 16), packed=True).batches("small"))
+    batches = make_plan(samples_of(dataset, MODEL, 16), packed=True).batches("small")
     norms = {name: module for name, module in base.named_modules() if isinstance(module, nn.LayerNorm) and ".merger." not in name}
     generator = torch.Generator().manual_seed(0)
     scales = {name: 0.5 + torch.rand(norm.weight.shape, generator=generator) for name, norm in norms.items()}
     assert {name.rsplit(".", 1)[1] for name in scales} == {"norm1", "norm2", "norm"}
     assert all(norm.bias is not None for norm in norms.values())
     before = copy.deepcopy(base.state_dict())
-    check_folds(base, scales, LINEARS, batch)
+    check_folds(base, scales, LINEARS, batches)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())  # all put back
 
 
@@ -144,13 +144,13 @@ def test_v_proj_takes_the_scale_of_o_proj_where_heads_do_not_share_it(n_value_he
     model = random_model("llama", num_key_value_heads=n_value_heads)
     linears = [(name, module.in_features, module.out_features) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     recipe = recipe_over(model, [AWQ], covered="o_proj")
-    batch = next(make_plan(random_samples(4), packed=True).batches("small"))
+    batches = make_plan(random_samples(4), packed=True).batches("small")
     if n_value_heads == 2:
         with pytest.raises(Inexpressible, match=r"v_proj has 64 outputs for its 128 inputs.*--pin o_proj=int4/default \(algorithm max\) or --exclude o_proj"):
             providers(recipe, linears)
         return
     assert [*providers(recipe, linears)] == ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
-    check_folds(model, dict.fromkeys(providers(recipe, linears), torch.linspace(0.5, 2, 128)), linears, batch)
+    check_folds(model, dict.fromkeys(providers(recipe, linears), torch.linspace(0.5, 2, 128)), linears, batches)
 
 
 def test_a_norm_that_does_not_multiply_by_its_weight_is_seen() -> None:
@@ -158,18 +158,33 @@ def test_a_norm_that_does_not_multiply_by_its_weight_is_seen() -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
     model = GemmaForCausalLM(GemmaConfig(vocab_size=512, **sizes)).eval().requires_grad_(False)
     linears = [(name, module.in_features, module.out_features) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    batch = next(make_plan(random_samples(4), packed=True).batches("small"))
+    batches = make_plan(random_samples(4), packed=True).batches("small")
     with pytest.raises(Inexpressible, match=r"layers\.0\.self_attn\.q_proj: multiplying model\.layers\.0\.input_layernorm"):
-        check_folds(model, {"model.layers.0.input_layernorm": torch.linspace(0.5, 2, 128)}, linears, batch)
+        check_folds(model, {"model.layers.0.input_layernorm": torch.linspace(0.5, 2, 128)}, linears, batches)
 
 
 def test_another_reader_of_a_norm_is_seen() -> None:
     model = random_model("llama", num_hidden_layers=1)
     linears = [(name, module.in_features, module.out_features) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     known = [linear for linear in linears if not linear[0].endswith("v_proj")]  # as if nobody knew that v_proj reads it too
-    batch = next(make_plan(random_samples(4), packed=True).batches("small"))
+    batches = make_plan(random_samples(4), packed=True).batches("small")
     with pytest.raises(Inexpressible, match="something else reads these"):
-        check_folds(model, {"model.layers.0.input_layernorm": torch.linspace(0.5, 2, 128)}, known, batch)
+        check_folds(model, {"model.layers.0.input_layernorm": torch.linspace(0.5, 2, 128)}, known, batches)
+
+
+def test_a_linear_that_no_sample_reaches_is_seen(base: Any, plan: Plan) -> None:
+    with pytest.raises(Inexpressible, match=r"blocks\.0\.attn\.qkv: no sample reaches it"):
+        check_folds(base, {"model.visual.blocks.0.norm1": torch.linspace(0.5, 2, 128)}, LINEARS, plan.batches("small"))
+
+
+def test_quantizers_of_another_recipe_are_not_taken(made: Callable[[str], Made]) -> None:
+    recipe, quants = made("awq_lite")
+    with pytest.raises(ValueError, match="algorithm does not give"):
+        output_scales(recipe_of([PLAIN]), quants, LINEARS)
+    name, quant = next(iter(quants.items()))
+    assert quant.pre_quant_scale is not None
+    with pytest.raises(ValueError, match="another scale"):
+        output_scales(recipe, {**quants, name: replace(quant, pre_quant_scale=quant.pre_quant_scale * 2)}, LINEARS)
 
 
 @pytest.mark.parametrize(
