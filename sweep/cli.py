@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from sweep.status import print_status
 
-    return print_status(options.overrides, as_json=options.as_json, watch=options.watch)
+    return print_status(options.overrides, as_json=options.as_json, watch=options.watch, ask_ray=options.cluster)
 
 
 def _publish(options: argparse.Namespace) -> int:
@@ -105,6 +105,10 @@ def _request(kind: type[_Request], options: argparse.Namespace) -> _Request:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.store:
+        from sweep.integrity import examine_store
+
+        return examine_store(options.overrides, as_json=options.as_json)
     from sweep.doctor import examine
 
     return examine(options.overrides, multirun=options.multirun, as_json=options.as_json)
@@ -136,10 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--cfg", choices=["job"], help="print the composed config and stop")
     status = _verb(verbs, "status", "trials, layer groups done, workers, ETA and failures, from the store")
     status.add_argument("--watch", action="store_true", help="again every few seconds, while a run is under way")
+    status.add_argument("--cluster", action="store_true", help="ask Ray as well: nodes, GPUs, workers of every sweep")
     publish = _verb(verbs, "publish", "sync finished results into the models directory")
     publish.add_argument("--overwrite", action="store_true", help="replace folders that another model revision or data set content left")
     doctor = _verb(verbs, "doctor", "check machine, config, model and data before hours are spent")
     doctor.add_argument("-m", "--multirun", action="store_true", help="comma lists span a grid")
+    doctor.add_argument("--store", action="store_true", help="verify every file of the store, repair what can be, name the rest")
     export = _verb(verbs, "export", "files that runtimes read, from a recipe that sweep solve wrote", takes_recipe=True)
     export.add_argument("--format", required=True, choices=["compressed-tensors", "modelopt", "csv"], help="a checkpoint, ModelOpt's recipe YAML, or a table")
     export.add_argument("--out", required=True, metavar="DIR|FILE", help="a directory for compressed-tensors, else a file")

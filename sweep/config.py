@@ -2,17 +2,17 @@
 
 import math
 import re
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any, Literal, Self
 
 from sweep.errors import SweepError, require_known
+from sweep.typed import describe, fits, hints_of
 
 NumberFormat = Literal["int4", "int8", "fp4", "fp8", "fp16"]
 Size = Literal["small", "medium", "large"]
+Coverage = Literal["lm_only", "all_layers"]  # all_layers: vision tower and mergers too
 
 _NAME = re.compile(r"[a-z0-9_]+")
 _MISSING = "???"  # Hydra's word for a value that must be given
@@ -28,15 +28,15 @@ class _Section:
 
         Raises: SweepError: an unknown or missing key, or a value of another type; says what to type.
         """
-        hints = _hints(cls)
+        hints = hints_of(cls)
         for key in node:
             if key not in hints:
                 require_known("key", f"{section}.{key}", [f"{section}.{name}" for name in hints])
         for name, hint in hints.items():
             if name not in node or node[name] == _MISSING:
                 raise SweepError(f"{section}.{name} has no value. Type {section}.{name}=VALUE.")
-            if not _fits(node[name], hint):
-                raise SweepError(f"{section}.{name}={node[name]!r} is not allowed. Allowed: {_describe(hint)}.")
+            if not fits(node[name], hint):
+                raise SweepError(f"{section}.{name}={node[name]!r} is not allowed. Allowed: {describe(hint)}.")
         return cls(**node)
 
 
@@ -100,7 +100,7 @@ class SensitivityConfig(_Section):
 
     method: Literal["gradient", "kl_div"]  # sum of (dLoss/dy * dy)^2; or KL(unquantized || one group quantized), measured
     engine: Literal["layerwise", "modelopt"]  # ours, or stock mtq.auto_quantize as a cross-check
-    coverage: Literal["lm_only", "all_layers"]  # all_layers: vision tower and mergers too
+    coverage: Coverage
     lm_head: bool  # score lm_head as well
     quant_algorithm: str  # ModelOpt's calibration algorithm
     scales: Literal["fused", "private"]  # whether the linears of a layer group share what runtimes share (ranges per tensor), or each has its own
@@ -156,9 +156,11 @@ class OutputConfig(_Section):
 class ClusterConfig(_Section):
     """What computes."""
 
+    address: str | None  # of a Ray cluster, host:port; local: one of this run's own, on this machine; null: $RAY_ADDRESS
+    dashboard: bool | Literal["auto"]  # of a cluster of this run's own; auto: where there is a GPU
     device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is a GPU
-    workers: int | Literal["auto"]  # auto: one a GPU (or share of one), else one a CPU core
-    gpus_per_worker: float  # fractions share a GPU
+    workers: int | Literal["auto"]  # auto: one a GPU (or share of one), else one a CPU core; on a cluster more when nodes join
+    gpus_per_worker: float  # a fraction: several workers share a GPU; 2 or more: a worker spreads the model over so many
     retry_failed: bool  # try trials again that failed for their own reason
 
     def __post_init__(self) -> None:
@@ -201,6 +203,12 @@ class SweepConfig:
         for key, name in names.items():
             if name is None or not _NAME.fullmatch(name):
                 raise SweepError(f"{key}={name!r} is no name. It becomes part of paths: use lower-case letters, digits and _ only.")
+        for key, value, other in (("method", "kl_div", "gradient"), ("engine", "modelopt", "layerwise")):
+            if self.cluster.gpus_per_worker > 1 and getattr(self.sensitivity, key) == value:
+                raise SweepError(
+                    f"sensitivity.{key}={value} runs the model on one GPU, cluster.gpus_per_worker={self.cluster.gpus_per_worker:g} spreads it over several. "
+                    f"Type cluster.gpus_per_worker=1, or sensitivity.{key}={other}."
+                )
 
 
 SECTIONS: Mapping[str, type[_Section]] = {name: hint for name, hint in typing.get_type_hints(SweepConfig).items()}
@@ -239,33 +247,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-@cache
-def _hints(section: type[_Section]) -> dict[str, Any]:
-    return typing.get_type_hints(section)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin is Literal:
-        return value in typing.get_args(hint) and not isinstance(value, bool)
-    if origin is not None and issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(_fits(item, typing.get_args(hint)[1]) for item in value.values())
-    if hint is Any:
-        return True
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _describe(hint: Any) -> str:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if origin is Literal:
-        return ", ".join(str(option) for option in typing.get_args(hint))
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    return words.get(hint, "a mapping")

@@ -26,6 +26,8 @@ from sweep.subject import checkpoint_dir, checkpoint_gb
 # What was tested; another release may work and is warned about.
 _TESTED = {"nvidia-modelopt": "0.47", "ray": "2.60", "transformers": "5.", "torch": "2."}
 
+COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
@@ -44,9 +46,8 @@ def examine(overrides: Sequence[str], *, multirun: bool, as_json: bool) -> int:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))  # noqa: T201 -- machine-readable output
     else:
         table = Table("", "subject", "finding", box=None)
-        colours = {"ok": "green", "warning": "yellow", "error": "red"}
         for finding in findings:
-            table.add_row(Text(finding.verdict, style=colours[finding.verdict]), finding.subject, Text(finding.text))
+            table.add_row(Text(finding.verdict, style=COLOURS[finding.verdict]), finding.subject, Text(finding.text))
         Console().print(table)
     return 2 if any(finding.verdict == "error" for finding in findings) else 0
 

@@ -12,6 +12,18 @@ class InvalidRecipe(SweepError):
     """A pair and a granularity that make no recipe: alone an error, in a grid a trial with ``state=skipped``."""
 
 
+class StoreFailed(SweepError):
+    """The store cannot be written: a full disk, a lost mount, a refused permission. Nobody's scores are wrong; the run ends and can be resumed."""
+
+
+class ClusterLost(SweepError):
+    """Ray did not start, or is gone; what the store has stays, and the run can be resumed."""
+
+
+class Unfit(SweepError):
+    """What one worker cannot do, and another one may: its node does not see the model or the store, or the model does not load there."""
+
+
 def require_known(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise SweepError, naming the nearest known spelling, unless ``name`` is one of ``known``."""
     allowed = sorted(known)

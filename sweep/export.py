@@ -71,9 +71,9 @@ def export_text(recipe: MixedRecipe, file_format: str, model: Model, target: Pat
         if file_format == "csv":
             check_csv(partial.read_text(encoding="utf-8"), recipe)
         else:
-            from workers.modelopt_recipe import read_recipe
+            from workers.modelopt_recipe import read_modelopt
 
-            check_modelopt(*read_recipe(partial), recipe, list(model.inputs))
+            check_modelopt(*read_modelopt(partial), recipe, list(model.inputs))
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -100,6 +100,12 @@ def export_checkpoint(ready: Prepared, target: Path) -> None:
         _swap(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def exported_recipe(target: Path) -> str | None:
+    """The recipe's text of an exported checkpoint; None: there is none at that place."""
+    file = target / _RECIPE_FILE
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _calibrated(ready: Prepared, linears: "Linears") -> "dict[str, LinearQuant]":

@@ -30,6 +30,9 @@ def check_recipe(recipe: MixedRecipe, model: Model) -> None:
         require_known("layer group in the recipe", choice.group, groups)
         if sorted(choice.modules) != sorted(groups[choice.group]):
             raise SweepError(f"Layer group {choice.group} is {', '.join(groups[choice.group])}, which runtimes fuse; the recipe has {choice.modules}.")
+        elements = sum(n_in * n_out for n_in, n_out in (shapes[module] for module in choice.modules))
+        if choice.weight_elements != elements:
+            raise SweepError(f"Layer group {choice.group} has {elements} weights; the recipe says {choice.weight_elements}. Have `sweep solve` write it again.")
     for label, chosen in recipe.formats.items():
         _check_quantizers(label, chosen)
     for choice in recipe.groups:
@@ -46,10 +49,18 @@ def check_cells(recipe: MixedRecipe, store: Store) -> None:
     known = {row.cell_id: row for row in store.trials().values() if row.cell_id is not None}
     for choice in recipe.groups:
         row = None if choice.cell_id is None else known.get(choice.cell_id)
-        if row is not None and row.model_revision != recipe.model_revision:
+        if row is None:
+            continue
+        score = f"The score of {choice.group} (cell {choice.cell_id})"
+        if row.model_revision != recipe.model_revision:
             raise SweepError(
-                f"The score of {choice.group} (cell {choice.cell_id}) is of {row.model} revision {row.model_revision[:12]}, the recipe's model is "
-                f"{recipe.model} revision {recipe.model_revision[:12]}: scores of different models make no recipe. Solve again for one model."
+                f"{score} is of {row.model} revision {row.model_revision[:12]}, the recipe's model is {recipe.model} revision "
+                f"{recipe.model_revision[:12]}: scores of different models make no recipe. Solve again for one model."
+            )
+        if row.dataset_revision != recipe.dataset_revision:
+            raise SweepError(
+                f"{score} is of {row.dataset}/{row.size} revision {row.dataset_revision[:12]}, the recipe's samples are {recipe.dataset}/{recipe.size} "
+                f"revision {recipe.dataset_revision[:12]}: scores on different samples make no recipe. Solve again for one data set and size."
             )
 
 

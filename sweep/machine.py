@@ -18,7 +18,11 @@ class Workers:
 
     device: Literal["cpu", "cuda"]
     count: int
-    gpus_each: float  # fractions share a GPU; more than one for models that need several
+    gpus_each: float  # a fraction: several workers share a GPU; 2 or more: a worker spreads the model over so many
+    address: str | None = None  # of the Ray cluster that they work on; None: one of their own, on this machine
+    per_node: int | None = None  # at most, that share a node; None: all of them
+    elastic: bool = False  # more of them as nodes join
+    dashboard: bool = False  # of a cluster of their own
 
 
 def memory_gb() -> float:
@@ -71,22 +75,30 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def pick_workers(cluster: ClusterConfig) -> Workers:
-    """One worker a GPU (or a share of it), else one a CPU core, unless the config says otherwise.
+def fit(gpus: float, share: float) -> int:
+    """Workers that find room on the GPUs of one node; a share lies on one GPU."""
+    return int(gpus) * int(1 / share) if share <= 1 else int(gpus) // int(share)
 
-    Raises: SweepError: the config asks for what this machine does not have.
+
+def pick_workers(cluster: ClusterConfig) -> Workers:
+    """One worker a GPU (or a share of it), else one a CPU core, unless the config says otherwise; on a Ray cluster that exists see there.
+
+    Raises: SweepError: the config asks for what this machine, or the cluster, does not have.
     """
+    if cluster.address != "local":
+        from sweep.cluster import join  # imports Ray
+
+        return join(cluster)
     gpus = n_gpus()
     device = cluster.device if cluster.device != "auto" else "cuda" if gpus else "cpu"
     if device == "cuda" and not gpus:
         raise SweepError("cluster.device=cuda, but no NVIDIA GPU is visible here. Type cluster.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES.")
     share = cluster.gpus_per_worker
-    room = n_cores() if device == "cpu" else gpus * int(1 / share) if share <= 1 else gpus // int(share)  # a fraction lies on one GPU
+    room = n_cores() if device == "cpu" else fit(gpus, share)
     if room < 1:
-        raise SweepError(
-            f"cluster.gpus_per_worker={cluster.gpus_per_worker:g}, but only {gpus} GPU(s) are visible here. Type cluster.gpus_per_worker={gpus} or less."
-        )
+        raise SweepError(f"cluster.gpus_per_worker={share:g}, but only {gpus} GPU(s) are visible here. Type cluster.gpus_per_worker={gpus} or less.")
     count = room if cluster.workers == "auto" else cluster.workers
     if device == "cuda" and count > room:
         raise SweepError(f"cluster.workers={count} at {cluster.gpus_per_worker:g} GPU(s) each do not fit {gpus} GPU(s). Type cluster.workers={room} or less.")
-    return Workers(device=device, count=count, gpus_each=cluster.gpus_per_worker)
+    dashboard = device == "cuda" if cluster.dashboard == "auto" else cluster.dashboard
+    return Workers(device=device, count=count, gpus_each=cluster.gpus_per_worker, dashboard=dashboard)

@@ -1,16 +1,21 @@
 """A mixed-precision recipe: which recipe each layer group gets. A YAML file that `solve` writes and `validate` and `export` read."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from typing import Any, Final, Literal, Self
 
 import yaml
 
+from sweep.config import Coverage, Size
 from sweep.errors import SweepError, require_known
-from sweep.recipe_quantizer import UNQUANTIZED_BITS, QuantizerSpec, listed, tupled
+from sweep.recipe import ALGORITHMS
+from sweep.recipe_fields import QUANTIZERS, check_fields
+from sweep.recipe_quantizer import COST_HINT, UNQUANTIZED_BITS, QuantizerSpec, listed, tupled
+from sweep.typed import describe, fits, hints_of
 
 RECIPE_VERSION: Final = 1  # of the file's layout
+_NESTED: Final = frozenset({"formats", "groups"})  # keys whose values are looked at one by one
 
 Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig; tuples and integer keys intact
 
@@ -60,8 +65,8 @@ class MixedRecipe:
     model_path: str | None  # None: the bundled model
     dataset: str  # that calibrated and scored
     dataset_revision: str  # of it, in the size used
-    size: str
-    coverage: str
+    size: Size
+    coverage: Coverage
     target: str | None  # runtime and hardware that it was made for
     formats: Mapping[str, GroupFormat]  # by label, those that are used
     groups: tuple[GroupChoice, ...]  # in the model's order
@@ -115,9 +120,7 @@ class MixedRecipe:
         _check_keys(nodes, cls, where)
         formats: dict[str, GroupFormat] = {}
         for label, node in _mapping(nodes["formats"], f"{where}: formats").items():
-            _check_keys(_mapping(node, f"{where}: format {label!r}"), GroupFormat, f"{where}: format {label!r}")
-            fields_: dict[str, Any] = tupled(node)
-            formats[label] = GroupFormat(**fields_)
+            formats[label] = _format(node, f"{where}: format {label!r}")
             if formats[label].label != label:
                 raise SweepError(f"{where}: format {label!r} describes {formats[label].label!r}. Give it the name of what it describes.")
         if not isinstance(nodes["groups"], list) or not nodes["groups"]:
@@ -135,22 +138,38 @@ def is_called(names: Iterable[str], pattern: str) -> bool:
     return any(fnmatch(name, f"*{pattern}") for name in names)
 
 
+def _format(node: Any, where: str) -> GroupFormat:
+    _check_keys(_mapping(node, where), GroupFormat, where)
+    require_known(f"calibration algorithm of {where}", node["algorithm"], ALGORITHMS)
+    for quantizer, attributes in zip(QUANTIZERS, (node["weight"], node["inputs"]), strict=True):
+        if attributes is not None:
+            check_fields(quantizer, {key: value for key, value in attributes.items() if key != COST_HINT}, where)
+    fields_: dict[str, Any] = tupled(node)
+    return GroupFormat(**fields_)
+
+
 def _choice(node: Any, formats: Mapping[str, GroupFormat], where: str) -> GroupChoice:
     name = node.get("group", "?") if isinstance(node, dict) else "?"
     _check_keys(_mapping(node, f"{where}: group {name!r}"), GroupChoice, f"{where}: group {name!r}")
+    if not 0 <= node["predicted_kl"] < float("inf"):
+        raise SweepError(f"{where}: group {name!r}: predicted_kl is {node['predicted_kl']}. It is a number of 0 or more. Have `sweep solve` write it again.")
     fields_: dict[str, Any] = {**node, "modules": tuple(node["modules"])}
     choice = GroupChoice(**fields_)
     if choice.format is not None:
-        require_known(f"format of group {choice.group!r} in {where}", str(choice.format), formats)
+        require_known(f"format of group {choice.group!r} in {where}", choice.format, formats)
     return choice
 
 
 def _check_keys(node: Mapping[str, Any], kind: type, where: str) -> None:
-    names = [field.name for field in fields(kind)]
+    """Refuse keys that are not fields of `kind`, fields without a key, and values of another type."""
+    hints = hints_of(kind)
     for key in node:
-        require_known(f"key in {where}", str(key), names)
-    if missing := [name for name in names if name not in node]:
+        require_known(f"key in {where}", str(key), hints)
+    if missing := [name for name in hints if name not in node]:
         raise SweepError(f"{where} lacks {missing[0]!r}. Have `sweep solve` write it again.")
+    for key, value in node.items():
+        if key not in _NESTED and not fits(value, hints[key]):
+            raise SweepError(f"{where}: {key} is {value!r}. Allowed: {describe(hints[key])}. Have `sweep solve` write it again.")
 
 
 def _mapping(node: Any, where: str) -> dict[str, Any]:

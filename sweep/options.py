@@ -1,4 +1,4 @@
-"""What a store says each layer group may get: formats, their damage and their size. From finished cells alone."""
+"""What each layer group may get: formats, their size, and their damage as a store says it, from finished cells alone."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,11 @@ from sweep.compose import expand
 from sweep.config import SweepConfig, from_record
 from sweep.errors import SweepError
 from sweep.mixed import GroupFormat
-from sweep.planning import ELEMENTS, recipe_of
+from sweep.planning import ELEMENTS, SweepPlan, recipe_of
 from sweep.recipe_quantizer import UNQUANTIZED_BITS
 from sweep.records import TrialRow
 from sweep.selection import finished_trials
+from sweep.session import row_of
 from sweep.store import Store
 from sweep.subject import Model, checkpoint_dir
 
@@ -97,7 +98,7 @@ def read_options(store: Store, overrides: Sequence[str]) -> Options:
     rows = finished_trials(store, overrides, points)
     configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
     _check_one_kind(rows, configs)
-    largest = max(rows, key=_n_samples).size
+    largest = max((row.size for row in rows), key=_n_samples)
     rows = _of_one_revision([row for row in rows if row.size == largest])
     tables = {row.cell_id: store.scores(row.cell_id) for row in rows if row.cell_id is not None}
     first = next(iter(tables.values()))
@@ -120,25 +121,46 @@ def read_options(store: Store, overrides: Sequence[str]) -> Options:
     return Options(trial=rows[0], config=configs[rows[0].trial_id], groups=groups, formats=tuple(options.values()), elements=elements)
 
 
+def planned_options(plan: SweepPlan) -> Options:
+    """The options that a grid will give, with no damage yet: enough to tell what fits a budget before anything is scored.
+
+    Args:
+        plan: of one model and one data set.
+    """
+    trials = [trial for trial in plan.trials if trial.cell_id is not None and trial.task_id is not None]
+    first = max(trials, key=lambda trial: _n_samples(trial.config.dataset.size))
+    specs = plan.tasks[first.task_id or ""].groups
+    groups = tuple(
+        {"group": spec.name, "modules": list(spec.modules), "layer_index": spec.layer_index, "weight_elements": spec.weight_elements} for spec in specs
+    )
+    formats = {found.label: (found, trial.cell_id or "") for trial in trials for found in [_format(trial.config)]}
+    return Options(
+        trial=row_of(first, "planned", None, ""),
+        config=first.config,
+        groups=groups,
+        formats=tuple(Option(format=found, cell_id=cell, predicted_kl=np.zeros(len(groups)), sample_kl=None) for found, cell in formats.values()),
+        elements=plan.models[first.model_revision],
+    )
+
+
 def _option(cell_id: str, config: SweepConfig, table: pa.Table) -> Option:
-    recipe = recipe_of(config)
     kl = float_column(table, "predicted_kl")
     score, samples = float_column(table, "score"), sample_matrix(table)
     if samples is not None:
         with np.errstate(invalid="ignore", divide="ignore"):
             samples = np.nan_to_num(samples * np.where(score > 0, kl / score, 0.0)[:, None])
-    return Option(
-        format=GroupFormat(
-            quant_pair=config.quant_pair.name,
-            quant_granularity=config.quant_granularity.name,
-            algorithm=recipe.algorithm,
-            scales=config.sensitivity.scales,
-            weight=recipe.weight and recipe.weight.attributes,
-            inputs=recipe.activation and recipe.activation.attributes,
-        ),
-        cell_id=cell_id,
-        predicted_kl=np.where(np.isfinite(kl), kl, np.inf),
-        sample_kl=samples,
+    return Option(format=_format(config), cell_id=cell_id, predicted_kl=np.where(np.isfinite(kl), kl, np.inf), sample_kl=samples)
+
+
+def _format(config: SweepConfig) -> GroupFormat:
+    recipe = recipe_of(config)
+    return GroupFormat(
+        quant_pair=config.quant_pair.name,
+        quant_granularity=config.quant_granularity.name,
+        algorithm=recipe.algorithm,
+        scales=config.sensitivity.scales,
+        weight=recipe.weight and recipe.weight.attributes,
+        inputs=recipe.activation and recipe.activation.attributes,
     )
 
 
@@ -180,10 +202,10 @@ def _of_one_revision(rows: Sequence[TrialRow]) -> list[TrialRow]:
     return [row for row in rows if json.loads(row.versions).get("score") == score_version]
 
 
-def _n_samples(row: TrialRow) -> int:
+def _n_samples(size: str) -> int:
     from workers.data import SIZES
 
-    return SIZES[row.size]
+    return SIZES[size]
 
 
 def _is_lm_head(group: Mapping[str, Any]) -> bool:

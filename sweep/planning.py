@@ -7,7 +7,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from functools import cache as cached
+from importlib import metadata
 from typing import Any, Final, Literal
 
 from sweep import cache
@@ -78,6 +79,12 @@ def plan_sweep(points: Sequence[SweepConfig], device: Device) -> SweepPlan:
         reasons = list(dict.fromkeys(f"{trial.name}: {trial.reason}" for trial in trials))
         raise SweepError("Nothing can be scored.\n" + "\n".join(reasons[:10]) + (f"\nand {len(reasons) - 10} more" if len(reasons) > 10 else ""))
     return SweepPlan(trials=trials, tasks=planner.tasks, plans=planner.plans, windowed=frozenset(planner.windowed), models=planner.elements())
+
+
+@cached  # reading a package's metadata takes a millisecond
+def version(package: str) -> str:
+    """The installed version."""
+    return metadata.version(package)
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What a person sees while a sweep runs: a live table on a terminal, a line now and then elsewhere."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +36,10 @@ class Tally:
         self._done: dict[str, dict[int, int]] = {task_id: {} for task_id in tasks}  # by lease
         self._found: dict[tuple[str, int], int] = {}  # groups that were in the store before, by task and lease
         self._started: float | None = None
+        self._begun: dict[str, float] = {}  # when, by task id
+        self._ended: set[str] = set()
+        self._failed: set[str] = set()
+        self._trial_seconds: list[float] = []  # not taken yet
 
     def start(self) -> None:
         """The workers are ready; the clock for rate and ETA starts."""
@@ -44,15 +49,40 @@ class Tally:
         """Take over a task's progress."""
         self._found[progress.task_id, progress.lease] = progress.found
         self._done[progress.task_id][progress.lease] = progress.done
+        task_id, now = progress.task_id, time.monotonic()
+        self._begun.setdefault(task_id, now)
+        if progress.failure is not None:
+            self._failed.add(task_id)
+        if task_id not in self._ended and (task_id in self._failed or self.done_of(task_id) == self.tasks[task_id].n_steps):
+            self._ended.add(task_id)
+            self._trial_seconds += [now - self._begun[task_id]] * self._trials_of[task_id]
+
+    def trials_by_state(self) -> Counter[str]:
+        """Trials of this run that are planned, running, done or failed."""
+        states: Counter[str] = Counter(planned=0, running=0, done=0, failed=0)
+        for task_id, n in self._trials_of.items():
+            state = "failed" if task_id in self._failed else "done" if task_id in self._ended else "running" if task_id in self._begun else "planned"
+            states[state] += n
+        return states
+
+    def take_trial_seconds(self) -> tuple[float, ...]:
+        """How long trials took that have ended since this was last asked, from their first lease on."""
+        taken, self._trial_seconds = self._trial_seconds, []
+        return tuple(taken)
 
     def done_of(self, task_id: str) -> int:
         """Layer groups done of one task, over all its cells."""
-        return min(sum(self._done[task_id].values()), self.tasks[task_id].n_steps)  # a dead worker's are found again
+        return min(sum(list(self._done[task_id].values())), self.tasks[task_id].n_steps)  # a dead worker's are found again
 
     @property
     def done_groups(self) -> int:
         """Layer groups done, over all cells."""
         return sum(map(self.done_of, self._done))
+
+    @property
+    def scored_groups(self) -> int:
+        """Layer groups done that were not in the store before."""
+        return self.done_groups - sum(list(self._found.values()))
 
     @property
     def done_trials(self) -> int:
@@ -76,7 +106,7 @@ class Tally:
         """Rate of this run, parts found in the store not counted."""
         if self._started is None:
             return 0.0
-        return (self.done_groups - sum(self._found.values())) / max(time.monotonic() - self._started, 1e-3)
+        return self.scored_groups / max(time.monotonic() - self._started, 1e-3)
 
     @property
     def eta_seconds(self) -> float | None:
@@ -112,6 +142,10 @@ class Display:
     def say(self, text: str) -> None:
         """A line that stays on the screen."""
         self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A line that stays on the screen, and is no warning."""
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def update(self) -> None:
         """The tally has changed."""

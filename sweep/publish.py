@@ -223,7 +223,11 @@ def _is_current(files: Files, folder: str, one: FinishedTrial, manifest: Mapping
                 content[name] = files.read(f"{folder}/{name}")
             except FileNotFoundError:
                 return False
-    return manifest.get("files") == checksums(content) and pq.read_table(pa.BufferReader(content["scores.parquet"])).equals(published_scores(one))
+    return manifest.get("files") == checksums(content) and _rows(content["scores.parquet"]).equals(published_scores(one))
+
+
+def _rows(data: bytes) -> pa.Table:
+    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)  # pq.read_table takes four times as long for a small file
 
 
 def _conflicts(files: Files, changed: Mapping[str, FinishedTrial], published: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -12,21 +12,25 @@ from rich.console import Console
 
 from sweep.compose import expand
 from sweep.doctor import examine
-from sweep.export import export_checkpoint, export_text
+from sweep.errors import SweepError
+from sweep.export import export_checkpoint, export_text, exported_recipe
 from sweep.files import Files
+from sweep.machine import pick_workers
 from sweep.mixed import MixedRecipe
 from sweep.mixing import Budget, problem_of, recipe, solved
-from sweep.options import read_options, sized
+from sweep.options import planned_options, read_options, sized
 from sweep.pictures import front_picture
+from sweep.planning import plan_sweep
 from sweep.prepared import Prepared, prepared
 from sweep.run import run
 from sweep.solve import cost_range
 from sweep.solving import front_rows, rules_of, summary, uniform_rows
 from sweep.store import Store
 from sweep.targets import Target
-from sweep.validate import Measured, markdown_table, uniform_recipes, validate
+from sweep.validate import Measured, held_out, markdown_table, uniform_recipes, validate
 
 _FRONT = 24
+_CHECKPOINT = "checkpoint"  # its directory among the results
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
     "td,th{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:left}pre{background:#f5f5f5;padding:.6em;overflow-x:auto}img{max-width:100%}"
@@ -53,6 +57,9 @@ def recommend(request: Request, console: Console) -> int:
     grid = ["grid=deployable", *request.overrides]
     config = expand(grid, multirun=True).points[0]
     target = Target.from_config(config.target)
+    out = Path(request.out or f"outputs/recommended/{config.model.name}-{target.name}-{asked.slug}").expanduser().absolute()
+    _refuse_ahead(grid, asked, target)
+    _check_place(out)
     checks = 0 if request.as_json else examine(grid, multirun=True, as_json=False)  # a run refuses by itself what would stop it
     if code := checks or run(grid, multirun=True, console=console):
         return code
@@ -60,7 +67,7 @@ def recommend(request: Request, console: Console) -> int:
     options = sized(read_options(Store(config.store.uri), _without_repeats(typed)))
     rules = rules_of((), (), False, target, options)
     problem = problem_of(options, rules)
-    choice = solved(options, problem, asked, rules)  # first of all: it says what to type if nothing fits
+    choice = solved(options, problem, asked, rules)
     low, high = cost_range(problem)
     cost = min(asked.cost(options), high)
     weights = float(options.weights.sum())
@@ -73,8 +80,8 @@ def recommend(request: Request, console: Console) -> int:
     summaries = [summary(options, problem, choices[name], each) for name, each in made.items()]
     measured = {row.name: row for row in rows}
     for each in summaries:
-        each["measured_kl"] = measured[each["name"]].measured_kl
-    out = Path(request.out or f"outputs/recommended/{options.trial.model}-{target.name}-{asked.slug}").expanduser().absolute()
+        row = measured[each["name"]]
+        each |= {"measured_kl": row.measured_kl, "measured_kl_interval": row.measured_kl_interval}
     files = Files(str(out))
     for name, each in made.items():
         files.write(f"{name}.yaml", each.to_yaml().encode())
@@ -111,7 +118,8 @@ def render(ready: Prepared, target: Target, asked: Budget, summaries: Sequence[d
         markdown_table(rows),
         "## Serve it",
         f"```\n{_serve(target, exported)}\n```",
-        "The other recipes: `sweep export compact.yaml` or `faithful.yaml`. What the formats are called there:",
+        f"The other recipes become files in the same way: `{_export_command(target)}`",
+        "What the formats are called there:",
         "\n".join(_names(made, target)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -126,15 +134,18 @@ def to_html(page: str, title: str) -> str:
 
 
 def _recipe_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["| recipe | bits a weight | GB of weights | predicted KL (90 %) | measured KL | layer groups by format |", "|---|---:|---:|---:|---:|---|"]
+    lines = ["| recipe | bits a weight | GB of weights | predicted KL (90 %) | measured KL (90 %) | layer groups by format |", "|---|---:|---:|---:|---:|---|"]
     for each in summaries:
-        spread = each["predicted_kl_interval"]
-        interval = "" if spread is None else f" ({spread[0]:.3g} to {spread[1]:.3g})"
         formats = ", ".join(f"{n} {label if label != '16' else 'in 16 bits'}" for label, n in each["formats"].items())
         gb = "-" if each["gb"] is None else f"{each['gb']:.4g}"
-        figures = f"{each['effective_bits']:.3f} | {gb} | {each['predicted_kl']:.3g}{interval} | {each['measured_kl']:.3g}"
+        damages = [f"{each[key]:.3g}{_spread(each[f'{key}_interval'])}" for key in ("predicted_kl", "measured_kl")]
+        figures = f"{each['effective_bits']:.3f} | {gb} | {' | '.join(damages)}"
         lines.append(f"| [{each['name']}]({each['name']}.yaml) | {figures} | {formats} |")
     return lines
+
+
+def _spread(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})"
 
 
 def _names(made: MixedRecipe, target: Target) -> list[str]:
@@ -142,17 +153,49 @@ def _names(made: MixedRecipe, target: Target) -> list[str]:
     return [f"- {label}: {status.reader_name} ({status.source})" + (f". {status.reason}" if status.reason else "") for label, status in found.items()]
 
 
+def _refuse_ahead(grid: Sequence[str], asked: Budget, target: Target) -> None:
+    """Say what no score can change before hours are spent on scoring.
+
+    Raises: SweepError: a target that runs nothing of the grid as scored, a budget below its smallest recipe, or samples to measure on that are too few or
+        calibrated.
+    """
+    points = expand(grid, multirun=True).points
+    options = planned_options(plan_sweep(points, pick_workers(points[0].cluster).device))
+    rules = rules_of((), (), False, target, options)
+    choice = solved(options, problem_of(options, rules), asked, rules)
+    held_out(prepared(recipe(options, choice, "planned", target.name), points[0]))
+
+
+def _check_place(out: Path) -> None:
+    """Raises: SweepError: the place cannot be written, or what would be replaced there is not ours."""
+    Files(str(out)).check_writable("--out")
+    checkpoint = out / _CHECKPOINT
+    if checkpoint.exists() and exported_recipe(checkpoint) is None:
+        raise SweepError(f"{checkpoint} exists and is no export of this program. Give another place with --out DIR.")
+
+
 def _export(ready: Prepared, target: Target, out: Path) -> Path:
     """What the target's runtime reads: a compressed-tensors checkpoint for vLLM, ModelOpt's recipe for the rest."""
-    if target.name.startswith("vllm"):
-        export_checkpoint(ready, out / "checkpoint")
-        return out / "checkpoint"
+    if _reads_checkpoint(target):
+        if exported_recipe(out / _CHECKPOINT) != ready.recipe.to_yaml():
+            export_checkpoint(ready, out / _CHECKPOINT)
+        return out / _CHECKPOINT
     export_text(ready.recipe, "modelopt", ready.model, out / "modelopt_recipe.yaml")
     return out / "modelopt_recipe.yaml"
 
 
+def _reads_checkpoint(target: Target) -> bool:
+    return target.name.startswith("vllm")
+
+
+def _export_command(target: Target) -> str:
+    if _reads_checkpoint(target):
+        return "sweep export compact.yaml --format compressed-tensors --out compact"
+    return "sweep export compact.yaml --format modelopt --out compact_modelopt_recipe.yaml"
+
+
 def _serve(target: Target, exported: Path) -> str:
-    if target.name.startswith("vllm"):
+    if _reads_checkpoint(target):
         return f"vllm serve {exported}"
     return f"python hf_ptq.py --recipe {exported}   # ModelOpt's example makes the checkpoint that the runtime reads"
 

@@ -1,12 +1,16 @@
 """The rows that the store keeps: their columns, their types, their versions."""
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Self
 
 import pyarrow as pa
 
-# 1: first layout. A reader refuses a newer one.
+# 1: first layout. A reader refuses a newer one and upgrades an older one.
 SCHEMA_VERSION = 1
+
+# By version: what makes a file's rows those of the next version. Scores and trials count together; a table's columns tell which it is.
+UPGRADES: Final[dict[int, Callable[[pa.Table], pa.Table]]] = {}
 
 TrialState = Literal["planned", "running", "done", "failed", "skipped"]
 
@@ -102,7 +106,7 @@ class TrialRow:
     @classmethod
     def from_mapping(cls, row: dict[str, Any]) -> Self:
         """A row as pyarrow gives it; columns that this version does not know are dropped."""
-        return cls(**{field.name: row[field.name] for field in fields(cls)})
+        return cls(**{name: row[name] for name in TRIALS_SCHEMA.names})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,8 @@
 """`sweep run`: from overrides to published results. The same command again resumes, or finds nothing left to do."""
 
+import contextlib
 import hashlib
+import os
 import signal
 import threading
 import time
@@ -13,7 +15,7 @@ from rich.console import Console
 from sweep.announce import say_first_result, say_grid, say_results
 from sweep.compose import DEFAULT_GRID, expand
 from sweep.config import SweepConfig
-from sweep.errors import SweepError
+from sweep.errors import ClusterLost, StoreFailed, SweepError
 from sweep.files import Files
 from sweep.machine import Workers, pick_workers
 from sweep.planning import PlannedTrial, SweepPlan, plan_sweep
@@ -49,7 +51,9 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
     store.files.check_writable("store.uri")
     store.drop_leftovers()
     root = _output_root(base, plan)
+    set_aside = set(store.files.names("quarantine"))
     session = Session(grid, plan, store)
+    _say_set_aside(store, set_aside, console)
     if session.tasks:
         Files(root).check_writable("output_layout.root")
         if not base.output_layout.overwrite:
@@ -60,14 +64,35 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
             with _interruptible():
                 _score(session, workers, console)
         except KeyboardInterrupt:
-            session.end(EXIT_INCOMPLETE)
-            console.print(f"Interrupted: {session.counts()['done']} of {len(plan.trials)} trials are done. Type the same command again to resume.")
-            return EXIT_INCOMPLETE
+            return _leave(session, console, "Interrupted")
+        except StoreFailed as error:
+            return _leave(session, console, f"{error} Make room, or mend what is wrong with it. Stopped")
+        except ClusterLost as error:
+            return _leave(session, console, f"{error} Stopped")
+        finally:
+            _say_set_aside(store, set_aside, console)
     states = session.end(None)
     finished = _finished(session)
     result = publish(finished, root, overwrite=base.output_layout.overwrite)
     say_results(session, finished, console, root, len(result.written), time.monotonic() - started)
     return exit_code(states)
+
+
+def _leave(session: Session, console: Console, why: str) -> int:
+    """Record an incomplete run, as far as the store can be written, and say how to go on. Returns the exit code."""
+    with contextlib.suppress(StoreFailed):  # that may be why it ends
+        session.end(EXIT_INCOMPLETE)
+    console.print(f"{why}: {session.counts()['done']} of {len(session.plan.trials)} trials are done. Type the same command again to resume.", highlight=False)
+    return EXIT_INCOMPLETE
+
+
+def _say_set_aside(store: Store, known: set[str], console: Console) -> None:
+    """Name damaged files that were set aside, by this process or its workers, since the last time; `known` takes them up."""
+    with contextlib.suppress(OSError):
+        for name in store.files.names("quarantine"):
+            if name not in known:
+                known.add(name)
+                console.print(f"Set aside in {store.uri}/quarantine/{name}: {store.why(name)}", style="yellow", highlight=False)
 
 
 def _score(session: Session, workers: Workers, console: Console) -> None:
@@ -77,11 +102,20 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
 
         beating = ExitStack()
 
+        def on_connected(connection: "driver.cluster.Connection") -> None:
+            session.record |= {"ray_address": connection.address, "dashboard_url": connection.dashboard_url, "metrics": connection.metrics}
+            if connection.dashboard_url is not None:
+                display.note(f"Ray dashboard: {connection.dashboard_url}")
+
         def on_ready() -> None:  # a model that does not load has left no trace in the store
             session.write_trials(running=True)
             beating.enter_context(_heartbeat(session))
             session.tally.start()
             display.stage("Workers hold the model; capturing activations and gradients ...")
+
+        def on_dead(what: str) -> None:  # the main thread may wait for Ray for ever
+            display.__exit__(None, None, None)
+            os._exit(_leave(session, console, f"{what}. Stopped"))
 
         def on_progress(progress: Progress) -> None:
             session.tally.update(progress)
@@ -104,8 +138,11 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
                 workers,
                 session.store.uri,
                 memory_gb=session.plan.trials[0].config.sensitivity.memory_gb,
+                picture=session.picture,
+                on_connected=on_connected,
                 on_stage=display.stage,
                 on_ready=on_ready,
+                on_dead=on_dead,
                 on_progress=on_progress,
                 on_ended=lambda: session.record.update(scoring_seconds=session.tally.seconds),
             )
@@ -113,14 +150,11 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
 
 
 def _finished(session: Session) -> list[FinishedTrial]:
-    tables = {}
-    finished: list[FinishedTrial] = []
-    for trial in session.plan.trials:
-        if trial.cell_id is not None and trial.cell_id in session.finished:
-            if trial.cell_id not in tables:
-                tables[trial.cell_id] = session.store.scores(trial.cell_id)
-            finished.append(FinishedTrial(trial=session.row(trial), scores=tables[trial.cell_id]))
-    return finished
+    return [
+        FinishedTrial(trial=session.row(trial), scores=session.scores[trial.cell_id])
+        for trial in session.plan.trials
+        if trial.cell_id is not None and trial.cell_id in session.finished
+    ]
 
 
 def _output_root(base: SweepConfig, plan: SweepPlan) -> str:
@@ -188,7 +222,8 @@ def _heartbeat(session: Session) -> Generator[None]:
 
     def beat() -> None:
         while not stop.wait(_HEARTBEAT_SECONDS):
-            session.beat()
+            with contextlib.suppress(StoreFailed):  # a worker will meet it, too, and end the run
+                session.beat()
 
     session.beat()
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)

@@ -1,5 +1,6 @@
 """One run's account: which trials are left, which are done, and their record in the store."""
 
+import functools
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from sweep.planning import PlannedTrial, SweepPlan, versions
 from sweep.progress import Tally
 from sweep.records import TrialRow, TrialState
 from sweep.store import Store
+from workers.task import Picture
 
 EXIT_DONE, EXIT_FAILED, EXIT_INCOMPLETE = 0, 3, 75
 
@@ -35,13 +37,14 @@ class Session:
         self._before = store.trials()
         self._written: dict[str, TrialRow] = {}
         cells = {trial.cell_id for trial in plan.trials if trial.cell_id}
-        self.finished = {cell for cell in cells if store.is_finished(cell)}
+        # Read now, not when reports are made: what is damaged is scored again in this run.
+        self.scores = {cell: rows for cell in sorted(cells) if (rows := store.whole_scores(cell)) is not None}
+        self.finished = set(self.scores)
         given_up: set[str] = set()
         if not grid.points[0].cluster.retry_failed:
             given_up = {trial.cell_id for trial in plan.trials if trial.cell_id is not None and self._failed_before(trial)}
         self._given_up = given_up - self.finished
         self.tasks = plan.pending(self.finished | self._given_up)
-        self._versions = json.dumps(versions(), sort_keys=True)
         self.record: dict[str, Any] = {
             "run_id": self.run_id,
             "host": socket.gethostname(),
@@ -50,6 +53,7 @@ class Session:
             "trials": len(plan.trials),
             "models": plan.models,
         }
+        self._at_first = self.counts()
         self.tally = Tally(self.tasks, Counter(trial.task_id for trial in self.pending_trials() if trial.task_id), len(plan.trials))
 
     def pending_trials(self) -> list[PlannedTrial]:
@@ -74,6 +78,23 @@ class Session:
         """Trials by state."""
         return Counter(self.state(trial)[0] for trial in self.plan.trials)
 
+    def picture(self) -> Picture:
+        """How far it is, for the metrics."""
+        tally = self.tally
+        live = tally.trials_by_state()
+        at_first = {state: n for state, n in self._at_first.items() if state in ("done", "failed", "skipped")}
+        return Picture(
+            trials={state: live[state] + at_first.get(state, 0) for state in ("planned", "running", "done", "failed", "skipped")},
+            groups_done=tally.done_groups,
+            groups_total=tally.total_groups,
+            groups_scored=tally.scored_groups,
+            failed_trials=live["failed"],
+            queue=live["planned"],
+            models=len({task.model.revision for task in self.tasks.values()}),
+            eta_seconds=tally.eta_seconds,
+            trial_seconds=tally.take_trial_seconds(),
+        )
+
     def write_trials(self, running: bool) -> None:
         """Record every trial whose state is not what the store says already."""
         for trial in self.plan.trials:
@@ -82,7 +103,7 @@ class Session:
                 state = "running"
             last = self._written.get(trial.trial_id) or self._before.get(trial.trial_id)
             if last is None or (last.state, last.cell_id, last.reason) != (state, trial.cell_id, reason):
-                self._written[trial.trial_id] = self._row(trial, state, reason)
+                self._written[trial.trial_id] = row_of(trial, state, reason, self.run_id)
         if self._written:
             self.store.write_trials(self.run_id, self._written.values())
 
@@ -100,8 +121,10 @@ class Session:
 
     def end(self, code: int | None) -> Counter[str]:
         """Take stock of the store and record how the run ended. Returns trials by state."""
-        cells = [cell for task in self.tasks.values() for cell in task.cells.values()]
-        self.finished |= {cell for cell in cells if self.store.is_finished(cell)}
+        for cell in (cell for task in self.tasks.values() for cell in task.cells.values()):
+            if (rows := self.store.whole_scores(cell)) is not None:
+                self.scores[cell] = rows
+        self.finished = set(self.scores)
         self.write_trials(running=False)
         counts = self.counts()
         if self.tasks:
@@ -119,29 +142,36 @@ class Session:
         row = self._before.get(trial.trial_id)
         return row is not None and row.state == "failed" and row.cell_id == trial.cell_id
 
-    def _row(self, trial: PlannedTrial, state: TrialState, reason: str | None) -> TrialRow:
-        config = trial.config
-        assert config.model.name is not None  # SweepConfig has checked
-        return TrialRow(
-            trial_id=trial.trial_id,
-            cell_id=trial.cell_id,
-            model=config.model.name,
-            model_revision=trial.model_revision,
-            dataset=config.dataset.name,
-            dataset_revision=trial.dataset_revision,
-            size=config.dataset.size,
-            coverage=config.sensitivity.coverage,
-            method=config.sensitivity.method,
-            engine=config.sensitivity.engine,
-            quant_pair=config.quant_pair.name,
-            quant_granularity=config.quant_granularity.name,
-            state=state,
-            reason=reason,
-            config=json.dumps(to_record(config)),
-            versions=self._versions,
-            created_at=datetime.now(UTC),
-            run_id=self.run_id,
-        )
+
+def row_of(trial: PlannedTrial, state: TrialState, reason: str | None, run_id: str) -> TrialRow:
+    """A trial's row as of now."""
+    config = trial.config
+    assert config.model.name is not None  # SweepConfig has checked
+    return TrialRow(
+        trial_id=trial.trial_id,
+        cell_id=trial.cell_id,
+        model=config.model.name,
+        model_revision=trial.model_revision,
+        dataset=config.dataset.name,
+        dataset_revision=trial.dataset_revision,
+        size=config.dataset.size,
+        coverage=config.sensitivity.coverage,
+        method=config.sensitivity.method,
+        engine=config.sensitivity.engine,
+        quant_pair=config.quant_pair.name,
+        quant_granularity=config.quant_granularity.name,
+        state=state,
+        reason=reason,
+        config=json.dumps(to_record(config)),
+        versions=_versions(),
+        created_at=datetime.now(UTC),
+        run_id=run_id,
+    )
+
+
+@functools.cache
+def _versions() -> str:
+    return json.dumps(versions(), sort_keys=True)
 
 
 def now() -> str:

@@ -108,7 +108,7 @@ def rules_of(typed_pins: Sequence[str], excludes: Sequence[str], uniform_layer: 
     if not any(runs_natively(target, each) for each in formats):
         found = "; ".join(f"{each.label}: {target.status(each.quant_pair, each.quant_granularity, each.algorithm).words}" for each in formats[:6])
         raise SweepError(
-            f"target={target.name} runs none of the {len(formats)} scored recipes as they are ({found}). "
+            f"target={target.name} runs none of the {len(formats)} recipes as they are scored ({found}). "
             f"Score what it runs: sweep run -m grid=deployable target={target.name}"
         )
     return Rules(pins=pins, excludes=excludes, uniform_layer=uniform_layer, allowed=lambda each: runs_natively(target, each))

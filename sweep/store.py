@@ -2,20 +2,26 @@
 
 ``parts/cell=<id>/<part>.parquet`` hold a cell's finished decoder layers; ``scores/cell=<id>/scores.parquet`` appears once,
 whole, when the cell is complete. Equal inputs give equal bytes, so two writers of one cell do no harm.
+What cannot be read back as it was written is moved to ``quarantine/``, with the reason beside it, and never read.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
-from typing import Any, Final
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from sweep.errors import SweepError
-from sweep.files import Files
-from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA, TrialRow
+from sweep.errors import StoreFailed, SweepError
+from sweep.files import Files, Misplaced
+from sweep.parquet import Damaged, decode, encode
+from sweep.records import SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA, TrialRow
+
+T = TypeVar("T")
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 # A part lives for seconds and is written beside the scoring: a third of the time, for as many bytes.
 _PART: Final[dict[str, Any]] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
@@ -23,21 +29,20 @@ _PART: Final[dict[str, Any]] = {"compression": "lz4", "use_dictionary": False, "
 _SCORES: Final[dict[str, Any]] = {"compression": "zstd", "use_dictionary": ["cell_id", "group", "modules.list.element"]}
 
 
-class _Damaged(SweepError):
-    """A file of the store that cannot be read back whole."""
-
-
 class Store:
     """Cells, trials and runs under one root."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, repairs: bool = True) -> None:
         """Open a store; it need not exist yet.
 
         Args:
             uri: absolute local path or fsspec URL.
+            repairs: whether damaged files that are met are moved away; else they are only passed over, and named.
         """
         self.uri = uri
         self.files = Files(uri)
+        self.repairs = repairs
+        self.damage: dict[str, str] = {}  # what was wrong with files that were met, by path
 
     # Cells
 
@@ -50,19 +55,20 @@ class Store:
         return {name.removesuffix(".parquet") for name in self.files.names(f"parts/cell={cell_id}") if name.endswith(".parquet")}
 
     def has_part(self, cell_id: str, part: str) -> bool:
-        """Whether a part of an unfinished cell is there and needs no scoring again; a damaged one is removed.
+        """Whether a part of an unfinished cell is there and needs no scoring again; a damaged one is set aside.
 
         Raises: SweepError: it is of a newer schema version.
         """
         try:
-            self._read_part(cell_id, part)
-        except (_Damaged, FileNotFoundError):  # not found: another writer has just completed the cell
+            self._read_rows(_part_path(cell_id, part), cell_id)
+        except (Damaged, FileNotFoundError):  # not found: another writer has just completed the cell
             return False
         return True
 
     def write_part(self, cell_id: str, part: str, rows: pa.Table) -> None:
         """Keep one finished decoder layer (or top-level block) of a cell; rows as in SCORES_SCHEMA."""
-        self.files.write(_part_path(cell_id, part), _parquet(rows, _PART))
+        path = _part_path(cell_id, part)
+        self._write(path, encode(rows, path, _PART))
 
     def complete(self, cell_id: str, parts: Mapping[str, pa.Table | None]) -> None:
         """Join the parts, in this order, into the cell's scores and drop them.
@@ -73,9 +79,10 @@ class Store:
 
         Raises: SweepError: a part is not readable; run again and it is scored again.
         """
+        path = _scores_path(cell_id)
         try:
-            table = pa.concat_tables([self._read_part(cell_id, part) if rows is None else rows for part, rows in parts.items()])
-            self.files.write(_scores_path(cell_id), _parquet(table.combine_chunks(), _SCORES))
+            found = [self._read_rows(_part_path(cell_id, part), cell_id) if rows is None else rows for part, rows in parts.items()]
+            self._write(path, encode(pa.concat_tables(found).combine_chunks(), path, _SCORES))
         except FileNotFoundError:
             if not self.is_finished(cell_id):  # else another writer of the same bytes was faster, and dropped the parts
                 raise
@@ -99,31 +106,76 @@ class Store:
         """
         path = _scores_path(cell_id)
         try:
-            data = self.files.read(path)
+            return self._read_rows(path, cell_id)
         except FileNotFoundError as error:
             raise SweepError(f"{self.uri}/{path} is missing, though its trial is done. Type the same sweep run again: it is scored again.") from error
-        return _read_parquet(data, f"{self.uri}/{path}", SCORES_SCHEMA)
 
-    def _read_part(self, cell_id: str, part: str) -> pa.Table:
-        path = _part_path(cell_id, part)
+    def whole_scores(self, cell_id: str) -> pa.Table | None:
+        """A cell's rows if it is finished, else None; a damaged file is set aside, so that the cell is scored again.
+
+        Raises: SweepError: it is of a newer schema version.
+        """
         try:
-            return _read_parquet(self.files.read(path), f"{self.uri}/{path}", SCORES_SCHEMA)
-        except _Damaged:
-            self.files.remove(path)  # scored again
-            raise
+            return self._read_rows(_scores_path(cell_id), cell_id)
+        except (Damaged, FileNotFoundError):
+            return None
+
+    def _read_rows(self, path: str, cell_id: str) -> pa.Table:
+        def read() -> pa.Table:
+            rows = decode(self.files.read(path), path, f"{self.uri}/{path}", SCORES_SCHEMA)
+            if any(found != cell_id for found in rows["cell_id"].unique().to_pylist()):
+                raise Damaged(f"{self.uri}/{path} is damaged: it holds rows of another cell.")
+            return rows
+
+        return self._guarded(path, read)
+
+    # Damage
+
+    def set_aside(self, path: str, reason: str) -> None:
+        """Move a file that cannot be trusted into the quarantine, with the reason beside it."""
+        self.damage[path] = reason
+        if self.repairs:
+            place = f"quarantine/{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+            self._write(f"{place}/why.txt", f"{reason}\n".encode())
+            self.files.move(path, f"{place}/{path}")
+
+    def why(self, name: str) -> str:
+        """Why a directory of the quarantine was made."""
+        try:
+            return self.files.read(f"quarantine/{name}/why.txt").decode(errors="replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return "reason unknown"
+
+    def _guarded(self, path: str, read: Callable[[], T]) -> T:
+        """Read, and set aside what proves damaged.
+
+        Raises: Damaged: says where it is now.
+        """
+        try:
+            return read()
+        except (Damaged, Misplaced, IsADirectoryError, NotADirectoryError) as error:
+            reason = str(error) if isinstance(error, SweepError) else f"{self.uri}/{path} is damaged: {error.strerror}."
+            self.set_aside(path, reason)
+            raise Damaged(f"{reason} It is set aside; type the same sweep run again, and what it held is scored again.") from error
+
+    def _write(self, path: str, data: bytes) -> None:
+        try:
+            self.files.write(path, data)
+        except OSError as error:
+            raise StoreFailed(f"Cannot write to the store {self.uri}: {error.strerror or error}.") from error
 
     # Trials
 
     def write_trials(self, run_id: str, rows: Iterable[TrialRow]) -> None:
         """Record a run's trials as they are now; the run's earlier record is replaced."""
-        self.files.write(f"trials/run-{run_id}.parquet", _trials_parquet(rows))
+        self._write_trials(f"trials/run-{run_id}.parquet", rows)
 
     def trials(self) -> dict[str, TrialRow]:
         """Every trial's latest event, by trial id, in the order of their first recording."""
         names = self._trial_files()
         while True:
             try:
-                return _latest(row for name in names for row in self._read_trials(name))
+                return _latest(row for name in names for row in self.read_trials(name))
             except FileNotFoundError:  # compacted by another driver since it was listed: its rows are in a newer file
                 listed, names = names, self._trial_files()
                 if names == listed:
@@ -136,46 +188,82 @@ class Store:
         if len(names) < 2:
             return
         try:
-            rows = _latest(row for name in names for row in self._read_trials(name))
+            rows = _latest(row for name in names for row in self.read_trials(name))
         except FileNotFoundError:  # another driver is at it
             return
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
-        self.files.write(f"trials/compact-{stamp}.parquet", _trials_parquet(rows.values()))
+        self._write_trials(f"trials/compact-{stamp}.parquet", rows.values())
         for name in names:
             self.files.remove(f"trials/{name}")
 
     def _trial_files(self) -> list[str]:
         return [name for name in self.files.names("trials") if name.endswith(".parquet")]
 
-    def _read_trials(self, name: str) -> list[TrialRow]:
-        data = self.files.read(f"trials/{name}")
-        return [TrialRow.from_mapping(row) for row in _read_parquet(data, f"{self.uri}/trials/{name}", TRIALS_SCHEMA).to_pylist()]
+    def read_trials(self, name: str) -> list[TrialRow]:
+        """One file's rows; none if it is damaged."""
+        path = f"trials/{name}"
+        try:
+            table = self._guarded(path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", TRIALS_SCHEMA))
+        except Damaged:
+            return []
+        at = table.schema.get_field_index("created_at")
+        microseconds = table.column(at).cast(pa.int64())  # times as Python's would import pandas: a quarter of a second
+        rows = table.set_column(at, "created_at", microseconds).to_pylist()
+        return [TrialRow.from_mapping(row | {"created_at": _EPOCH + timedelta(microseconds=row["created_at"])}) for row in rows]
+
+    def _write_trials(self, path: str, rows: Iterable[TrialRow]) -> None:
+        self._write(path, encode(pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA), path, {"compression": "zstd"}))
 
     # Validations
 
     def write_validation(self, validation_id: str, rows: pa.Table) -> None:
         """Keep what one recipe was measured to do; rows as in VALIDATIONS_SCHEMA."""
-        self.files.write(_validation_path(validation_id), _parquet(rows, {"compression": "zstd"}))
+        path = _validation_path(validation_id)
+        self._write(path, encode(rows, path, {"compression": "zstd"}))
 
     def validation(self, validation_id: str) -> pa.Table | None:
-        """A validation's rows; None: not measured yet. Raises: SweepError: damaged, or of a newer schema version."""
+        """A validation's rows; None: not measured yet, or damaged and set aside. Raises: SweepError: of a newer schema version."""
         path = _validation_path(validation_id)
         try:
-            data = self.files.read(path)
-        except FileNotFoundError:
+            return self._guarded(path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", VALIDATIONS_SCHEMA))
+        except (Damaged, FileNotFoundError):
             return None
-        return _read_parquet(data, f"{self.uri}/{path}", VALIDATIONS_SCHEMA)
 
     # Runs
 
     def write_run(self, run_id: str, record: dict[str, Any]) -> None:
         """Replace a run's heartbeat: whatever may differ between two equal runs."""
-        self.files.write(f"runs/{run_id}.json", json.dumps(record, indent=1).encode())
+        self._write(f"runs/{run_id}.json", json.dumps(record, indent=1).encode())
 
     def runs(self) -> dict[str, dict[str, Any]]:
-        """Every run's last heartbeat, oldest first."""
-        names = [name for name in self.files.names("runs") if name.endswith(".json")]
-        return {name.removesuffix(".json"): json.loads(self.files.read(f"runs/{name}")) for name in names}
+        """Every run's last heartbeat, oldest first; damaged ones are set aside."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in self.files.names("runs"):
+            if name.endswith(".json") and (record := self.run_record(f"runs/{name}")) is not None:
+                found[name.removesuffix(".json")] = record
+        return found
+
+    def run_record(self, path: str) -> dict[str, Any] | None:
+        """One heartbeat; None if it is damaged."""
+        try:
+            return self._guarded(path, lambda: _heartbeat(self.files.read(path), f"{self.uri}/{path}"))
+        except (Damaged, FileNotFoundError):
+            return None
+
+
+def _heartbeat(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise Damaged(f"{where} is damaged: {error}") from error
+    if not isinstance(record, dict):
+        raise Damaged(f"{where} is damaged: it holds no record of a run.")
+    try:
+        if "heartbeat_at" in record and datetime.fromisoformat(record["heartbeat_at"]).tzinfo is None:
+            raise ValueError("no time zone")
+    except (ValueError, TypeError) as error:
+        raise Damaged(f"{where} is damaged: heartbeat_at is no time: {error}.") from error
+    return record
 
 
 def _latest(rows: Iterable[TrialRow]) -> dict[str, TrialRow]:
@@ -196,25 +284,3 @@ def _validation_path(validation_id: str) -> str:
 
 def _part_path(cell_id: str, part: str) -> str:
     return f"parts/cell={cell_id}/{part}.parquet"
-
-
-def _trials_parquet(rows: Iterable[TrialRow]) -> bytes:
-    return _parquet(pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA), {"compression": "zstd"})
-
-
-def _parquet(table: pa.Table, options: Mapping[str, Any]) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, write_page_checksum=True, **options)
-    return sink.getvalue().to_pybytes()
-
-
-def _read_parquet(data: bytes, where: str, schema: pa.Schema) -> pa.Table:
-    try:
-        # Threads, and what pq.read_table brings for whole data sets, take four times as long as these small files.
-        table: pa.Table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
-        version = (table.schema.metadata or {}).get(b"schema_version", b"missing").decode()
-        if version != str(SCHEMA_VERSION):
-            raise SweepError(f"{where} has schema version {version}; this program reads {SCHEMA_VERSION}. Use the program that wrote it, or another store.uri.")
-        return table.cast(schema)  # pyarrow calls a list's items otherwise once they have been in a file
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise _Damaged(f"{where} is damaged: {str(error).splitlines()[0]} Move it away and run again: what it held is scored again.") from error

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from workers.task import GroupSpec, ModelSpec, Task
+from workers.task import GroupSpec, ModelSpec, Picture, Task
 
 GROUP: Final = GroupSpec(name="layers.0.a", modules=("layers.0.a",), part="layers.0", layer_index=0, weight_elements=4, n_inputs=2, n_outputs=2)
 TASK: Final = Task(
@@ -22,3 +22,4 @@ TASK: Final = Task(
     groups=(GROUP,),
     cells={"small": "cell"},
 )
+PICTURE: Final = Picture(trials={}, groups_done=0, groups_total=0, groups_scored=0, failed_trials=0, queue=0, models=0, eta_seconds=None, trial_seconds=())

@@ -145,12 +145,12 @@ def layout_of(segments: Segments, rows_of: Callable[[Batch], Sequence[int]], dev
 class _Buffer:
     """Room for all rows of one module; rows that no call fills stay 0 and add nothing to any score."""
 
-    def __init__(self, layout: Layout, x_TI: Tensor, out_features: int, shares: "_Buffer | None") -> None:
+    def __init__(self, layout: Layout, in_features: int, y_TO: Tensor, shares: "_Buffer | None") -> None:
         n_rows = layout.ends[-1]
         self.layout, self.shares = layout, shares
-        self.x_TI = x_TI.new_zeros(n_rows, x_TI.shape[1]) if shares is None else shares.x_TI
-        self.g_TO = x_TI.new_zeros(n_rows, out_features)
-        self.y_square_sums = torch.zeros(len(layout.ends), dtype=torch.float64, device=x_TI.device)
+        self.x_TI = y_TO.new_zeros(n_rows, in_features) if shares is None else shares.x_TI  # where the module is: its input may come from another GPU
+        self.g_TO = y_TO.new_zeros(n_rows, y_TO.shape[1])
+        self.y_square_sums = torch.zeros(len(layout.ends), dtype=torch.float64, device=y_TO.device)
         self.batch, self.end = -1, 0  # the last batch that called it, and the rows filled then
 
 
@@ -190,7 +190,7 @@ class Recorder:
             x_TI, y_TO = args[0].detach().flatten(0, -2), output.detach().flatten(0, -2)
             found = self._seen.get(x_TI.data_ptr())
             if (buffer := self._buffers.get(name)) is None:
-                buffer = self._buffers[name] = _Buffer(self._layout(name, len(x_TI)), x_TI, y_TO.shape[1], found and found[0])
+                buffer = self._buffers[name] = _Buffer(self._layout(name, len(x_TI)), x_TI.shape[1], y_TO, found and found[0])
             rows = self._rows(name, buffer, len(x_TI))
             if buffer.shares is None:
                 buffer.x_TI[rows] = x_TI

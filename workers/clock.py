@@ -1,7 +1,7 @@
 """Where a worker's time goes."""
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -12,8 +12,13 @@ _Item = TypeVar("_Item")
 class Clock:
     """Sums of wall seconds by kind, and when the worker was first and last busy."""
 
-    def __init__(self) -> None:
-        """Start with nothing."""
+    def __init__(self, on_timed: Callable[[_Kind, float], None] | None = None) -> None:
+        """Start with nothing.
+
+        Args:
+            on_timed: called with each block's kind and seconds.
+        """
+        self._on_timed = on_timed
         self._seconds: dict[_Kind, float] = {"load_seconds": 0.0, "capture_seconds": 0.0, "busy_seconds": 0.0}
         self._first_at: float | None = None
         self._last_at: float | None = None
@@ -25,20 +30,22 @@ class Clock:
         try:
             yield
         finally:
-            ended = time.time()
-            self._seconds[kind] += ended - started
-            if kind == "busy_seconds":
-                self._first_at, self._last_at = self._first_at or started, ended
+            self._add(kind, started, time.time())
 
     def timed_items(self, kind: _Kind, items: Iterator[_Item]) -> Iterator[_Item]:
         """Count the time that it takes to make items, not what is done with them."""
-        end = object()
-        while True:
-            with self.timed(kind):
-                item = next(items, end)
-            if item is end:
-                return
-            yield item  # type: ignore[misc]
+        started = time.time()
+        for item in items:
+            self._add(kind, started, time.time())
+            yield item
+            started = time.time()
+
+    def _add(self, kind: _Kind, started: float, ended: float) -> None:
+        self._seconds[kind] += ended - started
+        if kind == "busy_seconds":
+            self._first_at, self._last_at = self._first_at or started, ended
+        if self._on_timed is not None:
+            self._on_timed(kind, ended - started)
 
     def figures(self) -> dict[str, Any]:
         """Seconds by kind, and `first_at` and `last_at`, seconds since 1970 (None: never busy)."""

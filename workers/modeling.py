@@ -118,17 +118,23 @@ def image_tokens(path: Path) -> dict[str, int]:
     }
 
 
-def load(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def load(path: Path, *, dtype: torch.dtype, device: str, n_gpus: int = 1) -> PreTrainedModel:
     """The model with its weights, ready for capture: evaluation mode, no parameter takes a gradient.
 
-    Raises: SweepError: the weights do not fit the configuration or cannot be read.
+    Args:
+        path: checkpoint directory.
+        dtype: of the weights.
+        device: "cpu" or "cuda".
+        n_gpus: that its decoder layers are spread over, the first ones that are visible; each layer computes where its weights are.
+
+    Raises: SweepError: the weights do not fit the configuration or the GPUs, or cannot be read.
     """
     model_class = _model_class(read_config(path))
     try:
         model, info = model_class.from_pretrained(
             path,
             dtype=dtype,
-            device_map=None if device == "cpu" else device,  # straight to the GPU, no copy in the host's memory
+            device_map=None if device == "cpu" else device if n_gpus == 1 else "balanced",  # straight to the GPU, no copy in the host's memory
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -138,6 +144,8 @@ def load(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
         raise SweepError(f"The checkpoint {path} does not load: {_first_line(error)} {advice}") from error
     if missing := sorted(info["missing_keys"]):
         raise SweepError(f"The checkpoint {path} lacks {len(missing)} weights, the first {missing[0]!r}: they would be random. Download it again.")
+    if away := {str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}:
+        raise SweepError(f"The checkpoint {path} does not fit {n_gpus} GPU(s), {away.pop()} would hold the rest. Type cluster.gpus_per_worker={n_gpus + 1}.")
     return model.eval().requires_grad_(False)
 
 

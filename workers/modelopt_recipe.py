@@ -11,7 +11,7 @@ with warnings.catch_warnings():
     from modelopt.recipe import load_recipe
 
 
-def read_recipe(path: Path) -> tuple[list[dict[str, Any]], object]:
+def read_modelopt(path: Path) -> tuple[list[dict[str, Any]], object]:
     """The `quant_cfg` entries of a PTQ recipe file as ModelOpt reads them, only with the fields that the file names, and its `algorithm`.
 
     Args:

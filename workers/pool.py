@@ -14,6 +14,8 @@ POOL: Final = "sweep-pool"  # the actor's name
 _PARTS_EACH: Final = 4  # a worker: where there are fewer, recipes are split as well
 _SPLIT: Final = 4  # into as many what killed a worker is split, to find what kills workers
 _MAX_DEATHS: Final = 3  # a task under which, alone, so many workers died is the cause
+_REST_SECONDS: Final = 1.0  # of a worker after its second death; each further one doubles it
+_MAX_REST_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +76,57 @@ class Pool:
         self._batches = _batches(tasks.values(), n_workers)  # that are not over
         self._loans: dict[int, _Loan] = {}
         self._numbers = count()
+        self._lost: list[str] = []  # workers that died and have not been called back
         self._free: dict[str, str] = {}  # worker -> revision of the model that it holds, as far as is known
         self._ended: dict[str, str | None] = {}  # task id -> why it failed, None if it is done
+        self._workers: set[str] = set()  # all that were admitted
+        self._deaths: dict[str, int] = {}  # by worker
+        self._unfit: dict[str, dict[str, str]] = {}  # model revision -> why it does not load, by worker
+        self._broken: str | None = None
+        self._resting: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Condition()
 
     async def admit(self, worker: str) -> None:
-        """A worker, named, is there to be lent out."""
+        """A worker, named, is there to be lent out: at once, or later and later if it goes on dying."""
         async with self._changed:
-            self._free[worker] = ""
+            self._workers.add(worker)
+        if (seconds := rest_seconds(self._deaths.get(worker, 0))) == 0:
+            await self._set_free(worker)
+            return
+
+        async def rest() -> None:
+            await asyncio.sleep(seconds)
+            await self._set_free(worker)
+
+        resting = asyncio.get_running_loop().create_task(rest())
+        self._resting.add(resting)
+        resting.add_done_callback(self._resting.discard)
+
+    async def lost(self) -> list[str]:
+        """Workers that died since this was last asked; each is lent out again once it is admitted again."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    async def forget(self, worker: str) -> None:
+        """A worker will not come back."""
+        async with self._changed:
+            self._workers.discard(worker)
+            for revision in self._unfit:
+                self._check_loadable(revision)
             self._changed.notify_all()
+
+    async def figures(self) -> dict[str, int]:
+        """Workers that are `idle` and `busy`, and `deaths` of workers that had something to do."""
+        return {"idle": len(self._free), "busy": len(self._loans), "deaths": sum(self._deaths.values())}
+
+    async def stop(self, reason: str) -> None:
+        """Nothing more can be done, for a reason that is no task's own; what is left has not failed."""
+        self._broken = reason
+        await self.give_up(reason)
+
+    async def broken(self) -> str | None:
+        """Why the pool was stopped, if it was."""
+        return self._broken
 
     async def give_up(self, reason: str) -> None:
         """No task that waits will be scored."""
@@ -98,16 +142,17 @@ class Pool:
         A trial whose task has ended is given what else is left before it is let go: the next trial that wants some may be hundreds further on.
         """
         async with self._changed:
-            await self._changed.wait_for(lambda: task_id in self._ended or (self._free and self._waiting()))
-            waiting = self._waiting()
-            if not (self._free and waiting):
+            await self._changed.wait_for(lambda: task_id in self._ended or self._possible())
+            waiting = self._possible()
+            if not waiting:
                 return Ended(dict(self._ended))
             # A batch that nobody is at, and the trial's own, if it can be; else help with another.
             batch = min(waiting, key=lambda batch: (batch.n_out, task_id not in batch.tasks))
             first = batch.tasks.get(task_id, batch.first)
             if not self._loans and not self._ended and len(batch.tasks) > 1 and first.plan_id not in self._windowed:
                 batch = self._split_off(batch, first)  # a result to look at while the others are scored
-            worker = next((name for name, model in self._free.items() if model == first.model.revision), next(iter(self._free)))
+            fit = self._fit(first)
+            worker = next((name for name in fit if self._free[name] == first.model.revision), fit[0])
             del self._free[worker]
             batch.n_out += 1
             number = next(self._numbers)
@@ -124,16 +169,22 @@ class Pool:
         loan.taken += taken
         return taken
 
-    async def give_back(self, lease: Lease, ended: Mapping[str, str | None], death: str | None = None) -> None:
-        """The worker is free again.
+    async def give_back(self, lease: Lease, ended: Mapping[str, str | None], death: str | None = None, unfit: str | None = None) -> None:
+        """The worker is free again, or lost.
 
         Args:
             lease: what it was lent out with.
             ended: how it came to an end with its tasks, as far as it did: why they failed, None if what it took is done.
             death: what killed the worker; what has not ended waits again, with fewer tasks at a time.
+            unfit: why the worker cannot load the model; what has not ended waits for the others, and fails if there are none.
         """
+        revision = lease.tasks[0].model.revision
         async with self._changed:
-            self._free[lease.worker] = "" if death else lease.tasks[0].model.revision
+            if death is None:
+                self._free[lease.worker] = "" if unfit else revision
+            else:  # lent out while it restarts, it would seem to die again
+                self._lost.append(lease.worker)
+                self._deaths[lease.worker] = self._deaths.get(lease.worker, 0) + 1
             loan = self._loans.pop(lease.number)
             batch = loan.batch
             batch.n_out -= 1
@@ -141,7 +192,11 @@ class Pool:
                 if failure is not None:
                     self._ended.setdefault(task_id, failure)
             left = {task.task_id: task for task in lease.tasks if task.task_id not in ended}
-            if left:
+            if left and unfit:
+                batch.parts[:] = [name for name in part_names(batch.first) if name in {*loan.taken, *batch.parts}]
+                self._unfit.setdefault(revision, {})[lease.worker] = unfit
+                self._check_loadable(revision)
+            elif left:
                 self._again(batch, left, loan.taken, f"{death}")
             for each in self._batches:
                 each.tasks = {task_id: task for task_id, task in each.tasks.items() if task_id not in self._ended}
@@ -156,8 +211,26 @@ class Pool:
         """Why tasks failed, by task id."""
         return {task_id: reason for task_id, reason in self._ended.items() if reason is not None}
 
-    def _waiting(self) -> list[_Batch]:
-        return [batch for batch in self._batches if batch.parts]
+    def _possible(self) -> list[_Batch]:
+        """Batches with parts to take, for which there is a free worker."""
+        return [batch for batch in self._batches if batch.parts and self._fit(batch.first)]
+
+    def _fit(self, task: Task) -> list[str]:
+        """Free workers, but for those that cannot load the task's model."""
+        unfit = self._unfit.get(task.model.revision, {})
+        return [name for name in self._free if name not in unfit]
+
+    async def _set_free(self, worker: str) -> None:
+        async with self._changed:
+            self._free[worker] = ""
+            self._changed.notify_all()
+
+    def _check_loadable(self, revision: str) -> None:
+        """Tasks of a model that no worker can load have failed."""
+        unfit = self._unfit[revision]
+        if unfit.keys() >= self._workers:
+            why = next(iter(unfit.values()))
+            self._ended |= {task_id: why for batch in self._batches for task_id, task in batch.tasks.items() if task.model.revision == revision}
 
     def _split_off(self, batch: _Batch, task: Task) -> _Batch:
         """Make a task a batch of its own."""
@@ -180,6 +253,11 @@ class Pool:
         ids = list(tasks)
         again = [{task_id: tasks[task_id] for task_id in ids[start : start + size]} for start in range(0, len(ids), size)]
         self._batches += [_Batch(some, list(parts), deaths) for some in again]
+
+
+def rest_seconds(n_deaths: int) -> float:
+    """How long a worker is left alone after so many deaths: what is wrong with its machine may pass."""
+    return 0.0 if n_deaths <= 1 else min(_REST_SECONDS * 2.0 ** (n_deaths - 2), _MAX_REST_SECONDS)
 
 
 def _batches(tasks: Iterable[Task], n_workers: int) -> list[_Batch]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sweep.errors import SweepError
+from sweep.errors import SweepError, Unfit
 from sweep.machine import memory_gb, n_cores
 from sweep.store import Store
 from workers import memory, modeling
@@ -26,6 +26,7 @@ from workers.ledger import Ledger
 from workers.quantization import auto_quantize_scores
 from workers.scores import Measured, NotFinite, Scores
 from workers.scoring import Engine, Job
+from workers.shared import first_alone
 from workers.task import GroupSpec, ModelSpec, Part, Progress, Task, part_names, parts_of
 from workers.windows import captures
 from workers.writers import Writers
@@ -49,51 +50,78 @@ class _Captured:
 class Scorer:
     """Scores tasks; loads a model only when tasks need another one, and captures only what no earlier task had captured."""
 
-    def __init__(self, store_uri: str, device: str, *, memory_gb: float | None = None, n_workers: int = 1) -> None:
+    def __init__(
+        self,
+        store_uri: str,
+        device: str,
+        *,
+        memory_gb: float | None = None,
+        n_workers: int = 1,
+        n_gpus: int = 1,
+        on_timed: Callable[[str, float], None] | None = None,
+    ) -> None:
         """Prepare an empty worker.
 
         Args:
             store_uri: absolute path or URL of the store.
             device: "cpu" or "cuda".
-            memory_gb: memory to use, 1e9 bytes; None: what is free on the GPU, or an even share of the machine's.
+            memory_gb: memory to use on each device, 1e9 bytes; None: what is free on the GPU, or an even share of the machine's.
             n_workers: workers that share the machine.
+            n_gpus: that a model is spread over.
+            on_timed: called after each load and capture, see workers.clock.Clock.
         """
         if device == "cpu":
             torch.set_num_threads(1)  # more threads beside other workers cost 60x, and would change bits
         elif memory_gb is not None:
-            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / torch.cuda.mem_get_info()[1]))
-        self._memory_gb, self._n_workers = memory_gb, n_workers
+            for index in range(n_gpus):
+                torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / torch.cuda.mem_get_info(index)[1]), index)
+        self._memory_gb, self._n_workers, self._n_gpus = memory_gb, n_workers, n_gpus
         self._halvings = 0  # of the room for x and g, after running out of memory
         self.store = Store(store_uri)
         self.device = torch.device(device)
         self.model_loads = 0
-        self._clock = Clock()
+        self._clock = Clock(on_timed)
         self._model: Any = None
         self._model_spec: ModelSpec | None = None
-        self._engine: Engine | None = None
+        self._engines: dict[torch.device, Engine] = {}  # one for each device that holds layers
         self._captured: _Captured | None = None
         self._divergence: tuple[tuple[str, int, tuple[str, ...]], KlEngine] | None = None
         # Beside a GPU, threads would wait for Python's lock as long as the GPU scores, and it for them.
         self._writers = Writers(max(1, min(_WRITERS, n_cores() // n_workers - 1)), processes=device == "cuda")
+
+    @staticmethod
+    def is_device_fault(error: BaseException) -> bool:
+        """Whether the process' CUDA context is lost, with all that it will ever compute."""
+        return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
     def info(self) -> dict[str, Any]:
         """What it has done so far.
 
         Returns: `model_loads`; seconds: `load_seconds`, `capture_seconds` (the unquantized model's passes), `busy_seconds`
             (with tasks, captures included); `first_at` and `last_at`: when it was first and last busy, seconds since 1970;
-            `peak_gb`: the most GPU memory that was allocated, in 1e9 bytes, None on a CPU.
+            `peak_gb`: the most memory that was allocated, in 1e9 bytes, over all its GPUs; None on a CPU.
         """
-        peak_gb = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
+        peak_gb = sum(torch.cuda.max_memory_allocated(index) for index in range(self._n_gpus)) / 1e9 if self.device.type == "cuda" else None
         return {"model_loads": self.model_loads, "peak_gb": peak_gb, **self._clock.figures()}
+
+    def gpu_memory(self) -> tuple[int, int] | None:
+        """Bytes of its GPUs that are used, and that they have; None on a CPU."""
+        if self.device.type == "cpu":
+            return None
+        free, total = (sum(values) for values in zip(*(torch.cuda.mem_get_info(index) for index in range(self._n_gpus)), strict=True))
+        return total - free, total
 
     def load(self, spec: ModelSpec) -> None:
         """Hold this model, and no other."""
         if spec == self._model_spec:
             return
-        self._model, self._model_spec, self._engine, self._captured, self._divergence = None, None, None, None, None
-        with self._clock.timed("load_seconds"):
-            self._model = modeling.load(Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device))
-        self._engine = Engine(self.device)
+        self._model, self._model_spec, self._captured, self._divergence = None, None, None, None
+        self._engines.clear()
+        with self._clock.timed("load_seconds"), first_alone(Path(spec.path)):
+            try:
+                self._model = modeling.load(Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device), n_gpus=self._n_gpus)
+            except SweepError as error:
+                raise Unfit(str(error)) from error
         self._model_spec = spec
         self.model_loads += 1
 
@@ -182,12 +210,14 @@ class Scorer:
 
     def _layerwise(self, books: Mapping[str, Book], plan: Plan, parts: "_Parts") -> Iterator[tuple[Part, _Start]]:
         """method=gradient: each part, and what starts the scoring of one of its groups."""
-        engine = self._engine
-        assert engine is not None
         for window, rows in self._windows(books, plan, parts):
 
             def start(group: GroupSpec, jobs: Sequence[Job], rows: Mapping[str, Rows] = rows) -> _Waiting:
-                return engine.score_group(self._weights(group), rows, jobs)
+                weights = self._weights(group)
+                device = next(iter(weights.values())).device
+                if device not in self._engines:
+                    self._engines[device] = Engine(device)
+                return self._engines[device].score_group(weights, rows, jobs)
 
             for part in window:
                 yield part, start
@@ -237,14 +267,16 @@ class Scorer:
                 yield found[index], rows
 
     def _memory_bytes(self) -> float:
+        """Of one device: a window's layers may all lie there."""
         if self._memory_gb is not None:
             return self._memory_gb * 1e9
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+            return min(torch.cuda.mem_get_info(index)[0] + torch.cuda.memory_reserved(index) for index in range(self._n_gpus))
         return memory_gb() * 1e9 / self._n_workers
 
     def _model_bytes(self) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
+        """Of one device, over which the model is spread evenly."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters()) // self._n_gpus
 
     def _rows(self, plan_id: str, plan: Plan, n_segments: int, modules: tuple[str, ...]) -> Mapping[str, Rows]:
         """Capture, or what an earlier capture of at least as much left."""

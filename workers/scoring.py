@@ -84,9 +84,10 @@ class _Visit:
 
 
 class Engine:
-    """Scores layer groups; keeps quantizers and weight ranges between calls, so use one for each loaded model."""
+    """Scores layer groups of one device; keeps quantizers and weight ranges between calls, so use one for each loaded model."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._quantizers = Quantizers()
         self._finite: set[str] = set()  # weights that were looked at
         self._weight_squares: dict[str, Tensor] = {}
@@ -104,6 +105,10 @@ class Engine:
         Returns: a function that waits for the GPU and gives each job's scores (or what is not finite in them), None if no
             module of the group was called. Call it after the next group has been started, so that the GPU never waits.
         """
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            return self._score_group(weights, rows, jobs)
+
+    def _score_group(self, weights: Mapping[str, Tensor], rows: Mapping[str, Rows], jobs: Sequence[Job]) -> Callable[[], list[Scores] | None]:
         group = next(iter(weights))
         called = [name for name in weights if name in rows]
         if not called:
@@ -255,7 +260,7 @@ class _Total:
     def close(self) -> None:
         """Sum rows to samples and send everything home, without waiting for the GPU."""
         by_row = self.sums.flatten(0, 2).T.to(torch.float64, memory_format=torch.contiguous_format)
-        by_sample = torch.segment_reduce(by_row, "sum", lengths=self._layout.lengths, axis=0, unsafe=True)  # its checks wait for the GPU
+        by_sample = torch.segment_reduce(by_row, "sum", lengths=self._layout.lengths.to(by_row.device), axis=0, unsafe=True)  # its checks wait for the GPU
         modules = by_sample.unflatten(1, (len(self._amaxes), -1)).unbind(1)
         samples = sum(modules[1:], start=modules[0])
         squares = [*self._w_squares.values(), *(square for _, square in self._weights if isinstance(square, Tensor))]

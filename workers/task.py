@@ -104,6 +104,21 @@ class Progress:
         return self if earlier is None or self.warning is not None else replace(self, warning=earlier.warning)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """How far a sweep is: what a person wants to know of it at a glance."""
+
+    trials: Mapping[str, int]  # of the grid, by state: planned, running, done, failed, skipped
+    groups_done: int  # layer groups of this run, over all cells
+    groups_total: int
+    groups_scored: int  # of those done, the ones that were not in the store before
+    failed_trials: int  # in this run
+    queue: int  # trials that wait for a worker
+    models: int  # that this run's tasks are of
+    eta_seconds: float | None
+    trial_seconds: tuple[float, ...]  # of the trials that have ended since the last picture
+
+
 def parts_of(groups: Sequence[GroupSpec]) -> tuple[Part, ...]:
     """The parts that layer groups make up, in the model's order."""
     return tuple(Part(name, tuple(members)) for name, members in groupby(groups, key=lambda group: group.part))

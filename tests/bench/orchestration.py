@@ -13,9 +13,9 @@ from typing import Any
 
 from ray import tune
 
-from sweep import driver
+from sweep import cluster, driver
 from sweep.machine import Workers
-from tests.tasks import TASK
+from tests.tasks import PICTURE, TASK
 from workers import actor
 from workers.data import Plan, Sample, make_plan
 from workers.task import Progress, Task
@@ -29,7 +29,7 @@ class InstantWorker:
     def __init__(self, *arguments: Any) -> None:
         self._loads = 0
 
-    def load(self, task: Task) -> None:
+    def load(self, task: Task, mark: str | None) -> None:
         self._loads += 1
 
     def info(self) -> dict[str, Any]:
@@ -58,9 +58,9 @@ class Nothing(tune.Trainable):
 def tune_seconds(orders: Sequence[driver.TrialOrder]) -> float:
     """Wall time of as many trials that do nothing at all, with the same Tune settings."""
     driver.TrialRunner = Nothing  # type: ignore[misc, assignment]
-    driver._start_ray(Workers(device="cpu", count=2, gpus_each=1.0))
+    connection = cluster.connect(Workers(device="cpu", count=2, gpus_each=1.0))
     with tempfile.TemporaryDirectory() as scratch:
-        tuner = driver._tuner(orders, 2, scratch, [])
+        tuner = driver._tuner(orders, 2, connection.trial_resources, scratch, [])
         started = time.perf_counter()
         tuner.fit()
         return time.perf_counter() - started
@@ -85,6 +85,8 @@ def main() -> None:
         Workers(device="cpu", count=2, gpus_each=1.0),
         "none",
         memory_gb=None,
+        picture=lambda: PICTURE,
+        on_connected=lambda connection: None,
         on_stage=print,
         on_ready=lambda: marks.append(time.perf_counter()),
         on_progress=lambda progress: None,

@@ -2,7 +2,7 @@
 
 Needs a store with finished cells of the bundled model, all of one kind: `sweep run -m grid=demo store.uri=DIR`.
 
-python -m tests.bench.recapture --store DIR --bits 4.25,4.5,5,6 --rounds 2
+python -m tests.bench.recapture --store DIR [--bits 4.25,4.5,5,6] [--rounds 2] [--overrides quant_pair=wfp4_afp4,wfp8_afp8]
 """
 
 import argparse
@@ -26,17 +26,18 @@ def main() -> None:
     parser.add_argument("--store", required=True)
     parser.add_argument("--bits", default="4.25,4.5,5,6")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--overrides", nargs="*", default=[], help="which of its trials, e.g. quant_pair=wfp4_afp4,wfp8_afp8")
     args = parser.parse_args()
-    typed = [f"store.uri={args.store}", "dataset.size=large"]
+    typed = [f"store.uri={args.store}", "dataset.size=large", *args.overrides]
     device = torch.device("cpu")
-    options = read_options(Store(expand(typed, multirun=False).points[0].store.uri), typed)
-    uniform = uniform_recipes(options)
+    options = read_options(Store(expand(typed, multirun=True).points[0].store.uri), typed)
+    rules, uniform = Rules(pins={}), uniform_recipes(options)
     for bits in map(float, args.bits.split(",")):
         damage: FloatArray | None = None
         for round_ in range(args.rounds + 1):
             started = time.perf_counter()
-            problem = problem_of(options, Rules(pins={}), damage)
-            made = recipe(options, solved(options, problem, Budget(bits=bits)), f"{bits:g} bits, round {round_}", None, damage)
+            problem = problem_of(options, rules, damage)
+            made = recipe(options, solved(options, problem, Budget(bits=bits), rules), f"{bits:g} bits, round {round_}", None, damage)
             ready = prepared(made, config_of(made, [f"store.uri={args.store}", "cluster.device=cpu"]))
             asked = [("recipe", made), *(("uniform", each) for each in uniform if each.effective_bits <= bits and not round_)]
             found, *others = validate(ready, asked)

@@ -26,7 +26,7 @@ from sweep.subject import Model, samples_of
 from tests.exports import FORMATS, group_format, recipe_of
 from workers.data import make_plan
 from workers.modeling import load
-from workers.modelopt_recipe import read_recipe
+from workers.modelopt_recipe import read_modelopt
 
 MODEL = Model(bundled_model_dir())
 NAMES = ["nvfp4", "fp8_tensor_static", "int4_groups_weight_only", None, "fp8_blocks", "int8_channel_token"]
@@ -92,24 +92,26 @@ def test_text_is_written_whole(tmp_path: Path, run: Callable[..., int], recipe: 
     assert (tmp_path / "out.yaml").read_text() == (to_csv(recipe) if file_format == "csv" else to_modelopt(recipe))
 
 
-def test_scores_of_another_model_are_refused(tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str]) -> None:
-    text = dict.fromkeys(("dataset", "dataset_revision", "size", "coverage", "method", "engine", "quant_pair", "quant_granularity", "versions"), "x")
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model": "other", "model_revision": "1234"}, "is of other revision 1234, the recipe's model is qwen3_vl_tiny revision"),
+        ({"dataset": "other", "dataset_revision": "1234"}, "is of other/small revision 1234, the recipe's samples are wordnet_glosses/small revision"),
+    ],
+)
+def test_scores_of_another_model_or_other_samples_are_refused(
+    tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str], changed: dict[str, str], said: str
+) -> None:
+    text = dict.fromkeys(("coverage", "method", "engine", "quant_pair", "quant_granularity", "versions"), "x")
+    facts = {"model": recipe.model, "model_revision": recipe.model_revision, "dataset": recipe.dataset, "dataset_revision": recipe.dataset_revision}
     cell = recipe.groups[0].cell_id
     row = TrialRow(
-        **text,
-        trial_id="t",
-        cell_id=cell,
-        model="other",
-        model_revision="1234",
-        state="done",
-        reason=None,
-        config="{}",
-        created_at=datetime.now(UTC),
-        run_id="r",
+        **(text | facts | changed), trial_id="t", cell_id=cell, size="small", state="done", reason=None, config="{}", created_at=datetime.now(UTC), run_id="r"
     )
     Store(str(tmp_path / "store")).write_trials("r", [row])
     assert run("csv", "out.csv") == 2
-    assert f"cell {cell}) is of other revision 1234" in capsys.readouterr().err
+    assert f"The score of {recipe.groups[0].group} (cell {cell}) {said}" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_csv_has_a_row_a_group(recipe: MixedRecipe) -> None:
@@ -148,7 +150,7 @@ def test_a_modelopt_file_that_says_something_else_is_refused(tmp_path: Path, rec
     path = tmp_path / "recipe.yaml"
     path.write_text(to_modelopt(recipe).replace(old, new))
     with pytest.raises(SweepError, match=said):
-        check_modelopt(*read_recipe(path), recipe, list(MODEL.inputs))
+        check_modelopt(*read_modelopt(path), recipe, list(MODEL.inputs))
 
 
 @pytest.mark.parametrize("algorithm", ["mse", "awq_lite"])

@@ -20,7 +20,7 @@ HOMES = {
     "scipy": {"sweep/solve.py"},
     "hydra": {"sweep/compose.py"},
     "omegaconf": {"sweep/compose.py"},
-    "ray": {"sweep/driver.py", "workers/actor.py"},
+    "ray": {"sweep/cluster.py", "sweep/driver.py", "workers/actor.py", "workers/metrics.py"},
 }
 HEAVY = ("ray", "torch", "transformers", "modelopt", "datasets")
 

@@ -12,7 +12,9 @@ from sweep.machine import Workers, n_cores, n_gpus, pick_workers
 
 
 def cluster(**changed: Any) -> ClusterConfig:
-    return ClusterConfig(**({"device": "auto", "workers": "auto", "gpus_per_worker": 1.0, "retry_failed": False} | changed))
+    return ClusterConfig(
+        **({"address": "local", "dashboard": "auto", "device": "auto", "workers": "auto", "gpus_per_worker": 1.0, "retry_failed": False} | changed)
+    )
 
 
 @pytest.fixture
@@ -33,29 +35,33 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Any:
         (4, {}, ("cuda", 4)),
         (4, {"device": "cpu"}, ("cpu", 8)),
         (4, {"workers": 2}, ("cuda", 2)),
-        (4, {"gpus_per_worker": 2.0}, ("cuda", 2)),
-        (5, {"gpus_per_worker": 2.0}, ("cuda", 2)),
         (1, {"gpus_per_worker": 0.5}, ("cuda", 2)),
         (1, {"gpus_per_worker": 0.1}, ("cuda", 10)),
         (7, {"gpus_per_worker": 0.07}, ("cuda", 7 * 14)),
         (2, {"gpus_per_worker": 0.6}, ("cuda", 2)),  # a share lies on one GPU: the 0.4 left on each make no third
         (8, {"gpus_per_worker": 0.4}, ("cuda", 16)),
+        (8, {"gpus_per_worker": 2.0}, ("cuda", 4)),
     ],
 )
 def test_workers_of_a_machine(gpus: int, asked: dict[str, Any], expected: tuple[str, int], has: Any) -> None:
     has(gpus=gpus)
     device, count = expected
-    assert pick_workers(cluster(**asked)) == Workers(device=device, count=count, gpus_each=asked.get("gpus_per_worker", 1.0))  # pyright: ignore[reportArgumentType]
+    assert pick_workers(cluster(**asked)) == Workers(
+        device=device,  # pyright: ignore[reportArgumentType]
+        count=count,
+        gpus_each=asked.get("gpus_per_worker", 1.0),
+        dashboard=device == "cuda",
+    )
 
 
 @pytest.mark.parametrize(
     ("gpus", "asked", "advice"),
     [
         (0, {"device": "cuda"}, "Type cluster.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES."),
-        (2, {"gpus_per_worker": 4.0}, "Type cluster.gpus_per_worker=2 or less."),
         (2, {"workers": 3}, "Type cluster.workers=2 or less."),
         (2, {"workers": 3, "gpus_per_worker": 0.6}, "Type cluster.workers=2 or less."),
-        (4, {"workers": 3, "gpus_per_worker": 2.0}, "Type cluster.workers=2 or less."),
+        (2, {"gpus_per_worker": 4.0}, "Type cluster.gpus_per_worker=2 or less."),
+        (7, {"workers": 4, "gpus_per_worker": 2.0}, "Type cluster.workers=3 or less."),
     ],
 )
 def test_what_the_machine_does_not_have_is_refused(gpus: int, asked: dict[str, Any], advice: str, has: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tasks import GROUP, TASK
-from workers.pool import Ended, Lease, Pool
+from workers.pool import Ended, Lease, Pool, rest_seconds
 from workers.task import Task
 
 LAYERS = tuple(replace(GROUP, name=f"{layer}.a", part=str(layer)) for layer in range(10))
@@ -243,6 +243,9 @@ def test_what_a_dead_worker_had_waits_again_with_fewer_tasks_at_a_time() -> None
         lease = await leased(shared, "a")
         assert (names(lease), await taken(shared, lease, 3)) == ("abcdefgh", "012")
         await shared.give_back(lease, {"a": None}, death="killed")
+        assert await shared.lost() == ["1"]
+        assert await shared.lost() == []
+        await shared.admit("1")  # it has restarted
         for leaves in ("bc", "de", "fg", "h"):  # one of them may be what kills workers
             lease = await leased(shared, "a")  # its own task has ended: it goes on with what is left
             assert (names(lease), await taken(shared, lease)) == (leaves, "0123456789")
@@ -258,6 +261,8 @@ def test_when_one_of_two_workers_dies_what_the_other_has_taken_is_not_scored_aga
         one, two = await leased(shared, "a"), await leased(shared, "a")
         assert (await taken(shared, one, 2), await taken(shared, two, 2)) == ("01", "23")
         await shared.give_back(one, {}, death="killed")
+        assert await shared.figures() == {"idle": 0, "busy": 1, "deaths": 1}
+        await shared.admit(one.worker)
         assert await taken(shared, two) == ""  # until it is known what kills workers, tasks are scored apart
         await done(shared, two)
         again = await leased(shared, "a")
@@ -268,13 +273,16 @@ def test_when_one_of_two_workers_dies_what_the_other_has_taken_is_not_scored_aga
     asyncio.run(story())
 
 
-def test_a_task_under_which_alone_three_workers_died_has_failed_and_the_others_go_on() -> None:
+def test_a_task_under_which_alone_three_workers_died_has_failed_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.pool._REST_SECONDS", 0.0)
+
     async def story() -> None:
         shared = await begun(tasks("abc"), workers="1")
         for leaves in ("abc", "a", "a", "a"):
             lease = await leased(shared, "a")
             assert (names(lease), await taken(shared, lease)) == (leaves, "0")
             await shared.give_back(lease, {}, death="out of memory")
+            await shared.admit("1")
         for name in "bc":
             lease = await leased(shared, "a")
             assert (names(lease), await taken(shared, lease)) == (name, "0")
@@ -317,3 +325,34 @@ def test_every_task_is_scored_once_in_every_layer_however_many_trials_ask() -> N
 
     asyncio.run(asyncio.wait_for(story(), 60))
     assert sorted(scored) == [f"{task}{layer}" for task in "abcdefghijklmnopqrstuvwxyz" for layer in range(10)]
+
+
+@pytest.mark.parametrize(("n_deaths", "seconds"), [(1, 0.0), (2, 1.0), (3, 2.0), (4, 4.0), (7, 32.0), (8, 60.0), (30, 60.0)])
+def test_a_worker_that_goes_on_dying_rests_longer_and_longer(n_deaths: int, seconds: float) -> None:
+    assert rest_seconds(n_deaths) == seconds
+
+
+def test_a_model_that_loads_on_one_worker_only_is_scored_there_and_one_that_loads_nowhere_fails() -> None:
+    async def story() -> None:
+        shared = await begun(tasks("ab", groups=LAYERS), workers="12")
+        lease = await leased(shared, "a")
+        parts = await taken(shared, lease, 2)
+        await shared.give_back(lease, {}, unfit="no such file")
+        again = await leased(shared, "a")
+        assert (again.worker != lease.worker, parts in await taken(shared, again)) == (True, True)
+        assert await waits(shared.lease("b"))  # the worker that cannot load it is free, and stays so
+        await shared.give_back(again, {}, unfit="no such file")
+        assert await shared.lease("b") == Ended({"!": None, "a": "no such file", "b": "no such file"})
+
+    asyncio.run(story())
+
+
+def test_a_pool_that_is_stopped_says_why() -> None:
+    async def story() -> None:
+        shared = await begun(tasks("ab"), workers="1")
+        assert await shared.broken() is None
+        await shared.stop("No space left on device")
+        assert await shared.broken() == "No space left on device"
+        assert isinstance(await shared.lease("a"), Ended)
+
+    asyncio.run(story())

@@ -129,3 +129,20 @@ def test_on_a_terminal_the_table_names_what_runs(tally: Tally) -> None:
     assert "wfp8_afp8/default" in text
     assert "3 of 20 layer groups (small, large)" in text
     assert "wint4_afp16" not in text  # not under way
+
+
+def test_trials_are_planned_running_done_or_failed_and_each_that_ends_has_its_seconds_once(tally: Tally, clock: Clock) -> None:
+    assert tally.trials_by_state() == {"planned": 5, "running": 0, "done": 0, "failed": 0}
+    tally.update(done("a", 5, found=5))
+    assert tally.trials_by_state() == {"planned": 1, "running": 4, "done": 0, "failed": 0}
+    assert tally.take_trial_seconds() == ()
+    clock.now += 3
+    tally.update(done("b", 0))
+    tally.update(done("a", 20, found=5))
+    clock.now += 1
+    tally.update(Progress(task_id="b", done=2, found=0, failure="NaN"))
+    tally.update(Progress(task_id="b", done=2, found=0, failure="NaN"))
+    assert tally.trials_by_state() == {"planned": 0, "running": 0, "done": 4, "failed": 1}
+    assert tally.take_trial_seconds() == (3.0, 3.0, 3.0, 3.0, 1.0)
+    assert tally.take_trial_seconds() == ()
+    assert tally.scored_groups == 15 + 2

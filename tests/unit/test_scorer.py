@@ -280,3 +280,17 @@ def test_a_cell_that_was_finished_meanwhile_is_not_scored_again(place: Path, tmp
     assert again.info()["capture_seconds"] == 0
     assert cells(tmp_path) == before
     assert not list(tmp_path.glob("parts/*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "is_fault"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("CUDA error"), False),
+    ],
+)
+def test_only_a_lost_cuda_context_ends_the_process(error: BaseException, is_fault: bool) -> None:
+    assert Scorer.is_device_fault(error) == is_fault

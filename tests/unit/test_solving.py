@@ -98,7 +98,7 @@ def test_a_target_that_runs_nothing_that_was_scored_is_named(tmp_path: Path, cap
     store = store_at(tmp_path / "store", {})
     add(store, "wfp8_aint8/default", [0.1] * 5)
     assert solve(store, "--bits", "8") == 2
-    assert "target=vllm_sm90 runs none of the 1 scored recipes as they are (wfp8_aint8/default: none)" in capsys.readouterr().err
+    assert "target=vllm_sm90 runs none of the 1 recipes as they are scored (wfp8_aint8/default: none)" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_named(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

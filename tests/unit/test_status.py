@@ -92,3 +92,37 @@ def test_watching_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["status", "--watch", f"store.uri={tmp_path}"]) == 0
     output = capsys.readouterr().out
     assert (len(naps), output.count("Running: 3 of 8"), output.count("with exit code 0")) == (1, 1, 1)
+
+
+def test_asked_for_it_the_runs_cluster_says_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sweep import cluster
+
+    asked: list[str] = []
+
+    def look(address: str) -> dict[str, Any]:
+        asked.append(address)
+        nodes = [{"host": "a", "cpus": 8.0, "gpus": 2.0}, {"host": "b", "cpus": 8.0, "gpus": 2.0}]
+        return {
+            "address": address,
+            "nodes": nodes,
+            "gpus": 4.0,
+            "gpus_free": 1.0,
+            "workers": {"sweep-1": ["sweep-worker-0", "sweep-worker-1", "sweep-worker-2"]},
+        }
+
+    monkeypatch.setattr(cluster, "look", look)
+    store_with(tmp_path, 1, ray_address="10.0.0.1:6379", dashboard_url="http://10.0.0.1:8265")
+    assert main(["status", "--cluster", f"store.uri={tmp_path}"]) == 0
+    assert main(["status", "--cluster", f"store.uri={tmp_path}", "cluster.address=other:6379"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert asked == ["10.0.0.1:6379", "other:6379"]
+    assert "Ray at 10.0.0.1:6379: 2 nodes, 3 of 4 GPUs in use, 3 workers of sweep-1" in lines
+    assert "Ray dashboard: http://10.0.0.1:8265" in lines
+
+
+def test_without_a_run_there_is_no_cluster_to_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--cluster", f"store.uri={tmp_path / 'nothing'}"]) == 2
+    assert "Type cluster.address=HOST:6379" in capsys.readouterr().err
+    store_with(tmp_path, 3600, ray_address="10.0.0.1:6379")
+    assert main(["status", "--cluster", f"store.uri={tmp_path}"]) == 0
+    assert "Ray at" not in capsys.readouterr().out

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sweep.errors import StoreFailed
 from sweep.store import Store
 from tests.tasks import GROUP, TASK
 from workers.ledger import Ledger
@@ -58,7 +59,7 @@ def test_what_goes_wrong_with_a_part_is_told(tmp_path: Path, processes: bool) ->
     writers = Writers(1, processes=processes)
     with writers.tidied():
         opened(writers, tmp_path, "a")
-        with pytest.raises(OSError, match="parts"):
+        with pytest.raises(StoreFailed, match="Cannot write to the store"):
             writers.write("a", "layers.0", {"small": [SCORE]}).result()
     assert not writers._of_task
     writers.shutdown()

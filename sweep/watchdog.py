@@ -1,0 +1,155 @@
+"""What must not outlive what: the driver its cluster, and the cluster's processes the driver.
+
+Ray's own processes end with a driver that is killed, but for the node's agents; and a driver whose raylet or GCS was killed waits for them
+for ever, in `ray.shutdown` too (Ray 2.60).
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+_LOOK_SECONDS: Final = 0.5
+_SHUTDOWN_SECONDS: Final = 60.0  # Ray takes 1 to 5
+_PROBE_SECONDS: Final = 5.0  # between looks at what is on other machines, and until it must have answered
+_SILENT_SECONDS: Final = 45.0  # a control service that is started anew is back by then; after 60 Ray ends this process without a word
+_MARK: Final = "SWEEP_DRIVER"  # in the environment of every process of a driver's cluster
+_ESSENTIAL: Final = {"raylet": "Ray's raylet", "gcs_server": "Ray's control service (GCS)"}
+
+# Waits for the driver's end of a pipe to close, then kills what carries its mark.
+_REAPER: Final = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from sweep.watchdog import kill_marked
+sys.stdin.buffer.read()
+kill_marked(sys.argv[2])
+"""
+
+
+class Watchdog:
+    """Ends this process when its Ray cluster dies, and its cluster when this process dies."""
+
+    def __init__(self, on_dead: Callable[[str], None]) -> None:
+        """Prepare it; enter it before Ray starts.
+
+        Args:
+            on_dead: called from another thread with what has died, for people; it must end the process.
+        """
+        self._on_dead = on_dead
+        self._mark = f"{os.getpid()}-{time.time_ns()}"
+        self._stopping: float | None = None  # since when Ray is being stopped
+        self._left = threading.Event()
+        self._remote: dict[str, tuple[str, int]] = {}
+        self._answered: dict[str, float] = {}  # when what is remote last did
+        self._probed = 0.0
+        self._watched: dict[int, str] = {}  # of the cluster's head: children of this process, from the moment that they are there
+
+    def __enter__(self) -> Self:
+        os.environ[_MARK] = self._mark
+        root = str(Path(__file__).resolve().parents[1])
+        # A session of its own: Ctrl-C in a terminal would end it first.
+        self._reaper = subprocess.Popen([sys.executable, "-Sc", _REAPER, root, self._mark], stdin=subprocess.PIPE, start_new_session=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._left.set()
+        self._thread.join()
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.close()
+        self._reaper.wait()
+        del os.environ[_MARK]
+
+    def watch(self, remote: Mapping[str, tuple[str, int]]) -> None:
+        """Look at these as well, for people by name: a host and a port that must take a connection now and then."""
+        self._answered = dict.fromkeys(remote, time.monotonic())
+        self._remote = dict(remote)
+
+    def stopping(self) -> None:
+        """Ray is about to be stopped: its processes may end, but it must not take for ever."""
+        self._check()
+        self._stopping = time.monotonic()
+
+    def _check(self) -> None:
+        dead = next((name for pid, name in self._watched.items() if not _is_alive(pid)), None)
+        if dead is not None and self._stopping is None:  # it was not told to end meanwhile
+            self._on_dead(f"{dead} has died")
+
+    def _probe(self) -> None:
+        if time.monotonic() - self._probed < _PROBE_SECONDS:
+            return
+        for name, address in self._remote.items():
+            if _takes_connections(address):
+                self._answered[name] = time.monotonic()
+            elif time.monotonic() - self._answered[name] > _SILENT_SECONDS:
+                self._on_dead(f"{name} at {address[0]}:{address[1]} does not answer")
+        self._probed = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._left.wait(_LOOK_SECONDS):
+            if self._stopping is None:
+                self._check()
+                self._probe()
+                self._watched |= {pid: _ESSENTIAL[name] for pid, name in _children(os.getpid()) if name in _ESSENTIAL}
+            elif time.monotonic() - self._stopping > _SHUTDOWN_SECONDS:
+                self._on_dead("Ray did not stop")
+
+
+def _takes_connections(address: tuple[str, int]) -> bool:
+    try:
+        with socket.create_connection(address, timeout=_PROBE_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def kill_marked(mark: str) -> None:
+    """Kill every process that was started with this mark in its environment, until there is none."""
+    wanted = f"{_MARK}={mark}".encode()
+    for _ in range(100):  # what is killed may just have started another
+        found = [pid for pid in _pids() if pid != os.getpid() and wanted in _environment(pid) and _is_alive(pid)]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, 9)
+        time.sleep(0.05)
+
+
+def _pids() -> Iterator[int]:
+    yield from (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _environment(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def _stat(pid: int) -> tuple[str, str, int] | None:
+    """A process' name, state and parent; None if it is gone."""
+    try:
+        head, _, tail = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
+    except OSError:
+        return None
+    state, parent, *_ = tail.split()
+    return head.partition("(")[2], state, int(parent)
+
+
+def _children(parent: int) -> Iterator[tuple[int, str]]:
+    for pid in _pids():
+        if (stat := _stat(pid)) is not None and stat[2] == parent:
+            yield pid, stat[0]
+
+
+def _is_alive(pid: int) -> bool:
+    return (stat := _stat(pid)) is not None and stat[1] not in "ZX"

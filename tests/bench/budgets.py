@@ -1,0 +1,202 @@
+"""Solved recipes against the best uniform one and against what `mtq.auto_quantize` chooses among the same formats, on held-out samples.
+
+Needs a store with finished cells of the bundled model in size large: `sweep run -m grid=deployable target=vllm_sm100 dataset.size=large store.uri=DIR`.
+ModelOpt calibrates and scores on the same samples, in the same batches, with the same summed loss, all formats in one call, and solves by itself.
+Formats are those that the target runs and that ModelOpt can choose among on texts of several lengths (no inputs in blocks, but for its kernels' own).
+
+Twice: with its own sizes of formats, in which a block's scale often weighs nothing (ours is then solved at the size that its choice really has), and
+with ours given as `effective_bits`, so that both have one budget.
+
+python -m tests.bench.budgets --store DIR [--target vllm_sm100] [--bits 4.5,5,6] [--overrides quant_pair=wint4_afp16,wint8_afp16]
+"""
+
+import argparse
+import copy
+import io
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import numpy as np
+import torch
+from modelopt.torch.quantization.config import QuantizeConfig
+from torch import Tensor, nn
+
+from sweep.compose import expand
+from sweep.mixed import GroupFormat, MixedRecipe
+from sweep.mixing import Budget, problem_of, recipe, solved
+from sweep.options import Options, read_options
+from sweep.prepared import Prepared, config_of, loaded, prepared
+from sweep.recipe_quantizer import QuantizerSpec
+from sweep.solving import rules_of
+from sweep.store import Store
+from sweep.targets import Target
+from sweep.validate import Measured, uniform_recipes, validate
+from tests.bench.setup import report
+from workers.block_formats import BACKEND, register
+from workers.capture import batch_to, labels_of, summed_loss
+from workers.data import Batch
+
+
+def quantize_config(chosen: GroupFormat, effective_bits: float | None) -> dict[str, Any]:
+    """One of our formats as one of ModelOpt's candidates. Args: effective_bits: its size; None: as ModelOpt reckons it."""
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for name, attributes in (("*weight_quantizer", chosen.weight), ("*input_quantizer", chosen.inputs)):
+        if attributes is not None:
+            dynamic = (attributes.get("block_sizes") or {}).get("type") == "dynamic"
+            entries.append({"quantizer_name": name, "cfg": {**attributes, **({"backend": BACKEND} if dynamic else {})}})
+    return {"quant_cfg": entries, "algorithm": chosen.algorithm} | ({} if effective_bits is None else {"effective_bits": effective_bits})
+
+
+def auto_quantize(
+    model: nn.Module, candidates: Sequence[Mapping[str, Any]], batches: Sequence[Batch], covered: Sequence[str], bits: float, checkpoint: Path
+) -> Mapping[str, Any]:
+    """What `mtq.auto_quantize` finds.
+
+    Args:
+        model: unquantized; it is not touched.
+        candidates: formats.
+        batches: calibrated and scored on, all of them.
+        covered: modules to choose for.
+        bits: its `effective_bits` constraint, over all linears of the model, disabled ones too.
+        checkpoint: where calibration and scores are kept for the next budget.
+
+    Returns: its search state.
+    """
+    parameter = next(model.parameters())
+
+    def forward_step(network: nn.Module, batch: Batch) -> Tensor:
+        return network(**batch_to(batch, parameter.device, parameter.dtype), use_cache=False).logits
+
+    said = io.StringIO()  # ModelOpt says what it registers, and how far it is
+    with warnings.catch_warnings(), redirect_stdout(said), redirect_stderr(said), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        _, state = mtq.auto_quantize(
+            copy.deepcopy(model).requires_grad_(True),
+            constraints={"effective_bits": bits},
+            quantization_formats=[dict(candidate) for candidate in candidates],
+            data_loader=list(batches),
+            forward_step=forward_step,
+            loss_func=lambda logits, batch: summed_loss(logits, labels_of(batch)),
+            disabled_layers=[name for name, _ in model.named_modules() if name not in covered],
+            num_calib_steps=len(batches),
+            num_score_steps=len(batches),
+            checkpoint=str(checkpoint),
+        )
+    return state
+
+
+def searched(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """ModelOpt's layer groups that had a choice; disabled ones have that of 16 bits alone."""
+    return {name: stats for name, stats in state["candidate_stats"].items() if len(stats["scores"]) > 1}
+
+
+def constraint(state: Mapping[str, Any], bits: float) -> float:
+    """ModelOpt's `effective_bits` for `bits` of the layer groups that have a choice: it counts the disabled ones too, with 16."""
+    total = sum(stats["uncompressed_cost"] for stats in state["candidate_stats"].values())
+    covered = sum(stats["uncompressed_cost"] for stats in searched(state).values())
+    return 16 - (16 - bits) * covered / total
+
+
+def choice_of(state: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The chosen candidate's number by first module of each layer group, `len(candidates)` where it stays in 16 bits."""
+    entries = [QuantizeConfig(**candidate).quant_cfg for candidate in candidates]
+    numbers: dict[str, int] = {}
+    for name in searched(state):
+        own = state["best"]["recipe"][name].config.quant_cfg[:-1]  # the last is ModelOpt's own, on output_quantizer
+        numbers[name.removesuffix(".quant_recipe")] = entries.index(own) if own in entries else len(candidates)
+    return numbers
+
+
+def read(typed: Sequence[str], target: Target) -> Options:
+    """What the store has of the formats that the target runs as they were scored and that `mtq.auto_quantize` can run, too."""
+    options = read_options(Store(expand(typed, multirun=True).points[0].store.uri), typed)
+    allowed = rules_of((), (), False, target, options).allowed
+    return replace(options, formats=tuple(each for each in options.formats if allowed(each.format) and not needs_one_shape(each.format)))
+
+
+def needs_one_shape(chosen: GroupFormat) -> bool:
+    """ModelOpt's inputs in blocks ("requires a fixed input shape"), but for those of its kernels; texts have no one shape."""
+    spec = QuantizerSpec(attributes=chosen.inputs or {})
+    return bool(spec.block_elements) and not spec.has_dynamic_blocks
+
+
+class Comparison:
+    """Measures what is compared, each recipe once."""
+
+    def __init__(self, options: Options, target: Target, typed: Sequence[str]) -> None:
+        self.options, self.rules, self._typed = options, rules_of((), (), False, target, options), typed
+        self.problem = problem_of(options, self.rules)
+        self.uniform = self.measured([("uniform", each) for each in uniform_recipes(options)])
+
+    def measured(self, recipes: Sequence[tuple[str, MixedRecipe]]) -> list[Measured]:
+        return validate(self.ready(recipes[0][1]), recipes)
+
+    def ready(self, made: MixedRecipe) -> Prepared:
+        return prepared(made, config_of(made, [*self._typed, "cluster.device=cpu"]))
+
+    def figures(self, numbers: Mapping[str, int], bits: float | None) -> dict[str, Any]:
+        """Ours beside ModelOpt's choice. Args: bits: our budget; None: the size of ModelOpt's choice."""
+        groups = [group["group"] for group in self.options.groups]
+        theirs = recipe(self.options, np.array([numbers[group] for group in groups]), "mtq.auto_quantize", None)
+        budget = theirs.effective_bits if bits is None else bits
+        ours = recipe(self.options, solved(self.options, self.problem, Budget(bits=budget), self.rules), f"solved {budget:g}", None)
+        mine, other = self.measured([("recipe", ours), ("recipe", theirs)])
+        best = min((row for row in self.uniform if row.effective_bits <= budget + 1e-9), key=lambda row: row.measured_kl)
+        low, high = mine.measured_kl_interval
+        return {
+            "budget_bits": budget,
+            "ours_bits": mine.effective_bits,
+            "ours_predicted_kl": mine.predicted_kl,
+            "ours_kl": mine.measured_kl,
+            "ours_kl_low": low,
+            "ours_kl_high": high,
+            "best_uniform": best.name.removeprefix("uniform "),
+            "best_uniform_bits": best.effective_bits,
+            "best_uniform_kl": best.measured_kl,
+            "modelopt_bits": other.effective_bits,
+            "modelopt_predicted_kl": other.predicted_kl,
+            "modelopt_kl": other.measured_kl,
+            "modelopt_over_ours": other.measured_kl / mine.measured_kl,
+            "uniform_over_ours": best.measured_kl / mine.measured_kl,
+            "groups_that_differ": sum(a.format != b.format for a, b in zip(ours.groups, theirs.groups, strict=True)),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--target", default="vllm_sm100")
+    parser.add_argument("--bits", default="4.5,5,6")
+    parser.add_argument("--overrides", nargs="*", default=[], help="which of its trials, e.g. quant_pair=wint4_afp16,wint8_afp16")
+    args = parser.parse_args()
+    typed = [f"store.uri={args.store}", "dataset.size=large", f"target={args.target}"]
+    target = Target.from_config(expand(typed, multirun=False).points[0].target)
+    comparison = Comparison(read([*typed, *args.overrides], target), target, typed)
+    formats = [option.format for option in comparison.options.formats]
+    ready = comparison.ready(uniform_recipes(comparison.options)[0])
+    register()
+    model, batches = loaded(ready), list(ready.plan.batches("large"))
+    covered = [module for group in comparison.options.groups for module in group["modules"]]
+    for sizes in ("ModelOpt's", "ours"):
+        candidates = [quantize_config(each, each.effective_bits if sizes == "ours" else None) for each in formats]
+        with tempfile.TemporaryDirectory() as place:
+            search = partial(auto_quantize, model, candidates, batches, covered, checkpoint=Path(place) / "state.pt")
+            started = time.perf_counter()
+            scored = search(bits=16.0)
+            seconds = time.perf_counter() - started
+            for bits in map(float, args.bits.split(",")):
+                numbers = choice_of(search(bits=constraint(scored, bits)), candidates)
+                figures = {"sizes": sizes, "bits": bits, "formats": len(formats), "modelopt_seconds": seconds}
+                report("budgets", torch.device("cpu"), figures | comparison.figures(numbers, bits if sizes == "ours" else None))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Faults at random moments of a real sweep on the bundled model, the same command again until it is complete.
+
+`python -m tests.bench.faults --rounds N` injects N faults, of every kind in turn. All the time a reader opens every score file that is
+there; at the end each store is compared with that of an undisturbed run, byte by byte.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from tests.bench.setup import report
+
+ROOT = Path(__file__).resolve().parents[2]
+GRID = ["-m", "quant_pair=wfp8_afp8,wint8_aint8,wint4_afp16", "quant_granularity=default,w_group64", "dataset.size=small,medium"]
+KINDS = ("SIGINT", "SIGTERM", "driver", "worker", "writer", "raylet", "gcs")
+SECONDS = 300.0  # a run that takes longer hangs
+
+
+@dataclass
+class Found:
+    """What went wrong, if anything did."""
+
+    injected: Counter[str] = field(default_factory=Counter[str])
+    ended: Counter[str] = field(default_factory=Counter[str])  # kind of fault and exit code
+    torn: int = 0  # files that a reader met and could not read
+    reads: int = 0
+    hung: int = 0
+    orphans: int = 0  # processes that outlived the driver by 10 seconds
+    lost: int = 0
+    duplicate: int = 0
+    different: int = 0
+    scored_again: list[int] = field(default_factory=list[int])  # parts, by fault
+    slowest_end: float = 0.0  # seconds from a fault to the driver's end, for faults that end it
+
+
+def start(store: Path, workers: int, *, mark: str = "") -> "subprocess.Popen[bytes]":
+    """The command; its output goes to a file beside the store."""
+    command = [sys.executable, "-m", "sweep", "run", *GRID, f"store.uri={store}", f"output_layout.root={store}-published", f"cluster.workers={workers}"]
+    with Path(f"{store}.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"SWEEP_FAULTS": mark})
+
+
+def processes(mark: str) -> dict[int, str]:
+    """Processes of one run, however deep and whoever is their parent now, with their names."""
+    found: dict[int, str] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"SWEEP_FAULTS={mark}".encode() in (path / "environ").read_bytes().split(b"\0") and "\nState:\tZ" not in (path / "status").read_text():
+                found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+def target(kind: str, driver: int, mark: str, generator: random.Random) -> int | None:
+    """The process that a fault hits; None: there is none yet."""
+    if kind in ("SIGINT", "SIGTERM", "driver"):
+        return driver
+    parts = {"worker": "ray::Worker", "raylet": "raylet/raylet", "gcs": "gcs_server", "writer": "ray::score"}
+    found = [pid for pid, name in processes(mark).items() if parts[kind] in name or (kind == "worker" and "ray::score" in name)]
+    return generator.choice(found) if found else None
+
+
+def kill_writer(store: Path, pid: int) -> bool:
+    """Kill a worker when it has just begun to write a file: its half-written one is there. False: it never was."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if any(f".{pid}-" in path.name for path in listed(store, "*/*/.*.tmp")):
+            os.kill(pid, signal.SIGKILL)
+            return True
+    os.kill(pid, signal.SIGKILL)
+    return False
+
+
+@contextlib.contextmanager
+def reading(store: Path, found: Found) -> Iterator[None]:
+    """Meanwhile open whatever a reader without our code would: every Parquet file, as often as there is time for."""
+    left = threading.Event()
+
+    def read() -> None:
+        while not left.wait(0.05):
+            for pattern in ("scores/*/*.parquet", "parts/*/*.parquet", "trials/*.parquet"):
+                for path in listed(store, pattern):
+                    try:
+                        pq.ParquetFile(path, page_checksum_verification=True).read(use_threads=False)
+                        found.reads += 1
+                    except FileNotFoundError:
+                        pass  # dropped since it was listed
+                    except Exception as error:  # noqa: BLE001 -- whatever it is, a reader would have met it
+                        found.torn += 1
+                        print(f"torn: {path}: {error}", file=sys.stderr)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+
+
+def listed(store: Path, pattern: str) -> list[Path]:
+    """What matches; a directory may go while it is listed."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return list(store.glob(pattern))
+
+
+def cells(store: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in listed(store, "scores/*/scores.parquet")}
+
+
+class Stats:
+    """Parts as they appear, by the time of their last change: one that is written again was scored again."""
+
+    def __init__(self, store: Path) -> None:
+        self._store, self._seen = store, dict[str, int]()
+        self.again = 0
+
+    def look(self) -> None:
+        for path in listed(self._store, "parts/*/*.parquet"):
+            with contextlib.suppress(FileNotFoundError):
+                changed = path.stat().st_mtime_ns
+                self.again += self._seen.get(str(path), changed) != changed
+                self._seen[str(path)] = changed
+
+
+def disturb(kind: str, store: Path, workers: int, seconds: float, generator: random.Random, found: Found) -> bool:
+    """One run with one fault, `seconds` after it began to score (or before, if negative). Returns whether the sweep is complete."""
+    mark = f"{os.getpid()}-{time.time_ns()}"
+    stats = Stats(store)
+    stats.look()
+    before = len(stats._seen)
+    process = start(store, workers, mark=mark)
+    begun = time.monotonic()
+    hit: float | None = None
+    while process.poll() is None and time.monotonic() - begun < SECONDS:
+        stats.look()
+        scoring = len(stats._seen) > before or len(cells(store)) > 0
+        if hit is None and (scoring if seconds >= 0 else time.monotonic() - begun > -seconds):
+            time.sleep(max(seconds, 0.0))
+            pid = target(kind, process.pid, mark, generator)
+            if pid is not None and process.poll() is None:
+                hit = time.monotonic()
+                found.injected[kind] += 1
+                with contextlib.suppress(ProcessLookupError):
+                    if kind == "writer":
+                        kill_writer(store, pid)
+                    else:
+                        os.kill(pid, {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}.get(kind, signal.SIGKILL))
+        time.sleep(0.02)
+    if process.poll() is None:
+        found.hung += 1
+        process.kill()
+    code = process.wait()
+    stats.look()
+    if hit is not None:
+        found.ended[f"{kind} {code}"] += 1
+        found.scored_again.append(stats.again)
+        if kind in ("SIGINT", "SIGTERM", "raylet", "gcs"):
+            found.slowest_end = max(found.slowest_end, time.monotonic() - hit)
+    deadline = time.monotonic() + 10
+    while (left := processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found.orphans += len(left)
+    for pid in left:
+        print(f"orphan after {kind}: {left[pid][:60]}", file=sys.stderr)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return code == 0
+
+
+def campaign(rounds: int, workers: int, seed: int, place: Path, budget: float) -> tuple[Found, dict[str, Any]]:
+    """Sweeps, each with faults until it is complete, until there were enough faults or the time is up."""
+    generator, found, started = random.Random(seed), Found(), time.monotonic()
+    undisturbed = place / "undisturbed"
+    if start(undisturbed, workers).wait() != 0:
+        raise SystemExit(Path(f"{undisturbed}.log").read_text())
+    expected = cells(undisturbed)
+    n_sweeps = 0
+    while found.injected.total() < rounds and time.monotonic() - started < budget:
+        store = place / f"store-{n_sweeps}"
+        with reading(store, found):
+            complete = False
+            while not complete and found.injected.total() < rounds and time.monotonic() - started < budget:
+                kind = KINDS[found.injected.total() % len(KINDS)]
+                complete = disturb(kind, store, workers, generator.choice([-generator.uniform(3, 12), generator.uniform(0, 3)]), generator, found)
+            if not complete and start(store, workers).wait() != 0:
+                raise SystemExit(Path(f"{store}.log").read_text())
+        compare(store, expected, found)
+        n_sweeps += 1
+    return found, {"sweeps": n_sweeps, "cells": len(expected), "seconds": time.monotonic() - started}
+
+
+def compare(store: Path, expected: dict[str, bytes], found: Found) -> None:
+    """Count what the store has less, more, or otherwise."""
+    got = cells(store)
+    found.lost += len(expected.keys() - got.keys())
+    found.different += sum(got[cell] != data for cell, data in expected.items() if cell in got)
+    rows = Counter((row["cell_id"], row["group"]) for path in listed(store, "scores/*/*.parquet") for row in pq.read_table(path, partitioning=None).to_pylist())
+    found.duplicate += sum(n - 1 for n in rows.values())
+    if left := [*store.glob("parts/*/*"), *store.glob("quarantine/*")]:
+        print(f"left: {left}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100, help="faults to inject")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1000.0, help="stop after so many, however many faults that were")
+    options = parser.parse_args()
+    with TemporaryDirectory(prefix="faults-") as place:
+        found, figures = campaign(options.rounds, options.workers, options.seed, Path(place), 60 * options.minutes)
+    again = found.scored_again
+    figures |= {"faults": found.injected.total(), "kinds": dict(found.injected), "exit_codes": dict(sorted(found.ended.items()))}
+    figures |= {"rows_lost": found.lost, "rows_duplicate": found.duplicate, "cells_different": found.different, "torn": found.torn, "reads": found.reads}
+    figures |= {"hung": found.hung, "orphans": found.orphans, "slowest_end_seconds": found.slowest_end}
+    figures |= {"parts_written_again_a_fault_mean": sum(again) / max(len(again), 1), "parts_written_again_a_fault_max": max(again, default=0)}
+    report("faults", torch.device("cpu"), json.loads(json.dumps(figures)))
+
+
+if __name__ == "__main__":
+    main()

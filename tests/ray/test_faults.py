@@ -1,0 +1,142 @@
+"""A real sweep that loses its driver, its cluster or its disk: it ends in time, says what to do, and is whole in the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.bench.faults import ROOT, cells, processes, target
+
+GRID = ["-m", "quant_pair=wfp8_afp8,wint8_aint8", "quant_granularity=default,w_group64", "dataset.size=medium", "cluster.workers=1"]
+SECRET = "hf_tokenThatMustNotBeWritten"
+
+# Found by every Python process of the run: while a file is there, the disk is full.
+FULL_DISK = """
+import errno, os
+fsync = os.fsync
+def full(handle):
+    if os.path.exists(os.environ["DISK_IS_FULL"]):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    fsync(handle)
+os.fsync = full
+"""
+
+
+def start(store: Path, mark: str, *overrides: str, **environment: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "sweep", "run", *GRID, f"store.uri={store}", f"output_layout.root={store}-published", *overrides]
+    env = os.environ | {"SWEEP_FAULTS": mark, "HF_TOKEN": SECRET, "AWS_SECRET_ACCESS_KEY": SECRET} | environment
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=env)
+
+
+def end(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def wait_for(condition: Callable[[], object], process: "subprocess.Popen[str]") -> None:
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"it ended too early: {end(process)}")
+        time.sleep(0.02)
+
+
+def gone(mark: str) -> bool:
+    """Whether every process of the run ends within ten seconds."""
+    deadline = time.monotonic() + 10
+    while (left := processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not left
+
+
+def has_begun(store: Path) -> bool:
+    return bool(cells(store)) or any(store.glob("parts/*/*.parquet"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    store = tmp_path_factory.mktemp("faults") / "whole"
+    code, output = end(start(store, "whole"))
+    assert code == 0, output
+    return store
+
+
+def test_a_secret_of_the_environment_is_written_nowhere(whole: Path) -> None:
+    written = [path for path in whole.parent.rglob("*") if path.is_file()]
+    assert len(written) > 20
+    assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_a_sweep_that_loses_its_cluster_its_driver_and_its_disk_is_whole_in_the_end(whole: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for kind, what in (("raylet", "Ray's raylet has died"), ("gcs", "Ray"), ("driver", None)):
+        process = start(store, kind)
+        wait_for(lambda kind=kind, process=process: target(kind, process.pid, kind, Random(0)), process)
+        if kind != "gcs":  # which dies while Ray starts
+            wait_for(lambda: has_begun(store), process)
+        pid = target(kind, process.pid, kind, Random(0))
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        code, output = end(process)
+        assert gone(kind)
+        if what is not None:
+            assert (code, what in output, "Type the same command again to resume." in output, "Traceback" in output) == (75, True, True, False), output
+    (tmp_path / "sitecustomize.py").write_text(FULL_DISK)
+    full = tmp_path / "full"
+    process = start(store, "disk", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", DISK_IS_FULL=str(full))
+    n_parts = len(list(store.glob("parts/*/*.parquet"))) + 100 * len(cells(store))
+    wait_for(lambda: len(list(store.glob("parts/*/*.parquet"))) + 100 * len(cells(store)) > n_parts, process)
+    full.touch()
+    code, output = end(process)
+    assert (code, "No space left on device" in output, "Traceback" in output) == (75, True, False), output
+    code, output = end(start(store, "last"))
+    assert code == 0, output
+    assert cells(store) == cells(whole)
+    assert not list(store.glob("parts/*"))
+    done = subprocess.run([sys.executable, "-m", "sweep", "doctor", "--store", "--json", f"store.uri={store}"], cwd=ROOT, capture_output=True, check=True)
+    assert [finding["subject"] for finding in json.loads(done.stdout) if finding["verdict"] == "error"] == []
+
+
+def test_two_drivers_on_one_store_at_once_give_the_union_each_row_once(whole: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    one = start(store, "one", "quant_pair=wfp8_afp8", f"output_layout.root={tmp_path}/one")
+    two = start(store, "two", "quant_granularity=w_group64", f"output_layout.root={tmp_path}/two")
+    for process in (one, two):
+        code, output = end(process)
+        assert code == 0, output
+    expected = cells(whole)
+    found = cells(store)
+    assert len(found) == 3  # of the four cells one is in neither grid, and one in both
+    assert found == {cell: expected[cell] for cell in found}
+    rows = Counter((row["cell_id"], row["group"]) for path in store.glob("scores/*/*.parquet") for row in pq.read_table(path, partitioning=None).to_pylist())
+    assert set(rows.values()) == {1}
+    assert not list(store.glob("parts/*"))
+
+
+def test_the_cluster_of_a_run_listens_on_loopback_alone(whole: Path, tmp_path: Path) -> None:
+    process = start(tmp_path / "store", "bound")
+    wait_for(lambda: has_begun(tmp_path / "store"), process)
+    pids = [*processes("bound"), process.pid]
+    sockets = {os.readlink(handle) for pid in pids for handle in Path(f"/proc/{pid}/fd").iterdir() if os.path.lexists(handle)}
+    addresses: set[str] = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                addresses.add(local.split(":")[0])
+    asked = [sys.executable, "-m", "sweep", "status", "--cluster", "--json", f"store.uri={tmp_path / 'store'}"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)  # from outside, with the token of whoever started it
+    assert [*json.loads(done.stdout)["cluster"]["workers"].values()] == [["sweep-worker-0"]]
+    process.terminate()
+    assert end(process)[0] == 75
+    assert addresses
+    assert addresses <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}

@@ -1,0 +1,112 @@
+"""What must not outlive what, with plain processes in the place of Ray's."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from sweep import watchdog
+from sweep.watchdog import Watchdog
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = """
+import subprocess, sys, time
+from sweep.watchdog import Watchdog
+with Watchdog(lambda what: None):
+    orphan = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    print(orphan.pid, flush=True)
+    {then}
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ends(pid: int) -> bool:
+    deadline = time.monotonic() + 20
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_alive(pid)
+
+
+@pytest.mark.parametrize(("name", "what"), [("raylet", "Ray's raylet has died"), ("gcs_server", "Ray's control service (GCS) has died")])
+def test_it_says_which_process_of_the_cluster_has_died_and_only_while_ray_runs(name: str, what: str, tmp_path: Path) -> None:
+    shutil.copy("/bin/sleep", tmp_path / name)
+    said: list[str] = []
+    told = Event()
+    with Watchdog(lambda text: (said.append(text), told.set())) as dog:  # pyright: ignore[reportArgumentType]
+        process = subprocess.Popen([tmp_path / name, "600"])
+        assert not told.wait(2.0)
+        process.kill()
+        assert told.wait(20)
+        dog.stopping()
+        process.wait()
+    assert set(said) == {what}
+
+
+def test_processes_that_end_while_ray_is_being_stopped_are_no_news(tmp_path: Path) -> None:
+    shutil.copy("/bin/sleep", tmp_path / "raylet")
+    said: list[str] = []
+    with Watchdog(said.append) as dog:
+        process = subprocess.Popen([tmp_path / "raylet", "600"])
+        time.sleep(1.2)
+        dog.stopping()
+        process.kill()
+        process.wait()
+        time.sleep(1.2)
+    assert said == []
+
+
+def test_a_shutdown_that_takes_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sweep.watchdog._SHUTDOWN_SECONDS", 0.1)
+    told = Event()
+    with Watchdog(lambda what: told.set()) as dog:
+        dog.stopping()
+        assert told.wait(20)
+
+
+@pytest.mark.parametrize("then", ["time.sleep(600)", "sys.exit()"])
+def test_what_a_driver_has_started_does_not_outlive_it(then: str) -> None:
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER.format(then=then)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    orphan = int(driver.stdout.readline())
+    if "sleep" in then:
+        assert is_alive(orphan)
+        driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    driver.stdout.close()
+    assert ends(orphan)
+
+
+def test_other_processes_are_left_alone() -> None:
+    other = subprocess.Popen(["sleep", "600"])
+    with Watchdog(lambda what: None):
+        pass
+    assert (is_alive(other.pid), "SWEEP_DRIVER" in os.environ) == (True, False)
+    other.kill()
+    other.wait()
+
+
+def test_a_cluster_elsewhere_that_goes_on_taking_no_connections_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog, "_SILENT_SECONDS", 1.0)
+    said: list[str] = []
+    told = Event()
+    with Watchdog(lambda text: (said.append(text), told.set())) as dog:  # pyright: ignore[reportArgumentType]
+        with socket.create_server(("127.0.0.1", 0)) as service:
+            port = service.getsockname()[1]
+            dog.watch({"Ray's control service (GCS)": ("127.0.0.1", port)})
+            assert not told.wait(2.0)
+        assert told.wait(20)
+    assert said[0] == f"Ray's control service (GCS) at 127.0.0.1:{port} does not answer"
