@@ -184,7 +184,7 @@ def _refuse(choice: GroupChoice, chosen: GroupFormat, reason: str) -> Inexpressi
     plain = f"{chosen.quant_pair}/{chosen.quant_granularity}"
     return Inexpressible(
         f"{choice.group}: compressed-tensors can't express the scale of inputs that algorithm {chosen.algorithm!r} gives it: {reason}. "
-        f"Solve again with --pin {end}={plain} (algorithm max) or --exclude {end}, or choose --format modelopt."
+        f"Solve again with --pin {end}={plain} (algorithm max) or --exclude {end}; --format modelopt takes one algorithm for all groups."
     )
 
 

@@ -86,3 +86,9 @@ def test_a_heavy_import_would_be_seen() -> None:
 )
 def test_what_plans_and_lists_imports_nothing_heavy(module: str) -> None:
     assert loaded_after(f"import {module}") == []
+
+
+def test_exporting_imports_without_a_word() -> None:
+    """ModelOpt warns of this transformers where it is imported first."""
+    done = subprocess.run([sys.executable, "-c", "import workers.compressed_checkpoint"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
