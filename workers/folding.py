@@ -4,6 +4,9 @@ awq_lite and smoothquant multiply a linear's inputs by a scale and divide the we
 bias; so does a linear in the rows of its weight, where nothing but a product by channel lies between: up_proj before down_proj, v_proj before o_proj
 where every head has a value head of its own. ModelOpt's export does the same and, with `fuse_grouped_heads`, averages o_proj's scale over
 the query heads that share a value head: another recipe than was scored, so it is not done here.
+
+What is multiplied is written in float32; a quantized linear's rows in its scales, which are. A reader that loads norms in bfloat16 rounds the product
+there: KL 1e-5 on the bundled model in INT4 with awq_lite, whose own is 6e-2.
 """
 
 import re
