@@ -11,13 +11,14 @@ from rich.console import Console
 
 from sweep.errors import SweepError, require_known
 from sweep.export_checks import check_cells, check_recipe
-from sweep.export_text import check_csv, check_entries, to_csv, to_modelopt
+from sweep.export_text import check_csv, check_modelopt, to_csv, to_modelopt
 from sweep.mixed import MixedRecipe
 from sweep.prepared import Prepared, config_of, prepared, read_recipe
 from sweep.store import Store
 from sweep.subject import Model, checkpoint_dir
 
 if TYPE_CHECKING:
+    from workers.folding import Linears
     from workers.linear_quant import LinearQuant
 
 FORMATS: Final = ("compressed-tensors", "modelopt", "csv")
@@ -70,9 +71,9 @@ def export_text(recipe: MixedRecipe, file_format: str, model: Model, target: Pat
         if file_format == "csv":
             check_csv(partial.read_text(encoding="utf-8"), recipe)
         else:
-            from workers.modelopt_recipe import read_entries
+            from workers.modelopt_recipe import read_modelopt
 
-            check_entries(read_entries(partial), recipe, list(model.inputs))
+            check_modelopt(*read_modelopt(partial), recipe, list(model.inputs))
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -83,12 +84,13 @@ def export_checkpoint(ready: Prepared, target: Path) -> None:
 
     Raises: SweepError: something that compressed-tensors can't express.
     """
-    from workers.compressed_checkpoint import check_export, schemes_of, write_checkpoint
+    from workers.compressed_checkpoint import check_expressible, write_checkpoint
+    from workers.compressed_readback import check_export
 
     recipe, model = ready.recipe, ready.model
-    schemes_of(recipe)  # before minutes are spent on calibration
-    quants = _calibrated(ready)
     linears = [(name, n_in, n_out) for name, n_in, n_out in model.structure["linears"]]
+    check_expressible(model.path, recipe, linears)
+    quants = _calibrated(ready, linears)
     partial = _beside(target)
     partial.mkdir()
     try:
@@ -106,14 +108,18 @@ def exported_recipe(target: Path) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def _calibrated(ready: Prepared) -> "dict[str, LinearQuant]":
+def _calibrated(ready: Prepared, linears: "Linears") -> "dict[str, LinearQuant]":
     import torch
 
     from workers.applied import calibrated_model
+    from workers.folding import check_folds, output_scales
     from workers.modeling import load
 
     loaded = load(ready.model.path, dtype=getattr(torch, ready.config.model.dtype_on("cpu")), device="cpu")
-    return calibrated_model(loaded, list(ready.plan.batches(ready.recipe.size)), ready.recipe)
+    batches = list(ready.plan.batches(ready.recipe.size))
+    quants = calibrated_model(loaded, batches, ready.recipe)
+    check_folds(loaded, output_scales(ready.recipe, quants, linears), linears, batches)
+    return quants
 
 
 def _beside(target: Path) -> Path:

@@ -88,16 +88,21 @@ def to_modelopt(recipe: MixedRecipe) -> str:
     return yaml.safe_dump(document, sort_keys=False, width=1000)
 
 
-def check_entries(entries: Sequence[Mapping[str, Any]], recipe: MixedRecipe, modules: Sequence[str]) -> None:
-    """Compare what ModelOpt's entries give every module with the recipe.
+def check_modelopt(entries: Sequence[Mapping[str, Any]], algorithm: object, recipe: MixedRecipe, modules: Sequence[str]) -> None:
+    """Compare what ModelOpt would do to every module with the recipe.
 
     Args:
-        entries: as ModelOpt's own parser read them.
+        entries: of `quant_cfg`, as ModelOpt's own parser read them.
+        algorithm: the same.
         recipe: what is meant.
         modules: every linear of the model.
 
-    Raises: SweepError: names the group and the quantizer that the format can't express.
+    Raises: SweepError: names the group and the quantizer or the algorithm that the format can't express.
     """
+    for choice in recipe.groups:
+        chosen = recipe.format_of(choice)
+        if chosen is not None and chosen.algorithm != algorithm:
+            raise SweepError(f"{choice.group}: a ModelOpt recipe can't express algorithm {chosen.algorithm!r}, it comes back as {algorithm!r}.")
     chosen_of = {module: recipe.format_of(choice) for choice in recipe.groups for module in choice.modules}
     for module in modules:
         chosen = chosen_of.get(module)

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
 
 from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe
 from sweep.paths import bundled_model_dir
@@ -49,8 +50,10 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 }
 
 
-def group_format(name: str, weight: Mapping[str, Any] | None, inputs: Mapping[str, Any] | None, algorithm: str = "max") -> GroupFormat:
-    return GroupFormat(quant_pair=name, quant_granularity="default", algorithm=algorithm, scales="private", weight=weight, inputs=inputs)
+def group_format(
+    name: str, weight: Mapping[str, Any] | None, inputs: Mapping[str, Any] | None, algorithm: str = "max", scales: Literal["fused", "private"] = "private"
+) -> GroupFormat:
+    return GroupFormat(quant_pair=name, quant_granularity="default", algorithm=algorithm, scales=scales, weight=weight, inputs=inputs)
 
 
 def recipe_of(formats: Sequence[GroupFormat | None], path: Path | None = None) -> MixedRecipe:
@@ -118,6 +121,73 @@ def quants_of(recipe: MixedRecipe, model: nn.Module, token_ids: Tensor) -> dict[
     return quants
 
 
+class ReaderLinear(nn.Module):
+    """A linear as a recipe has it, in the order of operations of compressed-tensors' forward pass, written from its formulas.
+
+    Codes and ranges are ModelOpt's. What differs from `FakeQuantized` is `x / scale` where ModelOpt has `x * (1 / scale)`, weights in bfloat16 of the
+    formats that the reader unpacks to it, and the range of dynamic INT8 inputs, amax / 127.5 there and amax / 127 in ModelOpt. A scale of the inputs
+    is taken care of by what computes them.
+    """
+
+    def __init__(self, linear: nn.Linear, quant: LinearQuant, output_scale_O: Tensor | None = None) -> None:
+        super().__init__()
+        assert quant.weight is not None
+        weight = fake_quantized(quant, linear.weight)
+        if (quant.weight.get("block_sizes") or {}).get("type") == "dynamic":
+            self.weight = weight.bfloat16().float()
+        else:
+            assert quant.weight_amax is not None
+            scale = _over(quant.weight_amax, weight.shape, quant.weight) / _LARGEST[quant.weight["num_bits"]]
+            rows = 1.0 if output_scale_O is None else output_scale_O[:, None]
+            self.weight = _rounded(weight / scale, quant.weight["num_bits"]) * (scale * rows)
+        self.bias, self.quant = linear.bias, quant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self._inputs(x), self.weight, self.bias)
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        attributes, amax = self.quant.inputs, self.quant.input_amax
+        if attributes is None:
+            return x
+        bits, blocks = attributes["num_bits"], attributes.get("block_sizes") or {}
+        grouped = x.unflatten(-1, (-1, blocks.get(-1) or x.shape[-1]))
+        largest = grouped.abs().amax(-1, keepdim=True)
+        if blocks.get("scale_bits") == (4, 3):
+            assert amax is not None
+            whole = 2688.0 / amax
+            block = _rounded(largest / 6.0 * whole, (4, 3))
+            scale = torch.where(block == 0, 0.125, block) / whole
+        elif blocks.get("scale_bits") == (8, 0):
+            scale = torch.exp2(torch.ceil(torch.log2(largest / _LARGEST[bits])))
+        elif attributes.get("type") == "dynamic":
+            scale = largest / (127.5 if bits == 8 else _LARGEST[bits])
+        else:
+            assert amax is not None
+            scale = amax / _LARGEST[bits]
+        return (_rounded(grouped / scale, bits) * scale).flatten(-2)
+
+
+_LARGEST: dict[Any, float] = {4: 7.0, 8: 127.0, (4, 3): 448.0, (2, 1): 6.0}
+
+
+def _over(amax: Tensor, shape: Sequence[int], attributes: Mapping[str, Any]) -> Tensor:
+    """A weight's ranges, one for each element. Args: amax: one a tensor, a channel or a block, as ModelOpt keeps it."""
+    (n_out, n_in), blocks = shape, attributes.get("block_sizes") or {}
+    rows = blocks.get(-2) or (n_out if attributes.get("axis") is None and not blocks else 1)
+    columns = blocks.get(-1) or n_in
+    return amax.reshape(n_out // rows, n_in // columns).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+def _rounded(x: Tensor, num_bits: Any) -> Tensor:
+    """The nearest code, ties to even."""
+    if num_bits == (4, 3):
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    if num_bits == (2, 1):
+        step = torch.where(x.abs() < 2, 0.5, torch.where(x.abs() < 4, 1.0, 2.0))
+        return ((x / step).round() * step).clamp(-6, 6)
+    return x.round().clamp(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1)
+
+
 class FakeQuantized(nn.Module):
     """A linear as a recipe has it, in float32."""
 
@@ -132,9 +202,32 @@ class FakeQuantized(nn.Module):
 def apply(model: nn.Module, quants: Mapping[str, LinearQuant]) -> nn.Module:
     """Put fake-quantized linears in place, in the model itself."""
     for name, quant in quants.items():
-        parent, leaf = name.rsplit(".", 1)
-        setattr(model.get_submodule(parent), leaf, FakeQuantized(model.get_submodule(name), quant))
+        _put(model, name, FakeQuantized(model.get_submodule(name), quant))
     return model
+
+
+def apply_as_reader(model: nn.Module, quants: Mapping[str, LinearQuant], output_scales: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The same in the reader's order of operations, with the scales of inputs in what computes these."""
+    scales = dict(output_scales or {})
+    for name, quant in quants.items():
+        _put(model, name, ReaderLinear(model.get_submodule(name), quant, scales.pop(name, None)))
+    for name, scale in scales.items():  # what is no quantized linear
+        for parameter in model.get_submodule(name).parameters(recurse=False):
+            parameter.data = parameter.data * scale.view(-1, *[1] * (parameter.dim() - 1))
+    return model
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, leaf = name.rsplit(".", 1)
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def loaded(directory: Path) -> Any:
+    """An export as transformers and compressed-tensors load it, in float32."""
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+    for hook in list(model._forward_pre_hooks.values()):
+        hook(model, ())  # the reader decompresses before its first forward pass; NVFP4 and MX weights come out in bfloat16
+    return nn.Module.float(model).eval()
 
 
 def kl(logits: Tensor, reference: Tensor) -> float:

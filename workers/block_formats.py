@@ -9,15 +9,19 @@ its output for all 2^23 mantissas on an H100 and equal in each: in every 128th o
 leaves out the low columns of partial products (the unit of Oberman and Siu, "A High-Performance Area-Efficient Multifunction Interpolator", ARITH 2005).
 """
 
+import warnings
 from functools import cache
 from typing import Any, Final
 
-import modelopt.torch.kernels.quantization.gemm as modelopt_kernels
 import torch
 import torch.nn.functional as F
-from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend, register_quant_backend
-from modelopt.torch.quantization.tensor_quant import dynamic_block_quant
 from torch import Tensor
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # see workers.quantization
+    import modelopt.torch.kernels.quantization.gemm as modelopt_kernels
+    from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend, register_quant_backend
+    from modelopt.torch.quantization.tensor_quant import dynamic_block_quant
 
 from sweep.errors import SweepError
 

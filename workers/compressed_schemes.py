@@ -1,4 +1,4 @@
-"""ModelOpt's quantizer attributes as compressed-tensors schemes, and back. With the two modules beside it the home of `compressed_tensors`.
+"""ModelOpt's quantizer attributes as compressed-tensors schemes, and back. With the three modules beside it the home of `compressed_tensors`.
 
 The two directions are written apart, so that a round trip through them is a check: what one forgets, the other does not return.
 Formats as of compressed-tensors 0.20.

@@ -7,6 +7,11 @@ What readers do with it, read in compressed-tensors 0.20 and transformers 5.24: 
 are, and the first forward pass decompresses every weight, once. From then on inputs are quantized at each pass and weights are not, so the
 model computes what it was fitted to, in floating point. Of the packed formats NVFP4 and MX decompress to bfloat16, all others to the
 scales' dtype, float32 here. Dynamic INT8 inputs have a range of amax / 127.5 there, amax / 127 in ModelOpt and in vLLM's kernels.
+
+What bounds their agreement with us. Weights: 1e-6 of each element, or bfloat16's 2^-9. Inputs: one in 1e5 to 1e6 rounds the other way, because they
+divide where ModelOpt multiplies by the reciprocal, and from the first such element on the whole model drifts: KL a tenth (FP8) to nearly a half (NVFP4) of
+the quantization's own, as far as our model drifts from itself when its embeddings move in their last bits. In their order of operations our ranges and
+codes give their logits to the bit, in every format (tests/unit/test_compressed_checkpoint.py).
 """
 
 from collections.abc import Mapping
@@ -21,19 +26,21 @@ from torch import Tensor
 from workers.block_formats import mx_exponents, nvfp4_scales
 from workers.calibration import fake_quantized, smoothed_weight
 from workers.compressed_schemes import attributes_of
+from workers.folding import scaled_rows
 from workers.linear_quant import LinearQuant
 
 _NVFP4_RANGE: Final = 448.0 * 6.0  # largest block scale times largest element
 _UNUSED_SCALE: Final = 0.125  # of blocks of zeros, as the library writes it; 0 would decompress to 0 / 0
 
 
-def packed(weight_OI: Tensor, linear: LinearQuant, scheme: QuantizationScheme) -> dict[str, Tensor]:
+def packed(weight_OI: Tensor, linear: LinearQuant, scheme: QuantizationScheme, output_scale_O: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors that a checkpoint holds for one quantized linear.
 
     Args:
         weight_OI: [out, in], the checkpoint's.
         linear: its quantizers.
         scheme: what `scheme_of` made of its format.
+        output_scale_O: [out], multiplied to its outputs through the scales of its weights, of which each row has its own; codes stay as they are.
 
     Returns: tensors by local name: `weight_packed` or `weight`, `weight_scale` and what else the format has; scales in float32 unless the
         format gives them another dtype.
@@ -42,6 +49,9 @@ def packed(weight_OI: Tensor, linear: LinearQuant, scheme: QuantizationScheme) -
     quantized_OI = fake_quantized(linear, weight_OI)
     state: dict[str, Tensor | None] = {"weight": quantized_OI, **_weight_scales(quantized_OI, weight_OI, linear, scheme.weights)}
     compressed = _compressor(scheme).compress(state, scheme)
+    if output_scale_O is not None:
+        assert compressed["weight_scale"] is not None
+        compressed["weight_scale"] = scaled_rows(compressed["weight_scale"], output_scale_O)
     return {name: tensor.contiguous() for name, tensor in {**compressed, **input_scales(linear, scheme)}.items() if tensor is not None}
 
 

@@ -11,8 +11,8 @@ with warnings.catch_warnings():
     from modelopt.recipe import load_recipe
 
 
-def read_entries(path: Path) -> list[dict[str, Any]]:
-    """The `quant_cfg` entries of a PTQ recipe file as ModelOpt reads them, only with the fields that the file names.
+def read_modelopt(path: Path) -> tuple[list[dict[str, Any]], object]:
+    """The `quant_cfg` entries of a PTQ recipe file as ModelOpt reads them, only with the fields that the file names, and its `algorithm`.
 
     Args:
         path: absolute; ModelOpt would look a relative one up among its own recipes first.
@@ -21,7 +21,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     """
     with redirect_stdout(io.StringIO()):  # it says what it loads
         recipe: Any = load_recipe(path)
-    return [_entry(entry.model_dump(exclude_unset=True)) for entry in recipe.quantize.quant_cfg]
+    return [_entry(entry.model_dump(exclude_unset=True)) for entry in recipe.quantize.quant_cfg], recipe.quantize.algorithm
 
 
 def _entry(entry: dict[str, Any]) -> dict[str, Any]:

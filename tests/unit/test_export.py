@@ -12,11 +12,12 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from modelopt.recipe import load_recipe
+from safetensors.torch import load_file
 
 from sweep.cli import main
 from sweep.config import DatasetConfig
 from sweep.errors import SweepError
-from sweep.export_text import check_entries, to_csv, to_modelopt
+from sweep.export_text import check_modelopt, to_csv, to_modelopt
 from sweep.mixed import MixedRecipe
 from sweep.paths import bundled_model_dir
 from sweep.records import TrialRow
@@ -25,7 +26,7 @@ from sweep.subject import Model, samples_of
 from tests.exports import FORMATS, group_format, recipe_of
 from workers.data import make_plan
 from workers.modeling import load
-from workers.modelopt_recipe import read_entries
+from workers.modelopt_recipe import read_modelopt
 
 MODEL = Model(bundled_model_dir())
 NAMES = ["nvfp4", "fp8_tensor_static", "int4_groups_weight_only", None, "fp8_blocks", "int8_channel_token"]
@@ -42,9 +43,9 @@ def recipe() -> MixedRecipe:
 
 @pytest.fixture
 def run(tmp_path: Path, recipe: MixedRecipe) -> Callable[..., int]:
-    def export(file_format: str, out: str, *rest: str, edited: Callable[[str], str] = lambda text: text) -> int:
+    def export(file_format: str, out: str, *rest: str, other: MixedRecipe | None = None, edited: Callable[[str], str] = lambda text: text) -> int:
         path = tmp_path / "recipe.yaml"
-        path.write_text(edited(recipe.to_yaml()))
+        path.write_text(edited((other or recipe).to_yaml()))
         return main(["export", str(path), "--format", file_format, "--out", str(tmp_path / out), f"store.uri={tmp_path / 'store'}", *rest])
 
     return export
@@ -56,6 +57,23 @@ def test_a_checkpoint_is_written_checked_and_told_how_to_serve(tmp_path: Path, r
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "sweep_recipe.yaml"} <= names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]  # nothing half-made is left
+
+
+@pytest.mark.parametrize("scales", ["fused", "private"])
+def test_scales_of_inputs_go_where_they_belong_or_nowhere(
+    tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str], scales: Any
+) -> None:
+    awq = group_format("int4", *FORMATS["int4_groups_weight_only"], "awq_lite", scales)
+    found = run("compressed-tensors", "out", other=replace(recipe_of([awq, None]), dataset_revision=recipe.dataset_revision))
+    if scales == "private":
+        assert found == 2
+        assert "sensitivity.scales=fused" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        return
+    assert found == 0
+    norm = "model.language_model.layers.0.input_layernorm.weight"
+    scale = load_file(tmp_path / "out" / "model.safetensors")[norm] / load_file(MODEL.path / "model.safetensors")[norm].float()
+    assert float((scale - 1).abs().max()) > 0.01
 
 
 def test_what_is_there_stays_unless_told(tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,11 +143,21 @@ def test_modelopt_quantizes_each_module_as_the_recipe_says(tmp_path: Path, recip
                 assert quantizer._dynamic == (attributes.get("type") == "dynamic")
 
 
-def test_a_modelopt_file_that_says_something_else_is_refused(tmp_path: Path, recipe: MixedRecipe) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "said"), [("-1: 128", "-1: 64", "weight_quantizer"), ("algorithm: max", "algorithm: mse", "'max', it comes back as 'mse'")]
+)
+def test_a_modelopt_file_that_says_something_else_is_refused(tmp_path: Path, recipe: MixedRecipe, old: str, new: str, said: str) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(to_modelopt(recipe).replace("-1: 128", "-1: 64"))
-    with pytest.raises(SweepError, match=r"can't express"):
-        check_entries(read_entries(path), recipe, list(MODEL.inputs))
+    path.write_text(to_modelopt(recipe).replace(old, new))
+    with pytest.raises(SweepError, match=said):
+        check_modelopt(*read_modelopt(path), recipe, list(MODEL.inputs))
+
+
+@pytest.mark.parametrize("algorithm", ["mse", "awq_lite"])
+def test_modelopt_holds_one_algorithm_for_all(tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, algorithm: str) -> None:
+    alone = recipe_of([group_format("int4", *FORMATS["int4_groups_weight_only"], algorithm)])
+    assert run("modelopt", "out.yaml", other=replace(alone, dataset_revision=recipe.dataset_revision)) == 0
+    assert f"algorithm: {algorithm}" in (tmp_path / "out.yaml").read_text()
 
 
 def test_modelopt_has_one_algorithm() -> None:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HOMES = {
     "modelopt": {"workers/quantization.py", "workers/calibration.py", "workers/block_formats.py", "workers/tensor_formats.py", "workers/modelopt_recipe.py"},
-    "compressed_tensors": {"workers/compressed_schemes.py", "workers/compressed_weights.py", "workers/compressed_checkpoint.py"},
+    "compressed_tensors": {f"workers/compressed_{name}.py" for name in ("schemes", "weights", "checkpoint", "readback")},
     "transformers": {"workers/modeling.py"},
     "huggingface_hub": {"workers/modeling.py"},
     "datasets": {"workers/data.py"},
@@ -86,3 +86,9 @@ def test_a_heavy_import_would_be_seen() -> None:
 )
 def test_what_plans_and_lists_imports_nothing_heavy(module: str) -> None:
     assert loaded_after(f"import {module}") == []
+
+
+def test_exporting_imports_without_a_word() -> None:
+    """ModelOpt warns of this transformers where it is imported first."""
+    done = subprocess.run([sys.executable, "-c", "import workers.compressed_checkpoint"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
