@@ -123,7 +123,7 @@ def test_two_drivers_on_one_store_at_once_give_the_union_each_row_once(whole: Pa
 
 
 def test_the_cluster_of_a_run_listens_on_loopback_alone(whole: Path, tmp_path: Path) -> None:
-    process = start(tmp_path / "store", "bound")
+    process = start(tmp_path / "store", "bound", "sensitivity.method=kl_div")  # which takes long enough to be looked at
     wait_for(lambda: has_begun(tmp_path / "store"), process)
     pids = [*processes("bound"), process.pid]
     sockets = {os.readlink(handle) for pid in pids for handle in Path(f"/proc/{pid}/fd").iterdir() if os.path.lexists(handle)}
