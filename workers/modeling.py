@@ -139,6 +139,8 @@ def load(path: Path, *, dtype: torch.dtype, device: str, n_gpus: int = 1) -> Pre
             use_safetensors=True,
             output_loading_info=True,
         )
+    except torch.OutOfMemoryError as error:
+        raise SweepError(f"The checkpoint {path} does not fit the GPU's memory. Type cluster.gpus_per_worker={n_gpus + 1}, or take a larger GPU.") from error
     except _UNREADABLE as error:
         advice = "Its weights must fit its config.json: download both again."
         raise SweepError(f"The checkpoint {path} does not load: {_first_line(error)} {advice}") from error

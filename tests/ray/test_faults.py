@@ -122,6 +122,29 @@ def test_two_drivers_on_one_store_at_once_give_the_union_each_row_once(whole: Pa
     assert not list(store.glob("parts/*"))
 
 
+def test_a_sweep_on_s3_that_loses_its_driver_goes_on_and_gives_the_same_bytes(whole: Path, tmp_path: Path, s3: tuple[dict[str, bytes], list[str]]) -> None:
+    objects, _ = s3
+    there = ["store.uri=s3://bucket/store", f"output_layout.root={tmp_path}"]
+
+    def names(kind: str) -> list[str]:
+        return [name for name in [*objects] if name.startswith(f"bucket/store/{kind}/") and not name.endswith("/")]  # pyarrow marks directories
+
+    process = start(tmp_path, "s3", *there)
+    wait_for(lambda: names("parts"), process)
+    process.kill()
+    end(process)
+    assert gone("s3")
+    code, output = end(start(tmp_path, "s3 again", *there))
+    assert code == 0, output
+    assert {name.split("/")[3].partition("=")[2]: objects[name] for name in names("scores")} == {
+        name.partition("=")[2]: data for name, data in cells(whole).items()
+    }
+    assert names("parts") == []
+    done = subprocess.run([sys.executable, "-m", "sweep", "doctor", "--store", "--json", there[0]], cwd=ROOT, capture_output=True, check=True)
+    (finding,) = [found for found in json.loads(done.stdout) if found["subject"] == "store"]
+    assert finding["text"].startswith("4 cells, 0 parts, 4 trials, 0 validations, ")
+
+
 def test_the_cluster_of_a_run_listens_on_loopback_alone(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path / "store", "bound", "sensitivity.method=kl_div")  # which takes long enough to be looked at
     wait_for(lambda: has_begun(tmp_path / "store"), process)
