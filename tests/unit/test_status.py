@@ -1,6 +1,7 @@
 """`sweep status` from a store's tables alone: counts, reasons, and whether anybody is still at work."""
 
 import json
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,10 @@ def test_watching_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_asked_for_it_the_runs_cluster_says_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from sweep import cluster
 
-    asked: list[str] = []
+    asked: list[tuple[str, bool]] = []
 
-    def look(address: str) -> dict[str, Any]:
-        asked.append(address)
+    def look(address: str, *, on_loopback: bool) -> dict[str, Any]:
+        asked.append((address, on_loopback))
         nodes = [{"host": "a", "cpus": 8.0, "gpus": 2.0}, {"host": "b", "cpus": 8.0, "gpus": 2.0}]
         return {
             "address": address,
@@ -115,7 +116,11 @@ def test_asked_for_it_the_runs_cluster_says_what_it_has(tmp_path: Path, capsys: 
     assert main(["status", "--cluster", f"store.uri={tmp_path}"]) == 0
     assert main(["status", "--cluster", f"store.uri={tmp_path}", "cluster.address=other:6379"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert asked == ["10.0.0.1:6379", "other:6379"]
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    store_with(tmp_path, 2, ray_address="127.0.0.1:44097")  # one that the run has started
+    assert main(["status", "--cluster", f"store.uri={tmp_path}"]) == 0
+    assert os.environ.pop("RAY_AUTH_MODE") == "token"
+    assert asked == [("10.0.0.1:6379", False), ("other:6379", False), ("127.0.0.1:44097", True)]
     assert "Ray at 10.0.0.1:6379: 2 nodes, 3 of 4 GPUs in use, 3 workers of sweep-1" in lines
     assert "Ray dashboard: http://10.0.0.1:8265" in lines
 
