@@ -16,7 +16,10 @@ Coverage = Literal["lm_only", "all_layers"]  # all_layers: vision tower and merg
 
 _NAME = re.compile(r"[a-z0-9_]+")
 _MISSING = "???"  # Hydra's word for a value that must be given
-_SINCE: Mapping[str, Mapping[str, Any]] = {"sensitivity": {"scales": "private"}}  # of keys that earlier configs lack
+_SINCE: Mapping[str, Mapping[str, Any]] = {  # of keys that earlier configs lack
+    "sensitivity": {"scales": "private"},
+    "cluster": {"address": "local", "dashboard": "auto"},
+}
 
 
 class _Section:

@@ -13,7 +13,7 @@ import yaml
 
 from sweep import compose
 from sweep.compose import expand, to_yaml
-from sweep.config import SECTIONS, PairConfig, SweepConfig, to_plain
+from sweep.config import SECTIONS, PairConfig, SweepConfig, from_record, to_plain, to_record
 from sweep.errors import SweepError
 from sweep.paths import conf_dir
 
@@ -262,3 +262,11 @@ def test_what_is_no_axis_or_no_place_is_refused(overrides: list[str], text: str)
 def test_a_path_given_to_the_bundled_models_group_is_another_model() -> None:
     assert point("model.path=/models/My-Llama.2").model.name == "my_llama_2"
     assert point().model.name == "qwen3_vl_tiny"
+
+
+def test_the_record_of_an_earlier_version_is_read_as_it_was_meant() -> None:
+    (point,) = expand([], multirun=False).points
+    record = json.loads(json.dumps(to_record(point)))
+    for section, key in (("sensitivity", "scales"), ("cluster", "address"), ("cluster", "dashboard")):
+        del record[section][key]
+    assert from_record(record, point.target, point.validation) == point
