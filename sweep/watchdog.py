@@ -20,7 +20,8 @@ _LOOK_SECONDS: Final = 0.5
 _SHUTDOWN_SECONDS: Final = 60.0  # Ray takes 1 to 5
 _PROBE_SECONDS: Final = 5.0  # between looks at what is on other machines, and until it must have answered
 _SILENT_SECONDS: Final = 45.0  # a control service that is started anew is back by then; after 60 Ray ends this process without a word
-_MARK: Final = "SWEEP_DRIVER"  # in the environment of every process of a driver's cluster
+# In the environment of every process of a driver's cluster; several, since a process that gives itself a title writes it over the first ones.
+_MARKS: Final = tuple(f"SWEEP_DRIVER_{index}" for index in range(4))
 _ESSENTIAL: Final = {"raylet": "Ray's raylet", "gcs_server": "Ray's control service (GCS)"}
 
 # Waits for the driver's end of a pipe to close, then kills what carries its mark.
@@ -52,7 +53,7 @@ class Watchdog:
         self._watched: dict[int, str] = {}  # of the cluster's head: children of this process, from the moment that they are there
 
     def __enter__(self) -> Self:
-        os.environ[_MARK] = self._mark
+        os.environ.update(dict.fromkeys(_MARKS, self._mark))
         root = str(Path(__file__).resolve().parents[1])
         # A session of its own: Ctrl-C in a terminal would end it first.
         self._reaper = subprocess.Popen([sys.executable, "-Sc", _REAPER, root, self._mark], stdin=subprocess.PIPE, start_new_session=True)
@@ -66,7 +67,8 @@ class Watchdog:
         assert self._reaper.stdin is not None
         self._reaper.stdin.close()
         self._reaper.wait()
-        del os.environ[_MARK]
+        for name in _MARKS:
+            del os.environ[name]
 
     def watch(self, remote: Mapping[str, tuple[str, int]]) -> None:
         """Look at these as well, for people by name: a host and a port that must take a connection now and then."""
@@ -113,9 +115,9 @@ def _takes_connections(address: tuple[str, int]) -> bool:
 
 def kill_marked(mark: str) -> None:
     """Kill every process that was started with this mark in its environment, until there is none."""
-    wanted = f"{_MARK}={mark}".encode()
+    wanted = {f"{name}={mark}".encode() for name in _MARKS}
     for _ in range(100):  # what is killed may just have started another
-        found = [pid for pid in _pids() if pid != os.getpid() and wanted in _environment(pid) and _is_alive(pid)]
+        found = [pid for pid in _pids() if pid != os.getpid() and not wanted.isdisjoint(_environment(pid)) and _is_alive(pid)]
         if not found:
             return
         for pid in found:

@@ -93,7 +93,7 @@ def test_other_processes_are_left_alone() -> None:
     other = subprocess.Popen(["sleep", "600"])
     with Watchdog(lambda what: None):
         pass
-    assert (is_alive(other.pid), "SWEEP_DRIVER" in os.environ) == (True, False)
+    assert (is_alive(other.pid), "SWEEP_DRIVER_0" in os.environ) == (True, False)
     other.kill()
     other.wait()
 
