@@ -96,10 +96,10 @@ def write_captions(path: Path, n: int) -> Path:
     return path
 
 
-def place_at(path: Path) -> Path:
-    """A directory with a random Qwen3-VL checkpoint, and 128 captions that its tokenizer knows: one token a word."""
-    save_checkpoint(path / "model", "qwen3_vl")
-    write_captions(path / "captions.txt", 128)
+def place_at(path: Path, kind: str = "qwen3_vl", *, n_captions: int = 128, **text: Any) -> Path:
+    """A directory with a random checkpoint, and captions that its tokenizer knows: one token a word."""
+    save_checkpoint(path / "model", kind, **text)
+    write_captions(path / "captions.txt", n_captions)
     return path
 
 

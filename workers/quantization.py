@@ -209,6 +209,43 @@ def _range_of(attributes: Attributes) -> str:
 
 
 @torch.enable_grad()
+def auto_quantize_state(
+    model: nn.Module, recipes: Sequence[Mapping[str, Any]], batches: Sequence[Batch], covered: Sequence[str], *, bits: float, **options: Any
+) -> Mapping[str, Any]:
+    """Stock `mtq.auto_quantize` on a copy of the model, with the loss summed over predictions.
+
+    Args:
+        model: unquantized; it is not touched.
+        recipes: ModelOpt's `quant_cfg` and `algorithm`, to choose among.
+        batches: calibrated and scored on, all of them.
+        covered: names of the modules to choose for; all others, convolutions too, stay unquantized.
+        bits: its `effective_bits` constraint, over all linears of the model, disabled ones too.
+        options: more of its own.
+
+    Returns: its search state.
+    """
+    parameter = next(model.parameters())
+
+    def forward_step(network: nn.Module, batch: Batch) -> Tensor:
+        return network(**batch_to(batch, parameter.device, parameter.dtype), use_cache=False).logits
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, state = mtq.auto_quantize(
+            copy.deepcopy(model).requires_grad_(True),
+            constraints={"effective_bits": bits},
+            quantization_formats=[dict(recipe) for recipe in recipes],
+            data_loader=list(batches),
+            forward_step=forward_step,
+            loss_func=lambda logits, batch: summed_loss(logits, labels_of(batch)),
+            disabled_layers=[name for name, _ in model.named_modules() if name not in covered],
+            num_calib_steps=len(batches),
+            num_score_steps=len(batches),
+            **options,
+        )
+    return state
+
+
 def auto_quantize_scores(
     model: nn.Module, quant_cfg: Sequence[Mapping[str, Any]], algorithm: str, batches: Sequence[Batch], covered: Sequence[str]
 ) -> dict[str, float]:
@@ -223,27 +260,9 @@ def auto_quantize_scores(
 
     Returns: raw score by layer group, in the model's order.
     """
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    clone = copy.deepcopy(model).requires_grad_(True)
     entries = [{**entry, "cfg": _with_backend(entry["cfg"])} if entry.get("cfg") else dict(entry) for entry in quant_cfg]
-
-    def forward_step(network: nn.Module, batch: Batch) -> Tensor:
-        return network(**batch_to(batch, device, dtype), use_cache=False).logits
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, state = mtq.auto_quantize(
-            clone,
-            constraints={"effective_bits": 16.0},  # lets any search pass: only the scores are wanted
-            quantization_formats=[{"quant_cfg": entries, "algorithm": algorithm}],
-            data_loader=list(batches),
-            forward_step=forward_step,
-            loss_func=lambda logits, batch: summed_loss(logits, labels_of(batch)),
-            disabled_layers=[name for name, _ in model.named_modules() if name not in covered],
-            num_calib_steps=len(batches),
-            num_score_steps=len(batches),
-            verbose=False,
-        )
+    recipe = {"quant_cfg": entries, "algorithm": algorithm}
+    state = auto_quantize_state(model, [recipe], batches, covered, bits=16.0, verbose=False)  # lets any search pass: only the scores are wanted
     scores: dict[str, float] = {}
     for name, stats in state["candidate_stats"].items():
         if len(stats["scores"]) == 2:  # groups that are disabled have the unquantized choice only

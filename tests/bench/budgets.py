@@ -11,11 +11,9 @@ python -m tests.bench.budgets --store DIR [--target vllm_sm100] [--bits 4.5,5,6]
 """
 
 import argparse
-import copy
 import io
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -23,11 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import modelopt.torch.quantization as mtq
 import numpy as np
 import torch
 from modelopt.torch.quantization.config import QuantizeConfig
-from torch import Tensor, nn
+from torch import nn
 
 from sweep.compose import expand
 from sweep.mixed import GroupFormat, MixedRecipe
@@ -41,8 +38,8 @@ from sweep.targets import Target
 from sweep.validate import Measured, uniform_recipes, validate
 from tests.bench.setup import report
 from workers.block_formats import BACKEND, register
-from workers.capture import batch_to, labels_of, summed_loss
 from workers.data import Batch
+from workers.quantization import auto_quantize_state
 
 
 def quantize_config(chosen: GroupFormat, effective_bits: float | None) -> dict[str, Any]:
@@ -70,27 +67,9 @@ def auto_quantize(
 
     Returns: its search state.
     """
-    parameter = next(model.parameters())
-
-    def forward_step(network: nn.Module, batch: Batch) -> Tensor:
-        return network(**batch_to(batch, parameter.device, parameter.dtype), use_cache=False).logits
-
     said = io.StringIO()  # ModelOpt says what it registers, and how far it is
-    with warnings.catch_warnings(), redirect_stdout(said), redirect_stderr(said), torch.enable_grad():
-        warnings.simplefilter("ignore")
-        _, state = mtq.auto_quantize(
-            copy.deepcopy(model).requires_grad_(True),
-            constraints={"effective_bits": bits},
-            quantization_formats=[dict(candidate) for candidate in candidates],
-            data_loader=list(batches),
-            forward_step=forward_step,
-            loss_func=lambda logits, batch: summed_loss(logits, labels_of(batch)),
-            disabled_layers=[name for name, _ in model.named_modules() if name not in covered],
-            num_calib_steps=len(batches),
-            num_score_steps=len(batches),
-            checkpoint=str(checkpoint),
-        )
-    return state
+    with redirect_stdout(said), redirect_stderr(said):
+        return auto_quantize_state(model, candidates, batches, covered, bits=bits, checkpoint=str(checkpoint))
 
 
 def searched(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 from sweep.compose import expand
 from sweep.planning import SweepPlan, plan_sweep
 from sweep.store import Store
-from tests.models import overrides_of, save_checkpoint, write_captions
+from tests.models import overrides_of, place_at
 from workers import modeling
 from workers.capture import capture
 from workers.scorer import Scorer
@@ -21,10 +21,7 @@ GRID = ["quant_pair=wfp8_afp8,wint8_aint8,wint4_afp16,wfp4_afp16", "quant_granul
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with decoder layers enough for both, and captions."""
-    root = tmp_path_factory.mktemp("several")
-    save_checkpoint(root / "model", "qwen3_vl", num_hidden_layers=24)
-    write_captions(root / "captions.txt", 128)
-    return root
+    return place_at(tmp_path_factory.mktemp("several"), num_hidden_layers=24)
 
 
 def planned(place: Path) -> SweepPlan:

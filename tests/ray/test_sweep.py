@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sweep.store import Store
-from tests.models import save_checkpoint, write_captions
+from tests.models import overrides_of, place_at
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS, GRANULARITIES = ["wint8_aint8", "wfp8_afp8", "wint4_afp16", "wint8_afp16", "wfp8_aint8"], ["default", "w_group64", "recipe_match_channel_token"]
@@ -36,14 +36,11 @@ GRID = grid(PAIRS, GRANULARITIES)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint of four decoder layers, with captions."""
-    path = tmp_path_factory.mktemp("sweep")
-    save_checkpoint(path / "model", "qwen3", num_hidden_layers=4)
-    write_captions(path / "captions.txt", 128)
-    return path
+    return place_at(tmp_path_factory.mktemp("sweep"), "qwen3", num_hidden_layers=4)
 
 
 def start(verb: str, place: Path, store: Path, *overrides: str, workers: int = 1) -> "subprocess.Popen[str]":
-    own = ["model=hf_causal_lm", f"model.path={place / 'model'}", "dataset=coco2017_captions", f"dataset.captions_path={place / 'captions.txt'}"]
+    own = overrides_of(place)
     own += [f"store.uri={store}", f"output_layout.root={store}-published", f"cluster.workers={workers}"]
     command = [sys.executable, "-m", "sweep", verb, *own, *overrides]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)

@@ -10,7 +10,7 @@ from sweep.compose import expand
 from sweep.errors import SweepError
 from sweep.planning import SweepPlan, plan_sweep
 from sweep.subject import Model
-from tests.models import save_checkpoint, write_captions
+from tests.models import overrides_of, place_at
 from workers import memory, scorer
 from workers.memory import Workload, capture_bytes, fixed_bytes, needed_bytes, windows
 from workers.scorer import Scorer
@@ -52,14 +52,11 @@ def test_windows_hold_as_many_parts_as_there_is_room_for(sizes: list[int], room:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("memory")
-    save_checkpoint(path / "model", "qwen3_vl", num_hidden_layers=4)
-    write_captions(path / "captions.txt", 16)
-    return path
+    return place_at(tmp_path_factory.mktemp("memory"), n_captions=16, num_hidden_layers=4)
 
 
 def plan(place: Path, *overrides: str) -> SweepPlan:
-    own = ["model=hf_causal_lm", f"model.path={place / 'model'}", "dataset=coco2017_captions", f"dataset.captions_path={place / 'captions.txt'}"]
+    own = overrides_of(place)
     return plan_sweep(expand([*own, "quant_pair=wint8_aint8,wint4_afp16", *overrides], multirun=True).points, "cpu")
 
 
