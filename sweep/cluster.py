@@ -30,7 +30,7 @@ for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 import ray  # noqa: E402
-from ray._private import services  # noqa: E402
+from ray._private import services, utils  # noqa: E402
 from ray.exceptions import AuthenticationError, RayActorError, RayError  # noqa: E402
 from ray.util import list_named_actors  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
@@ -65,7 +65,7 @@ def connect(workers: Workers) -> Connection:
             _start(workers)
         else:
             _init(address=workers.address)
-    with _handlers_kept():
+    with _undisturbed():
         context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)  # what the first call has returned
     return Connection(
         address=context.address_info["gcs_address"],
@@ -230,21 +230,34 @@ def _join(address: str, otherwise: str) -> None:
 
 
 def _init(**options: Any) -> None:
-    with _handlers_kept():
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace=f"{_SPACE}{secrets.token_hex(4)}", **options)
-        except SystemExit:  # SIGTERM, while Ray's handler was in place
-            raise KeyboardInterrupt from None
+    with _undisturbed():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace=f"{_SPACE}{secrets.token_hex(4)}", **options)
 
 
 @contextmanager
-def _handlers_kept() -> Generator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def _undisturbed() -> Generator[None]:
+    """Have a first signal wait until Ray has started, for a handler that is still the caller's.
+
+    What is half connected cannot be stopped: it crashes this process at its end, with exit code -11 (Ray 2.60).
+    """
+    waiting: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        waiting.append(number)
+        if len(waiting) > 1:  # somebody is impatient
+            raise KeyboardInterrupt
+
+    set_by_ray = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda sigterm_handler: None
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        utils.set_sigterm_handler = set_by_ray
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if waiting:
+            signal.raise_signal(waiting[0])
 
 
 def _alive_nodes() -> list[dict[str, Any]]:

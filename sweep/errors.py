@@ -13,7 +13,7 @@ class InvalidRecipe(SweepError):
 
 
 class StoreFailed(SweepError):
-    """The store cannot be written: a full disk, a lost mount, a refused permission. Nobody's scores are wrong; the run ends and can be resumed."""
+    """The store, or the place of reports, cannot be written: a full disk, a lost mount. Nobody's scores are wrong; the run ends and can be resumed."""
 
 
 class ClusterLost(SweepError):

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sweep.errors import SweepError
+from sweep.errors import StoreFailed, SweepError
 from sweep.files import Files
 from sweep.machine import n_cores
 from sweep.records import FinishedTrial
@@ -54,11 +54,12 @@ def publish(finished: Iterable[FinishedTrial], root: Path | str, *, overwrite: b
 
     Raises: SweepError: a name that is no path part, or, unless `overwrite`, a folder of another model revision, data set
         or cell, or files of someone else in the way. Every conflict is listed and nothing is written.
+        StoreFailed: the root cannot be written; what is there is whole, and the same call goes on.
     """
     url = str(root) if "://" in str(root) else str(Path(root).absolute())
     files = Files(url)
     wanted = _by_folder(finished, overwrite=overwrite)
-    with _locked(url):
+    with _locked(url), _writable(url):
         _refuse_links(url, wanted)
         leftovers = _repair(url)
         published = dict(_published(files))
@@ -158,6 +159,14 @@ def _locked(url: str) -> Generator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _writable(url: str) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreFailed(f"Cannot publish into {url}: {error.strerror or error}.") from error
 
 
 def _refuse_links(url: str, folders: Iterable[str]) -> None:

@@ -28,6 +28,7 @@ from sweep.store import Store
 from workers.task import Progress
 
 _HEARTBEAT_SECONDS = 2.0
+_LEAVING_SECONDS = 10.0  # after an interrupt, until another one counts
 
 
 def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
@@ -43,39 +44,43 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
     Raises: SweepError: wrong input; nothing has been written.
     """
     started = time.monotonic()
-    grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
-    base = grid.points[0]
-    workers = pick_workers(base.cluster)
-    plan = plan_sweep(grid.points, workers.device)
-    store = Store(base.store.uri)
-    store.files.check_writable("store.uri")
-    store.drop_leftovers()
-    root = _output_root(base, plan)
-    set_aside = set(store.files.names("quarantine"))
-    session = Session(grid, plan, store)
-    _say_set_aside(store, set_aside, console)
-    if session.tasks:
-        Files(root).check_writable("output_layout.root")
-        if not base.output_layout.overwrite:
-            _check_folders(plan, root)
-    say_grid(session, console)
-    if session.tasks:
-        try:
-            with _interruptible():
-                _score(session, workers, console)
-        except KeyboardInterrupt:
-            return _leave(session, console, "Interrupted")
-        except StoreFailed as error:
-            return _leave(session, console, f"{error} Make room, or mend what is wrong with it. Stopped")
-        except ClusterLost as error:
-            return _leave(session, console, f"{error} Stopped")
-        finally:
-            _say_set_aside(store, set_aside, console)
-    states = session.end(None)
-    finished = _finished(session)
-    result = publish(finished, root, overwrite=base.output_layout.overwrite)
-    say_results(session, finished, console, root, len(result.written), time.monotonic() - started)
-    return exit_code(states)
+    with _interruptible():
+        grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
+        base = grid.points[0]
+        workers = pick_workers(base.cluster)
+        plan = plan_sweep(grid.points, workers.device)
+        store = Store(base.store.uri)
+        store.files.check_writable("store.uri")
+        store.drop_leftovers()
+        root = _output_root(base, plan)
+        set_aside = set(store.files.names("quarantine"))
+        session = Session(grid, plan, store)
+        _say_set_aside(store, set_aside, console)
+        if session.tasks:
+            Files(root).check_writable("output_layout.root")
+            if not base.output_layout.overwrite:
+                _check_folders(plan, root)
+        say_grid(session, console)
+    try:
+        with _interruptible():
+            if session.tasks:
+                try:
+                    _score(session, workers, console)
+                finally:
+                    _say_set_aside(store, set_aside, console)
+            states = session.end(None)
+            finished = _finished(session)
+            result = publish(finished, root, overwrite=base.output_layout.overwrite)
+    except KeyboardInterrupt:
+        why = "Interrupted"
+    except StoreFailed as error:
+        why = f"{error} Make room, or mend what is wrong with it. Stopped"
+    except ClusterLost as error:
+        why = f"{error} Stopped"
+    else:
+        say_results(session, finished, console, root, len(result.written), time.monotonic() - started)
+        return exit_code(states)
+    return _leave(session, console, why)
 
 
 def _leave(session: Session, console: Console, why: str) -> int:
@@ -201,12 +206,14 @@ def _check_folders(plan: SweepPlan, root: str) -> None:
 
 @contextmanager
 def _interruptible() -> Generator[None]:
-    """SIGTERM ends a run as Ctrl-C does."""
+    """SIGTERM ends what is inside as Ctrl-C does, with KeyboardInterrupt, whatever a library makes of it on the way."""
+    told: float | None = None
 
     def interrupt(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the way out is under way; a second Ctrl-C would cut it short
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        nonlocal told
+        if told is None or time.monotonic() - told > _LEAVING_SECONDS:  # a second Ctrl-C would cut short the way out
+            told = time.monotonic()
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -214,6 +221,8 @@ def _interruptible() -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if told is not None:
+            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def scores(cell_id: str, damages: Sequence[float | None], bits: float = 8.0) -> 
     for (group, modules, layer, elements), kl in zip(GROUPS, damages, strict=True):
         score = None if kl is None else kl * 2 * N_PREDICTIONS
         row = {"cell_id": cell_id, "group": group, "modules": modules, "layer_index": layer, "weight_elements": elements, "predicted_kl": kl, "score": score}
+        row["sensitivity"] = None if score is None else score / N_PREDICTIONS
         row |= {"n_predictions": N_PREDICTIONS, "n_samples": 2, "effective_bits": bits}
         rows.append(row | {"sample_scores": None if score is None else [score / 4, score * 3 / 4]})
     return pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)

@@ -1,7 +1,8 @@
 """Faults at random moments of a real sweep on the bundled model, the same command again until it is complete.
 
 `python -m tests.bench.faults --rounds N` injects N faults, of every kind in turn. All the time a reader opens every score file that is
-there; at the end each store is compared with that of an undisturbed run, byte by byte.
+there; at the end each store is compared with that of an undisturbed run, byte by byte. Stores lie on a small disk of their own, which can be
+full; mounting one takes root.
 """
 
 import argparse
@@ -9,16 +10,19 @@ import contextlib
 import json
 import os
 import random
+import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -28,8 +32,10 @@ from tests.bench.setup import report
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = ["-m", "quant_pair=wfp8_afp8,wint8_aint8,wint4_afp16", "quant_granularity=default,w_group64", "dataset.size=small,medium"]
-KINDS = ("SIGINT", "SIGTERM", "driver", "worker", "writer", "raylet", "gcs")
+# Kinds of faults, with the exit code that a run ends with if it was not finished before.
+KINDS = {"SIGINT": 75, "SIGTERM": 75, "driver": -9, "worker": 0, "writer": 0, "raylet": 75, "gcs": 75, "node": 0, "disk": 75}
 SECONDS = 300.0  # a run that takes longer hangs
+DISK = "64M"
 
 
 @dataclass
@@ -38,6 +44,7 @@ class Found:
 
     injected: Counter[str] = field(default_factory=Counter[str])
     ended: Counter[str] = field(default_factory=Counter[str])  # kind of fault and exit code
+    unexpected: int = 0  # runs that ended with an exit code of neither their fault nor success
     torn: int = 0  # files that a reader met and could not read
     reads: int = 0
     hung: int = 0
@@ -49,11 +56,17 @@ class Found:
     slowest_end: float = 0.0  # seconds from a fault to the driver's end, for faults that end it
 
 
-def start(store: Path, workers: int, *, mark: str = "") -> "subprocess.Popen[bytes]":
-    """The command; its output goes to a file beside the store."""
+def start(store: Path, workers: int, *overrides: str, mark: str = "", **environment: str) -> "subprocess.Popen[bytes]":
+    """The command; its output goes to a file, see `log_of`."""
     command = [sys.executable, "-m", "sweep", "run", *GRID, f"store.uri={store}", f"output_layout.root={store}-published", f"cluster.workers={workers}"]
-    with Path(f"{store}.log").open("ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"SWEEP_FAULTS": mark})
+    with log_of(store).open("ab") as log:
+        env = os.environ | {"SWEEP_FAULTS": mark} | environment
+        return subprocess.Popen([*command, *overrides], cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=env)
+
+
+def log_of(store: Path) -> Path:
+    """Beside the store's disk, which may be full."""
+    return store.parent.with_suffix(".log")
 
 
 def processes(mark: str) -> dict[int, str]:
@@ -73,6 +86,65 @@ def target(kind: str, driver: int, mark: str, generator: random.Random) -> int |
     parts = {"worker": "ray::Worker", "raylet": "raylet/raylet", "gcs": "gcs_server", "writer": "ray::score"}
     found = [pid for pid, name in processes(mark).items() if parts[kind] in name or (kind == "worker" and "ray::score" in name)]
     return generator.choice(found) if found else None
+
+
+def kill_all(mark: str) -> None:
+    for pid in processes(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def two_nodes(mark: str) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """A Ray cluster of two nodes of one core, marked `mark`-head and `mark`-node; gives the overrides and the environment that join it."""
+    folder = Path(mkdtemp(prefix="ray-"))  # short: a socket's path has 107 characters at most
+    (folder / "token").write_text(secrets.token_hex(32), encoding="ascii")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", "--num-gpus=0"]
+    head = ["--head", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false", f"--temp-dir={folder}"]
+    try:
+        for name, options in (("head", head), ("node", [f"--address={address}"])):
+            log = folder / f"{name}.log"
+            env = os.environ | environment | {"SWEEP_FAULTS": f"{mark}-{name}"}
+            with log.open("wb") as output:
+                subprocess.Popen([*command, *options], stdout=output, stderr=output, start_new_session=True, env=env)
+            deadline = time.monotonic() + 120
+            while b"Ray runtime started" not in log.read_bytes():
+                if time.monotonic() > deadline:
+                    raise SystemExit(log.read_text())
+                time.sleep(0.1)
+        yield ["cluster=auto", f"cluster.address={address}"], environment
+    finally:
+        kill_all(f"{mark}-head")
+        kill_all(f"{mark}-node")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def small_disk(place: Path) -> Iterator[None]:
+    """A file system of its own, in a file."""
+    image = place.with_suffix(".img")
+    place.mkdir()
+    for command in (["truncate", "-s", DISK, image], ["mkfs.ext4", "-q", "-m", "0", image], ["mount", "-o", "loop", image, place]):
+        subprocess.run(command, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+        image.unlink()
+
+
+def fill(ballast: Path) -> None:
+    """Leave no room on a disk."""
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+    with ballast.with_suffix(".rest").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 10))
 
 
 def kill_writer(store: Path, pid: int) -> bool:
@@ -139,69 +211,117 @@ class Stats:
                 self._seen[str(path)] = changed
 
 
+def hit(kind: str, store: Path, process: "subprocess.Popen[bytes]", mark: str, generator: random.Random) -> bool:
+    """Inject a fault. Returns whether there was something to hit."""
+    if process.poll() is not None:
+        return False
+    if kind == "disk":
+        fill(store.parent / "ballast")
+        return True
+    if kind == "node":
+        kill_all(f"{mark}-node")
+        return True
+    pid = target(kind, process.pid, mark, generator)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            if kind == "writer":
+                kill_writer(store, pid)
+            else:
+                os.kill(pid, {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}.get(kind, signal.SIGKILL))
+    return pid is not None
+
+
 def disturb(kind: str, store: Path, workers: int, seconds: float, generator: random.Random, found: Found) -> bool:
     """One run with one fault, `seconds` after it began to score (or before, if negative). Returns whether the sweep is complete."""
     mark = f"{os.getpid()}-{time.time_ns()}"
+    with two_nodes(mark) if kind == "node" else contextlib.nullcontext(([], {})) as (overrides, environment):
+        code = run_with_fault(kind, store, seconds, generator, found, lambda: start(store, workers, *overrides, mark=mark, **environment), mark)
+        end_orphans(kind, mark, found)
+    return code == 0
+
+
+def run_with_fault(
+    kind: str, store: Path, seconds: float, generator: random.Random, found: Found, begin: "Callable[[], subprocess.Popen[bytes]]", mark: str
+) -> int:
+    """One run; returns its exit code."""
     stats = Stats(store)
     stats.look()
     before = len(stats._seen)
-    process = start(store, workers, mark=mark)
+    n_logged = log_of(store).stat().st_size if log_of(store).exists() else 0
+    process = begin()
     begun = time.monotonic()
-    hit: float | None = None
+    at: float | None = None
     while process.poll() is None and time.monotonic() - begun < SECONDS:
         stats.look()
         scoring = len(stats._seen) > before or len(cells(store)) > 0
-        if hit is None and (scoring if seconds >= 0 else time.monotonic() - begun > -seconds):
+        if at is None and (scoring if seconds >= 0 else time.monotonic() - begun > -seconds):
             time.sleep(max(seconds, 0.0))
-            pid = target(kind, process.pid, mark, generator)
-            if pid is not None and process.poll() is None:
-                hit = time.monotonic()
+            if hit(kind, store, process, mark, generator):
+                at = time.monotonic()
                 found.injected[kind] += 1
-                with contextlib.suppress(ProcessLookupError):
-                    if kind == "writer":
-                        kill_writer(store, pid)
-                    else:
-                        os.kill(pid, {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}.get(kind, signal.SIGKILL))
         time.sleep(0.02)
     if process.poll() is None:
         found.hung += 1
         process.kill()
     code = process.wait()
     stats.look()
-    if hit is not None:
+    for ballast in store.parent.glob("ballast*"):
+        ballast.unlink()
+    if at is not None:
         found.ended[f"{kind} {code}"] += 1
         found.scored_again.append(stats.again)
-        if kind in ("SIGINT", "SIGTERM", "raylet", "gcs"):
-            found.slowest_end = max(found.slowest_end, time.monotonic() - hit)
+        if KINDS[kind] == 75:
+            found.slowest_end = max(found.slowest_end, time.monotonic() - at)
+    if code not in (0, KINDS[kind]):
+        found.unexpected += 1
+        print(f"exit code {code} after {kind}:\n{log_of(store).read_bytes()[n_logged:].decode(errors='replace')}", file=sys.stderr, flush=True)
+    return code
+
+
+def end_orphans(kind: str, mark: str, found: Found) -> None:
+    """Count what outlives its driver, and end it."""
+
+    def left() -> dict[int, str]:
+        own = processes(mark)
+        joined = {pid: name for pid, name in processes(f"{mark}-head").items() if name.startswith("ray::")}
+        return own | {pid: name for pid, name in joined.items() if not name.startswith(("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent"))}
+
     deadline = time.monotonic() + 10
-    while (left := processes(mark)) and time.monotonic() < deadline:
+    while (orphans := left()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    found.orphans += len(left)
-    for pid in left:
-        print(f"orphan after {kind}: {left[pid][:60]}", file=sys.stderr)
+    found.orphans += len(orphans)
+    for pid, name in orphans.items():
+        print(f"orphan after {kind}: {name[:60]}", file=sys.stderr, flush=True)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return code == 0
 
 
-def campaign(rounds: int, workers: int, seed: int, place: Path, budget: float) -> tuple[Found, dict[str, Any]]:
+def campaign(rounds: int, workers: int, seed: int, place: Path, budget: float, kinds: Sequence[str]) -> tuple[Found, dict[str, Any]]:
     """Sweeps, each with faults until it is complete, until there were enough faults or the time is up."""
     generator, found, started = random.Random(seed), Found(), time.monotonic()
-    undisturbed = place / "undisturbed"
+    undisturbed = place / "undisturbed" / "store"
+    undisturbed.parent.mkdir()
     if start(undisturbed, workers).wait() != 0:
-        raise SystemExit(Path(f"{undisturbed}.log").read_text())
+        raise SystemExit(log_of(undisturbed).read_text())
     expected = cells(undisturbed)
     n_sweeps = 0
-    while found.injected.total() < rounds and time.monotonic() - started < budget:
-        store = place / f"store-{n_sweeps}"
-        with reading(store, found):
-            complete = False
-            while not complete and found.injected.total() < rounds and time.monotonic() - started < budget:
-                kind = KINDS[found.injected.total() % len(KINDS)]
-                complete = disturb(kind, store, workers, generator.choice([-generator.uniform(3, 12), generator.uniform(0, 3)]), generator, found)
-            if not complete and start(store, workers).wait() != 0:
-                raise SystemExit(Path(f"{store}.log").read_text())
-        compare(store, expected, found)
+
+    def is_over() -> bool:
+        return found.injected.total() >= rounds or time.monotonic() - started > budget
+
+    while not is_over():
+        disk = place / f"disk-{n_sweeps}"
+        store = disk / "store"
+        with small_disk(disk):
+            with reading(store, found):
+                complete = False
+                while not complete and not is_over():
+                    kind = kinds[found.injected.total() % len(kinds)]
+                    complete = disturb(kind, store, workers, generator.choice([-generator.uniform(3, 12), generator.uniform(0, 3)]), generator, found)
+                    print(f"{time.monotonic() - started:.0f} s, {found.injected.total()} faults: {dict(found.ended)}", file=sys.stderr, flush=True)
+                if not complete and start(store, workers).wait() != 0:
+                    raise SystemExit(log_of(store).read_text())
+            compare(store, expected, found)
         n_sweeps += 1
     return found, {"sweeps": n_sweeps, "cells": len(expected), "seconds": time.monotonic() - started}
 
@@ -222,14 +342,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100, help="faults to inject")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="of faults; all by default")
     parser.add_argument("--minutes", type=float, default=1000.0, help="stop after so many, however many faults that were")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="faults-") as place:
-        found, figures = campaign(options.rounds, options.workers, options.seed, Path(place), 60 * options.minutes)
+        found, figures = campaign(options.rounds, options.workers, options.seed, Path(place), 60 * options.minutes, options.kinds)
     again = found.scored_again
     figures |= {"faults": found.injected.total(), "kinds": dict(found.injected), "exit_codes": dict(sorted(found.ended.items()))}
     figures |= {"rows_lost": found.lost, "rows_duplicate": found.duplicate, "cells_different": found.different, "torn": found.torn, "reads": found.reads}
-    figures |= {"hung": found.hung, "orphans": found.orphans, "slowest_end_seconds": found.slowest_end}
+    figures |= {"hung": found.hung, "ended_unexpectedly": found.unexpected, "orphans": found.orphans, "slowest_end_seconds": found.slowest_end}
     figures |= {"parts_written_again_a_fault_mean": sum(again) / max(len(again), 1), "parts_written_again_a_fault_max": max(again, default=0)}
     report("faults", torch.device("cpu"), json.loads(json.dumps(figures)))
 

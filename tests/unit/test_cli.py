@@ -1,7 +1,9 @@
 """The command line in this process: exit codes, and wrong input as one message that says what to type, with nothing written."""
 
+import errno
 import os
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,12 @@ import yaml
 
 from sweep import compose
 from sweep.cli import main
+from sweep.compose import expand
+from sweep.errors import StoreFailed
 from sweep.paths import conf_dir
+from sweep.planning import plan_sweep
 from sweep.store import Store
+from tests import scored
 from tests.models import save_checkpoint, write_captions
 
 BOTH = """\
@@ -207,13 +213,66 @@ def test_an_empty_store_says_what_to_type(here: Path, capsys: pytest.CaptureFixt
     assert list(here.iterdir()) == []
 
 
-def test_ctrl_c_while_a_command_prepares_is_no_traceback(monkeypatch: pytest.MonkeyPatch, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(*_: object, **__: object) -> Any:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("turned_into", [None, ImportError("numpy failed to import"), SystemExit(1)])  # libraries do, or lose it in a callback
+def test_an_interrupt_while_a_run_prepares_is_one_whatever_comes_of_it_on_the_way(
+    number: int, turned_into: BaseException | None, monkeypatch: pytest.MonkeyPatch, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(*_: object, **__: object) -> Any:
+        try:
+            signal.raise_signal(number)
+            pytest.fail("it was not interrupted")
+        except KeyboardInterrupt:
+            if turned_into is not None:
+                raise turned_into from None
+            signal.raise_signal(number)  # an impatient user does not cut short the way out
+            raise
 
-    monkeypatch.setattr("sweep.run.plan_sweep", interrupted)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("sweep.run.plan_sweep", plan)
     assert main(["run"]) == 75
     assert capsys.readouterr().err == "sweep run: interrupted\n"
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert list(here.iterdir()) == []
+
+
+def test_ctrl_c_while_another_command_works_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sweep.status.print_status", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert main(["status"]) == 75
+    assert capsys.readouterr().err == "sweep status: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("failing", "why"),
+    [
+        ("sweep.publish._swap_folder", "Cannot publish into {root}: No space left on device. Make room, or mend what is wrong with it. Stopped"),
+        ("sweep.session.Session.end", "Cannot write to the store {store}: No space left on device. Make room, or mend what is wrong with it. Stopped"),
+    ],
+)
+def test_a_disk_that_is_full_when_reports_are_made_leaves_a_run_to_resume(
+    failing: str, why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A grid whose cells are all there, without a report yet."""
+    overrides = ["dataset.size=small", f"store.uri={tmp_path / 'store'}", f"output_layout.root={tmp_path / 'published'}"]
+    (trial,) = plan_sweep(expand(overrides, multirun=False).points, "cpu").trials
+    assert trial.cell_id is not None
+    store = Store(str(tmp_path / "store"))
+    store.write_part(trial.cell_id, "m", scored.scores(trial.cell_id, scored.DAMAGES[scored.FP8]))
+    store.complete(trial.cell_id, {"m": None})
+
+    def fail(*_: object, **__: object) -> None:
+        if "publish" in failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise StoreFailed(f"Cannot write to the store {store.uri}: No space left on device.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(failing, fail)
+        assert main(["run", *overrides]) == 75
+    said = capsys.readouterr().out
+    assert why.format(root=tmp_path / "published", store=tmp_path / "store") in said
+    assert "Type the same command again to resume." in said
+    assert main(["run", *overrides]) == 0
+    assert len(list(tmp_path.glob("published/*/layer-analysis/*/*/*/quant-manifest.json"))) == 1
 
 
 def test_a_store_of_a_newer_program_is_refused_and_kept(here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

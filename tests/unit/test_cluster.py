@@ -1,5 +1,6 @@
 """Which workers a Ray cluster that exists gets, and what is said when it cannot be joined; no cluster is started."""
 
+import signal
 from typing import Any
 
 import pytest
@@ -85,3 +86,34 @@ def test_a_crew_grows_with_the_nodes_only_if_nobody_has_said_how_many(nodes: lis
         assert all((options["num_cpus"], options["num_gpus"]) == (1, 1.0) for options in hired)
         nodes.pop()
         assert crew.hire() == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_ray_starts_waits_for_the_callers_own_handler(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is half connected crashes the process as it ends."""
+    seen: list[str] = []
+
+    def init(**options: Any) -> None:
+        cluster.utils.set_sigterm_handler(lambda number, frame: seen.append("Ray's"))
+        signal.raise_signal(number)
+        seen.append("started")
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    before = signal.signal(number, lambda number, frame: seen.append("the caller's"))
+    try:
+        cluster._init()
+        signal.raise_signal(number)
+    finally:
+        signal.signal(number, before)
+    assert seen == ["started", "the caller's", "the caller's"]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it waits for ever")
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(KeyboardInterrupt):
+        cluster._init()

@@ -1,5 +1,6 @@
 """The published tree: whole folders, touched only when they change, never overwritten unasked."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,8 @@ import pytest
 import torch
 import yaml
 
-from sweep.errors import SweepError
+from sweep.errors import StoreFailed, SweepError
+from sweep.files import Files
 from sweep.publish import publish
 from sweep.records import SCORES_SCHEMA, FinishedTrial, TrialRow
 from sweep.report_files import FILES, folder_of, folder_of_finished
@@ -230,6 +232,26 @@ def test_a_crash_at_any_rename_is_repaired(tmp_path: Path, monkeypatch: pytest.M
     publish(newer, tmp_path, overwrite=True)
     assert contents(tmp_path / "tiny") == contents(tmp_path / "whole" / "tiny")
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_full_disk_says_so_and_leaves_a_tree_that_the_next_call_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(GRID[:1], tmp_path)
+    before = contents(tmp_path)
+    n_written, write = iter(range(100)), Files.write
+
+    def full(files: Files, path: str, data: bytes) -> None:
+        if next(n_written) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(files, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "write", full)
+        with pytest.raises(StoreFailed, match=f"^Cannot publish into {tmp_path}: No space left on device.$"):
+            publish(GRID, tmp_path)
+    assert {name: data for name, data in contents(tmp_path).items() if "/." not in name} == before
+    publish(GRID, tmp_path)
+    publish(GRID, tmp_path / "whole")
+    assert contents(tmp_path / "tiny") == contents(tmp_path / "whole" / "tiny")
 
 
 def test_a_crash_while_writing_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
