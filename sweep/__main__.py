@@ -1,6 +1,6 @@
 """`python -m sweep` is `sweep`."""
 
-from sweep.cli import main
+from sweep.cli import script
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(script())

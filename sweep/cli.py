@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sweep.errors import SweepError
+from sweep.interrupts import ignore_signals, interruptible
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -31,6 +32,13 @@ exit codes: 0 done, 2 wrong input, 3 some trials failed, 75 interrupted (run aga
 """
 
 
+def script() -> int:
+    """The console script: `main`, whose exit code stands whatever comes while Python ends."""
+    code = main()
+    ignore_signals()
+    return code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code; wrong input prints one message to standard error."""
     parser = _parser()
@@ -39,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown option {unknown[0]}; try: sweep {options.verb} --help")
     options.overrides += rest
     try:
-        return _VERBS[options.verb](options)
+        with interruptible():
+            return _VERBS[options.verb](options)
     except SweepError as error:
         print(f"sweep {options.verb}: {error}", file=sys.stderr)  # noqa: T201 -- the one place where errors are said
         return EXIT_WRONG_INPUT

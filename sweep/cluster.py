@@ -7,7 +7,6 @@ may have a `sweep-worker-0` there.
 import logging
 import os
 import secrets
-import signal
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from sweep.config import ClusterConfig
 from sweep.errors import ClusterLost, SweepError
+from sweep.interrupts import rearm, signals_wait
 from sweep.machine import Workers, fit
 
 # Read by Ray when it is imported. Loggers would write three files a trial; Tune's own Ctrl-C handling would hide ours.
@@ -31,6 +31,7 @@ for _name, _value in _ENVIRONMENT.items():
 
 import ray  # noqa: E402
 from ray._private import services, utils  # noqa: E402
+from ray._private.node import Node  # noqa: E402
 from ray.exceptions import AuthenticationError, RayActorError, RayError  # noqa: E402
 from ray.util import list_named_actors  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
@@ -65,7 +66,7 @@ def connect(workers: Workers) -> Connection:
             _start(workers)
         else:
             _init(address=workers.address)
-    with _undisturbed():
+    with _starting():
         context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)  # what the first call has returned
     return Connection(
         address=context.address_info["gcs_address"],
@@ -105,6 +106,25 @@ def join(config: ClusterConfig) -> Workers:
         per_node=max([*rooms, 1]),
         elastic=config.workers == "auto",
     )
+
+
+def stop() -> None:
+    """Stop the run's own cluster, or leave the one that it has joined.
+
+    Signals wait: half stopped, a driver whose raylet ends takes exit code 1 (Ray 2.60).
+    """
+    kill = Node.kill_all_processes
+
+    def kill_all_processes(self: Node, *arguments: Any, **options: Any) -> None:
+        rearm()  # Ray's core worker, which has stopped by now, has reset SIGTERM to the system's default
+        kill(self, *arguments, **options)
+
+    with signals_wait():
+        Node.kill_all_processes = kill_all_processes
+        try:
+            ray.shutdown()
+        finally:
+            Node.kill_all_processes = kill
 
 
 class Crew:
@@ -230,34 +250,20 @@ def _join(address: str, otherwise: str) -> None:
 
 
 def _init(**options: Any) -> None:
-    with _undisturbed():
+    with _starting():
         ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace=f"{_SPACE}{secrets.token_hex(4)}", **options)
 
 
 @contextmanager
-def _undisturbed() -> Generator[None]:
-    """Have a first signal wait until Ray has started, for a handler that is still the caller's.
-
-    What is half connected cannot be stopped: it crashes this process at its end, with exit code -11 (Ray 2.60).
-    """
-    waiting: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        waiting.append(number)
-        if len(waiting) > 1:  # somebody is impatient
-            raise KeyboardInterrupt
-
+def _starting() -> Generator[None]:
+    """Have signals wait until Ray has started: what is half connected cannot be stopped, and crashes this process at its end (exit code -11, Ray 2.60)."""
     set_by_ray = utils.set_sigterm_handler
     utils.set_sigterm_handler = lambda sigterm_handler: None
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        with signals_wait():
+            yield
     finally:
         utils.set_sigterm_handler = set_by_ray
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if waiting:
-            signal.raise_signal(waiting[0])
 
 
 def _alive_nodes() -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sweep import cluster  # before ray: sets what Ray reads from the environment
-from sweep.errors import StoreFailed, SweepError, Unfit
+from sweep.errors import StoreFailed, SweepError, Unfit, WorkerLost
 from sweep.files import Files
 from sweep.machine import Workers
 from sweep.metering import Meter
@@ -136,7 +136,7 @@ def run_trials(
                     helpers.leave()
         finally:
             watchdog.stopping()
-            ray.shutdown()
+            cluster.stop()
             shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -449,6 +449,9 @@ def _carry(lease: Lease, pool: Any) -> Iterator[list[Progress]]:
             _get(pool.stop.remote(reason))
         if isinstance(error.cause, Unfit):
             unfit = reason
+        elif isinstance(error.cause, WorkerLost):
+            death = reason
+            yield [Progress(task_id=lease.tasks[0].task_id, done=0, found=0, lease=lease.number, warning=f"{lease.worker} starts anew: {reason}.")]
         else:
             ended |= {task.task_id: reason for task in lease.tasks if task.task_id not in ended}
     except (RayActorError, ValueError) as error:  # ValueError: it has died too often to come back

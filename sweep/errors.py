@@ -24,6 +24,10 @@ class Unfit(SweepError):
     """What one worker cannot do, and another one may: its node does not see the model or the store, or the model does not load there."""
 
 
+class WorkerLost(SweepError):
+    """What a worker's process cannot go on after, its GPU or one of its writers has failed; another process can."""
+
+
 def require_known(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise SweepError, naming the nearest known spelling, unless ``name`` is one of ``known``."""
     allowed = sorted(known)

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import signal
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -17,6 +16,7 @@ from sweep.compose import DEFAULT_GRID, expand
 from sweep.config import SweepConfig
 from sweep.errors import ClusterLost, StoreFailed, SweepError
 from sweep.files import Files
+from sweep.interrupts import interruptible
 from sweep.machine import Workers, pick_workers
 from sweep.planning import PlannedTrial, SweepPlan, plan_sweep
 from sweep.progress import Display
@@ -28,7 +28,6 @@ from sweep.store import Store
 from workers.task import Progress
 
 _HEARTBEAT_SECONDS = 2.0
-_LEAVING_SECONDS = 10.0  # after an interrupt, until another one counts
 
 
 def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
@@ -44,25 +43,24 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
     Raises: SweepError: wrong input; nothing has been written.
     """
     started = time.monotonic()
-    with _interruptible():
-        grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
-        base = grid.points[0]
-        workers = pick_workers(base.cluster)
-        plan = plan_sweep(grid.points, workers.device)
-        store = Store(base.store.uri)
-        store.files.check_writable("store.uri")
-        store.drop_leftovers()
-        root = _output_root(base, plan)
-        set_aside = set(store.files.names("quarantine"))
-        session = Session(grid, plan, store)
-        _say_set_aside(store, set_aside, console)
-        if session.tasks:
-            Files(root).check_writable("output_layout.root")
-            if not base.output_layout.overwrite:
-                _check_folders(plan, root)
-        say_grid(session, console)
+    grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
+    base = grid.points[0]
+    workers = pick_workers(base.cluster)
+    plan = plan_sweep(grid.points, workers.device)
+    store = Store(base.store.uri)
+    store.files.check_writable("store.uri")
+    store.drop_leftovers()
+    root = _output_root(base, plan)
+    set_aside = set(store.files.names("quarantine"))
+    session = Session(grid, plan, store)
+    _say_set_aside(store, set_aside, console)
+    if session.tasks:
+        Files(root).check_writable("output_layout.root")
+        if not base.output_layout.overwrite:
+            _check_folders(plan, root)
+    say_grid(session, console)
     try:
-        with _interruptible():
+        with interruptible():
             if session.tasks:
                 try:
                     _score(session, workers, console)
@@ -202,27 +200,6 @@ def _check_folders(plan: SweepPlan, root: str) -> None:
         for folder, trial in by_folder.items()
     }
     check_ahead(root, identities)
-
-
-@contextmanager
-def _interruptible() -> Generator[None]:
-    """SIGTERM ends what is inside as Ctrl-C does, with KeyboardInterrupt, whatever a library makes of it on the way."""
-    told: float | None = None
-
-    def interrupt(number: int, frame: object) -> None:
-        nonlocal told
-        if told is None or time.monotonic() - told > _LEAVING_SECONDS:  # a second Ctrl-C would cut short the way out
-            told = time.monotonic()
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if told is not None:
-            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from sweep.errors import WorkerLost
 from workers.data import Plan
 from workers.metrics import WorkerMetrics
 from workers.pool import POOL
@@ -30,6 +31,7 @@ class Worker:
 
         self._metrics = WorkerMetrics(ray.get_runtime_context().get_actor_name() or "")
         self._scorer = Scorer(store_uri, device, memory_gb=memory_gb, n_workers=n_workers, n_gpus=n_gpus, on_timed=self._metrics.timed)
+        self._lost = False
 
     def load(self, task: Task, mark: str | None) -> None:
         """Load the task's model before the first trial asks for it.
@@ -51,11 +53,16 @@ class Worker:
         build_extensions(extensions)
 
     def info(self) -> dict[str, Any]:
-        """Node, process, and what its scorer says of itself."""
+        """Node, process, and what its scorer says of itself. After WorkerLost this ends the process: Ray starts another and asks that."""
+        if self._lost:
+            os._exit(1)
         return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), **self._scorer.info()}
 
     def score(self, tasks: Sequence[Task], plan: Plan, lease: int) -> Iterator[list[Progress]]:
-        """Stream progress, the latest of each task, a few times a second; what it counts is in the store already."""
+        """Stream progress, the latest of each task, a few times a second; what it counts is in the store already.
+
+        Raises: WorkerLost: this process cannot go on; see `info`.
+        """
         latest: dict[str, Progress] = {}
         told = time.monotonic()
         meter = _Rows(self._scorer.info, self._metrics)
@@ -68,14 +75,15 @@ class Worker:
                     yield list(latest.values())
                     latest.clear()
                     told = time.monotonic()
-        except BrokenProcessPool:  # a writer was killed: this worker starts anew, and its tasks go on
-            os._exit(1)
         except RuntimeError as error:
-            if not self._scorer.is_device_fault(error):
+            if isinstance(error, BrokenProcessPool):
+                reason = "a process that writes its scores has died"
+            elif self._scorer.is_device_fault(error):  # no later CUDA call of this process would work
+                reason = str(error).splitlines()[0]
+            else:
                 raise
-            text = str(error).splitlines()[0]
-            yield [Progress(task_id=tasks[0].task_id, done=0, found=0, lease=lease, warning=f"{text} That worker starts anew.")]
-            os._exit(1)  # no later CUDA call of this process would work
+            self._lost = True
+            raise WorkerLost(reason) from None
         self._tell_metrics(meter)
         yield list(latest.values())
 

@@ -106,14 +106,3 @@ def test_a_signal_while_ray_starts_waits_for_the_callers_own_handler(number: sig
     finally:
         signal.signal(number, before)
     assert seen == ["started", "the caller's", "the caller's"]
-
-
-def test_a_second_ctrl_c_does_not_wait_for_a_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def init(**options: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        pytest.fail("it waits for ever")
-
-    monkeypatch.setattr(cluster.ray, "init", init)
-    with pytest.raises(KeyboardInterrupt):
-        cluster._init()

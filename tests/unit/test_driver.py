@@ -2,13 +2,17 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from sweep import driver
-from sweep.errors import Unfit
+from sweep.errors import Unfit, WorkerLost
+from tests.tasks import TASK
+from workers.pool import Lease
+from workers.task import Progress
 
 
 class Remote:
@@ -29,7 +33,7 @@ class FakePool:
         self.called: list[tuple[str, ...]] = []
         self.deaths: list[list[str]] = []
         self.admit, self.give_up, self.lost = Remote(self.called, "admit"), Remote(self.called, "give_up"), Remote(self.called, "lost", self.deaths)
-        self.forget = Remote(self.called, "forget")
+        self.forget, self.give_back = Remote(self.called, "forget"), Remote(self.called, "give_back")
 
 
 class FakeCrew:
@@ -121,3 +125,15 @@ def test_when_no_worker_is_left_the_run_ends_with_the_last_ones_reason(pool: Fak
     with pytest.raises(driver.SweepError, match="w1 has died for good"):
         arrived(pool, FakeCrew({"w0": "unfit", "w1": "dying"}, back="dead"), 1)
     assert [call[0] for call in pool.called] == ["forget", "give_up"]
+
+
+def test_a_worker_that_cannot_go_on_is_named_and_its_tasks_wait_for_another(pool: FakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(lease: Lease) -> Iterator[list[Progress]]:
+        yield [Progress(task_id="t", done=4, found=0, lease=7)]
+        raise driver.RayTaskError("score", "traceback", WorkerLost("CUDA error: launch failure"))
+
+    monkeypatch.setattr(driver, "_stream", broken)
+    lease = Lease(number=7, worker="w0", tasks=(replace(TASK, task_id="t"),), plan=["plan"])
+    *_, (last,) = driver._carry(lease, pool)
+    assert (last.task_id, last.warning) == ("t", "w0 starts anew: CUDA error: launch failure.")
+    assert pool.called == [("give_back", lease, {}, "CUDA error: launch failure", None)]
