@@ -1,10 +1,11 @@
 """How far scores on a GPU in bf16 are from a float32 reference of the same recipe on the same captured x, g and W."""
 
+# pyright: basic
+
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
-from tests.bench.setup import Subject, job
+from tests.bench.setup import Subject, job, spearman
 from workers.capture import Rows
 from workers.quantization import Quantizers
 from workers.scoring import Engine
@@ -53,5 +54,5 @@ def worst_against_fp32(bench: Subject, engine: Engine, rows: dict[str, Rows]) ->
             exact.append(reference)
             figures["stock_bf16_worst_relative_difference"] = max(figures["stock_bf16_worst_relative_difference"], abs(stock / reference - 1))
             figures["worst_relative_difference"] = max(figures["worst_relative_difference"], abs(ours[-1] / reference - 1))
-        figures["least_spearman"] = min(figures["least_spearman"], float(spearmanr(ours, exact).statistic))
+        figures["least_spearman"] = min(figures["least_spearman"], spearman(ours, exact))
     return figures

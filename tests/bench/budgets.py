@@ -10,6 +10,8 @@ with ours given as `effective_bits`, so that both have one budget.
 python -m tests.bench.budgets --store DIR [--target vllm_sm100] [--bits 4.5,5,6] [--overrides quant_pair=wint4_afp16,wint8_afp16]
 """
 
+# pyright: basic
+
 import argparse
 import io
 import tempfile

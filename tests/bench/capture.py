@@ -3,6 +3,8 @@
 python -m tests.bench.capture --device cuda --model qwen3_vl_4b_shape
 """
 
+# pyright: basic
+
 import argparse
 
 from tests.bench.setup import peak_gb, report, seconds, subject

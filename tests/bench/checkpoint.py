@@ -1,5 +1,7 @@
 """A checkpoint directory of the real size, and captions for it, as a user has them on disk."""
 
+# pyright: basic
+
 import shutil
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """A whole `sweep run -m` by the command line, and what its records say of it."""
 
+# pyright: basic
+
 import json
 import os
 import re

@@ -8,6 +8,8 @@ one format a call. `floor_seconds` is the time of one recipe's GEMMs in the mode
 sizes are measured on a part of the samples and scaled.
 """
 
+# pyright: basic
+
 import argparse
 import json
 import sys
@@ -48,7 +50,7 @@ def floor(bench: Subject, rows: dict[str, Rows]) -> float:
 
     def multiply() -> None:
         for name, seen in rows.items():
-            seen.x_TI @ bench.model.get_submodule(name).weight.T
+            seen.x_TI.matmul(bench.model.get_submodule(name).weight.T)
 
     multiply()
     return seconds(multiply, bench.device, repeats=3)

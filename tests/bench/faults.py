@@ -5,6 +5,8 @@ there; at the end each store is compared with that of an undisturbed run, byte b
 their own: mounting it takes root and a loop device. Where there is a GPU, workers use it.
 """
 
+# pyright: basic
+
 import argparse
 import contextlib
 import json
@@ -331,7 +333,7 @@ def compare(store: Path, expected: dict[str, bytes], found: Found) -> None:
     got = cells(store)
     found.lost += len(expected.keys() - got.keys())
     found.different += sum(got[cell] != data for cell, data in expected.items() if cell in got)
-    rows = Counter((row["cell_id"], row["group"]) for path in listed(store, "scores/*/*.parquet") for row in pq.read_table(path, partitioning=None).to_pylist())
+    rows = Counter((row["cell_id"], row["group"]) for path in listed(store, "scores/*/*.parquet") for row in pq.ParquetFile(path).read().to_pylist())
     found.duplicate += sum(n - 1 for n in rows.values())
     if left := [*store.glob("parts/*/*"), *store.glob("quarantine/*")]:
         print(f"left: {left}", file=sys.stderr)

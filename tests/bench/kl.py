@@ -6,12 +6,12 @@ the recording of CUDA graphs, too.
 python -m tests.bench.kl --device cuda --model qwen3_vl_4b_shape
 """
 
+# pyright: basic
+
 import argparse
 
-from scipy.stats import spearmanr
-
 from tests.bench.reference import auto_quantize, padded_batches
-from tests.bench.setup import job, peak_gb, report, seconds, subject
+from tests.bench.setup import job, peak_gb, report, seconds, spearman, subject
 from workers.kl import KlEngine
 from workers.scoring import Scores
 
@@ -49,7 +49,7 @@ def main() -> None:
         figures |= {
             "reference_seconds_per_trial": one * len(batches),
             "speedup": one * len(batches) / ours,
-            "spearman_to_reference_on_an_eighth": float(spearmanr(ranked, [theirs[f"{name}.quant_recipe"][0] for name in found]).statistic),
+            "spearman_to_reference_on_an_eighth": spearman(ranked, [theirs[f"{name}.quant_recipe"][0] for name in found]),
         }
     report("kl_div", bench.device, figures)
 

@@ -4,6 +4,8 @@ python -m tests.bench.memory --device cpu --model tiny --budgets 0.5,4
 python -m tests.bench.memory --device cuda --model qwen3_vl_4b_shape --budgets 64,32,24,16
 """
 
+# pyright: basic
+
 import argparse
 import tempfile
 from collections.abc import Sequence

@@ -5,6 +5,8 @@
 python -m tests.bench.orchestration
 """
 
+# pyright: basic
+
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -15,9 +17,10 @@ from ray import tune
 
 from sweep import cluster, driver
 from sweep.machine import Workers
-from tests.tasks import PICTURE, TASK
+from tests.bench.bare import run_bare
+from tests.tasks import TASK
 from workers import actor
-from workers.data import Plan, Sample, make_plan
+from workers.data import Plan
 from workers.task import Progress, Task
 
 _N_TRIALS = 384
@@ -67,38 +70,19 @@ def tune_seconds(orders: Sequence[driver.TrialOrder]) -> float:
 
 
 def main() -> None:
-    import numpy as np
     import torch
 
     from tests.bench.setup import report
 
-    plan = make_plan([Sample(token_ids=np.arange(8, dtype=np.int64))] * 16, packed=True)
     tasks = {f"task-{i}": replace(TASK, task_id=f"task-{i}") for i in range(_N_TRIALS)}
-    orders = [driver.TrialOrder(name=f"trial-{i}", task_id=task_id) for i, task_id in enumerate(tasks)]
-    marks: list[float] = []
-    driver.Worker = InstantWorker  # type: ignore[misc, assignment]
-    _, infos = driver.run_trials(
-        orders,
-        tasks,
-        {"plan": plan},
-        frozenset(),
-        Workers(device="cpu", count=2, gpus_each=1.0),
-        "none",
-        memory_gb=None,
-        picture=lambda: PICTURE,
-        on_connected=lambda connection: None,
-        on_stage=print,
-        on_ready=lambda: marks.append(time.perf_counter()),
-        on_progress=lambda progress: None,
-        on_ended=lambda: marks.append(time.perf_counter()),
-    )
-    marks.append(time.perf_counter())
+    orders = [driver.TrialOrder(name=name, task_id=name) for name in tasks]
+    _, infos, seconds, stop_seconds = run_bare(InstantWorker, tasks, Workers(device="cpu", count=2, gpus_each=1.0), "none")
     tune_alone = tune_seconds(orders)
     figures = {
         "trials": _N_TRIALS,
         "workers": 2,
-        "ms_per_trial": 1000 * (marks[1] - marks[0]) / _N_TRIALS,
-        "stop_seconds": marks[2] - marks[1],
+        "ms_per_trial": 1000 * seconds / _N_TRIALS,
+        "stop_seconds": stop_seconds,
         "tune_alone_ms_per_trial": 1000 * tune_alone / _N_TRIALS,
         "model_loads": sum(info["model_loads"] for info in infos),
     }

@@ -5,6 +5,8 @@ Needs a store with finished cells of the bundled model, all of one kind: `sweep 
 python -m tests.bench.recapture --store DIR [--bits 4.25,4.5,5,6] [--rounds 2] [--overrides quant_pair=wfp4_afp4,wfp8_afp8]
 """
 
+# pyright: basic
+
 import argparse
 import time
 

@@ -1,5 +1,7 @@
 """Stock `mtq.auto_quantize`, used as its users would at its best: samples sorted by length, padded to the longest of a batch."""
 
+# pyright: basic
+
 import copy
 import warnings
 from collections.abc import Mapping, Sequence

@@ -12,6 +12,8 @@ that less a worker's capture. `efficiency` compares `scored_seconds` with the fi
 every GPU captures for itself, so that part does not shrink.
 """
 
+# pyright: basic
+
 import argparse
 import json
 import os

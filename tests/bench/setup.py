@@ -1,5 +1,7 @@
 """What benchmarks measure on: the bundled model and its texts, or the shape of Qwen3-VL-4B with random weights and texts."""
 
+# pyright: basic
+
 import json
 import os
 import platform
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from sweep.compose import expand
@@ -168,3 +171,9 @@ def peak_gb(device: torch.device) -> Iterator[dict[str, float]]:
         torch.cuda.reset_peak_memory_stats()
     yield found
     found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+
+
+def spearman(some: Any, others: Any) -> float:
+    """Rank correlation."""
+    result: Any = spearmanr(some, others)
+    return float(result.statistic)

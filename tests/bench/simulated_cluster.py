@@ -6,6 +6,8 @@ nobody ever to wait, over the time that the sweep takes from the moment that all
 python -m tests.bench.simulated_cluster
 """
 
+# pyright: basic
+
 import argparse
 import json
 import os
@@ -18,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.tasks import GROUP, PICTURE, TASK
+from tests.tasks import GROUP, TASK
 from workers.task import Progress, Task
 
 _LAYERS = 36
@@ -68,31 +70,12 @@ def grid() -> dict[str, Task]:
 
 def drive(address: str, n_workers: int, elastic: bool, folder: Path) -> None:
     """The sweep's side, in a process of its own; prints what came out."""
-    import numpy as np
-
-    from sweep import driver
     from sweep.machine import Workers
-    from workers.data import Sample, make_plan
+    from tests.bench.bare import run_bare
 
-    tasks = grid()
-    marks: list[float] = []
-    driver.Worker = SleepingWorker  # type: ignore[misc, assignment]
-    failures, infos = driver.run_trials(
-        [driver.TrialOrder(name=name, task_id=name) for name in tasks],
-        tasks,
-        {TASK.plan_id: make_plan([Sample(token_ids=np.arange(8, dtype=np.int64))] * 16, packed=True)},
-        frozenset(),
-        Workers(device="cuda", count=n_workers, gpus_each=1.0, address=address, elastic=elastic),
-        str(folder / "store"),
-        memory_gb=None,
-        picture=lambda: PICTURE,
-        on_connected=lambda connection: None,
-        on_stage=lambda text: print(text, file=sys.stderr),
-        on_ready=lambda: ((folder / "ready").touch(), marks.append(time.perf_counter())),
-        on_progress=lambda progress: None,
-        on_ended=lambda: marks.append(time.perf_counter()),
-    )
-    print(json.dumps({"seconds": marks[1] - marks[0], "failures": failures, "workers": len(infos)}))
+    workers = Workers(device="cuda", count=n_workers, gpus_each=1.0, address=address, elastic=elastic)
+    failures, infos, seconds, _ = run_bare(SleepingWorker, grid(), workers, str(folder / "store"), (folder / "ready").touch)
+    print(json.dumps({"seconds": seconds, "failures": failures, "workers": len(infos)}))
 
 
 def start_driver(address: str, n_workers: int, folder: Path, ideal_seconds: float, *, elastic: bool = False) -> "subprocess.Popen[str]":
@@ -147,6 +130,7 @@ def bench(counts: Sequence[int], seconds: float, folder: Path) -> None:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    address = str(cluster.address)
     try:
         figures: dict[str, Any] = {}
         n_gpus = 0
@@ -156,7 +140,7 @@ def bench(counts: Sequence[int], seconds: float, folder: Path) -> None:
                 cluster.add_node(num_cpus=node_gpus, num_gpus=node_gpus)
                 n_gpus += node_gpus
             clean(folder)
-            result = finish(start_driver(cluster.address, count, folder, seconds))
+            result = finish(start_driver(address, count, folder, seconds))
             check_complete(folder, result)
             figures[f"efficiency_{count}"] = seconds / result["seconds"]
             print(json.dumps(figures), flush=True)
@@ -165,7 +149,7 @@ def bench(counts: Sequence[int], seconds: float, folder: Path) -> None:
         lost = cluster.add_node(num_cpus=2, num_gpus=2)
         cluster.add_node(num_cpus=2, num_gpus=2)
         clean(folder)
-        sweep = start_driver(cluster.address, 4, folder, seconds, elastic=True)
+        sweep = start_driver(address, 4, folder, seconds, elastic=True)
         wait_until((folder / "ready").exists)
         time.sleep(seconds / 6)
         cluster.remove_node(lost, allow_graceful=False)

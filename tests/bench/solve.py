@@ -5,6 +5,8 @@
 Without a store, damages are made up: spread over the groups as measured ones are, falling with the bits. With one, they are its own.
 """
 
+# pyright: basic
+
 import argparse
 import sys
 import time

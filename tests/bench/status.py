@@ -1,5 +1,7 @@
 """How long `sweep status` and the decision that nothing is left take, on a finished grid and on stores made up to be large."""
 
+# pyright: basic
+
 import argparse
 import json
 import subprocess

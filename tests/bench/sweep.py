@@ -6,6 +6,8 @@ python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape --memory-gb 
 python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape --long           # 65,000 tokens, 16 recipes
 """
 
+# pyright: basic
+
 import argparse
 import tempfile
 from pathlib import Path

@@ -6,15 +6,16 @@ per prediction. Then random mixes of the same recipes, with all of their groups 
 python -m tests.bench.validate --device cpu
 """
 
+# pyright: basic
+
 import argparse
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 
 from sweep.mixed import GroupChoice, GroupFormat
 from sweep.paths import bundled_model_dir
-from tests.bench.setup import Subject, job, report, subject
+from tests.bench.setup import Subject, job, report, spearman, subject
 from workers import modeling
 from workers.applied import calibrated_groups
 from workers.capture import capture
@@ -106,13 +107,13 @@ def main() -> None:
     predicted, measured = one_group(bench, tasks, groups, args.size)
     for index, task in enumerate(tasks):
         ratios = predicted[:, index] / measured[:, index]
-        rank = float(spearmanr(predicted[:, index], measured[:, index]).statistic)
+        rank = spearman(predicted[:, index], measured[:, index])
         figures = {"spearman": rank, "median_ratio": float(np.median(ratios)), "least_ratio": float(ratios.min()), "largest_ratio": float(ratios.max())}
         report("one_group_kl", bench.device, {"recipe": task.label, "groups": len(groups), **figures, "summed_kl": float(measured[:, index].sum())})
     ratios = predicted / measured
     overall = {
         "groups_x_recipes": int(ratios.size),
-        "spearman": float(spearmanr(predicted.ravel(), measured.ravel()).statistic),
+        "spearman": spearman(predicted.ravel(), measured.ravel()),
         "median_ratio": float(np.median(ratios)),
         "ratio_5_percent": float(np.quantile(ratios, 0.05)),
         "ratio_95_percent": float(np.quantile(ratios, 0.95)),
@@ -125,7 +126,7 @@ def main() -> None:
             "median_ratio": float(np.median(ratios)),
             "least_ratio": float(ratios.min()),
             "largest_ratio": float(ratios.max()),
-            "spearman": float(spearmanr(sums, found).statistic),
+            "spearman": spearman(sums, found),
             "least_kl": float(found.min()),
             "largest_kl": float(found.max()),
         }
