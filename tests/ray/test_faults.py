@@ -106,43 +106,69 @@ def test_a_sweep_that_loses_its_cluster_its_driver_and_its_disk_is_whole_in_the_
     assert [finding["subject"] for finding in json.loads(done.stdout) if finding["verdict"] == "error"] == []
 
 
-def test_two_drivers_on_one_store_at_once_give_the_union_each_row_once(whole: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    one = start(store, "one", "quant_pair=wfp8_afp8", f"output_layout.root={tmp_path}/one")
-    two = start(store, "two", "quant_granularity=w_group64", f"output_layout.root={tmp_path}/two")
+def two_drivers(tmp_path: Path, uri: str) -> None:
+    """At once, on one store: three of the four cells, one of them wanted by both."""
+    one = start(tmp_path, "one", "quant_pair=wfp8_afp8", f"store.uri={uri}", f"output_layout.root={tmp_path}/one")
+    two = start(tmp_path, "two", "quant_granularity=w_group64", f"store.uri={uri}", f"output_layout.root={tmp_path}/two")
     for process in (one, two):
         code, output = end(process)
         assert code == 0, output
+
+
+def test_two_drivers_on_one_store_at_once_give_the_union_each_row_once(whole: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    two_drivers(tmp_path, str(store))
     expected = cells(whole)
     found = cells(store)
-    assert len(found) == 3  # of the four cells one is in neither grid, and one in both
+    assert len(found) == 3
     assert found == {cell: expected[cell] for cell in found}
     rows = Counter((row["cell_id"], row["group"]) for path in store.glob("scores/*/*.parquet") for row in pq.read_table(path, partitioning=None).to_pylist())
     assert set(rows.values()) == {1}
     assert not list(store.glob("parts/*"))
 
 
-def test_a_sweep_on_s3_that_loses_its_driver_goes_on_and_gives_the_same_bytes(whole: Path, tmp_path: Path, s3: tuple[dict[str, bytes], list[str]]) -> None:
-    objects, _ = s3
+class Bucket:
+    """A store on the S3 server, as its objects."""
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        self._objects = objects
+
+    def names(self, kind: str) -> list[str]:
+        return [name for name in [*self._objects] if name.startswith(f"bucket/store/{kind}/") and not name.endswith("/")]  # pyarrow marks directories
+
+    def cells(self) -> dict[str, bytes]:
+        return {name.split("/")[3]: self._objects[name] for name in self.names("scores")}
+
+
+def test_a_sweep_on_s3_that_loses_its_cluster_its_driver_and_a_worker_gives_the_same_bytes(
+    whole: Path, tmp_path: Path, s3: tuple[dict[str, bytes], list[str]]
+) -> None:
+    bucket = Bucket(s3[0])
     there = ["store.uri=s3://bucket/store", f"output_layout.root={tmp_path}"]
-
-    def names(kind: str) -> list[str]:
-        return [name for name in [*objects] if name.startswith(f"bucket/store/{kind}/") and not name.endswith("/")]  # pyarrow marks directories
-
-    process = start(tmp_path, "s3", *there)
-    wait_for(lambda: names("parts"), process)
-    process.kill()
-    end(process)
-    assert gone("s3")
-    code, output = end(start(tmp_path, "s3 again", *there))
-    assert code == 0, output
-    assert {name.split("/")[3].partition("=")[2]: objects[name] for name in names("scores")} == {
-        name.partition("=")[2]: data for name, data in cells(whole).items()
-    }
-    assert names("parts") == []
+    for kind, expected in (("raylet", 75), ("driver", -signal.SIGKILL), ("worker", 0)):
+        known = {*bucket.names("parts"), *bucket.names("scores")}
+        process = start(tmp_path, f"s3 {kind}", *there)
+        wait_for(lambda known=known: {*bucket.names("parts"), *bucket.names("scores")} - known, process)
+        wait_for(lambda kind=kind, process=process: target(kind, process.pid, f"s3 {kind}", Random(0)), process)
+        pid = target(kind, process.pid, f"s3 {kind}", Random(0))
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        code, output = end(process)
+        assert (code, "Traceback" in output) == (expected, False), output
+        assert gone(f"s3 {kind}")
+    assert bucket.cells() == cells(whole)
+    assert bucket.names("parts") == []
     done = subprocess.run([sys.executable, "-m", "sweep", "doctor", "--store", "--json", there[0]], cwd=ROOT, capture_output=True, check=True)
     (finding,) = [found for found in json.loads(done.stdout) if found["subject"] == "store"]
     assert finding["text"].startswith("4 cells, 0 parts, 4 trials, 0 validations, ")
+
+
+def test_two_drivers_on_s3_at_once_give_the_union(whole: Path, tmp_path: Path, s3: tuple[dict[str, bytes], list[str]]) -> None:
+    two_drivers(tmp_path, "s3://bucket/store")
+    found = Bucket(s3[0]).cells()
+    assert len(found) == 3
+    assert found == {cell: cells(whole)[cell] for cell in found}
+    assert Bucket(s3[0]).names("parts") == []
 
 
 def test_the_cluster_of_a_run_listens_on_loopback_alone(whole: Path, tmp_path: Path) -> None:
