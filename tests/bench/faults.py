@@ -58,12 +58,15 @@ class Found:
     slowest_end: float = 0.0  # seconds from a fault to the driver's end, for faults that end it
 
 
+MORE: list[str] = []  # overrides for every run
+
+
 def start(store: Path, workers: int, *overrides: str, mark: str = "", **environment: str) -> "subprocess.Popen[bytes]":
     """The command; its output goes to a file, see `log_of`."""
     command = [sys.executable, "-m", "sweep", "run", *GRID, f"store.uri={store}", f"output_layout.root={store}-published", f"cluster.workers={workers}"]
     with log_of(store).open("ab") as log:
         env = os.environ | {"SWEEP_FAULTS": mark} | environment
-        return subprocess.Popen([*command, *overrides], cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=env)
+        return subprocess.Popen([*command, *MORE, *overrides], cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=env)
 
 
 def log_of(store: Path) -> Path:
@@ -346,7 +349,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="of faults, all by default; node is for CPUs")
     parser.add_argument("--minutes", type=float, default=1000.0, help="stop after so many, however many faults that were")
-    options = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", help="of every run, e.g. model.path=DIR")
+    options = parser.parse_intermixed_args()
+    MORE.extend(options.overrides)
     with TemporaryDirectory(prefix="faults-") as place:
         found, figures = campaign(options.rounds, options.workers, options.seed, Path(place), 60 * options.minutes, options.kinds)
     again = found.scored_again
