@@ -6,7 +6,9 @@ for ever, in `ray.shutdown` too (Ray 2.60).
 
 import contextlib
 import os
+import re
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -20,17 +22,16 @@ _LOOK_SECONDS: Final = 0.5
 _SHUTDOWN_SECONDS: Final = 60.0  # Ray takes 1 to 5
 _PROBE_SECONDS: Final = 5.0  # between looks at what is on other machines, and until it must have answered
 _SILENT_SECONDS: Final = 45.0  # a control service that is started anew is back by then; after 60 Ray ends this process without a word
-# In the environment of every process of a driver's cluster; several, since a process that gives itself a title writes it over the first ones.
-_MARKS: Final = tuple(f"SWEEP_DRIVER_{index}" for index in range(4))
+_MARK: Final = "SWEEP_DRIVER"  # in the environment of every process of a driver's cluster
 _ESSENTIAL: Final = {"raylet": "Ray's raylet", "gcs_server": "Ray's control service (GCS)"}
 
-# Waits for the driver's end of a pipe to close, then kills what carries its mark.
+# Waits for the driver's end of a pipe to close, then kills what is left of its cluster.
 _REAPER: Final = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from sweep.watchdog import kill_marked
+from sweep.watchdog import kill_cluster
 sys.stdin.buffer.read()
-kill_marked(sys.argv[2])
+kill_cluster(sys.argv[2])
 """
 
 
@@ -53,7 +54,7 @@ class Watchdog:
         self._watched: dict[int, str] = {}  # of the cluster's head: children of this process, from the moment that they are there
 
     def __enter__(self) -> Self:
-        os.environ.update(dict.fromkeys(_MARKS, self._mark))
+        os.environ[_MARK] = self._mark
         root = str(Path(__file__).resolve().parents[1])
         # A session of its own: Ctrl-C in a terminal would end it first.
         self._reaper = subprocess.Popen([sys.executable, "-Sc", _REAPER, root, self._mark], stdin=subprocess.PIPE, start_new_session=True)
@@ -67,8 +68,7 @@ class Watchdog:
         assert self._reaper.stdin is not None
         self._reaper.stdin.close()
         self._reaper.wait()
-        for name in _MARKS:
-            del os.environ[name]
+        del os.environ[_MARK]
 
     def watch(self, remote: Mapping[str, tuple[str, int]]) -> None:
         """Look at these as well, for people by name: a host and a port that must take a connection now and then."""
@@ -113,11 +113,23 @@ def _takes_connections(address: tuple[str, int]) -> bool:
         return False
 
 
-def kill_marked(mark: str) -> None:
-    """Kill every process that was started with this mark in its environment, until there is none."""
-    wanted = {f"{name}={mark}".encode() for name in _MARKS}
+def kill_cluster(mark: str) -> None:
+    """Kill every process of a driver's own cluster, until there is none.
+
+    Args:
+        mark: the driver's process id, a hyphen, and what tells it from an earlier one.
+    """
+    wanted = f"{_MARK}={mark}".encode()
+    driver = int(mark.partition("-")[0])
+    # A process that gives itself a title writes it over its environment. But it writes to the session's logs.
+    session = re.compile(rf"/session_[\d_-]+_{driver}/")
+    spared = {os.getpid(), driver}
     for _ in range(100):  # what is killed may just have started another
-        found = [pid for pid in _pids() if pid != os.getpid() and not wanted.isdisjoint(_environment(pid)) and _is_alive(pid)]
+        found = [
+            pid
+            for pid in _pids()
+            if pid not in spared and (wanted in _environment(pid) or any(session.search(path) for path in _written(pid))) and _is_alive(pid)
+        ]
         if not found:
             return
         for pid in found:
@@ -137,6 +149,15 @@ def _environment(pid: int) -> list[bytes]:
         return []
 
 
+def _written(pid: int) -> Iterator[str]:
+    """Files that a process has open for writing."""
+    with contextlib.suppress(OSError):
+        for handle in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if handle.stat(follow_symlinks=False).st_mode & stat.S_IWUSR:
+                    yield os.readlink(handle.path)
+
+
 def _stat(pid: int) -> tuple[str, str, int] | None:
     """A process' name, state and parent; None if it is gone."""
     try:
@@ -149,9 +170,9 @@ def _stat(pid: int) -> tuple[str, str, int] | None:
 
 def _children(parent: int) -> Iterator[tuple[int, str]]:
     for pid in _pids():
-        if (stat := _stat(pid)) is not None and stat[2] == parent:
-            yield pid, stat[0]
+        if (found := _stat(pid)) is not None and found[2] == parent:
+            yield pid, found[0]
 
 
 def _is_alive(pid: int) -> bool:
-    return (stat := _stat(pid)) is not None and stat[1] not in "ZX"
+    return (found := _stat(pid)) is not None and found[1] not in "ZX"

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -74,12 +74,14 @@ def log_of(store: Path) -> Path:
     return store.parent.with_suffix(".log")
 
 
-def processes(mark: str) -> dict[int, str]:
-    """Processes of one run, however deep and whoever is their parent now, with their names."""
+def processes(mark: str, session: int = 0) -> dict[int, str]:
+    """Processes of one run, however deep and whoever is their parent now, with their names: they bear its mark, or are in its first one's session."""
     found: dict[int, str] = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if f"SWEEP_FAULTS={mark}".encode() in (path / "environ").read_bytes().split(b"\0") and "\nState:\tZ" not in (path / "status").read_text():
+            state, _, _, own, *_ = (path / "stat").read_text().rpartition(")")[2].split()
+            marked = f"SWEEP_FAULTS={mark}".encode() in (path / "environ").read_bytes().split(b"\0")  # Ray's agents write their titles over it
+            if (marked or int(own) == session) and state != "Z":
                 found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return found
 
@@ -93,8 +95,8 @@ def target(kind: str, driver: int, mark: str, generator: random.Random) -> int |
     return generator.choice(found) if found else None
 
 
-def kill_all(mark: str) -> None:
-    for pid in processes(mark):
+def kill_all(mark: str, session: int = 0) -> None:
+    for pid in processes(mark, session):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -109,13 +111,15 @@ def two_nodes(mark: str) -> Iterator[tuple[list[str], dict[str, str]]]:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", "--num-gpus=0"]
+    nodes: list[tuple[str, int]] = []
     head = ["--head", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false", f"--temp-dir={folder}"]
     try:
         for name, options in (("head", head), ("node", [f"--address={address}"])):
             log = folder / f"{name}.log"
             env = os.environ | environment | {"SWEEP_FAULTS": f"{mark}-{name}"}
             with log.open("wb") as output:
-                subprocess.Popen([*command, *options], stdout=output, stderr=output, start_new_session=True, env=env)
+                node = subprocess.Popen([*command, *options], stdout=output, stderr=output, start_new_session=True, env=env)
+            nodes.append((f"{mark}-{name}", node.pid))
             deadline = time.monotonic() + 120
             while b"Ray runtime started" not in log.read_bytes():
                 if time.monotonic() > deadline:
@@ -123,8 +127,8 @@ def two_nodes(mark: str) -> Iterator[tuple[list[str], dict[str, str]]]:
                 time.sleep(0.1)
         yield ["cluster=auto", f"cluster.address={address}"], environment
     finally:
-        kill_all(f"{mark}-head")
-        kill_all(f"{mark}-node")
+        for node_mark, session in nodes:
+            kill_all(node_mark, session)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -240,20 +244,18 @@ def disturb(kind: str, store: Path, workers: int, seconds: float, generator: ran
     """One run with one fault, `seconds` after it began to score (or before, if negative). Returns whether the sweep is complete."""
     mark = f"{os.getpid()}-{time.time_ns()}"
     with two_nodes(mark) if kind == "node" else contextlib.nullcontext(([], {})) as (overrides, environment):
-        code = run_with_fault(kind, store, seconds, generator, found, lambda: start(store, workers, *overrides, mark=mark, **environment), mark)
-        end_orphans(kind, mark, found)
-    return code == 0
+        process = start(store, workers, *overrides, mark=mark, **environment)
+        watch_with_fault(kind, store, process, seconds, generator, found, mark)
+        end_orphans(kind, mark, process.pid, found)
+    return process.returncode == 0
 
 
-def run_with_fault(
-    kind: str, store: Path, seconds: float, generator: random.Random, found: Found, begin: "Callable[[], subprocess.Popen[bytes]]", mark: str
-) -> int:
-    """One run; returns its exit code."""
+def watch_with_fault(kind: str, store: Path, process: "subprocess.Popen[bytes]", seconds: float, generator: random.Random, found: Found, mark: str) -> None:
+    """One run, just started, until it ends."""
     stats = Stats(store)
     stats.look()
     before = len(stats._seen)
-    n_logged = log_of(store).stat().st_size if log_of(store).exists() else 0
-    process = begin()
+    n_logged = log_of(store).stat().st_size
     begun = time.monotonic()
     at: float | None = None
     while process.poll() is None and time.monotonic() - begun < SECONDS:
@@ -280,14 +282,13 @@ def run_with_fault(
     if code not in (0, KINDS[kind]):
         found.unexpected += 1
         print(f"exit code {code} after {kind}:\n{log_of(store).read_bytes()[n_logged:].decode(errors='replace')}", file=sys.stderr, flush=True)
-    return code
 
 
-def end_orphans(kind: str, mark: str, found: Found) -> None:
+def end_orphans(kind: str, mark: str, driver: int, found: Found) -> None:
     """Count what outlives its driver, and end it."""
 
     def left() -> dict[int, str]:
-        own = processes(mark)
+        own = processes(mark, driver)
         joined = {pid: name for pid, name in processes(f"{mark}-head").items() if name.startswith("ray::")}
         return own | {pid: name for pid, name in joined.items() if not name.startswith(("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent"))}
 

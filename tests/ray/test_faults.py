@@ -49,10 +49,10 @@ def wait_for(condition: Callable[[], object], process: "subprocess.Popen[str]") 
         time.sleep(0.02)
 
 
-def gone(mark: str) -> bool:
+def gone(mark: str, process: "subprocess.Popen[str]") -> bool:
     """Whether every process of the run ends within ten seconds."""
     deadline = time.monotonic() + 10
-    while (left := processes(mark)) and time.monotonic() < deadline:
+    while (left := processes(mark, process.pid)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return not left
 
@@ -87,7 +87,7 @@ def test_a_sweep_that_loses_its_cluster_its_driver_and_its_disk_is_whole_in_the_
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         code, output = end(process)
-        assert gone(kind)
+        assert gone(kind, process)
         if what is not None:
             assert (code, what in output, "Type the same command again to resume." in output, "Traceback" in output) == (75, True, True, False), output
     (tmp_path / "sitecustomize.py").write_text(FULL_DISK)
@@ -155,7 +155,7 @@ def test_a_sweep_on_s3_that_loses_its_cluster_its_driver_and_a_worker_gives_the_
         os.kill(pid, signal.SIGKILL)
         code, output = end(process)
         assert (code, "Traceback" in output) == (expected, False), output
-        assert gone(f"s3 {kind}")
+        assert gone(f"s3 {kind}", process)
     assert bucket.cells() == cells(whole)
     assert bucket.names("parts") == []
     done = subprocess.run([sys.executable, "-m", "sweep", "doctor", "--store", "--json", there[0]], cwd=ROOT, capture_output=True, check=True)

@@ -89,13 +89,30 @@ def test_what_a_driver_has_started_does_not_outlive_it(then: str) -> None:
     assert ends(orphan)
 
 
-def test_other_processes_are_left_alone() -> None:
-    other = subprocess.Popen(["sleep", "600"])
-    with Watchdog(lambda what: None):
+def test_a_process_of_the_cluster_that_has_lost_its_environment_does_not_outlive_the_driver(tmp_path: Path) -> None:
+    """Ray's agents write their titles over it."""
+    session = tmp_path / f"session_2026-01-02_03-04-05_678901_{os.getpid()}"
+    session.mkdir()
+    with (session / "agent.out").open("wb") as log, Watchdog(lambda what: None):
+        agent = subprocess.Popen(["sleep", "600"], stdout=log, env={})
+    agent.wait()
+    assert agent.returncode == -signal.SIGKILL
+
+
+def test_other_processes_are_left_alone(tmp_path: Path) -> None:
+    """One that reads the logs, and one of another driver's cluster among them."""
+    sessions = [tmp_path / f"session_2026-01-02_03-04-05_678901_{pid}" for pid in (os.getpid(), f"1{os.getpid()}")]
+    for session in sessions:
+        session.mkdir()
+        (session / "raylet.out").touch()
+    with (sessions[0] / "raylet.out").open("rb") as read, (sessions[1] / "raylet.out").open("wb") as foreign:
+        others = [subprocess.Popen(["sleep", "600"], stdin=read), subprocess.Popen(["sleep", "600"], stdout=foreign)]
+    with (sessions[0] / "driver.log").open("wb"), Watchdog(lambda what: None):
         pass
-    assert (is_alive(other.pid), "SWEEP_DRIVER_0" in os.environ) == (True, False)
-    other.kill()
-    other.wait()
+    assert ([is_alive(other.pid) for other in others], "SWEEP_DRIVER" in os.environ) == ([True, True], False)
+    for other in others:
+        other.kill()
+        other.wait()
 
 
 def test_a_cluster_elsewhere_that_goes_on_taking_no_connections_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
