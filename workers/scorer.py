@@ -33,7 +33,6 @@ from workers.writers import Writers
 
 _MAX_HALVINGS = 8
 _WRITERS = 8  # at most, that put parts on disk while the next layer is scored
-_MAX_WRITING = 1024  # parts that wait for them
 
 _Waiting = Callable[[], list[Scores] | None]  # see Engine.score_group
 _Start = Callable[[GroupSpec, Sequence[Job]], _Waiting]
@@ -184,7 +183,8 @@ class Scorer:
                     yield book.progress()
                 elif book.failure is None:
                     writing.append((book, part.name, scores.keys(), self._writers.write(task_id, part.name, scores)))
-            while writing and (writing[0][3].done() or len(writing) > _MAX_WRITING):
+            # Wait for the layer before: so no more than one that was scored is lost with this process.
+            while writing and (writing[0][3].done() or writing[0][1] != part.name):
                 yield written()
         while writing:
             yield written()

@@ -30,6 +30,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+from tests.bench.counted import SCORED
 from tests.bench.setup import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +55,7 @@ class Found:
     lost: int = 0
     duplicate: int = 0
     different: int = 0
-    scored_again: list[int] = field(default_factory=list[int])  # parts, by fault
+    scored_again: list[int] = field(default_factory=list[int])  # decoder layers of one worker, by run with a fault
     slowest_end: float = 0.0  # seconds from a fault to the driver's end, for faults that end it
 
 
@@ -63,15 +64,29 @@ MORE: list[str] = []  # overrides for every run
 
 def start(store: Path, workers: int, *overrides: str, mark: str = "", **environment: str) -> "subprocess.Popen[bytes]":
     """The command; its output goes to a file, see `log_of`."""
-    command = [sys.executable, "-m", "sweep", "run", *GRID, f"store.uri={store}", f"output_layout.root={store}-published", f"cluster.workers={workers}"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.counted",
+        "run",
+        *GRID,
+        f"store.uri={store}",
+        f"output_layout.root={store}-published",
+        f"cluster.workers={workers}",
+    ]
     with log_of(store).open("ab") as log:
-        env = os.environ | {"SWEEP_FAULTS": mark} | environment
+        env = os.environ | {"SWEEP_FAULTS": mark, SCORED: str(scored_of(store))} | environment
         return subprocess.Popen([*command, *MORE, *overrides], cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=env)
 
 
 def log_of(store: Path) -> Path:
     """Beside the store's disk, which may be full."""
     return store.parent.with_suffix(".log")
+
+
+def scored_of(store: Path) -> Path:
+    """A line for each layer that was scored for a recipe, see tests.bench.counted."""
+    return store.parent.with_suffix(".scored")
 
 
 def processes(mark: str, session: int = 0) -> dict[int, str]:
@@ -205,19 +220,31 @@ def cells(store: Path) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in listed(store, "scores/*/scores.parquet")}
 
 
-class Stats:
-    """Parts as they appear, by the time of their last change: one that is written again was scored again."""
+class Scored:
+    """What workers have scored for a store, in this run and before."""
 
     def __init__(self, store: Path) -> None:
-        self._store, self._seen = store, dict[str, int]()
-        self.again = 0
+        self._log = scored_of(store)
+        self._n_before = len(self._lines())
 
-    def look(self) -> None:
-        for path in listed(self._store, "parts/*/*.parquet"):
-            with contextlib.suppress(FileNotFoundError):
-                changed = path.stat().st_mtime_ns
-                self.again += self._seen.get(str(path), changed) != changed
-                self._seen[str(path)] = changed
+    def _lines(self) -> list[str]:
+        return self._log.read_text().splitlines() if self._log.exists() else []
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether this run has scored anything."""
+        return len(self._lines()) > self._n_before
+
+    def again(self) -> int:
+        """Decoder layers of any one worker that have been scored again in this run, for whatever recipes; the most."""
+        by: dict[tuple[str, str], str] = {}
+        lost: set[tuple[str, str]] = set()
+        for index, line in enumerate(self._lines()):
+            task, part, pid = line.split()
+            if index >= self._n_before and (task, part) in by:
+                lost.add((by[task, part], part))
+            by[task, part] = pid
+        return max(Counter(pid for pid, _ in lost).values(), default=0)
 
 
 def hit(kind: str, store: Path, process: "subprocess.Popen[bytes]", mark: str, generator: random.Random) -> bool:
@@ -252,16 +279,12 @@ def disturb(kind: str, store: Path, workers: int, seconds: float, generator: ran
 
 def watch_with_fault(kind: str, store: Path, process: "subprocess.Popen[bytes]", seconds: float, generator: random.Random, found: Found, mark: str) -> None:
     """One run, just started, until it ends."""
-    stats = Stats(store)
-    stats.look()
-    before = len(stats._seen)
+    scored = Scored(store)
     n_logged = log_of(store).stat().st_size
     begun = time.monotonic()
     at: float | None = None
     while process.poll() is None and time.monotonic() - begun < SECONDS:
-        stats.look()
-        scoring = len(stats._seen) > before or len(cells(store)) > 0
-        if at is None and (scoring if seconds >= 0 else time.monotonic() - begun > -seconds):
+        if at is None and (scored.has_begun if seconds >= 0 else time.monotonic() - begun > -seconds):
             time.sleep(max(seconds, 0.0))
             if hit(kind, store, process, mark, generator):
                 at = time.monotonic()
@@ -271,12 +294,11 @@ def watch_with_fault(kind: str, store: Path, process: "subprocess.Popen[bytes]",
         found.hung += 1
         process.kill()
     code = process.wait()
-    stats.look()
     for ballast in store.parent.glob("ballast*"):
         ballast.unlink()
     if at is not None:
         found.ended[f"{kind} {code}"] += 1
-        found.scored_again.append(stats.again)
+        found.scored_again.append(scored.again())
         if KINDS[kind] == 75:
             found.slowest_end = max(found.slowest_end, time.monotonic() - at)
     if code not in (0, KINDS[kind]):
@@ -359,7 +381,7 @@ def main() -> None:
     figures |= {"faults": found.injected.total(), "kinds": dict(found.injected), "exit_codes": dict(sorted(found.ended.items()))}
     figures |= {"rows_lost": found.lost, "rows_duplicate": found.duplicate, "cells_different": found.different, "torn": found.torn, "reads": found.reads}
     figures |= {"hung": found.hung, "ended_unexpectedly": found.unexpected, "orphans": found.orphans, "slowest_end_seconds": found.slowest_end}
-    figures |= {"parts_written_again_a_fault_mean": sum(again) / max(len(again), 1), "parts_written_again_a_fault_max": max(again, default=0)}
+    figures |= {"layers_a_worker_again_mean": sum(again) / max(len(again), 1), "layers_a_worker_again_max": max(again, default=0)}
     report("faults", torch.device("cuda" if torch.cuda.is_available() else "cpu"), json.loads(json.dumps(figures)))
 
 

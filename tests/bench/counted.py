@@ -1,0 +1,35 @@
+"""`sweep`, whose workers write a line for each part that they have scored, before it is written: `python -m tests.bench.counted run ...`."""
+
+# pyright: basic
+
+import os
+from concurrent.futures import Future
+from typing import Any, Final
+
+from sweep import driver
+from sweep.cli import script
+from workers import actor
+from workers.scores import PartScores
+
+SCORED: Final = "SWEEP_BENCH_SCORED"  # in the environment: the file
+
+
+class Worker(actor.Worker):
+    """A worker that notes each part when it hands it to its writers."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        writers = self._scorer._writers
+        write = writers.write
+
+        def noted(task_id: str, part: str, measured: PartScores) -> Future[None]:
+            with open(os.environ[SCORED], "a", encoding="utf-8") as file:
+                file.write(f"{task_id} {part} {os.getpid()}\n")  # one write: lines of several workers do not mix
+            return write(task_id, part, measured)
+
+        writers.write = noted
+
+
+if __name__ == "__main__":
+    driver.Worker = Worker
+    raise SystemExit(script())
