@@ -30,8 +30,10 @@ _REAPER: Final = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from sweep.watchdog import kill_cluster
-sys.stdin.buffer.read()
+told = sys.stdin.buffer.read()
 kill_cluster(sys.argv[2])
+if not told:
+    print("The run was killed, or Ray has ended it. Type the same command again to resume.", file=sys.stderr)
 """
 
 
@@ -65,10 +67,18 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._left.set()
         self._thread.join()
+        self._tell()
         assert self._reaper.stdin is not None
         self._reaper.stdin.close()
         self._reaper.wait()
         del os.environ[_MARK]
+
+    def _tell(self) -> None:
+        """This process is about to end, and says itself why."""
+        assert self._reaper.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed the reaper
+            self._reaper.stdin.write(b"ended")
+            self._reaper.stdin.flush()
 
     def watch(self, remote: Mapping[str, tuple[str, int]]) -> None:
         """Look at these as well, for people by name: a host and a port that must take a connection now and then."""
@@ -80,10 +90,14 @@ class Watchdog:
         self._check()
         self._stopping = time.monotonic()
 
+    def _end(self, why: str) -> None:
+        self._tell()
+        self._on_dead(why)
+
     def _check(self) -> None:
         dead = next((name for pid, name in self._watched.items() if not _is_alive(pid)), None)
         if dead is not None and self._stopping is None:  # it was not told to end meanwhile
-            self._on_dead(f"{dead} has died")
+            self._end(f"{dead} has died")
 
     def _probe(self) -> None:
         if time.monotonic() - self._probed < _PROBE_SECONDS:
@@ -92,7 +106,7 @@ class Watchdog:
             if _takes_connections(address):
                 self._answered[name] = time.monotonic()
             elif time.monotonic() - self._answered[name] > _SILENT_SECONDS:
-                self._on_dead(f"{name} at {address[0]}:{address[1]} does not answer")
+                self._end(f"{name} at {address[0]}:{address[1]} does not answer")
         self._probed = time.monotonic()
 
     def _watch(self) -> None:
@@ -102,7 +116,7 @@ class Watchdog:
                 self._probe()
                 self._watched |= {pid: _ESSENTIAL[name] for pid, name in _children(os.getpid()) if name in _ESSENTIAL}
             elif time.monotonic() - self._stopping > _SHUTDOWN_SECONDS:
-                self._on_dead("Ray did not stop")
+                self._end("Ray did not stop")
 
 
 def _takes_connections(address: tuple[str, int]) -> bool:

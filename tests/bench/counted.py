@@ -11,7 +11,8 @@ from sweep.cli import script
 from workers import actor
 from workers.scores import PartScores
 
-SCORED: Final = "SWEEP_BENCH_SCORED"  # in the environment: the file
+SCORED: Final = "SWEEP_BENCH_SCORED"  # in the environment of the driver: the file
+_LOG = os.environ.get(SCORED, "")  # goes with the class to workers, which may have another environment
 
 
 class Worker(actor.Worker):
@@ -23,7 +24,7 @@ class Worker(actor.Worker):
         write = writers.write
 
         def noted(task_id: str, part: str, measured: PartScores) -> Future[None]:
-            with open(os.environ[SCORED], "a", encoding="utf-8") as file:
+            with open(_LOG, "a", encoding="utf-8") as file:
                 file.write(f"{task_id} {part} {os.getpid()}\n")  # one write: lines of several workers do not mix
             return write(task_id, part, measured)
 

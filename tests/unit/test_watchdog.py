@@ -17,7 +17,7 @@ from sweep.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 from sweep.watchdog import Watchdog
 with Watchdog(lambda what: None):
     orphan = subprocess.Popen(["sleep", "600"], start_new_session=True)
@@ -76,17 +76,18 @@ def test_a_shutdown_that_takes_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch
         assert told.wait(20)
 
 
-@pytest.mark.parametrize("then", ["time.sleep(600)", "sys.exit()"])
-def test_what_a_driver_has_started_does_not_outlive_it(then: str) -> None:
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER.format(then=then)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("then", ["time.sleep(600)", "sys.exit()", "os._exit(1)"])
+def test_what_a_driver_has_started_does_not_outlive_it_and_somebody_says_how_to_go_on(then: str) -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER.format(then=then)], cwd=ROOT, text=True, **pipes)
     assert driver.stdout is not None
     orphan = int(driver.stdout.readline())
     if "sleep" in then:
         assert is_alive(orphan)
         driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    driver.stdout.close()
+    _, said = driver.communicate()
     assert ends(orphan)
+    assert ("Type the same command again to resume." in said) == ("sys.exit" not in then)
 
 
 def test_a_process_of_the_cluster_that_has_lost_its_environment_does_not_outlive_the_driver(tmp_path: Path) -> None:
