@@ -181,6 +181,8 @@ class StoreConfig(_Section):
     uri: str  # absolute local path or fsspec URL
 
     def __post_init__(self) -> None:
+        if not self.uri.strip():
+            raise SweepError("store.uri is empty. Type store.uri=DIR, or the URL of an object store.")
         if self.uri.startswith("memory:"):
             raise SweepError(f"store.uri={self.uri} lives in one process only; workers are others. Type a local directory, or the URL of an object store.")
 

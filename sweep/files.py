@@ -7,11 +7,12 @@ import contextlib
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sweep.errors import SweepError
 
@@ -70,10 +71,9 @@ class Files:
             self._fs.pipe_file(self._url(path), data)
             return
         final = self._inside(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
         partial = final.with_name(f".{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
-            with partial.open("wb") as file:
+            with _opened(partial) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -87,7 +87,10 @@ class Files:
         if self._local is None:
             content: Any = self._fs.cat_file(self._url(path))
             return bytes(content)
-        return self._inside(path).read_bytes()
+        final = self._inside(path)
+        if stat.S_IFMT(final.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):  # reading a pipe would wait for ever
+            raise Misplaced(f"{final} is no regular file.")
+        return final.read_bytes()
 
     def exists(self, path: str) -> bool:
         """Whether there is such a file."""
@@ -182,13 +185,24 @@ class Files:
         return f"{self._root}/{path}"
 
     def _inside(self, path: str) -> Path:
-        """The local path. Raises Misplaced: a link leads out of the root."""
+        """The local path. Raises Misplaced: a link below the root leads elsewhere."""
         _check_path(path)
         assert self._local is not None
         full, root = self._local / path, self._real_root
-        if os.path.commonpath([os.path.realpath(full), root]) != root:
-            raise Misplaced(f"{full} is reached by a link that leads out of {self.uri}. Put what it leads to in its place.")
+        real = os.path.realpath(full)
+        if real != os.path.normpath(os.path.join(root, path)):
+            leads = f"leads out of {self.uri}" if os.path.commonpath([real, root]) != root else "leads elsewhere in it"
+            raise Misplaced(f"{full} is reached by a link that {leads}. Put what it leads to in its place.")
         return full
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A new file, in a directory that another process may remove as empty just then."""
+    for _ in range(100):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return path.open("wb")
+    return path.open("wb")
 
 
 def _s3() -> Any:
@@ -205,5 +219,5 @@ def _s3() -> Any:
 
 def _check_path(path: str) -> None:
     """Raises: Misplaced: the path is absolute or climbs."""
-    if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/"):
+    if path.startswith("/") or "\0" in path or ".." in path.split("/"):
         raise Misplaced(f"{path!r} is no path under a root. Use relative names with forward slashes, without '..'.")

@@ -24,6 +24,7 @@ _PART: Final = re.compile(rf"parts/cell=({_ID})/([A-Za-z0-9_.-]+)\.parquet")
 _TRIALS: Final = re.compile(rf"trials/((?:run|compact)-{_ID})\.parquet")
 _VALIDATION: Final = re.compile(rf"validations/({_ID})\.parquet")
 _RUN: Final = re.compile(rf"runs/({_ID})\.json")
+_FOLDERS: Final = ("scores", "parts", "trials", "validations", "runs")
 _TEMPORARY: Final = re.compile(r"(?:.*/)?\.[^/]+\.tmp")
 _TEMPORARY_SECONDS: Final = 600.0  # a writer holds one for less than a second; on a slow network file system for longer
 _SILENT: Final = timedelta(minutes=10)  # a run whose heartbeat is older is over
@@ -48,10 +49,14 @@ def check_store(store: Store) -> list[Finding]:
     Returns: one finding a file that was not as it should be, and at the end one with what the store holds. An error is what was
         left as it is: a newer program's file, or a store that cannot be written.
     """
+    found: list[Finding] = []
     try:
-        return list(_findings(store))
+        found.extend(_findings(store))
     except SweepError as error:
-        return [Finding(subject="store", verdict="error", text=str(error))]
+        found.append(Finding(subject="store", verdict="error", text=str(error)))
+    except OSError as error:
+        found.append(Finding(subject="store", verdict="error", text=f"Cannot write to the store {store.uri}: {error.strerror or error}."))
+    return found
 
 
 def _findings(store: Store) -> Iterator[Finding]:
@@ -83,12 +88,14 @@ def _look(store: Store, path: str) -> Finding | None:
             return None
         store.files.remove(path)
         return Finding(subject=path, verdict="warning", text="dropped: a killed writer left it half written")
-    if "/" not in path:
+    if path.partition("/")[0] not in _FOLDERS or "/" not in path:
         return Finding(subject=path, verdict="warning", text="not a file of this program; left where it is, nobody reads it")
     if (read := _reader(store, path)) is None:
         return _aside(store, path, "not a file of this program")
     try:
         read()
+    except FileNotFoundError:
+        return None
     except SweepError as error:
         if path in store.damage:
             return Finding(subject=path, verdict="warning", text=f"set aside: {store.damage[path]}")

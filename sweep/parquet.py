@@ -16,6 +16,7 @@ from sweep.errors import SweepError
 
 _VERSION: Final = b"schema_version"
 _DIGEST: Final = b"rows_sha256"
+_FIRST_WITH_DIGEST: Final = 1  # schema version
 
 
 class Damaged(SweepError):
@@ -54,7 +55,10 @@ def decode(data: bytes, path: str, where: str, schema: pa.Schema) -> pa.Table:
         table: pa.Table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
         metadata: Mapping[bytes, bytes] = table.schema.metadata or {}
         version = _version(metadata, where)
-        if (digest := metadata.get(_DIGEST)) is not None and digest != _digest(table, path):
+        digest = metadata.get(_DIGEST)
+        if digest is None and version >= _FIRST_WITH_DIGEST:  # as tools leave it that rewrite a table
+            raise Damaged(f"{where} is damaged: it has no digest of its rows, so that another program has written it.")
+        if digest is not None and digest != _digest(table, path):
             raise Damaged(f"{where} is damaged: its rows were changed, or belong elsewhere, after they were written.")
         for step in range(version, records.SCHEMA_VERSION):
             if step not in records.UPGRADES:

@@ -111,9 +111,7 @@ def check_ahead(root: str, wanted: Mapping[str, Mapping[str, object]]) -> None:
     files = Files(root)
     conflicts: list[str] = []
     for folder, identity in wanted.items():
-        try:
-            there = json.loads(files.read(f"{folder}/{MANIFEST}"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        if (there := _manifest(files, folder)) is None:
             continue
         conflicts += [
             f"{folder} holds other content: {key} {there.get(key)} there, {value} here" for key, value in identity.items() if there.get(key) != value
@@ -210,15 +208,23 @@ def _published(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
     for directory in _directories(files):
         if directory.count("/") < 4:
             continue
-        try:
-            manifest = json.loads(files.read(f"{directory}/{MANIFEST}"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            continue
-        if not isinstance(manifest, dict) or not {"layout_version", "summary", "cell_id"} <= manifest.keys():
+        if (manifest := _manifest(files, directory)) is None:
             continue
         if manifest["layout_version"] > LAYOUT_VERSION:
             raise SweepError(f"{files.uri}/{directory} was published by a newer version of this program. Upgrade, or publish elsewhere.")
         yield directory, manifest
+
+
+def _manifest(files: Files, folder: str) -> dict[str, Any] | None:
+    """A published folder's manifest; None if there is none that this program can have written."""
+    try:
+        manifest = json.loads(files.read(f"{folder}/{MANIFEST}"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+        return None
+    kinds = {"layout_version": int, "summary": dict, "cell_id": str}
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
+        return None
+    return manifest
 
 
 def _is_current(files: Files, folder: str, one: FinishedTrial, manifest: Mapping[str, Any] | None) -> bool:
@@ -301,7 +307,7 @@ def _page_paths(folders: Iterable[str]) -> list[str]:
 def _page(files: Files, directory: str) -> str | None:
     try:
         return files.read(f"{directory}/README.md").decode(errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a file, where directories are
         return None
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import secrets
 import socket
 import time
 from collections import Counter
@@ -32,7 +33,7 @@ class Session:
         self.plan, self.store = plan, store
         self.started = time.monotonic()
         self.first_result: float | None = None  # seconds until there was one
-        self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
+        self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{secrets.token_hex(2)}"  # containers may have one process id
         self.failures: dict[str, str] = {}  # by task id
         self._before = store.trials()
         self._written: dict[str, TrialRow] = {}

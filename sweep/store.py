@@ -5,6 +5,7 @@ whole, when the cell is complete. Equal inputs give equal bytes, so two writers 
 What cannot be read back as it was written is moved to ``quarantine/``, with the reason beside it, and never read.
 """
 
+import errno
 import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ from sweep.records import SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA, Tria
 
 T = TypeVar("T")
 
+_NO_FILE: Final = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}  # what is there is no file; anything else may pass
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 # A part lives for seconds and is written beside the scoring: a third of the time, for as many bytes.
@@ -96,7 +98,7 @@ class Store:
         """Remove the parts of finished cells: a writer was cut short after it had completed one."""
         for name in self.files.names("parts"):
             cell_id = name.removeprefix("cell=")
-            if self.is_finished(cell_id):
+            if self.whole_scores(cell_id) is not None:
                 self.drop_parts(cell_id)
 
     def scores(self, cell_id: str) -> pa.Table:
@@ -132,12 +134,15 @@ class Store:
     # Damage
 
     def set_aside(self, path: str, reason: str) -> None:
-        """Move a file that cannot be trusted into the quarantine, with the reason beside it."""
-        self.damage[path] = reason
+        """Move a file that cannot be trusted into the quarantine, with the reason beside it. Raises: StoreFailed."""
         if self.repairs:
             place = f"quarantine/{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
-            self._write(f"{place}/why.txt", f"{reason}\n".encode())
-            self.files.move(path, f"{place}/{path}")
+            self._write(f"{place}/why.txt", f"{reason}\n".encode(errors="surrogateescape"))
+            try:
+                self.files.move(path, f"{place}/{path}")
+            except OSError as error:
+                raise StoreFailed(f"{reason} It cannot be set aside: {error.strerror or error}.") from error
+        self.damage[path] = reason
 
     def why(self, name: str) -> str:
         """Why a directory of the quarantine was made."""
@@ -149,14 +154,25 @@ class Store:
     def _guarded(self, path: str, read: Callable[[], T]) -> T:
         """Read, and set aside what proves damaged.
 
-        Raises: Damaged: says where it is now.
+        Raises:
+            Damaged: says where it is now.
+            FileNotFoundError: it is gone.
+            StoreFailed: it cannot be read just now, or not be set aside.
         """
         try:
             return read()
-        except (Damaged, Misplaced, IsADirectoryError, NotADirectoryError) as error:
-            reason = str(error) if isinstance(error, SweepError) else f"{self.uri}/{path} is damaged: {error.strerror}."
-            self.set_aside(path, reason)
-            raise Damaged(f"{reason} It is set aside; type the same sweep run again, and what it held is scored again.") from error
+        except (Damaged, Misplaced) as error:
+            reason, cause = str(error), error
+        except FileNotFoundError as error:
+            if not self.files.is_link(path):
+                raise
+            reason, cause = f"{self.uri}/{path} is damaged: a link to nothing.", error
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise StoreFailed(f"Cannot read {self.uri}/{path}: {error.strerror or error}.") from error
+            reason, cause = f"{self.uri}/{path} is damaged: {error.strerror}.", error
+        self.set_aside(path, reason)
+        raise Damaged(f"{reason} It is set aside; type the same sweep run again, and what it held is scored again.") from cause
 
     def _write(self, path: str, data: bytes) -> None:
         try:
@@ -251,13 +267,30 @@ class Store:
             return None
 
 
+_NUMBER: Final = (int, float)
+_HEARTBEAT: Final[dict[str, type | tuple[type, ...]]] = {
+    **dict.fromkeys(("run_id", "host", "started_at", "heartbeat_at", "ended_at"), str),
+    **dict.fromkeys(("pid", "trials", "groups_done", "groups_total", "exit_code", "workers"), int),
+    **dict.fromkeys(("groups_per_second", "eta_seconds", "scoring_seconds"), _NUMBER),
+    "models": dict,
+    "worker_info": list,
+}
+
+
 def _heartbeat(data: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(data)
-    except ValueError as error:
+        record = json.loads(data, parse_constant=float)
+    except (ValueError, RecursionError) as error:
         raise Damaged(f"{where} is damaged: {error}") from error
     if not isinstance(record, dict):
         raise Damaged(f"{where} is damaged: it holds no record of a run.")
+    for key, kind in _HEARTBEAT.items():
+        value = record.get(key)
+        unknown = key not in record or (value is None and key == "eta_seconds")
+        if not unknown and (not isinstance(value, kind) or value != value):
+            raise Damaged(f"{where} is damaged: {key} is {str(value)[:40]!r}.")
+    if not all(isinstance(value, dict) for value in record.get("models", {}).values()):
+        raise Damaged(f"{where} is damaged: models lack what is known of them.")
     try:
         if "heartbeat_at" in record and datetime.fromisoformat(record["heartbeat_at"]).tzinfo is None:
             raise ValueError("no time zone")

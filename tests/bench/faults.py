@@ -89,7 +89,7 @@ def scored_of(store: Path) -> Path:
     return store.parent.with_suffix(".scored")
 
 
-def processes(mark: str, session: int = 0) -> dict[int, str]:
+def processes(mark: str, session: int | None = None) -> dict[int, str]:
     """Processes of one run, however deep and whoever is their parent now, with their names: they bear its mark, or are in its first one's session."""
     found: dict[int, str] = {}
     for path in Path("/proc").glob("[0-9]*"):
@@ -110,7 +110,7 @@ def target(kind: str, driver: int, mark: str, generator: random.Random) -> int |
     return generator.choice(found) if found else None
 
 
-def kill_all(mark: str, session: int = 0) -> None:
+def kill_all(mark: str, session: int | None = None) -> None:
     for pid in processes(mark, session):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -99,6 +99,32 @@ def a_directory(path: Path) -> None:
     (path / "x").write_text("")
 
 
+def rewritten(path: Path) -> None:
+    """Someone halved the scores and wrote a table of the right schema, with none of the metadata that this program adds."""
+    found = pq.read_table(path, partitioning=None).to_pylist()
+    pq.write_table(pa.Table.from_pylist([row | {"score": row["score"] and row["score"] / 2} for row in found], schema=SCORES_SCHEMA), path)
+
+
+def linked_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def linked_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nothing.parquet")
+
+
+def linked_inside(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(next(parent for parent in path.parents if parent.name == "store") / SCORES)
+
+
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def of_another_cell(path: Path) -> None:
     shutil.copy(path.parents[2] / SCORES, path)
 
@@ -115,12 +141,17 @@ def text(content: str) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         path.write_text(content)
 
-    write.__name__ = f"text {content!r}"
+    write.__name__ = f"text {content[:30]!r}"
     return write
 
 
 SCORES_FAULTS = [cut, empty, flipped, edited, foreign, no_parquet, linked_out, of_another_cell, other_columns, too_old]
+NO_FILES = [linked_to_itself, linked_to_nothing, linked_inside, a_pipe]
+SCORES_FAULTS += [rewritten, *NO_FILES]
 FAULTS = [(OTHER_SCORES, damage) for damage in SCORES_FAULTS]
+FAULTS += [(path, damage) for path in (PART, TRIALS, VALIDATION, RUN) for damage in NO_FILES]
+FAULTS += [(PART, rewritten)]
+FAULTS += [(RUN, text(content)) for content in ('{"started_at": 5}', '{"eta_seconds": NaN}', '{"models": null}', '{"models": {"r": 1}}', "[" * 100_000)]
 FAULTS += [(PART, damage) for damage in (cut, flipped, linked_out, of_another_cell)]
 FAULTS += [(TRIALS, damage) for damage in (cut, empty, foreign, no_parquet)]
 FAULTS += [(VALIDATION, damage) for damage in (cut, edited_name, foreign)]
@@ -173,6 +204,55 @@ def test_a_newer_programs_file_is_left_alone_and_an_error(root: Path, capsys: py
     assert main(["doctor", "--store", f"store.uri={root}"]) == 2
     assert "Use the program that wrote it" in capsys.readouterr().out
     assert (root / OTHER_SCORES).read_bytes() == newer
+
+
+def test_a_newer_programs_file_hides_nothing_else(root: Path) -> None:
+    (root / TRIALS).write_bytes(of_version(SCHEMA_VERSION + 1, TRIALS_SCHEMA))
+    cut(root / OTHER_SCORES)
+    found = {finding.subject: finding.verdict for finding in check_store(Store(str(root)))}
+    assert (found[OTHER_SCORES], found[TRIALS]) == ("warning", "error")
+
+
+def test_what_lies_outside_the_stores_own_folders_is_named_and_stays(root: Path) -> None:
+    """As where store.uri is one directory too high."""
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    (root.parent / "thesis.txt").write_text("mine")
+    found = check_store(Store(str(root.parent)))
+    assert [finding.verdict for finding in found if "thesis" in finding.subject] == ["warning"]
+    assert {path: path.read_bytes() for path in before} == before
+    assert (root.parent / "thesis.txt").exists()
+
+
+def test_parts_are_kept_where_the_scores_that_they_made_are_damaged(root: Path) -> None:
+    store = Store(str(root))
+    for part in PARTS:
+        store.write_part(OTHER, part, rows(part, OTHER))
+    cut(root / OTHER_SCORES)
+    store.drop_leftovers()
+    store.complete(OTHER, dict.fromkeys(PARTS))
+    assert store.scores(OTHER).num_rows == 2 * len(PARTS)
+
+
+def test_a_link_within_the_store_deletes_nothing(root: Path) -> None:
+    shutil.rmtree(root / "parts")
+    (root / "parts").symlink_to("scores")
+    with pytest.raises(SweepError, match="reached by a link"):
+        Store(str(root)).drop_leftovers()
+    assert Store(str(root)).is_finished(CELL)
+
+
+def test_a_store_that_can_only_be_read_is_no_traceback(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    cut(root / OTHER_SCORES)
+    (root / "scores" / ".x.tmp").write_bytes(b"")
+    os.utime(root / "scores" / ".x.tmp", (0, 0))
+    for name in ("write", "move", "remove"):
+        monkeypatch.setattr(Store(str(root)).files.__class__, name, refuse)
+    found = [finding for finding in check_store(Store(str(root))) if finding.verdict == "error"]
+    assert any("Permission denied" in finding.text for finding in found)
+    assert (root / OTHER_SCORES).exists()
 
 
 def test_an_older_programs_rows_are_upgraded_step_by_step(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from sweep.errors import StoreFailed, SweepError
 from sweep.files import Files
-from sweep.publish import publish
+from sweep.publish import check_ahead, publish
 from sweep.records import SCORES_SCHEMA, FinishedTrial, TrialRow
 from sweep.report_files import FILES, folder_of, folder_of_finished
 
@@ -232,6 +232,24 @@ def test_a_crash_at_any_rename_is_repaired(tmp_path: Path, monkeypatch: pytest.M
     publish(newer, tmp_path, overwrite=True)
     assert contents(tmp_path / "tiny") == contents(tmp_path / "whole" / "tiny")
     assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("manifest", ["[]", '"x"', '{"layout_version": "1"}', '{"layout_version": 1, "summary": null, "cell_id": "c"}', "[" * 100_000])
+def test_a_manifest_that_is_none_is_written_again(manifest: str, tmp_path: Path) -> None:
+    publish(GRID, tmp_path / "whole")
+    publish(GRID, tmp_path / "models")
+    (tmp_path / "models" / FOLDER / "quant-manifest.json").write_text(manifest)
+    check_ahead(str(tmp_path / "models"), {FOLDER: {"cell_id": "c"}})
+    publish(GRID, tmp_path / "models")
+    assert contents(tmp_path / "models" / "tiny") == contents(tmp_path / "whole" / "tiny")
+
+
+def test_files_of_someone_else_beside_the_tree_stay_and_are_no_hindrance(tmp_path: Path) -> None:
+    publish(GRID, tmp_path)
+    for directory in (tmp_path, tmp_path / "tiny" / "layer-analysis"):
+        (directory / "notes.txt").write_text("mine")
+    assert publish(GRID, tmp_path).written == ()
+    assert len(list(tmp_path.rglob("notes.txt"))) == 2
 
 
 def test_a_full_disk_says_so_and_leaves_a_tree_that_the_next_call_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
