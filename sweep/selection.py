@@ -1,7 +1,9 @@
 """Which finished trials of a store a command is about: those that have the values that were typed."""
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sweep.config import SweepConfig, to_plain
@@ -10,6 +12,17 @@ from sweep.records import TrialRow
 from sweep.store import Store
 
 _NOT_OF_A_TRIAL = frozenset({"store", "output_layout", "cluster", "target", "validation", "grid"})
+
+
+@contextmanager
+def opened(uri: str) -> Generator[Store]:
+    """A store; files that prove damaged meanwhile are named on standard error in the end."""
+    store = Store(uri)
+    try:
+        yield store
+    finally:
+        for reason in store.damage.values():
+            print(f"Set aside in {uri}/quarantine: {reason}", file=sys.stderr)  # noqa: T201 -- standard output may be JSON
 
 
 def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[SweepConfig]) -> list[TrialRow]:

@@ -15,9 +15,9 @@ from sweep.mixed import GroupFormat, MixedRecipe
 from sweep.mixing import SIXTEEN, Budget, Rules, interval, problem_of, recipe, solved, uniform_choices, weights_gb
 from sweep.options import Options, read_options, sized
 from sweep.report_rows import short_group
+from sweep.selection import opened
 from sweep.solve import Problem, cost_range, front, total
 from sweep.solving_text import lines
-from sweep.store import Store
 from sweep.targets import Target
 
 
@@ -45,7 +45,8 @@ def solve_command(request: Request) -> int:
     """
     config = expand(request.overrides, multirun=True).points[0]
     target = Target.from_config(config.target)
-    options = read_options(Store(config.store.uri), request.overrides)
+    with opened(config.store.uri) as store:
+        options = read_options(store, request.overrides)
     if request.gb is not None:
         options = sized(options)
     rules = rules_of(request.pins, request.excludes, request.uniform_layer, target, options)

@@ -10,8 +10,7 @@ from sweep.compose import expand
 from sweep.errors import SweepError
 from sweep.publish import publish
 from sweep.records import FinishedTrial
-from sweep.selection import finished_trials
-from sweep.store import Store
+from sweep.selection import finished_trials, opened
 
 
 def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -> int:
@@ -20,11 +19,11 @@ def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -
     Raises: SweepError: nothing finished to publish, or a folder that another model revision or data set content left.
     """
     config = expand(["output_layout=publish", *overrides], multirun=False).points[0]
-    store = Store(config.store.uri)
     if "{run_id}" in config.output_layout.root:
         raise SweepError("output_layout=tmp is for the reports of one run. Leave it out, or type output_layout.root=DIR.")
-    rows = finished_trials(store, overrides, [config])
-    finished = [FinishedTrial(trial=row, scores=store.scores(row.cell_id)) for row in rows if row.cell_id is not None]
+    with opened(config.store.uri) as store:
+        rows = finished_trials(store, overrides, [config])
+        finished = [FinishedTrial(trial=row, scores=store.scores(row.cell_id)) for row in rows if row.cell_id is not None]
     root = config.output_layout.root if "://" in config.output_layout.root else Path(config.output_layout.root).absolute()
     result = publish(finished, root, overwrite=overwrite or config.output_layout.overwrite)
     if as_json:

@@ -19,6 +19,7 @@ from sweep.parquet import encode
 from sweep.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA
 from sweep.status import read_status
 from sweep.store import Store
+from tests.scored import store_at
 from tests.unit.test_store import CELL, PARTS, SCORES, fill, of_version, rows, trial
 
 OTHER = "fedcba98"
@@ -204,6 +205,16 @@ def test_a_newer_programs_file_is_left_alone_and_an_error(root: Path, capsys: py
     assert main(["doctor", "--store", f"store.uri={root}"]) == 2
     assert "Use the program that wrote it" in capsys.readouterr().out
     assert (root / OTHER_SCORES).read_bytes() == newer
+
+
+@pytest.mark.parametrize("verb", [["publish"], ["solve", "--bits", "4"]])
+def test_other_commands_name_what_they_set_aside(verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store_at(tmp_path / "store")
+    copied = tmp_path / "store" / "trials" / "run-copy.parquet"
+    shutil.copy(min(copied.parent.iterdir()), copied)
+    main([*verb, f"store.uri={tmp_path / 'store'}"])
+    assert f"Set aside in {tmp_path / 'store'}/quarantine: {copied} is damaged" in capsys.readouterr().err
 
 
 def test_a_newer_programs_file_hides_nothing_else(root: Path) -> None:
