@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -20,12 +20,10 @@ def interruptible() -> Generator[None]:
             told = time.monotonic()
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
     try:
-        yield
+        with _handled_by(interrupt):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if told is not None:
             exec("")  # if another exec was interrupted, as dataclasses use, CPython would end the process by SIGINT (3.11)
             raise KeyboardInterrupt
@@ -41,14 +39,22 @@ def signals_wait() -> Generator[None]:
         if len(waiting) > 1:  # somebody is impatient
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        with _handled_by(note):
+            yield
+    finally:
+        if waiting:
+            signal.raise_signal(waiting[0])
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, object], None]) -> Generator[None]:
+    before = {number: signal.signal(number, handler) for number in _SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if waiting:
-            signal.raise_signal(waiting[0])
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def rearm() -> None:

@@ -171,15 +171,12 @@ def fill(ballast: Path) -> None:
             file.write(bytes(1 << 10))
 
 
-def kill_writer(store: Path, pid: int) -> bool:
-    """Kill a worker when it has just begun to write a file: its half-written one is there. False: it never was."""
+def kill_writer(store: Path, pid: int) -> None:
+    """Kill a worker when it has just begun to write a file, so that its half-written one is there; after 5 seconds in any case."""
     deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        if any(f".{pid}-" in path.name for path in listed(store, "*/*/.*.tmp")):
-            os.kill(pid, signal.SIGKILL)
-            return True
+    while time.monotonic() < deadline and not any(f".{pid}-" in path.name for path in listed(store, "*/*/.*.tmp")):
+        pass
     os.kill(pid, signal.SIGKILL)
-    return False
 
 
 @contextlib.contextmanager
