@@ -4,12 +4,14 @@ Of a cluster that exists only what this run has started is ever stopped. Each ru
 may have a `sweep-worker-0` there.
 """
 
+import functools
 import logging
 import os
 import secrets
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sweep.config import ClusterConfig
@@ -30,7 +32,8 @@ for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 import ray  # noqa: E402
-from ray._private import services, utils  # noqa: E402
+from ray._common import utils as common_utils  # noqa: E402
+from ray._private import parameter, services, utils  # noqa: E402
 from ray._private.node import Node  # noqa: E402
 from ray.exceptions import AuthenticationError, RayActorError, RayError  # noqa: E402
 from ray.util import list_named_actors  # noqa: E402
@@ -56,14 +59,18 @@ class Connection:
     essential: Mapping[str, tuple[str, int]]  # what of a cluster that exists must answer, with its host and port
 
 
-def connect(workers: Workers) -> Connection:
+def connect(workers: Workers, on_session: Callable[[str], None]) -> Connection:
     """Start a cluster of this process' own, or join the workers'. The caller's signal handlers stay: Ray's ends the process with exit code 15.
+
+    Args:
+        workers: on what.
+        on_session: called with the directory of the cluster's own files, before anything is there; not if a cluster is joined.
 
     Raises: ClusterLost: Ray did not start.
     """
     if not ray.is_initialized():
         if workers.address is None:
-            _start(workers)
+            _start(workers, on_session)
         else:
             _init(address=workers.address)
     with _starting():
@@ -202,10 +209,10 @@ def look(address: str, *, on_loopback: bool = False) -> dict[str, Any]:
     return {"address": address, "nodes": nodes, "gpus": sum(node["gpus"] for node in nodes), "gpus_free": gpus_free, "workers": workers}
 
 
-def _start(workers: Workers) -> None:
+def _start(workers: Workers, on_session: Callable[[str], None]) -> None:
     """Start a cluster of this process' own, on loopback. Raises: ClusterLost: one of its processes has not come up, or not lived."""
     try:
-        with _on_loopback():
+        with _on_loopback(), _private_session(on_session):
             _init(
                 address="local",
                 num_cpus=workers.count + 1,
@@ -230,6 +237,26 @@ def _on_loopback() -> Generator[None]:
     finally:
         for name, function in before.items():
             setattr(services, name, function)
+
+
+@contextmanager
+def _private_session(on_session: Callable[[str], None]) -> Generator[None]:
+    """Have Ray make its session directory for this user alone; by itself it opens it to everybody, with all that its processes log (2.60)."""
+    share, params = common_utils.try_make_directory_shared, parameter.RayParams
+
+    def keep_private(directory: str) -> None:
+        if os.path.basename(directory).startswith("session_"):
+            os.chmod(directory, 0o700)
+            on_session(directory)
+        else:
+            share(directory)
+
+    common_utils.try_make_directory_shared = keep_private
+    parameter.RayParams = functools.partial(params, worker_path=str(Path(__file__).with_name("ray_worker.py")))
+    try:
+        yield
+    finally:
+        common_utils.try_make_directory_shared, parameter.RayParams = share, params
 
 
 def _essential(address_info: Mapping[str, Any]) -> dict[str, tuple[str, int]]:

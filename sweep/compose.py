@@ -33,6 +33,16 @@ DEFAULT_GRID = "deployable"  # of a multirun that says neither what to span nor 
 _RECIPE_KEYS: tuple[str, ...] = ("quant_pair", "quant_granularity", "sensitivity.quant_algorithm")  # what a point of a target's grid consists of
 
 
+def _refuse_environment(name: str, *default: str) -> str:
+    raise SweepError(
+        f"${{oc.env:{name}}} would write a value of the environment into the store and the reports, where the composed config is kept. "
+        f'If it is no secret, let the shell put it in: key="${name}".'
+    )
+
+
+OmegaConf.register_new_resolver("oc.env", _refuse_environment, replace=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
     """Points to measure; one without axes."""
@@ -55,6 +65,8 @@ def expand(overrides: Sequence[str], *, multirun: bool, default_grid: str = "non
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
             return _expand(overrides, multirun, default_grid)
     except (HydraException, OmegaConfBaseException) as error:
+        if isinstance(error.__cause__, SweepError):
+            raise error.__cause__ from None
         raise SweepError(f"{str(error).strip().splitlines()[0]} Overrides are Hydra's: group=option or key=value. See: sweep run --help") from error
 
 
@@ -175,7 +187,7 @@ def _composed(chosen: Mapping[str, str]) -> dict[str, Any]:
         composed: Any = OmegaConf.to_container(compose("config", overrides=[f"{key}={value}" for key, value in chosen.items()]), resolve=True)
         return composed
 
-    return cache.remember("composed", [version("hydra-core"), _tree_key(), list(chosen.items())], compute)
+    return cache.remember("composed", [2, version("hydra-core"), _tree_key(), list(chosen.items())], compute)
 
 
 @functools.cache

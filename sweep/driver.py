@@ -38,9 +38,14 @@ _LEAVE_SECONDS = 5.0  # until a thread that lends a worker out is left behind
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
+from ray.tune.execution import class_cache  # noqa: E402
 
 from workers.actor import Worker  # noqa: E402
 from workers.pool import POOL, Ended, Lease, Pool  # noqa: E402
+
+# Tune copies AWS_* and more of the environment into the runtime environment of each trial, which Ray's agents log for everybody to
+# read (2.60). Our trials read nothing of it.
+class_cache.ENV_VARS_TO_PROPAGATE = frozenset[str]()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +109,9 @@ def run_trials(
         KeyboardInterrupt: as the caller's signal handlers raise it; the cluster is stopped then, too, if it is the run's own.
     """
     scratch = tempfile.mkdtemp(prefix="sweep-")
-    with Watchdog(on_dead) as watchdog:
+    with Watchdog(on_dead, owns_cluster=workers.address is None) as watchdog:
         try:
-            connection = cluster.connect(workers)
+            connection = cluster.connect(workers, watchdog.own)
             watchdog.watch(connection.essential)
             on_connected(connection)
             extensions = frozenset[str]().union(*(task.extensions for task in tasks.values())) if workers.device == "cuda" else frozenset[str]()

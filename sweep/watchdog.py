@@ -6,48 +6,52 @@ for ever, in `ray.shutdown` too (Ray 2.60).
 
 import contextlib
 import os
-import re
 import socket
-import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
+
+import psutil
 
 _LOOK_SECONDS: Final = 0.5
 _SHUTDOWN_SECONDS: Final = 60.0  # Ray takes 1 to 5
 _PROBE_SECONDS: Final = 5.0  # between looks at what is on other machines, and until it must have answered
 _SILENT_SECONDS: Final = 45.0  # a control service that is started anew is back by then; after 60 Ray ends this process without a word
-_MARK: Final = "SWEEP_DRIVER"  # in the environment of every process of a driver's cluster
+_MARK: Final = "SWEEP_DRIVER"  # in the environment of every process that a driver has started
 _ESSENTIAL: Final = {"raylet": "Ray's raylet", "gcs_server": "Ray's control service (GCS)"}
 
-# Waits for the driver's end of a pipe to close, then kills what is left of its cluster.
+# Waits for the driver's end of a pipe to close, then kills what is left of its own cluster. The pipe carries lines: the session
+# directories that Ray has made for the driver, and ENDED if the driver has said itself how it ends.
 _REAPER: Final = """
-import os, sys
+import sys
 sys.path.insert(0, sys.argv[1])
-from sweep.watchdog import kill_cluster
-told = sys.stdin.buffer.read()
-kill_cluster(sys.argv[2])
-if not told:
+from sweep.watchdog import ENDED, kill_cluster
+lines = sys.stdin.read().splitlines()
+if sys.argv[2]:
+    kill_cluster(sys.argv[2], [line for line in lines if line != ENDED])
+if ENDED not in lines:
     print("The run was killed, or Ray has ended it. Type the same command again to resume.", file=sys.stderr)
 """
+ENDED: Final = "ended"
 
 
 class Watchdog:
     """Ends this process when its Ray cluster dies, and its cluster when this process dies."""
 
-    def __init__(self, on_dead: Callable[[str], None]) -> None:
+    def __init__(self, on_dead: Callable[[str], None], *, owns_cluster: bool = True) -> None:
         """Prepare it; enter it before Ray starts.
 
         Args:
             on_dead: called from another thread with what has died, for people; it must end the process.
+            owns_cluster: Ray is started by this process, so that its processes are killed if this one is; of a cluster that is joined, none is.
         """
         self._on_dead = on_dead
-        self._mark = f"{os.getpid()}-{time.time_ns()}"
+        self._mark = f"{os.getpid()}-{time.time_ns()}" if owns_cluster else ""
         self._stopping: float | None = None  # since when Ray is being stopped
         self._left = threading.Event()
         self._remote: dict[str, tuple[str, int]] = {}
@@ -56,10 +60,11 @@ class Watchdog:
         self._watched: dict[int, str] = {}  # of the cluster's head: children of this process, from the moment that they are there
 
     def __enter__(self) -> Self:
-        os.environ[_MARK] = self._mark
+        if self._mark:
+            os.environ[_MARK] = self._mark
         root = str(Path(__file__).resolve().parents[1])
         # A session of its own: Ctrl-C in a terminal would end it first.
-        self._reaper = subprocess.Popen([sys.executable, "-Sc", _REAPER, root, self._mark], stdin=subprocess.PIPE, start_new_session=True)
+        self._reaper = subprocess.Popen([sys.executable, "-c", _REAPER, root, self._mark], stdin=subprocess.PIPE, start_new_session=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -67,17 +72,21 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._left.set()
         self._thread.join()
-        self._tell()
+        self._tell(ENDED)
         assert self._reaper.stdin is not None
         self._reaper.stdin.close()
         self._reaper.wait()
-        del os.environ[_MARK]
+        os.environ.pop(_MARK, None)
 
-    def _tell(self) -> None:
-        """This process is about to end, and says itself why."""
+    def own(self, session: str) -> None:
+        """Ray is making a session directory for a cluster of this process: whoever writes there belongs to it."""
+        self._tell(os.path.realpath(session))
+
+    def _tell(self, line: str) -> None:
+        """Tell the reaper something; ENDED: this process is about to end, and says itself why."""
         assert self._reaper.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # somebody has killed the reaper
-            self._reaper.stdin.write(b"ended")
+            self._reaper.stdin.write(line.encode() + b"\n")
             self._reaper.stdin.flush()
 
     def watch(self, remote: Mapping[str, tuple[str, int]]) -> None:
@@ -91,7 +100,7 @@ class Watchdog:
         self._stopping = time.monotonic()
 
     def _end(self, why: str) -> None:
-        self._tell()
+        self._tell(ENDED)
         self._on_dead(why)
 
     def _check(self) -> None:
@@ -114,7 +123,7 @@ class Watchdog:
             if self._stopping is None:
                 self._check()
                 self._probe()
-                self._watched |= {pid: _ESSENTIAL[name] for pid, name in _children(os.getpid()) if name in _ESSENTIAL}
+                self._watched |= _essential_children()
             elif time.monotonic() - self._stopping > _SHUTDOWN_SECONDS:
                 self._end("Ray did not stop")
 
@@ -127,66 +136,49 @@ def _takes_connections(address: tuple[str, int]) -> bool:
         return False
 
 
-def kill_cluster(mark: str) -> None:
+def kill_cluster(mark: str, sessions: Collection[str]) -> None:
     """Kill every process of a driver's own cluster, until there is none.
 
     Args:
         mark: the driver's process id, a hyphen, and what tells it from an earlier one.
+        sessions: directories that Ray has made for it. Ray's agents write their titles over the environment that holds the mark, but have logs open there.
     """
-    wanted = f"{_MARK}={mark}".encode()
-    driver = int(mark.partition("-")[0])
-    # A process that gives itself a title writes it over its environment. But it writes to the session's logs.
-    session = re.compile(rf"/session_[\d_-]+_{driver}/")
-    spared = {os.getpid(), driver}
+    spared = {os.getpid(), int(mark.partition("-")[0])}
     for _ in range(100):  # what is killed may just have started another
-        found = [
-            pid
-            for pid in _pids()
-            if pid not in spared and (wanted in _environment(pid) or any(session.search(path) for path in _written(pid))) and _is_alive(pid)
-        ]
+        found = [process for process in psutil.process_iter() if process.pid not in spared and _belongs(process, mark, sessions)]
         if not found:
             return
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, 9)
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         time.sleep(0.05)
 
 
-def _pids() -> Iterator[int]:
-    yield from (int(name) for name in os.listdir("/proc") if name.isdigit())
+def _belongs(process: psutil.Process, mark: str, sessions: Collection[str]) -> bool:
+    """Whether a process lives, and carries the mark or has a file of a session open for writing."""
+    with contextlib.suppress(psutil.Error):
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        if process.environ().get(_MARK) == mark:
+            return True
+    with contextlib.suppress(psutil.Error):
+        written = [file.path for file in process.open_files() if file.mode != "r"]
+        return any(path.startswith(f"{session}/") for path in written for session in sessions)
+    return False
 
 
-def _environment(pid: int) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
-
-
-def _written(pid: int) -> Iterator[str]:
-    """Files that a process has open for writing."""
-    with contextlib.suppress(OSError):
-        for handle in os.scandir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):  # closed meanwhile
-                if handle.stat(follow_symlinks=False).st_mode & stat.S_IWUSR:
-                    yield os.readlink(handle.path)
-
-
-def _stat(pid: int) -> tuple[str, str, int] | None:
-    """A process' name, state and parent; None if it is gone."""
-    try:
-        head, _, tail = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
-    except OSError:
-        return None
-    state, parent, *_ = tail.split()
-    return head.partition("(")[2], state, int(parent)
-
-
-def _children(parent: int) -> Iterator[tuple[int, str]]:
-    for pid in _pids():
-        if (found := _stat(pid)) is not None and found[2] == parent:
-            yield pid, found[0]
+def _essential_children() -> dict[int, str]:
+    """What of the cluster's head this process has started: its names for people, by process id."""
+    found: dict[int, str] = {}
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if (name := child.name()) in _ESSENTIAL:
+                found[child.pid] = _ESSENTIAL[name]
+    return found
 
 
 def _is_alive(pid: int) -> bool:
-    return (found := _stat(pid)) is not None and found[1] not in "ZX"
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False

@@ -61,7 +61,7 @@ class Nothing(tune.Trainable):
 def tune_seconds(orders: Sequence[driver.TrialOrder]) -> float:
     """Wall time of as many trials that do nothing at all, with the same Tune settings."""
     driver.TrialRunner = Nothing  # type: ignore[misc, assignment]
-    connection = cluster.connect(Workers(device="cpu", count=2, gpus_each=1.0))
+    connection = cluster.connect(Workers(device="cpu", count=2, gpus_each=1.0), lambda session: None)
     with tempfile.TemporaryDirectory() as scratch:
         tuner = driver._tuner(orders, 2, connection.trial_resources, scratch, [])
         started = time.perf_counter()

@@ -13,11 +13,14 @@ from random import Random
 
 import pyarrow.parquet as pq
 import pytest
+from ray._common.utils import get_default_ray_temp_dir
 
 from tests.bench.faults import ROOT, cells, processes, target
 
 GRID = ["-m", "quant_pair=wfp8_afp8,wint8_aint8", "quant_granularity=default,w_group64", "dataset.size=medium", "cluster.workers=1"]
 SECRET = "hf_tokenThatMustNotBeWritten"
+# What Ray Tune takes from the environment of a driver, and what people keep secrets in.
+SECRETS = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN", "NCCL_RAS_ADDR", "HF_TOKEN", "DB_PASSWORD"]
 
 # Found by every Python process of the run: while a file is there, the disk is full.
 FULL_DISK = """
@@ -33,7 +36,7 @@ os.fsync = full
 
 def start(store: Path, mark: str, *overrides: str, **environment: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "sweep", "run", *GRID, f"store.uri={store}", f"output_layout.root={store}-published", *overrides]
-    env = os.environ | {"SWEEP_FAULTS": mark, "HF_TOKEN": SECRET, "AWS_SECRET_ACCESS_KEY": SECRET} | environment
+    env = os.environ | {"SWEEP_FAULTS": mark, "HF_TOKEN": SECRET} | environment
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=env)
 
 
@@ -62,18 +65,33 @@ def has_begun(store: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The store of an undisturbed run, and the directory of Ray's session."""
     store = tmp_path_factory.mktemp("faults") / "whole"
-    code, output = end(start(store, "whole"))
+    process = start(store, "whole", **dict.fromkeys(SECRETS, SECRET))
+    code, output = end(process)
     assert code == 0, output
-    return store
+    (session,) = Path(get_default_ray_temp_dir()).glob(f"session_*_{process.pid}")
+    return store, session
 
 
-def test_a_secret_of_the_environment_is_written_nowhere(whole: Path) -> None:
-    written = [path for path in whole.parent.rglob("*") if path.is_file()]
-    assert len(written) > 20
-    assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
+@pytest.fixture(scope="module")
+def whole(undisturbed: tuple[Path, Path]) -> Path:
+    """The store of an undisturbed run."""
+    return undisturbed[0]
+
+
+def test_a_secret_of_the_environment_is_written_nowhere(undisturbed: tuple[Path, Path]) -> None:
+    """Neither by the run, below its store, its reports and its cache, nor by Ray."""
+    store, session = undisturbed
+    places = [store.parent, session, Path(os.environ["SWEEP_CACHE_DIR"])]
+    written = [[path for path in place.rglob("*") if path.is_file()] for place in places]
+    assert [len(files) > n for files, n in zip(written, (20, 10, 1), strict=True)] == [True, True, True]
+    assert [path for files in written for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_what_ray_logs_is_for_nobody_else_to_read(undisturbed: tuple[Path, Path]) -> None:
+    assert undisturbed[1].stat().st_mode & 0o777 == 0o700
 
 
 def test_a_sweep_that_loses_its_cluster_its_driver_and_its_disk_is_whole_in_the_end(whole: Path, tmp_path: Path) -> None:

@@ -259,6 +259,13 @@ def test_what_is_no_axis_or_no_place_is_refused(overrides: list[str], text: str)
         points(*overrides)
 
 
+def test_a_value_of_the_environment_is_no_part_of_a_config_that_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    with pytest.raises(SweepError, match=re.escape('let the shell put it in: key="$SECRET"')) as refused:
+        points("dataset.captions_path=${oc.env:SECRET}")
+    assert "hunter2" not in str(refused.value)
+
+
 def test_a_path_given_to_the_bundled_models_group_is_another_model() -> None:
     assert point("model.path=/models/My-Llama.2").model.name == "my_llama_2"
     assert point().model.name == "qwen3_vl_tiny"

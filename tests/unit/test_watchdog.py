@@ -94,26 +94,37 @@ def test_a_process_of_the_cluster_that_has_lost_its_environment_does_not_outlive
     """Ray's agents write their titles over it."""
     session = tmp_path / f"session_2026-01-02_03-04-05_678901_{os.getpid()}"
     session.mkdir()
-    with (session / "agent.out").open("wb") as log, Watchdog(lambda what: None):
+    with (session / "agent.out").open("wb") as log, Watchdog(lambda what: None) as dog:
+        dog.own(str(session))
         agent = subprocess.Popen(["sleep", "600"], stdout=log, env={})
     agent.wait()
     assert agent.returncode == -signal.SIGKILL
 
 
 def test_other_processes_are_left_alone(tmp_path: Path) -> None:
-    """One that reads the logs, and one of another driver's cluster among them."""
-    sessions = [tmp_path / f"session_2026-01-02_03-04-05_678901_{pid}" for pid in (os.getpid(), f"1{os.getpid()}")]
-    for session in sessions:
+    """One that reads the logs, and those of other clusters: of another driver, and of an earlier one that had this one's process id."""
+    dates = {"own": "2026-01-02_03-04-05_678901", "earlier": "2026-01-02_03-04-05_678900", "longer": "2026-01-02_03-04-05_678901"}
+    sessions = {name: tmp_path / f"session_{date}_{os.getpid()}{'1' * (name == 'longer')}" for name, date in dates.items()}
+    others: list[subprocess.Popen[bytes]] = []
+    for name, session in sessions.items():
         session.mkdir()
         (session / "raylet.out").touch()
-    with (sessions[0] / "raylet.out").open("rb") as read, (sessions[1] / "raylet.out").open("wb") as foreign:
-        others = [subprocess.Popen(["sleep", "600"], stdin=read), subprocess.Popen(["sleep", "600"], stdout=foreign)]
-    with (sessions[0] / "driver.log").open("wb"), Watchdog(lambda what: None):
-        pass
-    assert ([is_alive(other.pid) for other in others], "SWEEP_DRIVER" in os.environ) == ([True, True], False)
+        with (session / "raylet.out").open("rb" if name == "own" else "ab") as log:
+            others.append(subprocess.Popen(["sleep", "600"], stdin=log, stdout=log if name != "own" else None))
+    with Watchdog(lambda what: None) as dog:
+        dog.own(str(sessions["own"]))
+    assert ([is_alive(other.pid) for other in others], "SWEEP_DRIVER" in os.environ) == ([True, True, True], False)
     for other in others:
         other.kill()
         other.wait()
+
+
+def test_of_a_cluster_that_is_joined_nothing_is_killed() -> None:
+    with Watchdog(lambda what: None, owns_cluster=False):
+        process = subprocess.Popen(["sleep", "600"])
+    assert is_alive(process.pid)
+    process.kill()
+    process.wait()
 
 
 def test_a_cluster_elsewhere_that_goes_on_taking_no_connections_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
