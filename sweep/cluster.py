@@ -4,15 +4,19 @@ Of a cluster that exists only what this run has started is ever stopped. Each ru
 may have a `sweep-worker-0` there.
 """
 
+import contextlib
 import functools
 import logging
 import os
 import secrets
-from collections.abc import Callable, Generator, Iterable, Mapping
+import time
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import psutil
 
 from sweep.config import ClusterConfig
 from sweep.errors import ClusterLost, SweepError
@@ -35,17 +39,17 @@ import ray  # noqa: E402
 from ray._common import utils as common_utils  # noqa: E402
 from ray._private import parameter, services, utils  # noqa: E402
 from ray._private.node import Node  # noqa: E402
-from ray.exceptions import AuthenticationError, RayActorError, RayError  # noqa: E402
+from ray._private.state import GlobalState  # noqa: E402
+from ray.exceptions import AuthenticationError, RayError  # noqa: E402
 from ray.util import list_named_actors  # noqa: E402
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 _LOOPBACK = "127.0.0.1"
+_RAYLET_SECONDS = 30.0  # until a new raylet must have registered, as Ray has it
+_RAYLET_LOOK_SECONDS = 0.1
 _SLOT = "sweep_trial"  # a resource that lets as many trials run at a time as there are workers
 _HEAD = "node:__internal_head__"  # which every cluster has once, 1.0 of it
-_SPACE = "sweep-"  # what the names of namespaces start with
-_WORKER = "sweep-worker-"  # and those of workers
-_MAX_RESTARTS = 20  # of a worker, over a whole sweep
-_INFO_SECONDS = 10.0  # until a worker that does not answer is left out of the record
+WORKER = "sweep-worker-"  # what the names of workers start with
+_SPACE = "sweep-"  # and those of namespaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,18 +63,30 @@ class Connection:
     essential: Mapping[str, tuple[str, int]]  # what of a cluster that exists must answer, with its host and port
 
 
-def connect(workers: Workers, on_session: Callable[[str], None]) -> Connection:
+class ClusterWatcher(Protocol):
+    """Who is told of a cluster that this process starts."""
+
+    def own(self, session: str) -> None:
+        """Ray is making the directory of the cluster's own files; nothing is there yet."""
+        ...
+
+    def started(self) -> None:
+        """Every process of the cluster is there; if one ends from now on, the cluster is dead."""
+        ...
+
+    def failed(self) -> None:
+        """The cluster has not come up; what there is of it is about to be killed."""
+        ...
+
+
+def connect(workers: Workers, watcher: ClusterWatcher) -> Connection:
     """Start a cluster of this process' own, or join the workers'. The caller's signal handlers stay: Ray's ends the process with exit code 15.
 
-    Args:
-        workers: on what.
-        on_session: called with the directory of the cluster's own files, before anything is there; not if a cluster is joined.
-
-    Raises: ClusterLost: Ray did not start.
+    Raises: ClusterLost: Ray did not start, nor when it was tried once more.
     """
     if not ray.is_initialized():
         if workers.address is None:
-            _start(workers, on_session)
+            _start(workers, watcher)
         else:
             _init(address=workers.address)
     with _starting():
@@ -134,53 +150,9 @@ def stop() -> None:
             Node.kill_all_processes = kill
 
 
-class Crew:
-    """A run's workers, by name."""
-
-    def __init__(self, workers: Workers, hire: Callable[[Mapping[str, Any]], tuple[Any, Any]]) -> None:
-        """Prepare an empty crew.
-
-        Args:
-            workers: how many, on what.
-            hire: makes a worker of Ray's options for it: the actor, and an object reference that is there when it is ready.
-        """
-        self._workers, self._hire = workers, hire
-        self._actors: dict[str, Any] = {}
-
-    def hire(self) -> dict[str, Any]:
-        """Start the workers that are lacking: all at first, later those that nodes which have joined have room for. Ray places them as soon as it can.
-
-        Returns: by name, object references that are there when they are ready.
-        """
-        workers = self._workers
-        count = sum(_rooms(workers.device, workers.gpus_each)) if workers.elastic and self._actors else workers.count
-        options = {"num_cpus": 1, "num_gpus": workers.gpus_each if workers.device == "cuda" else 0, "max_restarts": _MAX_RESTARTS}
-        ready: dict[str, Any] = {}
-        for index in range(len(self._actors), count):
-            name = f"{_WORKER}{index}"
-            self._actors[name], ready[name] = self._hire(options | {"name": name})
-        return ready
-
-    def call_back(self, name: str) -> Any:
-        """An object reference that is there when the worker, which died, works again; getting it raises RayActorError if it never will."""
-        return self._actors[name].info.options(max_task_retries=-1).remote()
-
-    def infos(self, names: Iterable[str]) -> list[dict[str, Any]]:
-        """What these workers say of themselves, as far as they answer."""
-        asked = [self.call_back(name) for name in sorted(names)]
-        answered = ray.wait(asked, num_returns=len(asked), timeout=_INFO_SECONDS)[0] if asked else []
-        return [info for answer in asked if answer in answered and (info := _unless_dead(answer)) is not None]
-
-    def dismiss(self) -> None:
-        """Stop them."""
-        for actor in self._actors.values():
-            ray.kill(actor)
-        self._actors.clear()
-
-
-def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """Where an actor lives and dies with the driver."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+def room(workers: Workers) -> int:
+    """Workers that the nodes of the cluster have room for now, whoever is there."""
+    return sum(_rooms(workers.device, workers.gpus_each))
 
 
 def look(address: str, *, on_loopback: bool = False) -> dict[str, Any]:
@@ -200,7 +172,7 @@ def look(address: str, *, on_loopback: bool = False) -> dict[str, Any]:
     named: list[dict[str, str]] = list_named_actors(all_namespaces=True)  # pyright: ignore[reportAssignmentType]
     workers: dict[str, list[str]] = {}
     for actor in sorted(named, key=lambda actor: (actor["namespace"], actor["name"])):
-        if actor["namespace"].startswith(_SPACE) and actor["name"].startswith(_WORKER):
+        if actor["namespace"].startswith(_SPACE) and actor["name"].startswith(WORKER):
             workers.setdefault(actor["namespace"], []).append(actor["name"])
     nodes = [
         {"host": node["NodeManagerHostname"], "cpus": node["Resources"].get("CPU", 0.0), "gpus": node["Resources"].get("GPU", 0.0)} for node in _alive_nodes()
@@ -209,20 +181,64 @@ def look(address: str, *, on_loopback: bool = False) -> dict[str, Any]:
     return {"address": address, "nodes": nodes, "gpus": sum(node["gpus"] for node in nodes), "gpus_free": gpus_free, "workers": workers}
 
 
-def _start(workers: Workers, on_session: Callable[[str], None]) -> None:
-    """Start a cluster of this process' own, on loopback. Raises: ClusterLost: one of its processes has not come up, or not lived."""
+def _start(workers: Workers, watcher: ClusterWatcher) -> None:
+    """Start a cluster of this process' own, on loopback; once more if its raylet does not come up, as happens on a machine under load.
+
+    Raises: ClusterLost: one of its processes has not come up, or not lived.
+    """
+    sessions: list[str] = []
+    for is_last in (False, True):
+        try:
+            with _on_loopback(), _private_session(watcher, sessions), _raylet_watched(watcher):
+                _init(
+                    address="local",
+                    num_cpus=workers.count + 1,
+                    num_gpus=None if workers.device == "cuda" else 0,
+                    resources={_SLOT: workers.count},
+                    include_dashboard=None if workers.dashboard else False,  # True would end the run if it does not start
+                    _node_ip_address=_LOOPBACK,
+                )
+            return
+        except (RuntimeError, ConnectionError, TimeoutError, RayError) as error:
+            raise ClusterLost(f"Ray did not start: {str(error).splitlines()[0]}.") from error
+        except ClusterLost:
+            watcher.failed()
+            _kill_processes_of(sessions)
+            if is_last:
+                raise
+
+
+@contextmanager
+def _raylet_watched(watcher: ClusterWatcher) -> Generator[None]:
+    """Have the wait for a new raylet end when it has died; Ray waits for 30 seconds, whatever has become of it (2.60)."""
+    get_node, deadline = services.get_node, time.monotonic() + _RAYLET_SECONDS
+
+    def get_living_node(gcs_address: str, node_id: str) -> Any:
+        state = GlobalState()
+        state._initialize_global_state(services._get_gcs_client_options(gcs_address))  # pyright: ignore[reportPrivateUsage]
+        while node_id not in [row["NodeID"] for row in state.node_table()]:
+            names = [child.name() for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+            if not any("raylet" in name for name in names):
+                raise ClusterLost("Ray did not start: its raylet has died.")
+            if time.monotonic() > deadline:
+                raise ClusterLost(f"Ray did not start: its raylet did not register within {_RAYLET_SECONDS:.0f} s.")
+            time.sleep(_RAYLET_LOOK_SECONDS)
+        watcher.started()
+        return get_node(gcs_address, node_id)
+
+    services.get_node = get_living_node
     try:
-        with _on_loopback(), _private_session(on_session):
-            _init(
-                address="local",
-                num_cpus=workers.count + 1,
-                num_gpus=None if workers.device == "cuda" else 0,
-                resources={_SLOT: workers.count},
-                include_dashboard=None if workers.dashboard else False,  # True would end the run if it does not start
-                _node_ip_address=_LOOPBACK,
-            )
-    except (RuntimeError, ConnectionError, TimeoutError, RayError) as error:
-        raise ClusterLost(f"Ray did not start: {str(error).splitlines()[0]}.") from error
+        yield
+    finally:
+        services.get_node = get_node
+
+
+def _kill_processes_of(sessions: Collection[str]) -> None:
+    """End what this process has started for clusters that did not come up: their command lines name the session."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(session in argument for argument in child.cmdline() for session in sessions):
+                child.kill()
 
 
 @contextmanager
@@ -240,14 +256,20 @@ def _on_loopback() -> Generator[None]:
 
 
 @contextmanager
-def _private_session(on_session: Callable[[str], None]) -> Generator[None]:
-    """Have Ray make its session directory for this user alone; by itself it opens it to everybody, with all that its processes log (2.60)."""
+def _private_session(watcher: ClusterWatcher, sessions: list[str]) -> Generator[None]:
+    """Have Ray make its session directory for this user alone; by itself it opens it to everybody, with all that its processes log (2.60).
+
+    Args:
+        watcher: is told of it.
+        sessions: takes it up.
+    """
     share, params = common_utils.try_make_directory_shared, parameter.RayParams
 
     def keep_private(directory: str) -> None:
         if os.path.basename(directory).startswith("session_"):
             os.chmod(directory, 0o700)
-            on_session(directory)
+            sessions.append(directory)
+            watcher.own(directory)
         else:
             share(directory)
 
@@ -304,10 +326,3 @@ def _rooms(device: str, share: float) -> list[int]:
         return cpus
     gpus = [node["Resources"].get("GPU", 0.0) for node in _alive_nodes()]
     return [min(n_cpus, fit(n_gpus, share)) for n_cpus, n_gpus in zip(cpus, gpus, strict=True)]
-
-
-def _unless_dead(answer: Any) -> dict[str, Any] | None:
-    try:
-        return ray.get(answer)
-    except RayActorError:
-        return None

@@ -20,6 +20,10 @@ class ClusterLost(SweepError):
     """Ray did not start, or is gone; what the store has stays, and the run can be resumed."""
 
 
+class MemoryShort(SweepError):
+    """No worker is left that its machine has memory for; what the store has stays, and the run can be resumed."""
+
+
 class Unfit(SweepError):
     """What one worker cannot do, and another one may: its node does not see the model or the store, or the model does not load there."""
 

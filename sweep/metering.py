@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from workers.metrics import SweepMetrics
 from workers.task import Picture
@@ -11,18 +11,28 @@ from workers.task import Picture
 _SECONDS = 2.0
 
 
+class CountedPool(Protocol):
+    """What is shown of a worker pool."""
+
+    n_deaths: int
+    n_replaced: int
+
+    def counts(self) -> dict[str, int]:
+        """Workers by state: starting, idle, busy."""
+        ...
+
+
 class Meter:
     """A thread that keeps a run's metrics up to date until it is left."""
 
-    def __init__(self, picture: Callable[[], Picture], figures: Callable[[], dict[str, int]], starting: Callable[[], tuple[int, int]]) -> None:
-        """Prepare.
+    def __init__(self, picture: Callable[[], Picture], pool: CountedPool) -> None:
+        """Name the metrics; entered, it shows them.
 
         Args:
             picture: how far the trials are.
-            figures: of the pool: workers `idle` and `busy`, and `deaths`.
-            starting: how many workers are starting, and how many have come back after they had died.
+            pool: the run's workers.
         """
-        self._picture, self._figures, self._starting = picture, figures, starting
+        self._picture, self._pool = picture, pool
         self._metrics = SweepMetrics()
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
@@ -38,10 +48,8 @@ class Meter:
             self.show()
 
     def show(self) -> None:
-        """Once."""
-        pool, (starting, replacements) = self._figures(), self._starting()
-        workers = {"starting": starting, "idle": pool["idle"], "busy": pool["busy"]}
-        self._metrics.show(self._picture(), workers, deaths=pool["deaths"], replacements=replacements)
+        """Set every metric to how it is now."""
+        self._metrics.show(self._picture(), self._pool.counts(), deaths=self._pool.n_deaths, replacements=self._pool.n_replaced)
 
     def _run(self) -> None:
         while not self._left.wait(_SECONDS):

@@ -8,24 +8,29 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 
 from sweep.announce import say_first_result, say_grid, say_results
 from sweep.compose import DEFAULT_GRID, expand
 from sweep.config import SweepConfig
-from sweep.errors import ClusterLost, StoreFailed, SweepError
+from sweep.errors import ClusterLost, MemoryShort, StoreFailed, SweepError
 from sweep.files import Files
 from sweep.interrupts import interruptible
 from sweep.machine import Workers, pick_workers
 from sweep.planning import PlannedTrial, SweepPlan, plan_sweep
-from sweep.progress import Display
+from sweep.progress import Display, count
 from sweep.publish import check_ahead, publish
 from sweep.records import FinishedTrial
 from sweep.report_files import folder_of
 from sweep.session import EXIT_INCOMPLETE, Session, exit_code
 from sweep.store import Store
 from workers.task import Progress
+
+if TYPE_CHECKING:
+    from sweep.cluster import Connection
 
 _HEARTBEAT_SECONDS = 2.0
 
@@ -73,6 +78,8 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
         why = "Interrupted"
     except StoreFailed as error:
         why = f"{error} Make room, or mend what is wrong with it. Stopped"
+    except MemoryShort as error:
+        why = f"{error} Make room on it, or type cluster.workers=N for fewer workers at a time. Stopped"
     except ClusterLost as error:
         why = f"{error} Stopped"
     else:
@@ -99,57 +106,68 @@ def _say_set_aside(store: Store, known: set[str], console: Console) -> None:
 
 
 def _score(session: Session, workers: Workers, console: Console) -> None:
-    with Display(console, session.tally) as display:
-        display.stage(f"Starting Ray and {workers.count} worker{'s' if workers.count > 1 else ''} ({workers.device}) ...")
-        from sweep import driver  # imports Ray: only when there is something to do
+    """Score what is left of a session, and show it."""
+    from sweep import driver  # imports Ray: only when there is something to do
 
-        beating = ExitStack()
+    work = driver.Work(
+        orders=[driver.TrialOrder(name=trial.name, task_id=trial.task_id) for trial in session.pending_trials() if trial.task_id],
+        tasks=session.tasks,
+        plans=session.plan.plans,
+        windowed=session.plan.windowed,
+        store_uri=session.store.uri,
+        memory_gb=session.plan.trials[0].config.sensitivity.memory_gb,
+    )
+    session.record["workers"] = workers.count
+    with Display(console, session.tally) as display, _Events(session, display, console) as events:
+        events.stage(f"Starting Ray and {count(workers.count, 'worker')} ({workers.device}) ...")
+        outcome = driver.run_trials(work, workers, events)
+        session.failures = dict(outcome.failures)
+        session.record["worker_info"] = outcome.worker_info
 
-        def on_connected(connection: "driver.cluster.Connection") -> None:
-            session.record |= {"ray_address": connection.address, "dashboard_url": connection.dashboard_url, "metrics": connection.metrics}
-            if connection.dashboard_url is not None:
-                display.note(f"Ray dashboard: {connection.dashboard_url}")
 
-        def on_ready() -> None:  # a model that does not load has left no trace in the store
-            session.write_trials(running=True)
-            beating.enter_context(_heartbeat(session))
-            session.tally.start()
-            display.stage("Workers hold the model; capturing activations and gradients ...")
+class _Events:
+    """Takes what happens in a run into the session's record and onto the display; see sweep.driver.RunEvents."""
 
-        def on_dead(what: str) -> None:  # the main thread may wait for Ray for ever
-            display.__exit__(None, None, None)
-            os._exit(_leave(session, console, f"{what}. Stopped"))
+    def __init__(self, session: Session, display: Display, console: Console) -> None:
+        self._session, self._display, self._console = session, display, console
+        self._beating = ExitStack()
+        self.stage, self.warn, self.picture = display.stage, display.say, session.picture
 
-        def on_progress(progress: Progress) -> None:
-            session.tally.update(progress)
-            if progress.warning is not None:
-                display.say(progress.warning)
-            task = session.tasks[progress.task_id]
-            if session.first_result is None and session.tally.done_of(task.task_id) == task.n_steps:
-                say_first_result(session, task, display)
-            display.update()
+    def __enter__(self) -> Self:
+        return self
 
-        orders = [driver.TrialOrder(name=trial.name, task_id=trial.task_id) for trial in session.pending_trials() if trial.task_id]
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._beating.close()
 
-        session.record["workers"] = workers.count
-        with beating:
-            session.failures, infos = driver.run_trials(
-                orders,
-                session.tasks,
-                session.plan.plans,
-                session.plan.windowed,
-                workers,
-                session.store.uri,
-                memory_gb=session.plan.trials[0].config.sensitivity.memory_gb,
-                picture=session.picture,
-                on_connected=on_connected,
-                on_stage=display.stage,
-                on_ready=on_ready,
-                on_dead=on_dead,
-                on_progress=on_progress,
-                on_ended=lambda: session.record.update(scoring_seconds=session.tally.seconds),
-            )
-            session.record["worker_info"] = infos
+    def connected(self, connection: "Connection") -> None:
+        self._session.record |= {"ray_address": connection.address, "dashboard_url": connection.dashboard_url, "metrics": connection.metrics}
+        if connection.dashboard_url is not None:
+            self._display.note(f"Ray dashboard: {connection.dashboard_url}")
+
+    def ready(self) -> None:
+        """A model that does not load has left no trace in the store until here."""
+        self._session.write_trials(running=True)
+        self._beating.enter_context(_heartbeat(self._session))
+        self._session.tally.start()
+        self._display.stage("Workers hold the model; capturing activations and gradients ...")
+
+    def dead(self, what: str) -> None:
+        """The main thread may wait for Ray for ever."""
+        self._display.__exit__(None, None, None)
+        os._exit(_leave(self._session, self._console, f"{what}. Stopped"))
+
+    def progress(self, progress: Progress) -> None:
+        session = self._session
+        session.tally.update(progress)
+        if progress.warning is not None:
+            self._display.say(progress.warning)
+        task = session.tasks[progress.task_id]
+        if session.first_result is None and session.tally.done_of(task.task_id) == task.n_steps:
+            say_first_result(session, task, self._display)
+        self._display.update()
+
+    def ended(self) -> None:
+        self._session.record["scoring_seconds"] = self._session.tally.seconds
 
 
 def _finished(session: Session) -> list[FinishedTrial]:

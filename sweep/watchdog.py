@@ -58,6 +58,8 @@ class Watchdog:
         self._answered: dict[str, float] = {}  # when what is remote last did
         self._probed = 0.0
         self._watched: dict[int, str] = {}  # of the cluster's head: children of this process, from the moment that they are there
+        self._is_started = False
+        self._given_up: set[int] = set()  # children of a cluster that did not come up
 
     def __enter__(self) -> Self:
         if self._mark:
@@ -82,6 +84,14 @@ class Watchdog:
         """Ray is making a session directory for a cluster of this process: whoever writes there belongs to it."""
         self._tell(os.path.realpath(session))
 
+    def started(self) -> None:
+        """Every process of the cluster is there. Until then its raylet may end: it is started once more."""
+        self._is_started = True
+
+    def failed(self) -> None:
+        """The cluster has not come up; another one may be started."""
+        self._given_up |= _essential_children().keys()
+
     def _tell(self, line: str) -> None:
         """Tell the reaper something; ENDED: this process is about to end, and says itself why."""
         assert self._reaper.stdin is not None
@@ -104,7 +114,7 @@ class Watchdog:
         self._on_dead(why)
 
     def _check(self) -> None:
-        dead = next((name for pid, name in self._watched.items() if not _is_alive(pid)), None)
+        dead = next((name for pid, name in self._watched.items() if pid not in self._given_up and not _is_alive(pid)), None)
         if dead is not None and self._stopping is None:  # it was not told to end meanwhile
             self._end(f"{dead} has died")
 
@@ -118,12 +128,17 @@ class Watchdog:
                 self._end(f"{name} at {address[0]}:{address[1]} does not answer")
         self._probed = time.monotonic()
 
+    def _watch_children(self) -> None:
+        for pid, name in _essential_children().items():
+            if pid not in self._given_up and (self._is_started or name != "raylet"):
+                self._watched[pid] = _ESSENTIAL[name]
+
     def _watch(self) -> None:
         while not self._left.wait(_LOOK_SECONDS):
             if self._stopping is None:
                 self._check()
                 self._probe()
-                self._watched |= _essential_children()
+                self._watch_children()
             elif time.monotonic() - self._stopping > _SHUTDOWN_SECONDS:
                 self._end("Ray did not stop")
 
@@ -168,12 +183,12 @@ def _belongs(process: psutil.Process, mark: str, sessions: Collection[str]) -> b
 
 
 def _essential_children() -> dict[int, str]:
-    """What of the cluster's head this process has started: its names for people, by process id."""
+    """What of the cluster's head this process has started: names by process id."""
     found: dict[int, str] = {}
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
             if (name := child.name()) in _ESSENTIAL:
-                found[child.pid] = _ESSENTIAL[name]
+                found[child.pid] = name
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import ray
@@ -14,7 +15,6 @@ import ray
 from sweep.errors import WorkerLost
 from workers.data import Plan
 from workers.metrics import WorkerMetrics
-from workers.pool import POOL
 from workers.shared import check_shared
 from workers.task import Progress, Task
 
@@ -22,19 +22,19 @@ _TELL_SECONDS = 0.2  # between messages; one costs Ray about a millisecond
 
 
 class Worker:
-    """A named actor that holds one loaded model and scores the tasks that it is lent out for."""
+    """A named actor that holds one loaded model and scores the tasks that it is assigned."""
 
-    def __init__(self, store_uri: str, device: str, memory_gb: float | None, n_workers: int, n_gpus: int) -> None:
+    def __init__(self, store_uri: str, device: str, memory_gb: float | None, n_workers: int, n_gpus: int, n_halvings: int) -> None:
         """Import the heavy libraries and prepare an empty worker; see workers.scorer.Scorer."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
         from workers.scorer import Scorer
 
         self._metrics = WorkerMetrics(ray.get_runtime_context().get_actor_name() or "")
-        self._scorer = Scorer(store_uri, device, memory_gb=memory_gb, n_workers=n_workers, n_gpus=n_gpus, on_timed=self._metrics.timed)
-        self._lost = False
+        self._scorer = Scorer(store_uri, device, memory_gb=memory_gb, n_workers=n_workers, n_gpus=n_gpus, n_halvings=n_halvings, on_timed=self._metrics.timed)
+        self._parts: dict[int, _Parts] = {}  # by assignment
 
     def load(self, task: Task, mark: str | None) -> None:
-        """Load the task's model before the first trial asks for it.
+        """Load the task's model before there is an assignment.
 
         Args:
             task: the first one.
@@ -53,22 +53,44 @@ class Worker:
         build_extensions(extensions)
 
     def info(self) -> dict[str, Any]:
-        """Node, process, and what its scorer says of itself. After WorkerLost this ends the process: Ray starts another and asks that."""
-        if self._lost:
-            os._exit(1)
+        """Node, process, and what its scorer says of itself."""
         return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), **self._scorer.info()}
 
-    def score(self, tasks: Sequence[Task], plan: Plan, lease: int) -> Iterator[list[Progress]]:
+    @ray.method(concurrency_group="parts")
+    def next_parts(self, assignment: int, names: tuple[str, ...] | None) -> bool:
+        """Take over names of parts to score, and wait until more are needed.
+
+        Args:
+            assignment: whose.
+            names: none: there are no more; None: nothing has been asked for yet.
+
+        Returns: whether more are needed; False: `score` has ended.
+        """
+        parts = self._parts.setdefault(assignment, _Parts())
+        if names is not None:
+            parts.given.put(names)
+        if (is_needed := parts.needed.get()) is False:
+            del self._parts[assignment]
+        return is_needed
+
+    def score(self, tasks: Sequence[Task], plan: Plan, assignment: int) -> Iterator[list[Progress]]:
         """Stream progress, the latest of each task, a few times a second; what it counts is in the store already.
 
-        Raises: WorkerLost: this process cannot go on; see `info`.
+        Raises: WorkerLost: this process cannot go on.
         """
+        parts = self._parts.setdefault(assignment, _Parts())
+        try:
+            yield from self._score(tasks, plan, assignment, parts.taken())
+        finally:
+            parts.needed.put(False)
+
+    def _score(self, tasks: Sequence[Task], plan: Plan, assignment: int, names: Iterator[str]) -> Iterator[list[Progress]]:
         latest: dict[str, Progress] = {}
         told = time.monotonic()
         meter = _Rows(self._scorer.info, self._metrics)
         try:
-            for progress in self._scorer.score(tasks, plan, _taken(lease)):
-                latest[progress.task_id] = replace(progress, lease=lease).after(latest.get(progress.task_id))
+            for progress in self._scorer.score(tasks, plan, names):
+                latest[progress.task_id] = replace(progress, lease=assignment).after(latest.get(progress.task_id))
                 meter.update(progress)
                 if time.monotonic() - told > _TELL_SECONDS:
                     self._tell_metrics(meter)
@@ -82,7 +104,6 @@ class Worker:
                 reason = str(error).splitlines()[0]
             else:
                 raise
-            self._lost = True
             raise WorkerLost(reason) from None
         self._tell_metrics(meter)
         yield list(latest.values())
@@ -93,8 +114,23 @@ class Worker:
             self._metrics.gpu_memory(*memory)
 
 
+class _Parts:
+    """Names of parts on their way from the thread that gets them from the driver to the one that scores."""
+
+    def __init__(self) -> None:
+        self.needed: SimpleQueue[bool] = SimpleQueue()
+        self.given: SimpleQueue[tuple[str, ...]] = SimpleQueue()
+
+    def taken(self) -> Iterator[str]:
+        """Names, asked for as they are needed."""
+        self.needed.put(True)
+        while names := self.given.get():
+            yield from names
+            self.needed.put(True)
+
+
 class _Rows:
-    """Rows that one lease has put into the store, for the metrics."""
+    """Rows that one assignment has put into the store, for the metrics."""
 
     def __init__(self, info: Callable[[], dict[str, Any]], metrics: WorkerMetrics) -> None:
         self._info, self._metrics = info, metrics
@@ -115,10 +151,3 @@ class _Rows:
     def _busy(self) -> float:
         info = self._info()
         return time.monotonic() - info["load_seconds"] - info["capture_seconds"]
-
-
-def _taken(lease: int) -> Iterator[str]:
-    """Names of parts, asked for as they are needed."""
-    pool: Any = ray.get_actor(POOL)
-    while names := ray.get(pool.take.remote(lease)):
-        yield from names

@@ -57,6 +57,7 @@ class Scorer:
         memory_gb: float | None = None,
         n_workers: int = 1,
         n_gpus: int = 1,
+        n_halvings: int = 0,
         on_timed: Callable[[str, float], None] | None = None,
     ) -> None:
         """Prepare an empty worker.
@@ -67,15 +68,14 @@ class Scorer:
             memory_gb: memory to use on each device, 1e9 bytes; None: what is free on the GPU, or an even share of the machine's.
             n_workers: workers that share the machine.
             n_gpus: that a model is spread over.
+            n_halvings: of the room for x and g, since an earlier process was killed for want of memory.
             on_timed: called after each load and capture, see workers.clock.Clock.
         """
-        if device == "cpu":
-            torch.set_num_threads(1)  # more threads beside other workers cost 60x, and would change bits
-        elif memory_gb is not None:
+        if device == "cuda" and memory_gb is not None:
             for index in range(n_gpus):
                 torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / torch.cuda.mem_get_info(index)[1]), index)
         self._memory_gb, self._n_workers, self._n_gpus = memory_gb, n_workers, n_gpus
-        self._halvings = 0  # of the room for x and g, after running out of memory
+        self._halvings = n_halvings  # of the room for x and g, after running out of memory
         self.store = Store(store_uri)
         self.device = torch.device(device)
         self.model_loads = 0
@@ -112,6 +112,8 @@ class Scorer:
 
     def load(self, spec: ModelSpec) -> None:
         """Hold this model, and no other."""
+        if self.device.type == "cpu":  # here, since it is a setting of the thread that computes
+            torch.set_num_threads(1)  # more threads beside other workers cost 60x, and would change bits
         if spec == self._model_spec:
             return
         self._model, self._model_spec, self._captured, self._divergence = None, None, None, None

@@ -5,21 +5,21 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sweep import driver
+from sweep import driver, worker_pool
 from sweep.machine import Workers
 from tests.tasks import PICTURE, TASK
 from workers.data import Sample, make_plan
-from workers.task import Task
+from workers.task import Picture, Progress, Task
 
 
 def run_bare(
     worker: type[Any], tasks: Mapping[str, Task], workers: Workers, store: str, on_ready: Callable[[], None] = lambda: None
-) -> tuple[dict[str, str], list[dict[str, Any]], float, float]:
+) -> tuple[Mapping[str, str], Sequence[Mapping[str, Any]], float, float]:
     """One trial a task.
 
     Args:
@@ -33,31 +33,41 @@ def run_bare(
         those that stopping Ray took then.
     """
     marks: list[float] = []
-    driver.Worker = worker
+    worker_pool.Worker = worker
 
-    def mark() -> None:
-        on_ready()
-        marks.append(time.perf_counter())
+    class Events:
+        """Notes when the first worker is ready, and when the last trial has ended."""
 
-    def dead(what: str) -> None:
-        print(what, file=sys.stderr, flush=True)
-        os._exit(1)
+        stage = warn = staticmethod(lambda text: print(text, file=sys.stderr))
 
-    failures, infos = driver.run_trials(
-        [driver.TrialOrder(name=name, task_id=name) for name in tasks],
-        tasks,
-        {TASK.plan_id: make_plan([Sample(token_ids=np.arange(8, dtype=np.int64))] * 16, packed=True)},
-        frozenset(),
-        workers,
-        store,
+        def connected(self, connection: Any) -> None:
+            """Nothing to record."""
+
+        def ready(self) -> None:
+            on_ready()
+            marks.append(time.perf_counter())
+
+        def dead(self, what: str) -> None:
+            print(what, file=sys.stderr, flush=True)
+            os._exit(1)
+
+        def progress(self, progress: Progress) -> None:
+            """Nothing to show."""
+
+        def ended(self) -> None:
+            marks.append(time.perf_counter())
+
+        def picture(self) -> Picture:
+            return PICTURE
+
+    work = driver.Work(
+        orders=[driver.TrialOrder(name=name, task_id=name) for name in tasks],
+        tasks=tasks,
+        plans={TASK.plan_id: make_plan([Sample(token_ids=np.arange(8, dtype=np.int64))] * 16, packed=True)},
+        windowed=frozenset(),
+        store_uri=store,
         memory_gb=None,
-        picture=lambda: PICTURE,
-        on_connected=lambda connection: None,
-        on_stage=lambda text: print(text, file=sys.stderr),
-        on_ready=mark,
-        on_dead=dead,
-        on_progress=lambda progress: None,
-        on_ended=lambda: marks.append(time.perf_counter()),
     )
+    outcome = driver.run_trials(work, workers, Events())
     ready, ended = marks
-    return failures, infos, ended - ready, time.perf_counter() - ended
+    return outcome.failures, outcome.worker_info, ended - ready, time.perf_counter() - ended

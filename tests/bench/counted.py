@@ -6,7 +6,7 @@ import os
 from concurrent.futures import Future
 from typing import Any, Final
 
-from sweep import driver
+from sweep import worker_pool
 from sweep.cli import script
 from workers import actor
 from workers.scores import PartScores
@@ -32,5 +32,5 @@ class Worker(actor.Worker):
 
 
 if __name__ == "__main__":
-    driver.Worker = Worker
+    worker_pool.Worker = Worker
     raise SystemExit(script())

@@ -26,11 +26,11 @@ from workers.task import Progress, Task
 _N_TRIALS = 384
 
 
-class InstantWorker:
-    """A worker with the interface of workers.actor.Worker that has its scores before it is asked."""
+class InstantWorker(actor.Worker):
+    """A worker that has its scores before it is asked."""
 
     def __init__(self, *arguments: Any) -> None:
-        self._loads = 0
+        self._loads, self._parts = 0, {}
 
     def load(self, task: Task, mark: str | None) -> None:
         self._loads += 1
@@ -38,9 +38,22 @@ class InstantWorker:
     def info(self) -> dict[str, Any]:
         return {"model_loads": self._loads}
 
-    def score(self, tasks: Sequence[Task], plan: Plan, lease: int) -> Iterator[list[Progress]]:
-        for _ in actor._taken(lease):
+    def _score(self, tasks: Sequence[Task], plan: Plan, assignment: int, names: Iterator[str]) -> Iterator[list[Progress]]:
+        for _ in names:
             yield [Progress(task_id=task.task_id, done=1, found=0) for task in tasks]
+
+
+class Unwatched:
+    """Nobody looks after the cluster."""
+
+    def own(self, session: str) -> None:
+        """It is not killed with this process."""
+
+    def started(self) -> None:
+        """Its death is not noticed."""
+
+    def failed(self) -> None:
+        """Nor that it did not come up."""
 
 
 class Nothing(tune.Trainable):
@@ -55,15 +68,15 @@ class Nothing(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Nothing to report."""
-        return {"progress": [], "done": True}
+        return {"done": True}
 
 
 def tune_seconds(orders: Sequence[driver.TrialOrder]) -> float:
     """Wall time of as many trials that do nothing at all, with the same Tune settings."""
-    driver.TrialRunner = Nothing  # type: ignore[misc, assignment]
-    connection = cluster.connect(Workers(device="cpu", count=2, gpus_each=1.0), lambda session: None)
+    driver.Trial = Nothing  # type: ignore[misc, assignment]
+    connection = cluster.connect(Workers(device="cpu", count=2, gpus_each=1.0), Unwatched())
     with tempfile.TemporaryDirectory() as scratch:
-        tuner = driver._tuner(orders, 2, connection.trial_resources, scratch, [])
+        tuner = driver._tuner(orders, 2, connection.trial_resources, scratch)
         started = time.perf_counter()
         tuner.fit()
         return time.perf_counter() - started

@@ -1,6 +1,6 @@
 """How well work spreads over a cluster: several Ray nodes on one machine, fake GPUs, workers that sleep instead of scoring.
 
-All else is real: the driver, Tune, the pool, named actors on every node. Efficiency is the time that the sleeping alone would take, had
+All else is real: the driver, Tune, named actors on every node. Efficiency is the time that the sleeping alone would take, had
 nobody ever to wait, over the time that the sweep takes from the moment that all workers are ready.
 
 python -m tests.bench.simulated_cluster
@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sweep.worker_pool import Worker
 from tests.tasks import GROUP, TASK
 from workers.task import Progress, Task
 
@@ -29,12 +30,13 @@ _GPUS_A_NODE = 8
 _FOLDER = "SWEEP_BENCH_FOLDER"
 
 
-class SleepingWorker:
-    """A worker with the interface of workers.actor.Worker that sleeps for each part, and leaves a line about it."""
+class SleepingWorker(Worker):
+    """A worker that sleeps for each part, and leaves a line about it."""
 
     def __init__(self, *arguments: Any) -> None:
         import ray
 
+        self._parts = {}
         self._folder = Path(os.environ[_FOLDER])
         self._node = ray.get_runtime_context().get_node_id()
         self._step_seconds = float((self._folder / "step_seconds").read_text())
@@ -48,14 +50,12 @@ class SleepingWorker:
     def info(self) -> dict[str, Any]:
         return {"node": self._node}
 
-    def score(self, tasks: Sequence[Task], plan: Any, lease: int) -> Iterator[list[Progress]]:
-        from workers import actor
-
-        for done, name in enumerate(actor._taken(lease), 1):
+    def _score(self, tasks: Sequence[Task], plan: Any, assignment: int, names: Iterator[str]) -> Iterator[list[Progress]]:
+        for done, name in enumerate(names, 1):
             time.sleep(self._step_seconds * len(tasks))
             with (self._folder / f"scored-{self._node}").open("a") as file:  # one write: workers of a node do not tear each other's lines
                 file.write("".join(f"{task.task_id} {name}\n" for task in tasks))
-            yield [Progress(task_id=task.task_id, done=done, found=0, lease=lease) for task in tasks]
+            yield [Progress(task_id=task.task_id, done=done, found=0, lease=assignment) for task in tasks]
 
 
 def grid() -> dict[str, Task]:

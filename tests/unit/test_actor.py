@@ -1,5 +1,6 @@
-"""A worker whose process cannot go on says why, and ends when it is next asked for; no Ray here."""
+"""A worker whose process cannot go on says why, and one that scores asks for parts as it needs them; no Ray here."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -16,22 +17,41 @@ from workers.task import Progress
 class FailingScorer:
     is_device_fault = staticmethod(Scorer.is_device_fault)
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception | None) -> None:
         self._error = error
 
-    def score(self, *_: object) -> Iterator[Progress]:
-        yield Progress(task_id="a", done=1, found=0)
-        raise self._error
+    def score(self, tasks: object, plan: object, names: Iterator[str]) -> Iterator[Progress]:
+        for done, _ in enumerate(names, 1):
+            yield Progress(task_id="a", done=done, found=0)
+        if self._error is not None:
+            raise self._error
 
     def info(self) -> dict[str, Any]:
         return {"load_seconds": 0.0, "capture_seconds": 0.0}
 
 
-def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> actor.Worker:
+def a_worker(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> actor.Worker:
     worker = actor.Worker.__new__(actor.Worker)
-    worker._scorer, worker._lost, worker._metrics = FailingScorer(error), False, None  # type: ignore[assignment]
-    monkeypatch.setattr(actor.ray, "get_runtime_context", lambda: type("Context", (), {"get_node_id": lambda self: "n"})())
+    worker._scorer, worker._parts, worker._metrics = FailingScorer(error), {}, None  # type: ignore[assignment]
+    monkeypatch.setattr(actor.Worker, "_tell_metrics", lambda self, rows: None)
     return worker
+
+
+def score(worker: actor.Worker, *parts: tuple[str, ...]) -> tuple[list[Progress], list[bool]]:
+    """What a worker streams that is given parts, as the driver gives them: one more each time it has asked. And what it answers."""
+    answers = [False]
+
+    def give() -> None:
+        answers[:] = [worker.next_parts(7, None)]
+        answers.extend(worker.next_parts(7, names) for names in parts)
+
+    giving = threading.Thread(target=give, daemon=True)
+    giving.start()
+    try:
+        return [progress for several in worker.score([], None, 7) for progress in several], answers  # type: ignore[arg-type]
+    finally:
+        giving.join(20)
+        assert not giving.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -42,19 +62,20 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> actor.Worker:
         (BrokenProcessPool("A child process terminated abruptly"), "a process that writes its scores has died"),
     ],
 )
-def test_a_process_that_cannot_go_on_says_why_and_ends_when_it_is_asked_again(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, ended = failing(error, monkeypatch), list[int]()
-    monkeypatch.setattr(actor.os, "_exit", ended.append)
-    assert worker.info()["node"] == "n"
+def test_a_process_that_cannot_go_on_says_why(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WorkerLost, match=f"^{reason}$"):
-        list(worker.score([], None, 0))  # type: ignore[arg-type]
-    assert ended == []  # it would take what it has just said with it
-    worker.info()
-    assert ended == [1]
+        score(a_worker(error, monkeypatch), ())
 
 
 def test_an_error_of_the_recipe_leaves_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = failing(RuntimeError("shapes do not fit"), monkeypatch)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        list(worker.score([], None, 0))  # type: ignore[arg-type]
-    assert worker.info()["node"] == "n"
+    worker = a_worker(RuntimeError("shapes do not fit"), monkeypatch)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="shapes do not fit"):
+            score(worker, ("layers.0",), ())
+
+
+def test_parts_are_asked_for_one_by_one_until_there_are_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = a_worker(None, monkeypatch)
+    found, answers = score(worker, ("layers.0",), ("layers.1", "layers.2"), ())
+    assert ([progress.done for progress in found][-1], answers) == (3, [True, True, True, False])
+    assert worker._parts == {}  # nothing of the assignment is left

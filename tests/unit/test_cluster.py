@@ -73,19 +73,12 @@ def test_the_environment_names_the_cluster_when_the_config_does_not(nodes: list[
     assert cluster.join(config(address=None)).address == "head:6379"
 
 
-def test_a_crew_grows_with_the_nodes_only_if_nobody_has_said_how_many(nodes: list[dict[str, Any]]) -> None:
+def test_room_is_what_nodes_that_are_there_have(nodes: list[dict[str, Any]]) -> None:
+    workers = Workers(device="cuda", count=2, gpus_each=1.0, address="h:1", elastic=True)
     nodes.append(node(gpus=2))
-    for elastic, later in ((True, ["sweep-worker-2", "sweep-worker-3", "sweep-worker-4"]), (False, [])):
-        hired: list[Any] = []
-        workers = Workers(device="cuda", count=2, gpus_each=1.0, address="h:1", elastic=elastic)
-        crew = cluster.Crew(workers, lambda options, hired=hired: (hired.append(options), options["name"]))
-        assert list(crew.hire()) == ["sweep-worker-0", "sweep-worker-1"]
-        assert crew.hire() == {}
-        nodes.append(node(gpus=3))
-        assert list(crew.hire()) == later
-        assert all((options["num_cpus"], options["num_gpus"]) == (1, 1.0) for options in hired)
-        nodes.pop()
-        assert crew.hire() == {}
+    assert cluster.room(workers) == 2
+    nodes.append(node(gpus=3))
+    assert cluster.room(workers) == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,0 +1,275 @@
+"""Who scores what: each worker that asks is assigned tasks to score together, and takes their decoder layers one by one.
+
+The queue lives in the driver. A Ray actor in its place would be killed with the workers when a node runs out of memory.
+"""
+
+import math
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, count
+from typing import Final
+
+from workers.task import Task, part_names
+
+_PARTS_EACH: Final = 4  # a worker: where there are fewer, recipes are split as well
+_SPLIT: Final = 4  # into as many what killed a worker is split, to find what kills workers
+_MAX_DEATHS: Final = 3  # a task under which, alone, so many workers died is the cause
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Tasks that a worker scores together; it takes their parts from the queue as it comes to them."""
+
+    number: int
+    worker: str
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """Why an assignment came back unfinished: its worker has died, or cannot load the model."""
+
+    reason: str
+    is_unfit: bool = False  # another worker may load the model
+    is_blameless: bool = False  # the machine was short of memory, whatever was being scored
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """Tasks that a worker scores together, and the parts that nobody has taken yet."""
+
+    tasks: dict[str, Task]
+    parts: list[str]
+    deaths: int = 0  # of workers that had it, if it is one task alone
+    n_out: int = 0  # assignments
+
+    @property
+    def first(self) -> Task:
+        return next(iter(self.tasks.values()))
+
+
+@dataclass(slots=True)
+class _Given:
+    batch: _Batch
+    taken: list[str] = field(default_factory=list[str])
+
+
+class TaskQueue:
+    """Assigns tasks to workers, and remembers how each task ended. Every method may be called from any thread.
+
+    Tasks that share a capture are assigned together, and several workers may be at them: each takes a decoder layer at a time and
+    scores it for all recipes. What these have in common there (errors of the weights, errors of the inputs) is computed once,
+    however many workers there are, and nobody waits longer than a layer at the end.
+    """
+
+    def __init__(self, n_workers: int, tasks: Iterable[Task], windowed: frozenset[str] = frozenset()) -> None:
+        """Start with every task waiting.
+
+        Args:
+            n_workers: number of workers to reckon with.
+            tasks: in the order in which they are wanted.
+            windowed: ids of plans whose capture is made anew for every assignment.
+        """
+        self._windowed = windowed
+        tasks = list(tasks)
+        self._rank = {task.task_id: index for index, task in enumerate(tasks)}
+        self._batches = _batches(tasks, n_workers)  # that are not over
+        self._given: dict[int, _Given] = {}
+        self._numbers = count()
+        self._ended: dict[str, str | None] = {}  # task id -> why it failed, None if it is done
+        self._workers: set[str] = set()
+        self._unfit: dict[str, dict[str, str]] = {}  # model revision -> why it does not load, by worker
+        self._broken: str | None = None
+        self._changed = threading.Condition()
+
+    def add_worker(self, worker: str) -> None:
+        """A worker is there to be assigned tasks; added again, it is the same one."""
+        with self._changed:
+            self._workers.add(worker)
+
+    def remove_worker(self, worker: str) -> None:
+        """A worker will not ask any more."""
+        with self._changed:
+            self._workers.discard(worker)
+            for revision in self._unfit:
+                self._check_loadable(revision)
+            self._changed.notify_all()
+
+    @property
+    def n_busy(self) -> int:
+        """Workers that have an assignment."""
+        return len(self._given)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no task is left to score."""
+        return not self._batches
+
+    @property
+    def broken(self) -> str | None:
+        """Why the queue was stopped, if it was."""
+        return self._broken
+
+    def failures(self) -> dict[str, str]:
+        """Why tasks failed, by task id."""
+        with self._changed:
+            return {task_id: reason for task_id, reason in self._ended.items() if reason is not None}
+
+    def has_ended(self, task_id: str) -> bool:
+        """Whether a task has its scores, or has failed."""
+        return task_id in self._ended
+
+    def stop(self, reason: str) -> None:
+        """Nothing more can be done, for a reason that is no task's own; what is left has not failed."""
+        self._broken = reason
+        self.give_up(reason)
+
+    def give_up(self, reason: str) -> None:
+        """No task that waits will be scored."""
+        with self._changed:
+            for batch in self._batches:
+                self._ended |= dict.fromkeys(batch.tasks, reason)
+            self._batches.clear()
+            self._changed.notify_all()
+
+    def assign(self, worker: str, holds: str | None) -> Assignment | None:
+        """Wait for something that a worker can score.
+
+        Args:
+            worker: which one; it has been added.
+            holds: revision of the model that it has loaded.
+
+        Returns: None: there will be nothing more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._batches or self._possible(worker))
+            waiting = self._possible(worker)
+            if not waiting:
+                return None
+            # One that nobody is at, of the model that is loaded, if there is one; of these the one that was wanted first.
+            batch = min(waiting, key=lambda batch: (batch.n_out, batch.first.model.revision != holds, self._rank_of(batch)))
+            first = min(batch.tasks.values(), key=lambda task: self._rank[task.task_id])
+            if not self._given and not self._ended and len(batch.tasks) > 1 and first.plan_id not in self._windowed:
+                batch = self._split_off(batch, first)  # a result to look at while the others are scored
+            batch.n_out += 1
+            number = next(self._numbers)
+            self._given[number] = _Given(batch)
+            return Assignment(number, worker, (first, *(task for task in batch.tasks.values() if task is not first)))
+
+    def take(self, number: int) -> tuple[str, ...]:
+        """Names of the parts that the worker of an assignment should score next; none: it is done."""
+        with self._changed:
+            given = self._given[number]
+            parts = given.batch.parts
+            n = len(parts) if given.batch.first.engine == "modelopt" else 1  # which scores a model as a whole
+            taken = tuple(parts[:n])
+            del parts[:n]
+            given.taken += taken
+            return taken
+
+    def finish(self, assignment: Assignment, ended: Mapping[str, str | None], loss: Loss | None = None) -> None:
+        """A worker is done with an assignment, or lost.
+
+        Args:
+            assignment: which.
+            ended: how it came to an end with its tasks, as far as it did: why they failed, None if what it took is done.
+            loss: what has not ended waits again: with fewer tasks at a time, or for workers that can load the model.
+        """
+        revision = assignment.tasks[0].model.revision
+        with self._changed:
+            given = self._given.pop(assignment.number)
+            batch = given.batch
+            batch.n_out -= 1
+            for task_id, failure in ended.items():
+                if failure is not None:
+                    self._ended.setdefault(task_id, failure)
+            left = {task.task_id: task for task in assignment.tasks if task.task_id not in ended}
+            if left and loss is not None and loss.is_unfit:
+                batch.parts[:] = [name for name in part_names(batch.first) if name in {*given.taken, *batch.parts}]
+                self._unfit.setdefault(revision, {})[assignment.worker] = loss.reason
+                self._check_loadable(revision)
+            elif left and loss is not None:
+                self._again(batch, left, given.taken, loss)
+            self._drop_ended(assignment)
+            self._changed.notify_all()
+
+    def _drop_ended(self, assignment: Assignment) -> None:
+        """Forget batches with nothing left, and note which of an assignment's tasks are done."""
+        for each in self._batches:
+            each.tasks = {task_id: task for task_id, task in each.tasks.items() if task_id not in self._ended}
+        self._batches = [each for each in self._batches if each.tasks and (each.parts or each.n_out)]
+        busy = {task_id for each in self._batches for task_id in each.tasks}
+        for task in assignment.tasks:
+            if task.task_id not in busy:
+                self._ended.setdefault(task.task_id, None)
+
+    def _rank_of(self, batch: _Batch) -> int:
+        return min(self._rank[task_id] for task_id in batch.tasks)
+
+    def _possible(self, worker: str) -> list[_Batch]:
+        """Batches with parts to take, whose model the worker is not known to be unable to load."""
+        return [batch for batch in self._batches if batch.parts and worker not in self._unfit.get(batch.first.model.revision, {})]
+
+    def _check_loadable(self, revision: str) -> None:
+        """Tasks of a model that no worker can load have failed."""
+        unfit = self._unfit[revision]
+        if unfit.keys() < self._workers:
+            return
+        why = next(iter(unfit.values()))
+        for batch in self._batches:
+            if batch.first.model.revision == revision:
+                self._ended |= dict.fromkeys(batch.tasks, why)
+        self._batches = [batch for batch in self._batches if batch.first.model.revision != revision]
+
+    def _split_off(self, batch: _Batch, task: Task) -> _Batch:
+        """Make a task a batch of its own."""
+        del batch.tasks[task.task_id]
+        alone = _Batch({task.task_id: task}, list(batch.parts))
+        self._batches.append(alone)
+        return alone
+
+    def _again(self, batch: _Batch, tasks: Mapping[str, Task], taken: Sequence[str], loss: Loss) -> None:
+        """What a dead worker had waits again, a quarter of the tasks at a time; so does what nobody had taken: it may hold what kills."""
+        names = {*taken, *batch.parts}
+        parts = [name for name in part_names(batch.first) if name in names]
+        batch.parts.clear()
+        alone = len(batch.tasks) == 1 and not loss.is_blameless
+        deaths = batch.deaths + alone
+        if deaths == _MAX_DEATHS:
+            self._ended |= dict.fromkeys(tasks, f"{deaths} workers died while scoring it: {loss.reason}")
+            return
+        size = math.ceil(len(tasks) / _SPLIT)
+        ids = list(tasks)
+        for start in range(0, len(ids), size):
+            some = {task_id: tasks[task_id] for task_id in ids[start : start + size]}
+            self._batches.append(_Batch(some, list(parts), deaths))
+
+
+def _batches(tasks: Iterable[Task], n_workers: int) -> list[_Batch]:
+    """Tasks that share a capture; in slices, if their parts alone are too few to keep all workers busy to the end."""
+    batches: list[_Batch] = []
+    for family in _families(tasks):
+        parts = part_names(family[0])
+        n_slices = min(len(family), 1 if n_workers == 1 else math.ceil(_PARTS_EACH * n_workers / len(parts)))
+        # Recipes with equal weights in one slice: they share a product.
+        ordered = sorted(family, key=lambda task: repr(task.weight_attributes))
+        costs = [task.cost for task in ordered]
+        places = [min(n_slices - 1, int(before / sum(costs) * n_slices)) for before in accumulate(costs, initial=0.0)]
+        slices: list[dict[str, Task]] = [{} for _ in range(n_slices)]
+        for task, place in zip(ordered, places, strict=False):
+            slices[place][task.task_id] = task
+        batches += [_Batch(some, list(parts)) for some in slices if some]
+    return batches
+
+
+def _families(tasks: Iterable[Task]) -> list[list[Task]]:
+    """Tasks that share a capture; those of kl_div, which share nothing that counts, stay alone."""
+    families: list[list[Task]] = []
+    for task in tasks:
+        family = next((each for each in families if task.method != "kl_div" and task.shares_capture_with(each[0])), None)
+        if family is None:
+            families.append([task])
+        else:
+            family.append(task)
+    return families
