@@ -18,7 +18,7 @@ from ray.exceptions import ActorAlreadyExistsError, OutOfMemoryError, RayError, 
 from sweep.errors import MemoryShort, StoreFailed, SweepError, Unfit, WorkerLost
 from sweep.machine import Workers
 from sweep.task_queue import Assignment, Loss, TaskQueue
-from workers.actor import Worker
+from workers.actor import Worker, label_of
 from workers.task import Progress, Task
 
 _LOOK_SECONDS: Final = 1.0  # between looks at whether nodes have joined, or the pool is being stopped
@@ -277,9 +277,8 @@ class WorkerPool:
     def _stream(self, member: _Member, assignment: Assignment, ended: dict[str, str | None]) -> None:
         """Give a worker parts as it asks for them, and pass its progress on; `ended` takes up tasks that have failed."""
         tasks, number, actor = assignment.tasks, assignment.number, member.actor
-        first = tasks[0]
-        name = f"score {first.label}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "")
-        stream = actor.score.options(name=name, num_returns="streaming").remote(tasks, self._plan_refs[first.plan_id], number)
+        plan = self._plan_refs[assignment.tasks[0].plan_id]
+        stream = actor.score.options(name=f"score {label_of(tasks)}", num_returns="streaming").remote(tasks, plan, number)
         asked = actor.next_parts.remote(number, None)
         waiting = [stream, asked]
         while waiting:

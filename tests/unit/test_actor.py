@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sweep.errors import WorkerLost
+from tests.tasks import TASK
 from workers import actor
 from workers.scorer import Scorer
 from workers.task import Progress
@@ -48,7 +49,7 @@ def score(worker: actor.Worker, *parts: tuple[str, ...]) -> tuple[list[Progress]
     giving = threading.Thread(target=give, daemon=True)
     giving.start()
     try:
-        return [progress for several in worker.score([], None, 7) for progress in several], answers  # type: ignore[arg-type]
+        return [progress for several in worker.score([TASK], None, 7) for progress in several], answers  # type: ignore[arg-type]
     finally:
         giving.join(20)
         assert not giving.is_alive()
