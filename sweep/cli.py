@@ -151,14 +151,16 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--watch", action="store_true", help="again every few seconds, while a run is under way")
     status.add_argument("--cluster", action="store_true", help="ask Ray as well: nodes, GPUs, workers of every sweep")
     publish = _verb(verbs, "publish", "sync finished results into the models directory")
-    publish.add_argument("--overwrite", action="store_true", help="replace folders that another model revision or data set content left")
+    replaced = "replace folders that another model revision or data set content left; files of others stay"
+    publish.add_argument("--overwrite", action="store_true", help=replaced)
     doctor = _verb(verbs, "doctor", "check machine, config, model and data before hours are spent")
     doctor.add_argument("-m", "--multirun", action="store_true", help="comma lists span a grid")
     doctor.add_argument("--store", action="store_true", help="verify every file of the store, repair what can be, name the rest")
     export = _verb(verbs, "export", "files that runtimes read, from a recipe that sweep solve wrote", takes_recipe=True)
     export.add_argument("--format", required=True, choices=["compressed-tensors", "modelopt", "csv"], help="a checkpoint, ModelOpt's recipe YAML, or a table")
     export.add_argument("--out", required=True, metavar="DIR|FILE", help="a directory for compressed-tensors, else a file")
-    export.add_argument("--overwrite", action="store_true", help="replace what is there")
+    replaced = "replace what an earlier export has put there; files of others stay"
+    export.add_argument("--overwrite", action="store_true", help=replaced)
     solve = _verb(verbs, "solve", "the mixed-precision recipe of least predicted damage under a budget, from the store alone")
     solve.add_argument("--pin", dest="pins", action="append", default=[], metavar="PATTERN=FORMAT", help="layer groups that get this format; 16: none")
     solve.add_argument("--exclude", dest="excludes", action="append", default=[], metavar="PATTERN", help="layer groups that stay in 16 bits")
@@ -172,7 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("--uniform", action="store_true", help="measure one format for all groups, those no larger than the recipe, as well")
     validate.add_argument("--groups", metavar="PATTERN", help="measure these layer groups alone, under each format, as well")
     advise = _verb(verbs, "recommend", "doctor, the target's grid, recipes under a budget, their measured damage, files and a page, in one command")
-    advise.add_argument("--out", metavar="DIR", help="where everything goes; default outputs/recommended/NAME")
+    place = "where everything goes, beside files of others; default outputs/recommended/NAME"
+    advise.add_argument("--out", metavar="DIR", help=place)
     for verb in (solve, advise):
         verb.add_argument("--bits", type=float, metavar="B", help="mean bits a weight of the covered layers, block scales counted")
         verb.add_argument("--gb", type=float, metavar="G", help="GB (1e9 bytes) of all weights, embeddings and lm_head included")

@@ -1,8 +1,6 @@
 """`sweep export`: a recipe as files that runtimes and people read. What cannot come back as it was is refused, and nothing is left of it."""
 
-import os
-import secrets
-import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -11,11 +9,13 @@ from rich.console import Console
 
 from sweep.errors import SweepError, require_known
 from sweep.export_checks import check_cells, check_recipe
-from sweep.export_text import check_csv, check_modelopt, to_csv, to_modelopt
+from sweep.export_text import CSV_BEGINS, MODELOPT_BEGINS, check_csv, check_modelopt, to_csv, to_modelopt
 from sweep.mixed import MixedRecipe
+from sweep.outputs import OutputDirectory, OutputFile, place_of, typed_path
 from sweep.prepared import Prepared, config_of, prepared, read_recipe
 from sweep.store import Store
 from sweep.subject import Model, checkpoint_dir
+from workers.checkpoint import checkpoint_names
 
 if TYPE_CHECKING:
     from workers.folding import Linears
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMATS: Final = ("compressed-tensors", "modelopt", "csv")
 _RECIPE_FILE: Final = "sweep_recipe.yaml"  # beside an exported checkpoint
+_LOADED: Final = ("*.safetensors", "*.safetensors.index.json")  # vLLM loads every shard, and follows any index
 
 
 def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out: str, overwrite: bool) -> int:
@@ -33,54 +34,67 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
         overrides: Hydra's: where the checkpoint and the calibration samples are, if not where the recipe says.
         file_format: one of FORMATS.
         out: a directory for compressed-tensors, else a file.
-        overwrite: replace what is there.
+        overwrite: replace what an earlier export has put there, and nothing else.
 
-    Raises: SweepError: a recipe that cannot be meant, a format that can't express it, or something at `out` already.
+    Raises: SweepError: a recipe that cannot be meant, a format that can't express it, or something in the way at `out`.
     """
     require_known("export format", file_format, FORMATS)
-    recipe = read_recipe(Path(recipe_path))
+    path, recipe = typed_path(out), read_recipe(Path(recipe_path))
     config = config_of(recipe, overrides)
-    target = Path(out).expanduser().absolute()
-    if target.exists() and not overwrite:
-        raise SweepError(f"{target} exists. Give another place with --out, or --overwrite to replace it.")
     model = Model(checkpoint_dir(config.model))
-    if target == model.path or target in model.path.parents:
-        raise SweepError(f"{target} is or holds the checkpoint itself. Give another place with --out.")
     check_recipe(recipe, model)
     check_cells(recipe, Store(config.store.uri))
-    target.parent.mkdir(parents=True, exist_ok=True)
     if file_format == "compressed-tensors":
-        export_checkpoint(prepared(recipe, config), target)
+        directory = checkpoint_at(path, model, overwrite=overwrite)
+        directory.check()
+        export_checkpoint(prepared(recipe, config), directory)
     else:
-        export_text(recipe, file_format, model, target)
-    _say(recipe, file_format, target)
+        file = OutputFile(path=path, begins=CSV_BEGINS if file_format == "csv" else MODELOPT_BEGINS)
+        if file.check().exists() and not overwrite:
+            raise SweepError(f"{path} exists. Give another place with --out, or --overwrite to replace it.")
+        file.put(checked_text(recipe, file_format, model).encode())
+    _say(recipe, file_format, path.absolute())
     return 0
 
 
-def export_text(recipe: MixedRecipe, file_format: str, model: Model, target: Path) -> None:
-    """Write a table or ModelOpt's recipe file, whole or not at all, after it has been read back.
+def checked_text(recipe: MixedRecipe, file_format: str, model: Model) -> str:
+    """A table, or ModelOpt's recipe file, after it has been read back.
 
     Raises: SweepError: what comes back is not the recipe.
     """
-    if target.is_dir():
-        raise SweepError(f"{target} is a directory; --format {file_format} is one file. Give a file name with --out.")
-    text = to_csv(recipe) if file_format == "csv" else to_modelopt(recipe)
-    partial = _beside(target)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        if file_format == "csv":
-            check_csv(partial.read_text(encoding="utf-8"), recipe)
-        else:
-            from workers.modelopt_recipe import read_modelopt
+    if file_format == "csv":
+        text = to_csv(recipe)
+        check_csv(text, recipe)
+        return text
+    from workers.modelopt_recipe import read_modelopt
 
-            check_modelopt(*read_modelopt(partial), recipe, list(model.inputs))
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = to_modelopt(recipe)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "recipe.yaml"
+        file.write_text(text, encoding="utf-8")
+        check_modelopt(*read_modelopt(file), recipe, list(model.inputs))
+    return text
 
 
-def export_checkpoint(ready: Prepared, target: Path) -> None:
-    """Calibrate, write the checkpoint beside its place, read it back, and put it there only if it is the recipe.
+def checkpoint_at(path: Path, model: Model, *, overwrite: bool) -> OutputDirectory:
+    """Where a checkpoint goes, with the names of its files.
+
+    Raises: SweepError: the model's own checkpoint is there.
+    """
+    place = place_of(path)
+    if place == model.path:
+        raise SweepError(f"{path} is the checkpoint itself. Give another place with --out.")
+    return OutputDirectory(
+        directory=place,
+        kind="checkpoint",
+        names=[*checkpoint_names(model.path), _RECIPE_FILE],
+        exclusive=_LOADED,
+        overwrite=overwrite,
+    )
+
+
+def export_checkpoint(ready: Prepared, directory: OutputDirectory) -> None:
+    """Calibrate, write the checkpoint, read it back, and put it in its place only if it is the recipe.
 
     Raises: SweepError: something that compressed-tensors can't express.
     """
@@ -91,21 +105,15 @@ def export_checkpoint(ready: Prepared, target: Path) -> None:
     linears = [(name, n_in, n_out) for name, n_in, n_out in model.structure["linears"]]
     check_expressible(model.path, recipe, linears)
     quants = _calibrated(ready, linears)
-    partial = _beside(target)
-    partial.mkdir()
-    try:
+    with directory.filled() as partial:
         write_checkpoint(model.path, partial, recipe, quants, linears)
         (partial / _RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
         check_export(partial, model.path, recipe, quants, linears)
-        _swap(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def exported_recipe(target: Path) -> str | None:
-    """The recipe's text of an exported checkpoint; None: there is none at that place."""
-    file = target / _RECIPE_FILE
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+def is_exported(recipe: MixedRecipe, directory: OutputDirectory) -> bool:
+    """Whether a directory holds the recipe's checkpoint already, whole."""
+    return directory.holds(_RECIPE_FILE, recipe.to_yaml().encode())
 
 
 def _calibrated(ready: Prepared, linears: "Linears") -> "dict[str, LinearQuant]":
@@ -120,21 +128,6 @@ def _calibrated(ready: Prepared, linears: "Linears") -> "dict[str, LinearQuant]"
     quants = calibrated_model(loaded, batches, ready.recipe)
     check_folds(loaded, output_scales(ready.recipe, quants, linears), linears, batches)
     return quants
-
-
-def _beside(target: Path) -> Path:
-    """A hidden name in the same directory, absolute, so that a rename is enough."""
-    return target.with_name(f".{target.stem}.{os.getpid()}-{secrets.token_hex(4)}{target.suffix}")
-
-
-def _swap(made: Path, target: Path) -> None:
-    if not target.exists():
-        made.rename(target)
-        return
-    old = _beside(target)
-    target.rename(old)
-    made.rename(target)
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def _say(recipe: MixedRecipe, file_format: str, target: Path) -> None:

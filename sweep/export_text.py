@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -25,6 +26,11 @@ COLUMNS: Final[tuple[str, ...]] = (
     "predicted_kl",
     "cell_id",
 )
+# How these files begin, by which they are known again.
+CSV_BEGINS: Final = re.compile(",".join(COLUMNS).encode() + b"\n")
+_COVERS: Final = "bits a weight over the covered layer groups of"
+MODELOPT_BEGINS: Final = re.compile(rf"metadata:\n  recipe_type: ptq\n  description: .* {_COVERS} ".encode())
+
 _QUANTIZERS: Final = ("weight_quantizer", "input_quantizer")
 
 
@@ -80,7 +86,7 @@ def to_modelopt(recipe: MixedRecipe) -> str:
             f"A ModelOpt recipe can't express several calibration algorithms ({', '.join(algorithms)}): it has one for the whole model. "
             f"{others[0].group} has algorithm {algorithms[1]!r}. Solve again among formats of one algorithm."
         )
-    description = f"{recipe.name}: {recipe.effective_bits:.3f} bits a weight over the covered layer groups of {recipe.model}"
+    description = f"{recipe.name}: {recipe.effective_bits:.3f} {_COVERS} {recipe.model}"
     document = {
         "metadata": {"recipe_type": "ptq", "description": description},
         "quantize": {"quant_cfg": listed(quant_cfg(recipe)), "algorithm": algorithms[0]},

@@ -5,8 +5,8 @@ Locally a file appears by rename after fsync; on object storage one PUT is alrea
 
 import contextlib
 import os
+import re
 import secrets
-import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -98,8 +98,8 @@ class Files:
             return bool(self._fs.exists(self._url(path)))
         return self._inside(path).is_file()
 
-    def names(self, directory: str) -> list[str]:
-        """Names in a directory, sorted, without hidden ones; empty if there is no such directory."""
+    def names(self, directory: str, *, hidden: bool = False) -> list[str]:
+        """Names in a directory, sorted, hidden ones only if asked for; empty if there is no such directory."""
         if self._local is None:
             try:
                 found: list[str] = self._fs.ls(self._url(directory), detail=False)
@@ -111,7 +111,7 @@ class Files:
                 names = os.listdir(self._inside(directory))
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        return sorted(name for name in names if not name.startswith("."))
+        return sorted(name for name in names if hidden or not name.startswith("."))
 
     def remove(self, path: str) -> None:
         """Remove a file and, locally, the directory that it leaves empty; nothing happens if it is gone already."""
@@ -125,13 +125,27 @@ class Files:
             with contextlib.suppress(OSError):  # not empty, or another process was faster
                 final.parent.rmdir()
 
-    def remove_directory(self, path: str) -> None:
-        """Remove a directory with what is in it, files that a killed writer left half written too; nothing happens if it is gone already."""
-        if self._local is None:
+    def remove_directory(self, path: str, written: re.Pattern[str]) -> None:
+        """Remove the files of a directory that are called as we call them, and it too if that leaves it empty.
+
+        Nothing happens if it is gone already.
+
+        Args:
+            path: the directory.
+            written: names of files that we write there, half-written ones too.
+        """
+        names = self.names(path, hidden=True)
+        ours = [name for name in names if written.fullmatch(name) and not self.is_link(f"{path}/{name}")]
+        if self._local is None and len(ours) == len(names):
             with contextlib.suppress(FileNotFoundError):
-                self._fs.rm(self._url(path), recursive=True)
+                self._fs.rm(self._url(path), recursive=True)  # one request
             return
-        shutil.rmtree(self._inside(path), ignore_errors=True)  # another process may be faster, or slower
+        for name in ours:
+            with contextlib.suppress(IsADirectoryError, PermissionError):  # what unlink says of a directory: not ours
+                self.remove(f"{path}/{name}")
+        if self._local is not None:
+            with contextlib.suppress(OSError):  # not empty, or another process was faster
+                self._inside(path).rmdir()
 
     def walk(self) -> Iterator[str]:
         """Every file under the root, hidden ones and links too, sorted within a directory; links are not followed."""

@@ -1,5 +1,6 @@
 """A mixed-precision recipe: which recipe each layer group gets. A YAML file that `solve` writes and `validate` and `export` read."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -15,6 +16,7 @@ from sweep.recipe_quantizer import COST_HINT, UNQUANTIZED_BITS, QuantizerSpec, l
 from sweep.typed import describe, fits, hints_of
 
 RECIPE_VERSION: Final = 1  # of the file's layout
+RECIPE_BEGINS: Final = re.compile(rb"recipe_version: \d+\nname: ")  # by which such a file is known again
 _NESTED: Final = frozenset({"formats", "groups"})  # keys whose values are looked at one by one
 
 Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig; tuples and integer keys intact

@@ -1,8 +1,12 @@
 """Pictures for people, as SVG. The home of `matplotlib`, which is imported when a picture is asked for."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
+
+_DAMAGE: Final = "KL, nats per prediction"
+FRONT_BEGINS: Final = re.compile(f"(?s)<\\?xml .*>{_DAMAGE}<".encode())  # by which such a picture is known again
 
 _FONT: Final = 6  # of names, in points, as all below
 _LETTER: Final = 3.4  # width, at most on average
@@ -39,7 +43,7 @@ def front_picture(front: Sequence[Mapping[str, Any]], uniform: Sequence[Mapping[
         measured = [point for point in chosen if point.get("measured_kl")]
         if measured:
             axes.plot([point[x] for point in measured], [point["measured_kl"] for point in measured], "x", color="tab:red", label="recipe, measured")
-        axes.set(xlabel=label, ylabel="KL, nats per prediction", yscale="log")
+        axes.set(xlabel=label, ylabel=_DAMAGE, yscale="log")
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=7)
         named = [(point[x], point["predicted_kl"], point.get("name") or point["format"]) for point in [*uniform, *chosen] if point["predicted_kl"] > 0]

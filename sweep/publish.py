@@ -6,12 +6,10 @@ Behind a URL the manifest goes first when a folder is replaced and comes last wh
 """
 
 import contextlib
-import fcntl
 import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -25,12 +23,16 @@ import pyarrow.parquet as pq
 from sweep.errors import StoreFailed, SweepError
 from sweep.files import Files
 from sweep.machine import n_cores
+from sweep.outputs import locked, sync
 from sweep.records import FinishedTrial
 from sweep.report_files import FILES, LAYOUT_VERSION, MANIFEST, checksums, folder_of_finished, manifest_identity, published_scores, render_files
 from sweep.report_index import GENERATED, render_index
 
 _NEW, _OLD = ".new-", ".old-"  # a folder being built; a folder being replaced
 _FOLDERS_A_PROCESS = 32  # are worth the second or two that a process takes to start
+_NAMES = "|".join(map(re.escape, (*FILES, "README.md")))
+_PARTIAL = re.compile(rf"\.({_NAMES})\.\d+-[0-9a-f]+\.tmp")  # a file being written
+_MOVE = "Files of someone else are never replaced: move them away (mv -n FILE ELSEWHERE), or publish elsewhere."
 _HOW = "Replace what is there: output_layout.overwrite=true (sweep run), --overwrite (sweep publish). Or publish elsewhere."
 
 
@@ -50,10 +52,10 @@ def publish(finished: Iterable[FinishedTrial], root: Path | str, *, overwrite: b
     Args:
         finished: trials that are done; a half-finished one must not be here.
         root: the models directory, or a URL that fsspec knows.
-        overwrite: replace folders that hold other content, and files that are not ours.
+        overwrite: replace folders that hold other content. Files that are not ours are never replaced.
 
-    Raises: SweepError: a name that is no path part, or, unless `overwrite`, a folder of another model revision, data set
-        or cell, or files of someone else in the way. Every conflict is listed and nothing is written.
+    Raises: SweepError: a name that is no path part, files of someone else in the way, or, unless `overwrite`, a folder
+        of another model revision, data set or cell. Every conflict is listed and nothing is written.
         StoreFailed: the root cannot be written; what is there is whole, and the same call goes on.
     """
     url = str(root) if "://" in str(root) else str(Path(root).absolute())
@@ -65,8 +67,12 @@ def publish(finished: Iterable[FinishedTrial], root: Path | str, *, overwrite: b
         published = dict(_published(files))
         changed = {folder: one for folder, one in wanted.items() if not _is_current(files, folder, one, published.get(folder))}
         pages = _page_paths({*wanted, *published})
-        if not overwrite and (conflicts := [*_conflicts(files, changed, published), *_foreign_pages(files, pages)]):
-            raise SweepError("\n".join([f"Not published, {len(conflicts)} in the way under {url}:", *(f"  {line}" for line in conflicts), _HOW]))
+        foreign = [*_foreign_files(files, changed), *_foreign_pages(files, pages)]
+        conflicts = [] if overwrite else [*_conflicts(changed, published)]
+        if found := [*conflicts, *foreign]:
+            how = [*([_HOW] if conflicts else []), *([_MOVE] if foreign else [])]
+            head = f"Not published, {len(found)} in the way under {url}:"
+            raise SweepError("\n".join([head, *(f"  {line}" for line in found), *how]))
         for folder, content in _rendered(changed):
             if "://" in url:
                 _put_folder(files, folder, content)
@@ -146,17 +152,14 @@ def _locked(url: str) -> Generator[None]:
     if "://" in url:
         yield
         return
-    try:
-        Path(url).mkdir(parents=True, exist_ok=True)
-        handle = os.open(url, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise SweepError(f"Cannot publish into {url}: {error.strerror}. Choose a writable directory: output_layout.root=DIR.") from error
-    try:
-        with contextlib.suppress(OSError):  # some network file systems lock no directories
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            Path(url).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(Path(url)))
+        except OSError as error:
+            way_out = "Choose a writable directory: output_layout.root=DIR."
+            raise SweepError(f"Cannot publish into {url}: {error.strerror}. {way_out}") from error
         yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -178,20 +181,44 @@ def _refuse_links(url: str, folders: Iterable[str]) -> None:
 
 
 def _repair(url: str) -> list[str]:
-    """Undo what an interrupted run left: put back a folder whose replacement never came, drop the rest. Returns what was dropped."""
+    """Undo what an interrupted run left: put back a folder whose replacement never came, drop the rest.
+
+    Returns what was dropped. What holds anything that a run does not write is of someone else, and stays.
+    """
     if "://" in url:
         return []
     root, dropped = Path(url), list[str]()
     for path in sorted(path for analysis in root.glob("*/layer-analysis") for path in analysis.rglob(".*")):
-        if path.name.startswith(_OLD) and not (final := path.with_name(path.name.removeprefix(_OLD))).exists():
-            os.rename(path, final)
-        elif path.name.startswith((_NEW, _OLD)) and path.is_dir():
-            shutil.rmtree(path)
-            dropped.append(str(path.relative_to(root)))
-        elif path.suffix == ".tmp" and path.exists():
+        if path.name.startswith((_NEW, _OLD)) and _is_ours(path):
+            final = path.with_name(path.name.removeprefix(_OLD))
+            if path.name.startswith(_OLD) and not final.exists():
+                os.rename(path, final)
+                continue
+            _drop(path)
+        elif _PARTIAL.fullmatch(path.name) and path.is_file():
             path.unlink()
-            dropped.append(str(path.relative_to(root)))
+        else:
+            continue
+        dropped.append(str(path.relative_to(root)))
     return dropped
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it is a folder, no link to one, that holds nothing but what a folder with reports consists of."""
+    return folder.is_dir() and not folder.is_symlink() and len(_own(folder)) == len(os.listdir(folder))
+
+
+def _own(folder: Path) -> list[Path]:
+    """The files that a folder with reports consists of, half-written ones too."""
+    named = [path for path in folder.iterdir() if path.name in FILES or _PARTIAL.fullmatch(path.name)]
+    return [path for path in named if path.is_file() and not path.is_symlink()]
+
+
+def _drop(folder: Path) -> None:
+    for path in _own(folder):
+        path.unlink()
+    with contextlib.suppress(OSError):  # someone else has just put something there
+        folder.rmdir()
 
 
 def _directories(files: Files) -> Iterator[str]:
@@ -245,13 +272,23 @@ def _rows(data: bytes) -> pa.Table:
     return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)  # pq.read_table takes four times as long for a small file
 
 
-def _conflicts(files: Files, changed: Mapping[str, FinishedTrial], published: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _conflicts(changed: Mapping[str, FinishedTrial], published: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for folder, one in changed.items():
         there, here = published.get(folder), manifest_identity(one)
         if there and any(there.get(key) != here[key] for key in ("model_revision", "dataset_revision", "cell_id")):
             yield f"{folder} holds other content: {'; '.join(_differences(there, here))}"
-        if foreign := [name for name in files.names(folder) if name not in FILES]:
+
+
+def _foreign_files(files: Files, changed: Iterable[str]) -> Iterator[str]:
+    """What would go with a folder that is replaced, or stands where one is made."""
+    for folder in changed:
+        names = files.names(folder, hidden=True)
+        if foreign := [name for name in names if name not in FILES or files.is_link(f"{folder}/{name}")]:
             yield f"{folder} holds files of someone else: {', '.join(foreign)}"
+        parent, _, name = folder.rpartition("/")
+        for beside in [] if "://" in files.uri else [f"{parent}/{prefix}{name}" for prefix in (_NEW, _OLD)]:
+            if files.names(beside, hidden=True):
+                yield f"{beside} was made by someone else"
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -276,21 +313,13 @@ def _swap_folder(root: Path, folder: str, content: Mapping[str, bytes]) -> None:
         Files(str(staging)).write(name, data)  # fsynced
     if any((staging / name).read_bytes() != data for name, data in content.items()):
         raise OSError(f"{staging} reads back otherwise than it was written")
-    _sync_directory(staging)
+    sync(staging)
     if final.exists():
         os.rename(final, old)
     os.rename(staging, final)
-    _sync_directory(final.parent)
+    sync(final.parent)
     if old.exists():
-        shutil.rmtree(old)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        _drop(old)
 
 
 def _put_folder(files: Files, folder: str, content: Mapping[str, bytes]) -> None:

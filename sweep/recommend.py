@@ -12,13 +12,12 @@ from rich.console import Console
 
 from sweep.compose import expand
 from sweep.doctor import examine
-from sweep.errors import SweepError
-from sweep.export import export_checkpoint, export_text, exported_recipe
-from sweep.files import Files
+from sweep.export import checked_text, checkpoint_at, export_checkpoint, is_exported
 from sweep.machine import pick_workers
 from sweep.mixed import MixedRecipe
 from sweep.mixing import Budget, problem_of, recipe, solved
 from sweep.options import planned_options, read_options, sized
+from sweep.outputs import OutputDirectory, place_of, typed_path
 from sweep.pictures import front_picture
 from sweep.planning import plan_sweep
 from sweep.prepared import Prepared, prepared
@@ -26,11 +25,17 @@ from sweep.run import run
 from sweep.solve import cost_range
 from sweep.solving import front_rows, rules_of, summary, uniform_rows
 from sweep.store import Store
+from sweep.subject import Model, checkpoint_dir
 from sweep.targets import Target
 from sweep.validate import Measured, held_out, markdown_table, uniform_recipes, validate
 
 _FRONT = 24
-_CHECKPOINT = "checkpoint"  # its directory among the results
+# Names among the results.
+_RECIPES = ("compact", "balanced", "faithful")
+_PICTURE = "front.svg"
+_PAGES = ("README.md", "index.html")
+_MODELOPT = "modelopt_recipe.yaml"
+_CHECKPOINT = "checkpoint"  # a directory
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
     "td,th{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:left}pre{background:#f5f5f5;padding:.6em;overflow-x:auto}img{max-width:100%}"
@@ -57,9 +62,13 @@ def recommend(request: Request, console: Console) -> int:
     grid = ["grid=deployable", *request.overrides]
     config = expand(grid, multirun=True).points[0]
     target = Target.from_config(config.target)
-    out = Path(request.out or f"outputs/recommended/{config.model.name}-{target.name}-{asked.slug}").expanduser().absolute()
+    out = typed_path(request.out or f"outputs/recommended/{config.model.name}-{target.name}-{asked.slug}").absolute()
     _refuse_ahead(grid, asked, target)
-    _check_place(out)
+    results = _results_at(out, target)
+    results.check()
+    checkpoint = checkpoint_at(out / _CHECKPOINT, Model(checkpoint_dir(config.model)), overwrite=True)
+    if _reads_checkpoint(target):
+        checkpoint.check()
     checks = 0 if request.as_json else examine(grid, multirun=True, as_json=False)  # a run refuses by itself what would stop it
     if code := checks or run(grid, multirun=True, console=console):
         return code
@@ -71,7 +80,7 @@ def recommend(request: Request, console: Console) -> int:
     low, high = cost_range(problem)
     cost = min(asked.cost(options), high)
     weights = float(options.weights.sum())
-    budgets = {"compact": (low + cost) / 2, "balanced": cost, "faithful": cost + (high - cost) / 4}
+    budgets = dict(zip(_RECIPES, ((low + cost) / 2, cost, cost + (high - cost) / 4), strict=True))
     choices = {name: choice if name == "balanced" else solved(options, problem, Budget(bits=each / weights), rules) for name, each in budgets.items()}
     made = {name: recipe(options, each, name, target.name) for name, each in choices.items()}
     ready = prepared(made["balanced"], config)
@@ -82,15 +91,16 @@ def recommend(request: Request, console: Console) -> int:
     for each in summaries:
         row = measured[each["name"]]
         each |= {"measured_kl": row.measured_kl, "measured_kl_interval": row.measured_kl_interval}
-    files = Files(str(out))
-    for name, each in made.items():
-        files.write(f"{name}.yaml", each.to_yaml().encode())
     picture = front_picture(front_rows(options, problem, _FRONT) if high > low else [], uniform_rows(options, problem), summaries)
-    files.write("front.svg", picture)
-    exported = _export(ready, target, out)
+    files = {f"{name}.yaml": each.to_yaml().encode() for name, each in made.items()}
+    files |= {_PICTURE: picture, **_export(ready, target, checkpoint)}
+    exported = out / (_CHECKPOINT if _reads_checkpoint(target) else _MODELOPT)
     page = render(ready, target, asked, summaries, rows, exported)
-    files.write("README.md", page.encode())
-    files.write("index.html", to_html(page, f"{options.trial.model} on {target.name}").encode())
+    html = to_html(page, f"{options.trial.model} on {target.name}")
+    files |= dict(zip(_PAGES, (page.encode(), html.encode()), strict=True))
+    with results.filled() as partial:
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
     if request.as_json:
         document = {"recipes": summaries, "measured": [asdict(row) for row in rows], "page": str(out / "index.html"), "export": str(exported)}
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
@@ -166,22 +176,21 @@ def _refuse_ahead(grid: Sequence[str], asked: Budget, target: Target) -> None:
     held_out(prepared(recipe(options, choice, "planned", target.name), points[0]))
 
 
-def _check_place(out: Path) -> None:
-    """Raises: SweepError: the place cannot be written, or what would be replaced there is not ours."""
-    Files(str(out)).check_writable("--out")
-    checkpoint = out / _CHECKPOINT
-    if checkpoint.exists() and exported_recipe(checkpoint) is None:
-        raise SweepError(f"{checkpoint} exists and is no export of this program. Give another place with --out DIR.")
+def _results_at(out: Path, target: Target) -> OutputDirectory:
+    """Where everything but a checkpoint goes; what an earlier call has put there is replaced."""
+    names = [*(f"{name}.yaml" for name in _RECIPES), _PICTURE, *_PAGES]
+    if not _reads_checkpoint(target):
+        names.append(_MODELOPT)
+    return OutputDirectory(directory=place_of(out), kind="recommendation", names=names, overwrite=True)
 
 
-def _export(ready: Prepared, target: Target, out: Path) -> Path:
-    """What the target's runtime reads: a compressed-tensors checkpoint for vLLM, ModelOpt's recipe for the rest."""
-    if _reads_checkpoint(target):
-        if exported_recipe(out / _CHECKPOINT) != ready.recipe.to_yaml():
-            export_checkpoint(ready, out / _CHECKPOINT)
-        return out / _CHECKPOINT
-    export_text(ready.recipe, "modelopt", ready.model, out / "modelopt_recipe.yaml")
-    return out / "modelopt_recipe.yaml"
+def _export(ready: Prepared, target: Target, checkpoint: OutputDirectory) -> dict[str, bytes]:
+    """Have a compressed-tensors checkpoint in its place for vLLM; for the rest ModelOpt's recipe, to be written."""
+    if not _reads_checkpoint(target):
+        return {_MODELOPT: checked_text(ready.recipe, "modelopt", ready.model).encode()}
+    if not is_exported(ready.recipe, checkpoint):
+        export_checkpoint(ready, checkpoint)
+    return {}
 
 
 def _reads_checkpoint(target: Target) -> bool:

@@ -5,15 +5,16 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from sweep.analysis import IntArray
 from sweep.compose import expand
 from sweep.errors import SweepError
-from sweep.mixed import GroupFormat, MixedRecipe
+from sweep.mixed import RECIPE_BEGINS, GroupFormat, MixedRecipe
 from sweep.mixing import SIXTEEN, Budget, Rules, interval, problem_of, recipe, solved, uniform_choices, weights_gb
 from sweep.options import Options, read_options, sized
+from sweep.outputs import OutputFile, typed_path
+from sweep.pictures import FRONT_BEGINS, front_picture
 from sweep.report_rows import short_group
 from sweep.selection import opened
 from sweep.solve import Problem, cost_range, front, total
@@ -54,6 +55,12 @@ def solve_command(request: Request) -> int:
     budget = budget_of(request, options, problem)
     choice = solved(options, problem, budget, rules)
     name = f"{options.trial.model}-{target.name}-{budget.slug}"
+    out = typed_path(request.out or f"outputs/recipes/{name}.yaml")
+    file = OutputFile(path=out, begins=RECIPE_BEGINS)
+    file.check()
+    picture = OutputFile(path=out.with_suffix(".svg"), begins=FRONT_BEGINS)
+    if request.n_front is not None:
+        picture.check()
     made = recipe(options, choice, name, target.name)
     for _ in range(request.recapture):
         from sweep.prepared import prepared
@@ -64,7 +71,6 @@ def solve_command(request: Request) -> int:
         problem = problem_of(options, rules, damage)
         choice = solved(options, problem, budget, rules)
         made = recipe(options, choice, name, target.name, damage)
-    out = Path(request.out).expanduser() if request.out else Path("outputs/recipes") / f"{made.name}.yaml"
     document: dict[str, Any] = summary(options, problem, choice, made) | {"recipe": str(out)}
     n_usable = sum(rules.allowed(option.format) for option in options.formats)
     document["scored"] = {"recipes": len(options.formats), "usable": n_usable, "dataset": options.trial.dataset, "size": options.trial.size}
@@ -73,12 +79,10 @@ def solve_command(request: Request) -> int:
     if request.n_front is not None:
         document["front"] = front_rows(options, problem, request.n_front)
         document["uniform"] = uniform_rows(options, problem)
-        document["picture"] = str(out.with_suffix(".svg"))
-    _write(out, made.to_yaml().encode())
+        document["picture"] = str(picture.path)
+    file.put(made.to_yaml().encode())
     if request.n_front is not None:
-        from sweep.pictures import front_picture
-
-        _write(out.with_suffix(".svg"), front_picture(document["front"], document["uniform"], [document]))
+        picture.put(front_picture(document["front"], document["uniform"], [document]))
     if request.as_json:
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
@@ -195,13 +199,3 @@ def uniform_rows(options: Options, problem: Problem) -> list[dict[str, Any]]:
 def _point(options: Options, cost: float, damage: float) -> dict[str, Any]:
     gb = None if options.elements is None else options.gb(cost)
     return {"effective_bits": cost / float(options.weights.sum()), "gb": gb, "predicted_kl": damage}
-
-
-def _write(path: Path, content: bytes) -> None:
-    from sweep.files import Files
-
-    path = path.absolute()
-    try:
-        Files(str(path.parent)).write(path.name, content)
-    except OSError as error:
-        raise SweepError(f"Cannot write {path}: {error.strerror or error}. Give another place with --out.") from error

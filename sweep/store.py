@@ -7,6 +7,7 @@ What cannot be read back as it was written is moved to ``quarantine/``, with the
 
 import errno
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -24,6 +25,8 @@ T = TypeVar("T")
 
 _NO_FILE: Final = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}  # what is there is no file; anything else may pass
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+_PARTS: Final = re.compile(r".*\.parquet|\..*\.tmp")  # what a directory of parts consists of, half-written ones too
 
 # A part lives for seconds and is written beside the scoring: a third of the time, for as many bytes.
 _PART: Final[dict[str, Any]] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
@@ -92,7 +95,7 @@ class Store:
 
     def drop_parts(self, cell_id: str) -> None:
         """Remove what is left of a finished cell's parts."""
-        self.files.remove_directory(f"parts/cell={cell_id}")
+        self.files.remove_directory(f"parts/cell={cell_id}", _PARTS)
 
     def drop_leftovers(self) -> None:
         """Remove the parts of finished cells: a writer was cut short after it had completed one."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from sweep.machine import pick_workers
 from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe, is_called
 from sweep.mixing import recipe as recipe_of_choice
 from sweep.options import Options, read_options
+from sweep.outputs import OutputFile
 from sweep.prepared import Prepared, loaded, prepare
 from sweep.records import VALIDATIONS_SCHEMA
 from sweep.report_rows import short_group
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
     from workers.validation import Damage
 
 VALIDATION_VERSION: Final = 1
+# How the files begin that `validate_command` writes, by which they are known again.
+_TITLE: Final = "# Predicted and measured: "
+_PAGE_BEGINS: Final = re.compile(_TITLE.encode())
+_DOCUMENT_BEGINS: Final = re.compile(rb'\[\n \{\n  "name": .*\n  "kind": .*\n  "effective_bits": ')
+_WAY_OUT: Final = "Copy the recipe to another place, and validate it there."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,19 +75,23 @@ def validate_command(request: Request) -> int:
     Raises: SweepError: a recipe that is not of this model, or no samples that it has not seen.
     """
     prepared = prepare(request.recipe_path, request.overrides)
-    rows = validate(prepared, wanted(prepared, request))
     path = Path(request.recipe_path)
-    page, document = path.with_suffix(".validation.md"), path.with_suffix(".validation.json")
+    page = OutputFile(path=path.with_suffix(".validation.md"), begins=_PAGE_BEGINS, way_out=_WAY_OUT)
+    document = OutputFile(path=path.with_suffix(".validation.json"), begins=_DOCUMENT_BEGINS, way_out=_WAY_OUT)
+    for file in (page, document):
+        file.check()
+    rows = validate(prepared, wanted(prepared, request))
     text = json.dumps([asdict(row) for row in rows], indent=1)
-    document.write_text(text + "\n", encoding="utf-8")
-    page.write_text(render(prepared.recipe, rows), encoding="utf-8")
+    document.put(f"{text}\n".encode())
+    page.put(render(prepared.recipe, rows).encode())
     if request.as_json:
         print(text)  # noqa: T201 -- machine-readable output, not for rich to wrap
         return 0
     console = Console(markup=False, soft_wrap=True, highlight=False)
     for line in table_lines(rows):
         console.print(line)
-    console.print(f"{rows[0].n_samples} samples, {rows[0].n_predictions} predictions that neither calibrated nor scored; nats per prediction. Page: {page}")
+    counts = f"{rows[0].n_samples} samples, {rows[0].n_predictions} predictions"
+    console.print(f"{counts} that neither calibrated nor scored; nats per prediction. Page: {page.path}")
     return 0
 
 
@@ -209,7 +220,7 @@ def table_lines(rows: Sequence[Measured]) -> list[str]:
 def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
     """The page that people read."""
     head = (
-        f"# Predicted and measured: {recipe.name}\n\nModel {recipe.model} ({recipe.model_revision[:12]}), calibrated and scored on {recipe.dataset}, "
+        f"{_TITLE}{recipe.name}\n\nModel {recipe.model} ({recipe.model_revision[:12]}), calibrated and scored on {recipe.dataset}, "
         f"{recipe.size}; measured on {rows[0].n_samples} other samples ({rows[0].n_predictions} predictions). KL(unquantized || quantized) and change of the "
         "loss in nats per prediction, with 90 % bootstrap intervals over samples.\n\n"
     )

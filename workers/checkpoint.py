@@ -7,8 +7,10 @@ from pathlib import Path
 
 from sweep import cache
 from sweep.errors import SweepError
+from sweep.outputs import MANIFEST
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SETTINGS = (".json", ".jinja", ".model", ".txt")  # tokenizer, preprocessor and generation settings
 
 
 def check_checkpoint(path: Path) -> None:
@@ -37,7 +39,7 @@ def check_weights(path: Path) -> None:
     Raises: SweepError: names the file.
     """
     names = {file.name for file in weight_files(path)}
-    for index in path.glob("*.safetensors.index.json"):
+    for index in index_files(path):
         try:
             missing = sorted({*json.loads(index.read_bytes())["weight_map"].values()} - names)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -52,6 +54,24 @@ def check_weights(path: Path) -> None:
 def weight_files(path: Path) -> list[Path]:
     """The checkpoint's weight files, sorted by name."""
     return sorted(path.glob("*.safetensors"))
+
+
+def index_files(path: Path) -> list[Path]:
+    """What says which weight file holds which tensor; a checkpoint of one file needs none."""
+    return sorted(path.glob("*.safetensors.index.json"))
+
+
+def settings_files(path: Path) -> list[Path]:
+    """What a checkpoint holds beside weights, their index and config.json, and takes along when it is written anew."""
+    others = {"config.json", MANIFEST, *(file.name for file in path.glob("*.index.json"))}
+    found = [file for file in path.iterdir() if file.suffix in _SETTINGS and file.name not in others]
+    return sorted(file for file in found if file.is_file())
+
+
+def checkpoint_names(path: Path) -> list[str]:
+    """Names of the files of a checkpoint that is written from this one, quantized."""
+    files = (*weight_files(path), *index_files(path), *settings_files(path))
+    return [*(file.name for file in files), "config.json"]
 
 
 def revision(path: Path) -> str:

@@ -9,19 +9,18 @@ from typing import Any, Final
 
 import compressed_tensors
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sweep.errors import SweepError
 from sweep.mixed import MixedRecipe
-from workers.checkpoint import weight_files
+from workers.checkpoint import index_files, settings_files, weight_files
 from workers.compressed_schemes import Inexpressible, scheme_of
 from workers.compressed_weights import packed
 from workers.folding import Linears, check_weights_take, output_scales, providers, scaled_rows
 from workers.linear_quant import LinearQuant
 
-_COPIED: Final = (".json", ".jinja", ".model", ".txt")  # tokenizer, preprocessor and generation settings
 _VISION: Final = "visual"
 
 
@@ -69,16 +68,19 @@ def schemes_of(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
 
 
 def write_checkpoint(source: Path, directory: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears) -> None:
-    """Fill an empty directory with the quantized checkpoint, one shard of the source in memory at a time.
+    """Write the quantized checkpoint, with files of `checkpoint_names`, one shard of the source in memory at a time.
 
     Args:
         source: the checkpoint that the recipe is for.
-        directory: exists.
+        directory: exists, without files of these names.
         recipe: what each layer group gets.
         quants: calibrated quantizers by module, of all modules that the recipe quantizes.
         linears: of the whole model.
 
-    Raises: SweepError: something that the format can't express, or a weight that the checkpoint does not hold under its module's name.
+    Raises:
+        SweepError: something that the format can't express, or a weight that the checkpoint does not hold under its
+            module's name.
+        OSError: the directory cannot be written.
     """
     check_expressible(source, recipe, linears)
     schemes, config, scales = _by_module(recipe), quantization_config(recipe, linears), output_scales(recipe, quants, linears)
@@ -95,16 +97,18 @@ def write_checkpoint(source: Path, directory: Path, recipe: MixedRecipe, quants:
                     tensors |= {f"{module}.{local}": part for local, part in made.items()}
                 else:
                     tensors[name] = scaled_rows(tensor, scales[module]) if module in scales else tensor
-        save_file(tensors, directory / shard.name, metadata={"format": "pt"})
+        try:
+            save_file(tensors, directory / shard.name, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(str(error)) from error
         weight_map |= dict.fromkeys(tensors, shard.name)
         n_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    for index in source.glob("*.safetensors.index.json"):
+    for index in index_files(source):
         _write_json(directory / index.name, {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))})
     document: dict[str, Any] = json.loads((source / "config.json").read_bytes())
     _write_json(directory / "config.json", {**document, "quantization_config": config})
-    for path in source.iterdir():
-        if path.is_file() and path.suffix in _COPIED and not (directory / path.name).exists() and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, directory / path.name)
+    for path in settings_files(source):
+        shutil.copyfile(path, directory / path.name)
 
 
 def check_expressible(source: Path, recipe: MixedRecipe, linears: Linears) -> None:

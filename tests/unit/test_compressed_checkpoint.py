@@ -14,6 +14,7 @@ from sweep.mixed import MixedRecipe
 from sweep.paths import bundled_model_dir
 from sweep.subject import Model
 from tests.exports import FORMATS, FP8, INT4, INT8, MXFP4, NVFP4, PER_TOKEN, apply, apply_as_reader, group_format, kl, loaded, quants_of, recipe_of
+from workers.checkpoint import checkpoint_names
 from workers.compressed_checkpoint import quantization_config, write_checkpoint
 from workers.compressed_readback import check_export, read_schemes
 from workers.compressed_schemes import Inexpressible
@@ -161,10 +162,13 @@ def test_shards_keep_their_names_and_sizes_add_up(tmp_path: Path, base: Any, tok
     directory.mkdir()
     base.to(torch.bfloat16).save_pretrained(source, max_shard_size="1MB")
     base.to(torch.float32)
+    (source / "sweep_manifest.json").write_text("of what was exported there")
     recipe = recipe_of([group_format("int4", {**INT4, "block_sizes": {-1: 64}}, None)], source)
     quants = quants_of(recipe, base, token_ids)
     write_checkpoint(source, directory, recipe, quants, LINEARS)
     check_export(directory, source, recipe, quants, LINEARS)
+    names = {path.name for path in directory.iterdir()}
+    assert names == set(checkpoint_names(source)) == {path.name for path in source.iterdir()} - {"sweep_manifest.json"}
     shards = sorted(path.name for path in directory.glob("*.safetensors"))
     assert shards == sorted(path.name for path in source.glob("*.safetensors"))
     assert len(shards) > 1

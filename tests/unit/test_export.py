@@ -2,6 +2,9 @@
 
 import csv
 import io
+import os
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,8 +15,10 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from modelopt.recipe import load_recipe
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import sweep.export
 from sweep.cli import main
 from sweep.config import DatasetConfig
 from sweep.errors import SweepError
@@ -24,6 +29,7 @@ from sweep.records import TrialRow
 from sweep.store import Store
 from sweep.subject import Model, samples_of
 from tests.exports import FORMATS, group_format, recipe_of
+from tests.foreign import PLACES, foreign, seen
 from workers.data import make_plan
 from workers.modeling import load
 from workers.modelopt_recipe import read_modelopt
@@ -76,14 +82,157 @@ def test_scales_of_inputs_go_where_they_belong_or_nowhere(
     assert float((scale - 1).abs().max()) > 0.01
 
 
-def test_what_is_there_stays_unless_told(tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_there_stays_unless_told_and_what_others_put_there_stays(
+    tmp_path: Path,
+    run: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     assert run("compressed-tensors", "out") == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert (tmp_path / "out" / "mine").exists()
-    assert run("compressed-tensors", "out", "--overwrite") == 0
-    assert not (tmp_path / "out" / "mine").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    for _ in range(2):
+        assert run("compressed-tensors", "out", "--overwrite") == 0
+        assert (tmp_path / "out" / "mine").read_text() == "mine"
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {"config.json", "model.safetensors", "sweep_recipe.yaml", "sweep_manifest.json"} < names
+    (tmp_path / "out" / "config.json").write_text("{}")
+    assert run("compressed-tensors", "out", "--overwrite") == 2
+    config = tmp_path / "out" / "config.json"
+    assert "holds config.json, in the way of a checkpoint. Only files that" in (said := capsys.readouterr().err)
+    assert f"Type mv -n {config} {config}.old, or give another place with --out." in said
+    assert config.read_text() == "{}"
+
+
+@pytest.fixture
+def calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers for every export of this file's recipe, which take a second each time."""
+
+    def calibrated(*args: Any) -> Any:
+        if not _calibrated:
+            _calibrated.append(real(*args))
+        return _calibrated[0]
+
+    real = sweep.export._calibrated
+    monkeypatch.setattr("sweep.export._calibrated", calibrated)
+
+
+_calibrated: list[Any] = []
+
+
+@pytest.mark.usefixtures("calibrated_once")
+@pytest.mark.parametrize("place", PLACES)
+def test_a_checkpoint_takes_nothing_of_others_away(
+    tmp_path: Path,
+    run: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    PLACES[place].make(tmp_path / "out", tmp_path / "elsewhere")
+    before = seen(tmp_path)
+    code = run("compressed-tensors", "out", "--overwrite")
+    after = seen(tmp_path)
+    del after["recipe.yaml"]
+    assert code == (2 if PLACES[place].refused else 0)
+    if code == 2:
+        assert after == before
+        assert re.search(r"^sweep export: .*([Gg]ive another place|Type mv)", capsys.readouterr().err)
+        return
+    before.pop("out/sweep_manifest.json", None)  # a valid one, that was edited
+    assert before.items() <= after.items()
+
+
+@pytest.mark.parametrize("file_format", ["csv", "modelopt"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_text_takes_nothing_of_others_away(
+    tmp_path: Path,
+    run: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    file_format: str,
+) -> None:
+    PLACES[place].make(tmp_path / "out", tmp_path / "elsewhere")
+    before = seen(tmp_path)
+    code = run(file_format, "out", "--overwrite")
+    after = seen(tmp_path)
+    del after["recipe.yaml"]
+    if place == "an empty file":  # nothing to lose
+        assert code == 0
+        return
+    assert (code, after) == (2, before)
+    assert re.search(r"^sweep export: .*([Gg]ive |Type mv)", capsys.readouterr().err)
+
+
+def test_a_text_replaces_its_own_kind_alone(tmp_path: Path, run: Callable[..., int]) -> None:
+    for file_format, other in (("csv", "modelopt"), ("modelopt", "csv")):
+        assert run(file_format, file_format) == 0
+        assert run(file_format, file_format) == 2
+        assert run(file_format, file_format, "--overwrite") == 0
+        before = (tmp_path / file_format).read_bytes()
+        assert run(other, file_format, "--overwrite") == 2
+        assert run(other, "recipe.yaml", "--overwrite") == 2
+        assert (tmp_path / file_format).read_bytes() == before
+
+
+@pytest.mark.usefixtures("calibrated_once")
+def test_the_working_directory_keeps_what_it_holds(
+    tmp_path: Path,
+    run: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = foreign(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert run("compressed-tensors", "other") == 0  # makes the recipe's file
+    assert main(["export", "../recipe.yaml", "--format", "compressed-tensors", "--out", "."]) == 2
+    assert seen(tmp_path / "here") == others
+    assert main(["export", "../recipe.yaml", "--format", "compressed-tensors", "--out", ".", "--overwrite"]) == 0
+    assert others.items() <= seen(tmp_path / "here").items()
+    assert Path.cwd() == tmp_path / "here"
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("file_format", ["compressed-tensors", "csv", "modelopt"])
+def test_the_root_is_refused(
+    run: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    file_format: str,
+) -> None:
+    monkeypatch.delattr("sweep.export._calibrated")
+    for name in ("rename", "replace", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, None)
+    assert run(file_format, "/", "--overwrite") == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_the_checkpoint_itself_is_not_replaced_by_its_export(
+    tmp_path: Path,
+    run: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not by a link to it either, nor if it is an export itself."""
+    shutil.copytree(MODEL.path, tmp_path / "model")
+    (tmp_path / "link").symlink_to("model")
+    before = seen(tmp_path / "model")
+    for out in ("model", "link", "link/../model"):
+        assert run("compressed-tensors", out, "--overwrite", f"model.path={tmp_path / 'model'}") == 2
+        assert "is the checkpoint itself" in capsys.readouterr().err
+    assert seen(tmp_path / "model") == before
+
+
+@pytest.mark.usefixtures("calibrated_once")
+def test_a_full_disk_is_one_message_and_leaves_nothing(
+    tmp_path: Path, run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: object, path: Path, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("workers.compressed_checkpoint.save_file", full)
+    assert run("compressed-tensors", "out/deeper") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 @pytest.mark.parametrize("file_format", ["modelopt", "csv"])

@@ -1,6 +1,7 @@
 """Whole files or none, on a disk and behind a URL."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,12 +70,23 @@ def test_removing_twice_is_removing_once(files: Files) -> None:
         assert files.names("parts") == ["cell=b"] or files.uri.startswith("s3://")
 
 
-def test_a_directory_goes_with_all_that_is_in_it_and_a_missing_one_is_no_error(files: Files) -> None:
+OURS = re.compile("one|two")
+
+
+def test_a_directory_goes_with_what_we_write_there_and_a_missing_one_is_no_error(files: Files) -> None:
     for name in ("a/b/one", "a/b/two", "a/c"):
         files.write(name, b"x")
-    files.remove_directory("a/b")
-    files.remove_directory("a/b")
+    files.remove_directory("a/b", OURS)
+    files.remove_directory("a/b", OURS)
     assert (files.names("a"), files.names("a/b")) == (["c"], [])
+
+
+def test_what_others_put_into_a_directory_stays_in_it(files: Files) -> None:
+    for name in ("a/b/one", "a/b/.two.txt", "a/b/notes/one"):
+        files.write(name, b"x")
+    files.remove_directory("a/b", OURS)
+    assert files.names("a/b", hidden=True) == [".two.txt", "notes"]
+    assert files.read("a/b/notes/one") == b"x"
 
 
 def test_a_check_leaves_nothing_behind(files: Files) -> None:
@@ -155,7 +167,8 @@ def test_what_a_link_leads_to_outside_is_not_reached(tmp_path: Path) -> None:
     (tmp_path / "outside" / "secret").write_text("secret")
     (tmp_path / "root" / "linked").symlink_to(tmp_path / "outside")
     (tmp_path / "root-2").symlink_to(tmp_path / "outside")
-    for touch in (lambda: files.read("linked/secret"), lambda: files.write("linked/new", b""), lambda: files.remove_directory("linked")):
+    removed = lambda: files.remove_directory("linked", OURS)  # noqa: E731 -- as those below
+    for touch in (lambda: files.read("linked/secret"), lambda: files.write("linked/new", b""), removed):
         with pytest.raises(SweepError, match="a link that leads out of"):
             touch()
     assert [path.name for path in (tmp_path / "outside").iterdir()] == ["secret"]

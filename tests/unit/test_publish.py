@@ -21,6 +21,7 @@ from sweep.files import Files
 from sweep.publish import check_ahead, publish
 from sweep.records import SCORES_SCHEMA, FinishedTrial, TrialRow
 from sweep.report_files import FILES, folder_of, folder_of_finished
+from tests.foreign import seen
 
 FOLDER = "tiny/layer-analysis/weight-int4-act-int8/default/lm_only-glosses-small-gradient"
 
@@ -193,6 +194,53 @@ def test_files_of_others_are_not_deleted(tmp_path: Path) -> None:
     assert page.read_text() == "# My own page\n"
 
 
+BESIDE = ["../.old-mine/scores.parquet", "../.new-mine/notes.txt"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "nested/thesis.txt", "link", *BESIDE])
+def test_files_of_others_are_never_replaced(tmp_path: Path, name: str, overwrite: bool) -> None:
+    """Beside the reports or in hidden directories called as ours are, told to overwrite or not."""
+    publish([finished()], tmp_path)
+    path = tmp_path / FOLDER / name
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to("nothing") if name == "link" else path.write_text("mine")
+    if ".old-mine" in name:
+        (path.parent / "notes.txt").write_text("mine")
+    before = seen(tmp_path)
+    if name.startswith("../"):
+        publish([finished("w_group64")], tmp_path, overwrite=overwrite)
+    else:
+        with pytest.raises(SweepError, match=r"holds files of someone else: [\w.]+\n(.*\n)?.*move them away"):
+            publish([finished(score=9.0)], tmp_path, overwrite=overwrite)
+        assert seen(tmp_path) == before
+    others = {found: what for found, what in before.items() if "mine" in found or found.endswith(name)}
+    assert others
+    assert others.items() <= seen(tmp_path).items()
+
+
+@pytest.mark.parametrize("prefix", [".new-", ".old-"])
+def test_a_directory_of_others_where_a_folder_is_made_is_in_the_way(tmp_path: Path, prefix: str) -> None:
+    publish([finished()], tmp_path)
+    folder = tmp_path / FOLDER
+    beside = folder.with_name(prefix + folder.name)
+    beside.mkdir()
+    (beside / "thesis.txt").write_text("mine")
+    before = seen(tmp_path)
+    with pytest.raises(SweepError, match="was made by someone else"):
+        publish([finished(score=9.0)], tmp_path, overwrite=True)
+    assert seen(tmp_path) == before
+
+
+def test_a_page_of_others_is_not_replaced_when_told_to_overwrite(tmp_path: Path) -> None:
+    publish([finished()], tmp_path)
+    page = tmp_path / "tiny/layer-analysis/README.md"
+    page.write_text("# My own page\n")
+    with pytest.raises(SweepError, match="written by someone else"):
+        publish([finished(score=9.0)], tmp_path, overwrite=True)
+    assert page.read_text() == "# My own page\n"
+
+
 def test_index_pages_follow_folders_that_were_taken_away(tmp_path: Path) -> None:
     publish(GRID, tmp_path)
     gone = tmp_path / "tiny/layer-analysis/weight-int4-act-int8/w_group64"
@@ -276,7 +324,7 @@ def test_a_crash_while_writing_leaves_the_old_folder(tmp_path: Path, monkeypatch
     publish([finished()], tmp_path)
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("sweep.publish._sync_directory", lambda _: os.kill(os.getpid(), 2))
+        patch.setattr("sweep.publish.sync", lambda _: os.kill(os.getpid(), 2))
         with pytest.raises(KeyboardInterrupt):
             publish([finished(score=9.0)], tmp_path, overwrite=True)
     result = publish([finished()], tmp_path)

@@ -20,6 +20,7 @@ from sweep.mixed import MixedRecipe
 from sweep.paths import bundled_model_dir
 from sweep.planning import plan_sweep
 from sweep.subject import Model, samples_of
+from tests.foreign import PLACES, foreign, seen
 from workers.modeling import load
 from workers.scorer import Scorer
 
@@ -205,8 +206,66 @@ def test_wrong_input_is_refused_before_anything_is_scored(words: list[str], mess
     assert message in refused(*words, *(typed for typed in VLLM if typed.partition("=")[0] not in keys))
 
 
-def test_a_checkpoint_that_is_not_ours_is_kept(refused: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "mine" / "checkpoint").mkdir(parents=True)
-    (tmp_path / "mine" / "checkpoint" / "model.safetensors").write_bytes(b"mine")
+IN_THE_WAY = {
+    "checkpoint": ["a file", "a link to nothing", "a pipe", "a file that is needed", "a link that is needed"],
+    "": ["a file", "a link to a file", "a link to nothing", "a manifest that climbs", "a manifest of links"],
+}
+IN_THE_WAY["checkpoint"] += ["weights that a reader would load", "a manifest that climbs", "a manifest that is a link"]
+
+
+@pytest.mark.parametrize(("where", "what"), [(where, what) for where, some in IN_THE_WAY.items() for what in some])
+def test_what_others_have_put_in_the_way_is_kept_and_named_before_anything_is_scored(
+    refused: Callable[..., str], tmp_path: Path, where: str, what: str
+) -> None:
+    place = tmp_path / "mine" / where
+    place.parent.mkdir(exist_ok=True)
+    PLACES[what].make(place, tmp_path / "elsewhere")
+    before = seen(tmp_path)
     message = refused("--bits", "5", *VLLM, "--out", str(tmp_path / "mine"))
-    assert f"{tmp_path / 'mine' / 'checkpoint'} exists and is no export of this program. Give another place with --out DIR." in message
+    assert seen(tmp_path) == before
+    assert "ive another place" in message
+
+
+@pytest.mark.parametrize("name", ["README.md", "index.html", "front.svg", "balanced.yaml"])
+def test_a_page_of_someone_else_is_kept(
+    refused: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    others = foreign(tmp_path / "mine")
+    (tmp_path / "mine" / name).write_text("# My project")
+    monkeypatch.chdir(tmp_path / "mine")
+    message = refused("--bits", "5", *VLLM, "--out", ".")
+    page = tmp_path / "mine" / name
+    assert f"{tmp_path / 'mine'} holds {name}, in the way of a recommendation." in message
+    assert f"Type mv -n {page} {page}.old, or give another place with --out." in message
+    assert page.read_text() == "# My project"
+    assert others.items() <= seen(tmp_path / "mine").items()
+
+
+def test_the_root_is_refused(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("sweep.recommend.run")
+    assert "is the root of a file system" in refused("--bits", "5", *VLLM, "--out", "/")
+
+
+def test_everything_goes_beside_what_others_have_there(place: Path, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the working directory, through a link, and a second time."""
+    others = [foreign(place / "work"), foreign(place / "work" / "checkpoint")]
+    (place / "linked").symlink_to("work")
+    monkeypatch.chdir(place / "work")
+    for out, bits in ((".", "5"), (str(place / "linked"), "6"), (".", "6")):
+        recommended(place, "--bits", bits, "--out", out, *VLLM)
+        for there, directory in zip(others, (place / "work", place / "work" / "checkpoint"), strict=True):
+            assert there.items() <= seen(directory).items()
+        recipes = [place / "work" / name for name in ("checkpoint/sweep_recipe.yaml", "balanced.yaml")]
+        assert recipes[0].read_bytes() == recipes[1].read_bytes()
+    assert (place / "linked").is_symlink()
+
+
+def test_a_checkpoint_that_lacks_a_file_is_exported_again(place: Path, said: str) -> None:
+    """Though its recipe is the one wanted."""
+    recommended(place, "--bits", "5", "--out", str(place / "lacking"), *VLLM)
+    (place / "lacking" / "checkpoint" / "model.safetensors").unlink()
+    recommended(place, "--bits", "5", "--out", str(place / "lacking"), *VLLM)
+    assert (place / "lacking" / "checkpoint" / "model.safetensors").is_file()

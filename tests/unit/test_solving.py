@@ -107,6 +107,33 @@ def test_a_place_that_cannot_be_written_is_named(store: Store, capsys: pytest.Ca
     assert "Give another place with --out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["mix.yaml", "mix.svg"])
+def test_a_file_of_someone_else_is_not_replaced(store: Store, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    Path(name).write_text("my notes on recipe_version: 1")
+    assert solve(store, "--bits", "5", "--front", "4", "--out", "mix.yaml") == 2
+    place = Path(name).absolute()
+    said = capsys.readouterr().err
+    assert f"{place} is not what this command writes there, and stays. Type mv -n {place} {place}.old." in said
+    assert Path(name).read_text() == "my notes on recipe_version: 1"
+    assert {path.name for path in Path().glob("mix.*")} == {name}
+    Path(name).unlink()
+    for _ in range(2):  # its own it replaces
+        assert solve(store, "--bits", "5", "--front", "4", "--out", "mix.yaml") == 0
+
+
+def test_a_link_to_a_recipe_stays_a_link_and_no_device_is_replaced(store: Store) -> None:
+    Path("there").mkdir()
+    Path("link.yaml").symlink_to("there/mix.yaml")
+    os.mkfifo("pipe.yaml")
+    assert solve(store, "--bits", "5", "--out", "pipe.yaml") == 2
+    assert solve(store, "--bits", "5", "--out", "link.yaml") == 2  # it leads nowhere yet
+    assert solve(store, "--bits", "5", "--out", "there/mix.yaml") == 0
+    assert solve(store, "--bits", "6", "--out", "link.yaml") == 0
+    assert Path("link.yaml").is_symlink()
+    assert Path("pipe.yaml").is_fifo()
+    assert MixedRecipe.from_yaml(Path("there/mix.yaml").read_text(), "mix").name.endswith("6bits")
+
+
 def test_solving_loads_nothing_heavy(store: Store) -> None:
     """Presets are on disk once `sweep run` has planned; here an earlier call has put them there."""
     assert solve(store, "--bits", "5") == 0

@@ -140,6 +140,22 @@ def test_what_cannot_be_meant_is_refused_and_leaves_nothing(
     assert not list(tmp_path.glob("*.validation.*"))
 
 
+@pytest.mark.parametrize("name", ["mixed.validation.md", "mixed.validation.json"])
+def test_files_of_someone_else_stay_and_nothing_is_measured(
+    run: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    (tmp_path / name).write_text("mine")
+    assert run() == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / name} is not what this command writes there, and stays. Type mv -n" in said
+    assert "Copy the recipe to another place, and validate it there." in said
+    assert (tmp_path / name).read_text() == "mine"
+    assert not (tmp_path / "store").exists()
+
+
 def test_too_few_samples_are_refused_with_what_to_type(tmp_path: Path, recipe: MixedRecipe, capsys: pytest.CaptureFixture[str]) -> None:
     large = make_plan(samples_of(CONFIG.dataset, MODEL, 512), packed=True).digest("large")
     (tmp_path / "large.yaml").write_text(replace(recipe, size="large", dataset_revision=large).to_yaml())
