@@ -124,13 +124,20 @@ def quants_of(recipe: MixedRecipe, model: nn.Module, token_ids: Tensor) -> dict[
 class ReaderLinear(nn.Module):
     """A linear as a recipe has it, in the order of operations of compressed-tensors' forward pass, written from its formulas.
 
-    Codes and ranges are ModelOpt's. What differs from `FakeQuantized` is `x / scale` where ModelOpt has `x * (1 / scale)`, weights in bfloat16 of the
-    formats that the reader unpacks to it, and the range of dynamic INT8 inputs, amax / 127.5 there and amax / 127 in ModelOpt. A scale of the inputs
-    is taken care of by what computes them.
+    Codes and ranges are ModelOpt's. What differs from `FakeQuantized` is `x / scale` where ModelOpt has
+    `x * (1 / scale)`, weights in bfloat16 of the formats that the reader unpacks to it, and the range of dynamic INT8
+    inputs, amax / 127.5 there and amax / 127 in ModelOpt.
     """
 
-    def __init__(self, linear: nn.Linear, quant: LinearQuant, output_scale_O: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        quant: LinearQuant,
+        input_scale_I: Tensor | None = None,
+        output_scale_O: Tensor | None = None,
+    ) -> None:
         super().__init__()
+        self.input_scale = 1.0 if input_scale_I is None else input_scale_I
         assert quant.weight is not None
         weight = fake_quantized(quant, linear.weight)
         if (quant.weight.get("block_sizes") or {}).get("type") == "dynamic":
@@ -143,7 +150,7 @@ class ReaderLinear(nn.Module):
         self.bias, self.quant = linear.bias, quant
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self._inputs(x), self.weight, self.bias)
+        return nn.functional.linear(self._inputs(x * self.input_scale), self.weight, self.bias)
 
     def _inputs(self, x: Tensor) -> Tensor:
         attributes, amax = self.quant.inputs, self.quant.input_amax
@@ -207,10 +214,17 @@ def apply(model: nn.Module, quants: Mapping[str, LinearQuant]) -> nn.Module:
 
 
 def apply_as_reader(model: nn.Module, quants: Mapping[str, LinearQuant], output_scales: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The same in the reader's order of operations, with the scales of inputs in what computes these."""
+    """The same in the reader's order of operations.
+
+    Args:
+        model: unquantized; it is changed.
+        quants: calibrated.
+        output_scales: scales of inputs, for what computes these. None: each linear multiplies its own, as ModelOpt's.
+    """
     scales = dict(output_scales or {})
     for name, quant in quants.items():
-        _put(model, name, ReaderLinear(model.get_submodule(name), quant, scales.pop(name, None)))
+        own = quant.pre_quant_scale if output_scales is None else None
+        _put(model, name, ReaderLinear(model.get_submodule(name), quant, own, scales.pop(name, None)))
     for name, scale in scales.items():  # what is no quantized linear
         for parameter in model.get_submodule(name).parameters(recurse=False):
             parameter.data = parameter.data * scale.view(-1, *[1] * (parameter.dim() - 1))

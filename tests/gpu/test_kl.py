@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.floors import floor
 from tests.models import random_model, random_samples
 from workers.data import make_plan
 from workers.divergence import divergence
@@ -37,11 +38,14 @@ def test_the_kernel_keeps_what_is_not_finite_and_cuts_what_is_too_large() -> Non
     assert not torch.isfinite(found[1:]).any()
 
 
-def scores(model: Any, recipe: Job, *sizes: str) -> dict[str, dict[str, Any]]:
+Scores = dict[str, dict[str, Any]]  # of each sample, by group and size
+
+
+def scores(model: Any, recipe: Job, *sizes: str) -> Scores:
     segments = make_plan(random_samples(128), packed=True).segments
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "visual" not in name]
     engine = KlEngine(model, segments, linears)
-    found: dict[str, dict[str, Any]] = {}
+    found: Scores = {}
     for group, modules in layer_groups(linears).items():
         result = engine.score_group(modules, [recipe])()
         assert result is not None
@@ -50,15 +54,22 @@ def scores(model: Any, recipe: Job, *sizes: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def apart(found: Scores, expected: Scores) -> float:
+    """The largest difference of a group's score, relative."""
+    pairs = [(found[group][size], samples) for group, by_size in expected.items() for size, samples in by_size.items()]
+    return max(abs(one.sum() / other.sum() - 1) for one, other in pairs)
+
+
 @pytest.mark.parametrize("inputs", [None, {"num_bits": 8, "axis": None}], ids=["weight_only", "static"])
 def test_scores_in_float32_are_the_cpu_s(inputs: dict[str, Any] | None) -> None:
+    """To 1e-5; where inputs round, to twice what the CPU's own scores move by with the last bit of its embeddings."""
     recipe = Job(name="int8", weight=INT8, inputs=inputs, calibrates_inputs=inputs is not None, sizes={"small": 1, "medium": 2})
     model = random_model("qwen3_vl")
     expected = scores(model, recipe, "small", "medium")
-    found = scores(model.to("cuda"), recipe, "small", "medium")
-    for group, by_size in expected.items():
-        for size, samples in by_size.items():
-            assert found[group][size].sum() == pytest.approx(samples.sum(), rel=1e-5 if inputs is None else 1e-2), group
+    tolerance = 1e-5
+    if inputs is not None:  # 1.4e-3; with sums of the CPU in another order 11 seeds gave 1.5e-4 to 7.2e-4
+        tolerance = 2 * floor(model, lambda: scores(model, recipe, "small", "medium"), apart)
+    assert apart(scores(model.to("cuda"), recipe, "small", "medium"), expected) <= tolerance
 
 
 def test_bfloat16_rows_repeat_bit_for_bit() -> None:

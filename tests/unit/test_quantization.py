@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.floors import SUMS
 from tests.models import random_model, random_samples
 from workers.capture import capture
 from workers.data import Plan, Sample, make_plan
@@ -99,11 +100,35 @@ def test_fp8_blocks_with_dynamic_inputs_equal_auto_quantize_on_batches_of_one_sh
     assert worst(ours(model, linears, plan, "fp8_blocks_dynamic", "small"), stock(model, linears, plan, "fp8_blocks_dynamic", "small")) < 1e-5
 
 
-@pytest.mark.parametrize(("recipe", "tolerance"), [("int4_block", 1e-5), ("int8_per_in_channel", 1e-5), ("int8", 1e-3), ("fp8_per_token", 1e-3)])
-def test_scores_do_not_depend_on_how_samples_are_batched(model: Any, linears: list[str], recipe: str, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "packed"),
+    [("int4_block", True), ("int8_per_in_channel", True), ("int8", False), ("fp8_per_token", False)],
+)
+def test_scores_do_not_depend_on_how_samples_are_batched(
+    model: Any,
+    linears: list[str],
+    recipe: str,
+    packed: bool,
+) -> None:
+    """Ours packed in a row, ModelOpt's in batches of one length.
+
+    Where inputs are quantized both take the latter. What linears see agrees but for its last bits, as the next test
+    says, and these let an input here and there round the other way: then scores differ by 1e-5 to 6e-4.
+    """
     samples = random_samples(128)
-    packed, stacked = (make_plan(samples, packed=packed) for packed in (True, False))
-    assert worst(ours(model, linears, packed, recipe, "medium"), stock(model, linears, stacked, recipe, "medium")) < tolerance
+    mine, stacked = make_plan(samples, packed=packed), make_plan(samples, packed=False)
+    assert worst(ours(model, linears, mine, recipe, "medium"), stock(model, linears, stacked, recipe, "medium")) < 1e-5
+
+
+def test_what_linears_see_does_not_depend_on_how_samples_are_batched(model: Any, linears: list[str]) -> None:
+    """All that a score is made of, but for the last bits of sums."""
+    samples = random_samples(128)
+    packed, stacked = (capture(model, make_plan(samples, packed=packed).segments, linears) for packed in (True, False))
+    for name in linears:
+        assert packed[name].layout.samples == stacked[name].layout.samples
+        for one, other in ((packed[name].x_TI, stacked[name].x_TI), (packed[name].g_TO, stacked[name].g_TO)):
+            assert (one - other).norm(dim=1).max() < SUMS * other.norm(dim=1).mean()
+        np.testing.assert_allclose(packed[name].input_amaxes, stacked[name].input_amaxes, rtol=SUMS)
 
 
 def test_groups_are_what_runtimes_fuse_named_by_their_first_module() -> None:

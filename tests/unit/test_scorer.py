@@ -183,8 +183,14 @@ def test_a_module_that_is_never_called_has_a_row_without_a_score(engine: str, pl
             assert [row[key] for key in never] == [None] * len(never)
 
 
-@pytest.mark.parametrize(("pair", "tolerance"), [("wint4_afp16", 1e-5), ("wint8_aint8", 1e-3)])
-def test_scenes_reach_the_vision_tower_and_stock_auto_quantize_agrees(pair: str, tolerance: float, place: Path, tmp_path: Path) -> None:
+# On the same batches, so all linears read the same bits. ModelOpt's outputs, subtracted, cancel: 3e-6 of an INT8 score.
+@pytest.mark.parametrize(("pair", "tolerance"), [("wint4_afp16", 1e-5), ("wint8_aint8", 2e-5)])
+def test_scenes_reach_the_vision_tower_and_stock_auto_quantize_agrees(
+    pair: str,
+    tolerance: float,
+    place: Path,
+    tmp_path: Path,
+) -> None:
     own = ["dataset=scenes", "dataset.captions_path=null", "sensitivity.coverage=all_layers", f"quant_pair={pair}"]
     ours, stock = (plan(place, *own, f"sensitivity.engine={engine}") for engine in ("layerwise", "modelopt"))
     for wanted in (ours, stock):
