@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sweep.errors import SweepError
-from sweep.interrupts import ignore_signals, interruptible
+from sweep.core.errors import SweepError
+from sweep.core.interrupts import ignore_signals, interruptible
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -65,37 +65,37 @@ def _run(options: argparse.Namespace) -> int:
 
     overrides: list[str] = options.overrides
     if options.cfg:
-        from sweep.compose import DEFAULT_GRID, expand, to_yaml
+        from sweep.config.compose import DEFAULT_GRID, expand, to_yaml
 
         grid = expand(overrides, multirun=options.multirun, default_grid=DEFAULT_GRID)
         sys.stdout.write("---\n".join(to_yaml(point) for point in grid.points))
         return 0
-    from sweep.run import run
+    from sweep.commands.run import run
 
     demo = not overrides and not options.multirun
     return run(["grid=demo"] if demo else overrides, multirun=options.multirun or demo, console=Console(markup=False, soft_wrap=True))
 
 
 def _status(options: argparse.Namespace) -> int:
-    from sweep.status import print_status
+    from sweep.commands.status import print_status
 
     return print_status(options.overrides, as_json=options.as_json, watch=options.watch, ask_ray=options.cluster)
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from sweep.sync import publish_store
+    from sweep.commands.publish import publish_store
 
     return publish_store(options.overrides, overwrite=options.overwrite, as_json=options.as_json)
 
 
 def _solve(options: argparse.Namespace) -> int:
-    from sweep.solving import Request, solve_command
+    from sweep.commands.solve import Request, solve_command
 
     return solve_command(_request(Request, options))
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from sweep.validate import Request, validate_command
+    from sweep.mixed_precision.measured import Request, validate_command
 
     return validate_command(_request(Request, options))
 
@@ -103,7 +103,7 @@ def _validate(options: argparse.Namespace) -> int:
 def _recommend(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from sweep.recommend import Request, recommend
+    from sweep.commands.recommend import Request, recommend
 
     return recommend(_request(Request, options), Console(markup=False, soft_wrap=True, quiet=options.as_json))
 
@@ -115,16 +115,16 @@ def _request(kind: type[_Request], options: argparse.Namespace) -> _Request:
 
 def _doctor(options: argparse.Namespace) -> int:
     if options.store:
-        from sweep.integrity import examine_store
+        from sweep.store.integrity import examine_store
 
         return examine_store(options.overrides, as_json=options.as_json)
-    from sweep.doctor import examine
+    from sweep.commands.doctor import examine
 
     return examine(options.overrides, multirun=options.multirun, as_json=options.as_json)
 
 
 def _export(options: argparse.Namespace) -> int:
-    from sweep.export import export
+    from sweep.commands.export import export
 
     return export(options.recipe_path, options.overrides, file_format=options.format, out=options.out, overwrite=options.overwrite)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Final, Literal
 
-from workers.data import SIZES
+from workers.data.samples import SIZES
 
 _VISIT_COST: Final = 0.3  # of a task's quantizing and summing beside one product
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from sweep import driver
-from sweep.machine import Workers
+from sweep.core.machine import Workers
+from sweep.run import driver
 from tests.tasks import PICTURE, TASK
-from workers.data import Sample, make_plan
+from workers.data.samples import Sample, make_plan
 from workers.task import Task
 
 
@@ -23,7 +23,7 @@ def run_bare(
     """One trial a task.
 
     Args:
-        worker: has the interface of workers.actor.Worker.
+        worker: has the interface of workers.service.actor.Worker.
         tasks: by task id.
         workers: how many, where.
         store: a folder, if workers join a cluster.

@@ -28,20 +28,20 @@ import torch
 from modelopt.torch.quantization.config import QuantizeConfig
 from torch import nn
 
-from sweep.compose import expand
-from sweep.mixed import GroupFormat, MixedRecipe
-from sweep.mixing import Budget, problem_of, recipe, solved
-from sweep.options import Options, read_options
-from sweep.prepared import Prepared, config_of, loaded, prepared
-from sweep.recipe_quantizer import QuantizerSpec
-from sweep.solving import rules_of
-from sweep.store import Store
-from sweep.targets import Target
-from sweep.validate import Measured, uniform_recipes, validate
+from sweep.commands.solve import rules_of
+from sweep.config.compose import expand
+from sweep.config.targets import Target
+from sweep.formats.mixed import GroupFormat, MixedRecipe
+from sweep.formats.quantizer import QuantizerSpec
+from sweep.mixed_precision.candidates import Options, read_options
+from sweep.mixed_precision.measured import Measured, uniform_recipes, validate
+from sweep.mixed_precision.prepared import Prepared, config_of, loaded, prepared
+from sweep.mixed_precision.recipe import Budget, problem_of, recipe, solved
+from sweep.store.store import Store
 from tests.bench.setup import report
-from workers.block_formats import BACKEND, register
-from workers.data import Batch
-from workers.quantization import auto_quantize_state
+from workers.data.samples import Batch
+from workers.quant.block_formats import BACKEND, register
+from workers.quant.modelopt import auto_quantize_state
 
 
 def quantize_config(chosen: GroupFormat, effective_bits: float | None) -> dict[str, Any]:

@@ -15,19 +15,19 @@ from typing import Any
 
 from ray import tune
 
-from sweep import cluster, driver
-from sweep.machine import Workers
+from sweep.core.machine import Workers
+from sweep.run import cluster, driver
 from tests.bench.bare import run_bare
 from tests.tasks import TASK
-from workers import actor
-from workers.data import Plan
+from workers.data.samples import Plan
+from workers.service import actor
 from workers.task import Progress, Task
 
 _N_TRIALS = 384
 
 
 class InstantWorker:
-    """A worker with the interface of workers.actor.Worker that has its scores before it is asked."""
+    """A worker with the interface of workers.service.actor.Worker that has its scores before it is asked."""
 
     def __init__(self, *arguments: Any) -> None:
         self._loads = 0

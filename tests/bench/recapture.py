@@ -12,14 +12,14 @@ import time
 
 import torch
 
-from sweep.analysis import FloatArray
-from sweep.compose import expand
-from sweep.mixing import Budget, Rules, problem_of, recipe, solved
-from sweep.options import read_options
-from sweep.prepared import config_of, prepared
-from sweep.recapture import recaptured_damage
-from sweep.store import Store
-from sweep.validate import uniform_recipes, validate
+from sweep.config.compose import expand
+from sweep.mixed_precision.candidates import read_options
+from sweep.mixed_precision.measured import uniform_recipes, validate
+from sweep.mixed_precision.prepared import config_of, prepared
+from sweep.mixed_precision.recapture import recaptured_damage
+from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe, solved
+from sweep.report.analysis import FloatArray
+from sweep.store.store import Store
 from tests.bench.setup import report
 
 

@@ -30,7 +30,7 @@ _FOLDER = "SWEEP_BENCH_FOLDER"
 
 
 class SleepingWorker:
-    """A worker with the interface of workers.actor.Worker that sleeps for each part, and leaves a line about it."""
+    """A worker with the interface of workers.service.actor.Worker that sleeps for each part, and leaves a line about it."""
 
     def __init__(self, *arguments: Any) -> None:
         import ray
@@ -49,7 +49,7 @@ class SleepingWorker:
         return {"node": self._node}
 
     def score(self, tasks: Sequence[Task], plan: Any, lease: int) -> Iterator[list[Progress]]:
-        from workers import actor
+        from workers.service import actor
 
         for done, name in enumerate(actor._taken(lease), 1):
             time.sleep(self._step_seconds * len(tasks))
@@ -70,7 +70,7 @@ def grid() -> dict[str, Task]:
 
 def drive(address: str, n_workers: int, elastic: bool, folder: Path) -> None:
     """The sweep's side, in a process of its own; prints what came out."""
-    from sweep.machine import Workers
+    from sweep.core.machine import Workers
     from tests.bench.bare import run_bare
 
     workers = Workers(device="cuda", count=n_workers, gpus_each=1.0, address=address, elastic=elastic)

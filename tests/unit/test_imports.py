@@ -11,16 +11,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HOMES = {
-    "modelopt": {"workers/quantization.py", "workers/calibration.py", "workers/block_formats.py", "workers/tensor_formats.py", "workers/modelopt_recipe.py"},
-    "compressed_tensors": {f"workers/compressed_{name}.py" for name in ("schemes", "weights", "checkpoint", "readback")},
-    "transformers": {"workers/modeling.py"},
-    "huggingface_hub": {"workers/modeling.py"},
-    "datasets": {"workers/data.py"},
-    "matplotlib": {"sweep/pictures.py"},
-    "scipy": {"sweep/solve.py"},
-    "hydra": {"sweep/compose.py"},
-    "omegaconf": {"sweep/compose.py"},
-    "ray": {"sweep/cluster.py", "sweep/driver.py", "workers/actor.py", "workers/metrics.py"},
+    "modelopt": {
+        "workers/quant/modelopt.py",
+        "workers/quant/calibration.py",
+        "workers/quant/block_formats.py",
+        "workers/quant/tensor_formats.py",
+        "workers/export/modelopt_recipe.py",
+    },
+    "compressed_tensors": {f"workers/export/{name}.py" for name in ("schemes", "weights", "checkpoint", "readback")},
+    "transformers": {"workers/model/loading.py"},
+    "huggingface_hub": {"workers/model/loading.py"},
+    "datasets": {"workers/data/samples.py"},
+    "matplotlib": {"sweep/report/plots.py"},
+    "scipy": {"sweep/mixed_precision/knapsack.py"},
+    "hydra": {"sweep/config/compose.py"},
+    "omegaconf": {"sweep/config/compose.py"},
+    "ray": {"sweep/run/cluster.py", "sweep/run/driver.py", "workers/service/actor.py", "workers/service/metrics.py"},
 }
 HEAVY = ("ray", "torch", "transformers", "modelopt", "datasets")
 
@@ -70,17 +76,17 @@ def test_a_heavy_import_would_be_seen() -> None:
     "module",
     [
         "sweep.cli",
-        "sweep.status",
-        "sweep.run",
-        "sweep.sync",
-        "sweep.doctor",
-        "sweep.export",
-        "sweep.solving",
-        "sweep.planning",
-        "sweep.store",
-        "sweep.targets",
-        "workers.data",
-        "workers.checkpoint",
+        "sweep.commands.status",
+        "sweep.commands.run",
+        "sweep.commands.publish",
+        "sweep.commands.doctor",
+        "sweep.commands.export",
+        "sweep.commands.solve",
+        "sweep.plan.trials",
+        "sweep.store.store",
+        "sweep.config.targets",
+        "workers.data.samples",
+        "workers.model.checkpoint",
         "workers.task",
     ],
 )
@@ -90,5 +96,5 @@ def test_what_plans_and_lists_imports_nothing_heavy(module: str) -> None:
 
 def test_exporting_imports_without_a_word() -> None:
     """ModelOpt warns of this transformers where it is imported first."""
-    done = subprocess.run([sys.executable, "-c", "import workers.compressed_checkpoint"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", "import workers.export.checkpoint"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr == ""
