@@ -7,14 +7,13 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sweep.core.errors import SweepError
+from sweep.core.exits import EXIT_DONE, EXIT_INCOMPLETE, EXIT_WRONG_INPUT
 from sweep.core.interrupts import ignore_signals, interruptible
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _Request = TypeVar("_Request", bound="DataclassInstance")
-
-EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 2, 75
 
 _RUN_EPILOG = """\
 examples:
@@ -54,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_WRONG_INPUT
     except KeyboardInterrupt:  # while a command prepares; a run that scores says more
         print(f"sweep {options.verb}: interrupted", file=sys.stderr)  # noqa: T201 -- as above
-        return EXIT_INTERRUPTED
+        return EXIT_INCOMPLETE
     except BrokenPipeError:  # `sweep status | head`
         sys.stderr.close()
-        return 0
+        return EXIT_DONE
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -65,11 +64,9 @@ def _run(options: argparse.Namespace) -> int:
 
     overrides: list[str] = options.overrides
     if options.cfg:
-        from sweep.config.compose import DEFAULT_GRID, expand, to_yaml
+        from sweep.commands.cfg import print_config
 
-        grid = expand(overrides, multirun=options.multirun, default_grid=DEFAULT_GRID)
-        sys.stdout.write("---\n".join(to_yaml(point) for point in grid.points))
-        return 0
+        return print_config(overrides, multirun=options.multirun)
     from sweep.commands.run import run
 
     demo = not overrides and not options.multirun
@@ -95,7 +92,7 @@ def _solve(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from sweep.mixed_precision.measured import Request, validate_command
+    from sweep.commands.validate import Request, validate_command
 
     return validate_command(_request(Request, options))
 
@@ -115,7 +112,7 @@ def _request(kind: type[_Request], options: argparse.Namespace) -> _Request:
 
 def _doctor(options: argparse.Namespace) -> int:
     if options.store:
-        from sweep.store.integrity import examine_store
+        from sweep.commands.doctor import examine_store
 
         return examine_store(options.overrides, as_json=options.as_json)
     from sweep.commands.doctor import examine

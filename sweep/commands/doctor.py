@@ -5,7 +5,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,25 +17,19 @@ from rich.text import Text
 from sweep.config.compose import DEFAULT_GRID, Grid, expand
 from sweep.config.schema import SweepConfig
 from sweep.core.errors import SweepError
-from sweep.core.machine import memory_gb, n_cores, n_gpus, pick_workers
+from sweep.core.exits import EXIT_DONE, EXIT_WRONG_INPUT
+from sweep.core.machine import memory_gb, n_cores, n_gpus
+from sweep.core.text import count
 from sweep.plan.subject import checkpoint_dir, checkpoint_gb
 from sweep.plan.trials import plan_sweep
-from sweep.run.progress import count
+from sweep.run.resources import pick_workers
+from sweep.store.integrity import Finding, check_store
 from sweep.store.store import Store
 
 # What was tested; another release may work and is warned about.
 _TESTED = {"nvidia-modelopt": "0.47", "ray": "2.60", "transformers": "5.", "torch": "2."}
 
 COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing looked at."""
-
-    subject: str
-    verdict: Literal["ok", "warning", "error"]
-    text: str
 
 
 def examine(overrides: Sequence[str], *, multirun: bool, as_json: bool) -> int:
@@ -49,7 +43,20 @@ def examine(overrides: Sequence[str], *, multirun: bool, as_json: bool) -> int:
         for finding in findings:
             table.add_row(Text(finding.verdict, style=COLOURS[finding.verdict]), finding.subject, Text(finding.text))
         Console().print(table)
-    return 2 if any(finding.verdict == "error" for finding in findings) else 0
+    return EXIT_WRONG_INPUT if any(finding.verdict == "error" for finding in findings) else EXIT_DONE
+
+
+def examine_store(overrides: list[str], *, as_json: bool) -> int:
+    """Verify and repair the store that the overrides name, and print what was found. Returns 0, or 2 if something is left that stops a run."""
+    store = Store(expand(overrides, multirun=False).points[0].store.uri)
+    findings = check_store(store)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))  # noqa: T201 -- machine-readable output
+    else:
+        console = Console(soft_wrap=True)
+        for finding in findings:
+            console.print(Text(f"{finding.verdict:8}", style=COLOURS[finding.verdict]) + Text(f"{finding.subject}: {finding.text}"))
+    return EXIT_WRONG_INPUT if any(finding.verdict == "error" for finding in findings) else EXIT_DONE
 
 
 def _findings(grid: Grid) -> list[Finding]:

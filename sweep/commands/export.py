@@ -5,21 +5,18 @@ import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from rich.console import Console
 
 from sweep.core.errors import SweepError, require_known
+from sweep.core.exits import EXIT_DONE
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_cells, check_recipe
 from sweep.mixed_precision.prepared import Prepared, config_of, prepared, read_recipe
 from sweep.mixed_precision.text import check_csv, check_modelopt, to_csv, to_modelopt
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.store.store import Store
-
-if TYPE_CHECKING:
-    from workers.export.folding import Linears
-    from workers.quant.linear import LinearQuant
 
 FORMATS: Final = ("compressed-tensors", "modelopt", "csv")
 _RECIPE_FILE: Final = "sweep_recipe.yaml"  # beside an exported checkpoint
@@ -54,7 +51,7 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
     else:
         export_text(recipe, file_format, model, target)
     _say(recipe, file_format, target)
-    return 0
+    return EXIT_DONE
 
 
 def export_text(recipe: MixedRecipe, file_format: str, model: Model, target: Path) -> None:
@@ -84,13 +81,15 @@ def export_checkpoint(ready: Prepared, target: Path) -> None:
 
     Raises: SweepError: something that compressed-tensors can't express.
     """
+    from workers.export.calibrated import calibrated
     from workers.export.checkpoint import check_expressible, write_checkpoint
     from workers.export.readback import check_export
 
     recipe, model = ready.recipe, ready.model
     linears = [(name, n_in, n_out) for name, n_in, n_out in model.structure["linears"]]
     check_expressible(model.path, recipe, linears)
-    quants = _calibrated(ready, linears)
+    batches = list(ready.plan.batches(recipe.size))
+    quants = calibrated(model.path, ready.config.model.dtype_on("cpu"), recipe, linears, batches)
     partial = _beside(target)
     partial.mkdir()
     try:
@@ -106,20 +105,6 @@ def exported_recipe(target: Path) -> str | None:
     """The recipe's text of an exported checkpoint; None: there is none at that place."""
     file = target / _RECIPE_FILE
     return file.read_text(encoding="utf-8") if file.is_file() else None
-
-
-def _calibrated(ready: Prepared, linears: "Linears") -> "dict[str, LinearQuant]":
-    import torch
-
-    from workers.export.folding import check_folds, output_scales
-    from workers.model.loading import load
-    from workers.quant.applied import calibrated_model
-
-    loaded = load(ready.model.path, dtype=getattr(torch, ready.config.model.dtype_on("cpu")), device="cpu")
-    batches = list(ready.plan.batches(ready.recipe.size))
-    quants = calibrated_model(loaded, batches, ready.recipe)
-    check_folds(loaded, output_scales(ready.recipe, quants, linears), linears, batches)
-    return quants
 
 
 def _beside(target: Path) -> Path:

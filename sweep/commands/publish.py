@@ -7,7 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from sweep.config.compose import expand
+from sweep.config.schema import to_plain
 from sweep.core.errors import SweepError
+from sweep.core.exits import EXIT_DONE
 from sweep.report.publish import publish
 from sweep.store.records import FinishedTrial
 from sweep.store.select import finished_trials, opened
@@ -22,7 +24,7 @@ def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -
     if "{run_id}" in config.output_layout.root:
         raise SweepError("output_layout=tmp is for the reports of one run. Leave it out, or type output_layout.root=DIR.")
     with opened(config.store.uri) as store:
-        rows = finished_trials(store, overrides, [config])
+        rows = finished_trials(store, overrides, [to_plain(config)])
         finished = [FinishedTrial(trial=row, scores=store.scores(row.cell_id)) for row in rows if row.cell_id is not None]
     root = config.output_layout.root if "://" in config.output_layout.root else Path(config.output_layout.root).absolute()
     result = publish(finished, root, overwrite=overwrite or config.output_layout.overwrite)
@@ -31,4 +33,4 @@ def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -
         print(json.dumps(counts, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
         Console(markup=False).print(f"{len(result.written)} written, {len(result.unchanged)} unchanged, under {root}", highlight=False, soft_wrap=True)
-    return 0
+    return EXIT_DONE

@@ -7,25 +7,29 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markdown_it import MarkdownIt
 from rich.console import Console
 
 from sweep.commands.doctor import examine
 from sweep.commands.export import export_checkpoint, export_text, exported_recipe
 from sweep.commands.run import run
-from sweep.commands.solve import front_rows, rules_of, summary, uniform_rows
 from sweep.config.compose import expand
 from sweep.config.targets import Target
 from sweep.core.errors import SweepError
-from sweep.core.machine import pick_workers
+from sweep.core.exits import EXIT_DONE
+from sweep.core.sizes import SIZES
 from sweep.formats.mixed import MixedRecipe
-from sweep.mixed_precision.candidates import planned_options, read_options, sized
+from sweep.mixed_precision.candidates import Option, Options, format_of, read_options, sized
 from sweep.mixed_precision.knapsack import cost_range
 from sweep.mixed_precision.measured import Measured, held_out, markdown_table, uniform_recipes, validate
 from sweep.mixed_precision.prepared import Prepared, prepared
-from sweep.mixed_precision.recipe import Budget, problem_of, recipe, solved
-from sweep.plan.trials import plan_sweep
+from sweep.mixed_precision.recipe import Budget, problem_of, recipe, rules_of, solved
+from sweep.mixed_precision.summary import front_rows, summary, uniform_rows
+from sweep.plan.trials import SweepPlan, plan_sweep
 from sweep.report.plots import front_picture
+from sweep.run.resources import pick_workers
+from sweep.run.session import row_of
 from sweep.store.files import Files
 from sweep.store.store import Store
 
@@ -76,7 +80,7 @@ def recommend(request: Request, console: Console) -> int:
     made = {name: recipe(options, each, name, target.name) for name, each in choices.items()}
     ready = prepared(made["balanced"], config)
     uniform = [each for each in uniform_recipes(options) if rules.allowed(next(iter(each.formats.values())))]
-    rows = validate(ready, [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)])
+    rows = validate(ready, [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)], pick_workers(config.cluster).device)
     summaries = [summary(options, problem, choices[name], each) for name, each in made.items()]
     measured = {row.name: row for row in rows}
     for each in summaries:
@@ -94,13 +98,13 @@ def recommend(request: Request, console: Console) -> int:
     if request.as_json:
         document = {"recipes": summaries, "measured": [asdict(row) for row in rows], "page": str(out / "index.html"), "export": str(exported)}
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
-        return 0
+        return EXIT_DONE
     balanced = measured["balanced"]
     bits = f"{made['balanced'].effective_bits:.3f} bits a weight"
     console.print(f"\nRecommended: balanced, {bits}, KL {balanced.measured_kl:.3g} measured, {balanced.predicted_kl:.3g} predicted.", highlight=False)
     console.print(f"Page: {out / 'index.html'}", highlight=False, soft_wrap=True)
     console.print(_serve(target, exported), highlight=False, soft_wrap=True, markup=False)
-    return 0
+    return EXIT_DONE
 
 
 def render(ready: Prepared, target: Target, asked: Budget, summaries: Sequence[dict[str, Any]], rows: Sequence[Measured], exported: Path) -> str:
@@ -206,3 +210,25 @@ def _without_repeats(overrides: Sequence[str]) -> list[str]:
     for override in overrides:
         found.setdefault(override.partition("=")[0], override)
     return list(found.values())
+
+
+def planned_options(plan: SweepPlan) -> Options:
+    """The options that a grid will give, with no damage yet: enough to tell what fits a budget before anything is scored.
+
+    Args:
+        plan: of one model and one data set.
+    """
+    trials = [trial for trial in plan.trials if trial.cell_id is not None and trial.task_id is not None]
+    first = max(trials, key=lambda trial: SIZES[trial.config.dataset.size])
+    specs = plan.tasks[first.task_id or ""].groups
+    groups = tuple(
+        {"group": spec.name, "modules": list(spec.modules), "layer_index": spec.layer_index, "weight_elements": spec.weight_elements} for spec in specs
+    )
+    formats = {found.label: (found, trial.cell_id or "") for trial in trials for found in [format_of(trial.config)]}
+    return Options(
+        trial=row_of(first, "planned", None, ""),
+        config=first.config,
+        groups=groups,
+        formats=tuple(Option(format=found, cell_id=cell, predicted_kl=np.zeros(len(groups)), sample_kl=None) for found, cell in formats.values()),
+        elements=plan.models[first.model_revision],
+    )

@@ -2,23 +2,25 @@
 
 import json
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from sweep.config.compose import expand
 from sweep.config.targets import Target
 from sweep.core.errors import SweepError
-from sweep.formats.mixed import GroupFormat, MixedRecipe
+from sweep.core.exits import EXIT_DONE
+from sweep.core.text import aligned
 from sweep.mixed_precision.candidates import Options, read_options, sized
-from sweep.mixed_precision.knapsack import Problem, cost_range, front, total
-from sweep.mixed_precision.recipe import SIXTEEN, Budget, Rules, interval, problem_of, recipe, solved, uniform_choices, weights_gb
-from sweep.mixed_precision.solution_text import lines
-from sweep.report.analysis import IntArray
-from sweep.report.rows import short_group
+from sweep.mixed_precision.knapsack import Problem, cost_range
+from sweep.mixed_precision.recipe import SIXTEEN, Budget, problem_of, recipe, rules_of, solved
+from sweep.mixed_precision.summary import front_rows, ranked, summary, uniform_rows
+from sweep.run.resources import pick_workers
 from sweep.store.select import opened
+
+_SHOWN_GROUPS: Final = 8
+_SHOWN_RANKS: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,7 @@ def solve_command(request: Request) -> int:
         from sweep.mixed_precision.recapture import recaptured_damage
 
         ready = prepared(made, replace(options.config, cluster=config.cluster))
-        damage = recaptured_damage(ready, made, options)
+        damage = recaptured_damage(ready, made, options, pick_workers(config.cluster).device)
         problem = problem_of(options, rules, damage)
         choice = solved(options, problem, budget, rules)
         made = recipe(options, choice, name, target.name, damage)
@@ -84,7 +86,7 @@ def solve_command(request: Request) -> int:
     else:
         next_steps = f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR"
         sys.stdout.write("\n".join([*lines(document), f"Written: {out}", next_steps]) + "\n")
-    return 0
+    return EXIT_DONE
 
 
 def budget_of(request: Request, options: Options, problem: Problem) -> Budget:
@@ -97,106 +99,6 @@ def budget_of(request: Request, options: Options, problem: Problem) -> Budget:
     return Budget(bits=request.bits, gb=request.gb)
 
 
-def rules_of(typed_pins: Sequence[str], excludes: Sequence[str], uniform_layer: bool, target: Target, options: Options) -> Rules:
-    """The rules that were typed. Raises: SweepError: a pin without a label, or a target that runs none of the formats."""
-    pins: dict[str, str] = {}
-    for pin in typed_pins:
-        pattern, sign, label = pin.rpartition("=")
-        if not sign or not pattern:
-            raise SweepError(f"--pin {pin!r} is not PATTERN=FORMAT. Type for example --pin '*.down_proj=wfp8_afp8/default', or =16 for 16 bits.")
-        pins[pattern] = label
-    formats = [option.format for option in options.formats]
-    if not any(runs_natively(target, each) for each in formats):
-        found = "; ".join(f"{each.label}: {target.status(each.quant_pair, each.quant_granularity, each.algorithm).words}" for each in formats[:6])
-        raise SweepError(
-            f"target={target.name} runs none of the {len(formats)} recipes as they are scored ({found}). "
-            f"Score what it runs: sweep run -m grid=deployable target={target.name}"
-        )
-    return Rules(pins=pins, excludes=excludes, uniform_layer=uniform_layer, allowed=lambda each: runs_natively(target, each))
-
-
-def runs_natively(target: Target, chosen: GroupFormat) -> bool:
-    """Whether the target computes a format as it was scored: what runs as another one has another damage."""
-    return target.status(chosen.quant_pair, chosen.quant_granularity, chosen.algorithm).kind == "native"
-
-
-def summary(options: Options, problem: Problem, choice: IntArray, made: MixedRecipe) -> dict[str, Any]:
-    """A recipe in figures: size, damage, how often each format is used, and what stays in the most bits."""
-    counts = Counter(group.format or SIXTEEN for group in made.groups)
-    highest = max(made.bits_of(group) for group in made.groups)
-    head = None
-    sizes: dict[str, float | None] = dict.fromkeys(("gb", "gb_covered", "gb_embeddings", "gb_lm_head", "gb_rest"))
-    if options.elements is not None:
-        sizes = sizes_gb(options, made)
-        head = "covered" if options.covers_lm_head else "16 bits" if options.elements["lm_head"] else "tied to the embeddings"
-    return {
-        "name": made.name,
-        "target": made.target,
-        "effective_bits": made.effective_bits,
-        **sizes,
-        "lm_head": head,
-        "predicted_kl": total(problem.damage, choice),
-        "predicted_kl_interval": interval(options, choice),
-        "formats": dict(sorted(counts.items(), key=lambda item: -item[1])),
-        "most_bits": [short_group(group.group, list(group.modules)) for group in made.groups if made.bits_of(group) == highest],
-    }
-
-
-def sizes_gb(options: Options, made: MixedRecipe) -> dict[str, float | None]:
-    """GB (1e9 bytes) of weights: all, and what they consist of; `gb_lm_head` is None where it is covered or tied to the embeddings."""
-    assert options.elements is not None
-    gb_embeddings, head = options.elements["embeddings"] * 2 / 1e9, options.elements["lm_head"]
-    gb_lm_head = head * 2 / 1e9 if head and not options.covers_lm_head else None
-    gb = weights_gb(options, made)
-    return {
-        "gb": gb,
-        "gb_covered": gb - options.other_bytes / 1e9,
-        "gb_embeddings": gb_embeddings,
-        "gb_lm_head": gb_lm_head,
-        "gb_rest": options.other_bytes / 1e9 - gb_embeddings - (gb_lm_head or 0.0),
-    }
-
-
-def ranked(options: Options, problem: Problem, choice: IntArray) -> list[dict[str, Any]]:
-    """Groups by what their format damages, with what leaving them in 16 bits would gain for each byte."""
-    rows: list[dict[str, Any]] = []
-    for index, group in enumerate(options.groups):
-        damage, cost = problem.damage[index, choice[index]], problem.cost[index, choice[index]]
-        saved = (problem.cost[index, -1] - cost) / 8
-        label = SIXTEEN if choice[index] == len(options.formats) else options.formats[choice[index]].format.label
-        rows.append(
-            {
-                "group": group["group"],
-                "name": short_group(group["group"], group["modules"]),
-                "format": label,
-                "predicted_kl": float(damage),
-                "bytes_saved": float(saved),
-                "predicted_kl_per_gb_saved": float(damage / saved * 1e9) if saved else None,
-            }
-        )
-    return sorted(rows, key=lambda row: -row["predicted_kl"])
-
-
-def front_rows(options: Options, problem: Problem, n_budgets: int) -> list[dict[str, Any]]:
-    """The Pareto front at so many budgets. Raises: SweepError: fewer than two of them, or one recipe is the smallest and the best."""
-    if n_budgets < 2:
-        raise SweepError(f"--front {n_budgets} is no front. Type at least 2, or --front alone for 24.")
-    low, high = cost_range(problem)
-    if high <= low:
-        raise SweepError("One recipe is the smallest and the best: there is no front. Score more formats.")
-    return [_point(options, total(problem.cost, choice), total(problem.damage, choice)) for _, choice in front(problem, n_budgets)]
-
-
-def uniform_rows(options: Options, problem: Problem) -> list[dict[str, Any]]:
-    """One format for all groups, each."""
-    return [{"format": label, **_point(options, cost, damage)} for label, (cost, damage) in uniform_choices(options, problem).items()]
-
-
-def _point(options: Options, cost: float, damage: float) -> dict[str, Any]:
-    gb = None if options.elements is None else options.gb(cost)
-    return {"effective_bits": cost / float(options.weights.sum()), "gb": gb, "predicted_kl": damage}
-
-
 def _write(path: Path, content: bytes) -> None:
     from sweep.store.files import Files
 
@@ -205,3 +107,55 @@ def _write(path: Path, content: bytes) -> None:
         Files(str(path.parent)).write(path.name, content)
     except OSError as error:
         raise SweepError(f"Cannot write {path}: {error.strerror or error}. Give another place with --out.") from error
+
+
+def lines(document: Mapping[str, Any]) -> Iterator[str]:
+    """A solved recipe for people: size, damage, formats, and the tables that were asked for."""
+    yield f"Recipe {document['name']} for {document['target']}: {document['effective_bits']:.3f} bits a weight of the covered layers"
+    scored = document["scored"]
+    yield f"from {scored['usable']} of {scored['recipes']} recipes scored on {scored['dataset']}/{scored['size']} that the target runs as scored, and 16 bits"
+    if document["gb"] is not None:
+        yield from _size(document)
+    spread = document["predicted_kl_interval"]
+    interval = "" if spread is None else f" (90 % interval over samples: {spread[0]:.3g} to {spread[1]:.3g})"
+    yield f"predicted KL {document['predicted_kl']:.4g} nats per prediction{interval}"
+    for label, n in document["formats"].items():
+        yield f"  {n:4d} layer groups: {label if label != SIXTEEN else '16 bits'}"
+    most = document["most_bits"]
+    if len(most) < sum(document["formats"].values()):
+        more = f" and {len(most) - _SHOWN_GROUPS} more" if len(most) > _SHOWN_GROUPS else ""
+        yield "most bits: " + ", ".join(most[:_SHOWN_GROUPS]) + more
+    if "rank" in document:
+        yield from _ranks(document["rank"])
+    if "front" in document:
+        yield from _front([*document["front"], *document["uniform"]])
+        yield f"Picture: {document['picture']}"
+
+
+def _size(document: Mapping[str, Any]) -> Iterator[str]:
+    parts = {"covered layers": "gb_covered", "embeddings, in 16 bits": "gb_embeddings", "lm_head, in 16 bits": "gb_lm_head", "all else, in 16 bits": "gb_rest"}
+    yield f"{document['gb']:.4g} GB of weights; lm_head: {document['lm_head']}"
+    yield from (f"  {document[key]:10.4g} GB  {name}" for name, key in parts.items() if document[key] is not None)
+
+
+def _ranks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Both orders side by side: by damage, and by damage for what the format saves."""
+    by_byte = sorted((row for row in rows if row["predicted_kl_per_gb_saved"] is not None), key=lambda row: -row["predicted_kl_per_gb_saved"])
+    place = {row["group"]: rank for rank, row in enumerate(by_byte, start=1)}
+    table = [("rank", "layer group", "format", "predicted KL", "KL per GB saved", "rank by that")]
+    for rank, row in enumerate(rows[:_SHOWN_RANKS], start=1):
+        per_gb = row["predicted_kl_per_gb_saved"]
+        saved, second = ("-", "-") if per_gb is None else (f"{per_gb:.3g}", str(place[row["group"]]))
+        table.append((str(rank), str(row["name"]), str(row["format"]), f"{row['predicted_kl']:.3g}", saved, second))
+    yield from (f"  {line}" for line in aligned(table))
+    if len(rows) > _SHOWN_RANKS:
+        yield f"and {len(rows) - _SHOWN_RANKS} more: --json has all"
+
+
+def _front(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    table = [("recipe", "bits", "GB", "predicted KL")]
+    table += [
+        (row.get("format", "best mix"), f"{row['effective_bits']:.3f}", "-" if row["gb"] is None else f"{row['gb']:.4g}", f"{row['predicted_kl']:.4g}")
+        for row in rows
+    ]
+    yield from (f"  {line}" for line in aligned(table))

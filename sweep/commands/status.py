@@ -14,7 +14,8 @@ from rich.table import Table
 from sweep.config.compose import expand
 from sweep.config.schema import ClusterConfig
 from sweep.core.errors import SweepError
-from sweep.run.progress import count, duration
+from sweep.core.exits import EXIT_DONE
+from sweep.core.text import count, duration
 from sweep.store.integrity import revisions
 from sweep.store.store import Store
 
@@ -71,7 +72,7 @@ def print_status(overrides: Sequence[str], *, as_json: bool, watch: bool, ask_ra
         else:
             _print(status, console)
         if not (watch and status["running"]):
-            return 0
+            return EXIT_DONE
         time.sleep(_WATCH_SECONDS)
 
 

@@ -5,46 +5,23 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from sweep.core.errors import SweepError, require_known
-from sweep.core.typed import describe, fits, hints_of
-
-NumberFormat = Literal["int4", "int8", "fp4", "fp8", "fp16"]
-Size = Literal["small", "medium", "large"]
-Coverage = Literal["lm_only", "all_layers"]  # all_layers: vision tower and mergers too
+from sweep.core.errors import SweepError
+from sweep.core.groups import Coverage
+from sweep.core.pairs import GranularityConfig, PairConfig
+from sweep.core.sizes import Size
+from sweep.core.typed import Section
 
 _NAME = re.compile(r"[a-z0-9_]+")
-_MISSING = "???"  # Hydra's word for a value that must be given
 _SINCE: Mapping[str, Mapping[str, Any]] = {  # of keys that earlier configs lack
     "sensitivity": {"scales": "private"},
     "cluster": {"address": "local", "dashboard": "auto"},
 }
 
 
-class _Section:
-    """One group of the config; `from_node` is the only place where untyped values enter."""
-
-    @classmethod
-    def from_node(cls, section: str, node: Mapping[str, Any]) -> Self:
-        """Check keys and types of a composed node.
-
-        Raises: SweepError: an unknown or missing key, or a value of another type; says what to type.
-        """
-        hints = hints_of(cls)
-        for key in node:
-            if key not in hints:
-                require_known("key", f"{section}.{key}", [f"{section}.{name}" for name in hints])
-        for name, hint in hints.items():
-            if name not in node or node[name] == _MISSING:
-                raise SweepError(f"{section}.{name} has no value. Type {section}.{name}=VALUE.")
-            if not fits(node[name], hint):
-                raise SweepError(f"{section}.{name}={node[name]!r} is not allowed. Allowed: {describe(hint)}.")
-        return cls(**node)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which checkpoint is measured."""
 
     name: str | None  # [a-z0-9_]+, in published paths; None: a slug of the path
@@ -59,7 +36,7 @@ class ModelConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DatasetConfig(_Section):
+class DatasetConfig(Section):
     """Which samples calibrate and score."""
 
     name: str  # [a-z0-9_]+, in published paths
@@ -79,26 +56,7 @@ class DatasetConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairConfig(_Section):
-    """Number formats of weights and activations; fp16 means left unquantized."""
-
-    name: str  # [a-z0-9_]+
-    weight: NumberFormat
-    activation: NumberFormat
-    format_name: str  # ModelOpt preset that it starts from
-    quant_cfg_overrides: Mapping[str, Mapping[str, Any]]  # quantizers of the preset that it replaces
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GranularityConfig(_Section):
-    """An overlay on a pair: what shares a scale."""
-
-    name: str  # [a-z0-9_]+
-    quant_cfg_overrides: Mapping[str, Mapping[str, Any]]  # fields merged into the pair's quantizers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SensitivityConfig(_Section):
+class SensitivityConfig(Section):
     """What is measured."""
 
     method: Literal["gradient", "kl_div"]  # sum of (dLoss/dy * dy)^2; or KL(unquantized || one group quantized), measured
@@ -124,7 +82,7 @@ class SensitivityConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TargetConfig(_Section):
+class TargetConfig(Section):
     """What one runtime on one kind of hardware runs; read by `sweep.config.targets`. Not part of any score."""
 
     name: str  # [a-z0-9_]+
@@ -135,7 +93,7 @@ class TargetConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ValidationConfig(_Section):
+class ValidationConfig(Section):
     """On which samples a recipe's damage is measured."""
 
     n_samples: int  # after those of the data set that calibrated and scored
@@ -147,7 +105,7 @@ class ValidationConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OutputConfig(_Section):
+class OutputConfig(Section):
     """Where reports go."""
 
     name: Literal["tmp", "publish"]
@@ -156,7 +114,7 @@ class OutputConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """What computes."""
 
     address: str | None  # of a Ray cluster, host:port; local: one of this run's own, on this machine; null: $RAY_ADDRESS
@@ -175,7 +133,7 @@ class ClusterConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoreConfig(_Section):
+class StoreConfig(Section):
     """Where scores are kept."""
 
     uri: str  # absolute local path or fsspec URL
@@ -216,7 +174,7 @@ class SweepConfig:
                 )
 
 
-SECTIONS: Mapping[str, type[_Section]] = {name: hint for name, hint in typing.get_type_hints(SweepConfig).items()}
+SECTIONS: Mapping[str, type[Section]] = {name: hint for name, hint in typing.get_type_hints(SweepConfig).items()}
 
 
 def to_plain(config: SweepConfig) -> dict[str, Any]:

@@ -4,7 +4,11 @@ import types
 import typing
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from sweep.core.errors import SweepError, require_known
+
+_MISSING = "???"  # Hydra's word for a value that must be given
 
 
 @cache
@@ -42,3 +46,24 @@ def describe(hint: Any) -> str:
         return f"a list, each item {describe(typing.get_args(hint)[0])}"
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
     return words.get(hint, "a mapping")
+
+
+class Section:
+    """One group of the config; `from_node` is the only place where untyped values enter."""
+
+    @classmethod
+    def from_node(cls, section: str, node: Mapping[str, Any]) -> Self:
+        """Check keys and types of a composed node.
+
+        Raises: SweepError: an unknown or missing key, or a value of another type; says what to type.
+        """
+        hints = hints_of(cls)
+        for key in node:
+            if key not in hints:
+                require_known("key", f"{section}.{key}", [f"{section}.{name}" for name in hints])
+        for name, hint in hints.items():
+            if name not in node or node[name] == _MISSING:
+                raise SweepError(f"{section}.{name} has no value. Type {section}.{name}=VALUE.")
+            if not fits(node[name], hint):
+                raise SweepError(f"{section}.{name}={node[name]!r} is not allowed. Allowed: {describe(hint)}.")
+        return cls(**node)

@@ -7,8 +7,9 @@ from typing import Any, Final, Literal, Self
 
 import yaml
 
-from sweep.config.schema import Coverage, Size
 from sweep.core.errors import SweepError, require_known
+from sweep.core.groups import Coverage
+from sweep.core.sizes import Size
 from sweep.core.typed import describe, fits, hints_of
 from sweep.formats.fields import QUANTIZERS, check_fields
 from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, QuantizerSpec, listed, tupled

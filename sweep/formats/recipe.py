@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, Final
 
-from sweep.config.schema import GranularityConfig, PairConfig
 from sweep.core.errors import InvalidRecipe, SweepError
+from sweep.core.pairs import GranularityConfig, PairConfig
 from sweep.formats.fields import QUANTIZERS, check_fields
 from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, QuantizerSpec, check_format, tupled
 

@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 
 from sweep.config.compose import expand
-from sweep.config.schema import SweepConfig, from_record
+from sweep.config.schema import SweepConfig, from_record, to_plain
 from sweep.core.errors import SweepError
+from sweep.core.sizes import SIZES
 from sweep.formats.mixed import GroupFormat
 from sweep.formats.quantizer import UNQUANTIZED_BITS
 from sweep.plan.subject import Model, checkpoint_dir
-from sweep.plan.trials import ELEMENTS, SweepPlan, recipe_of
+from sweep.plan.trials import ELEMENTS, recipe_of
 from sweep.report.analysis import FloatArray, float_column, sample_matrix
-from sweep.run.session import row_of
 from sweep.store.records import TrialRow
 from sweep.store.select import finished_trials
 from sweep.store.store import Store
@@ -95,10 +95,10 @@ def read_options(store: Store, overrides: Sequence[str]) -> Options:
     """
     points = expand(overrides, multirun=True).points
     asked = points[0]
-    rows = finished_trials(store, overrides, points)
+    rows = finished_trials(store, overrides, [to_plain(point) for point in points])
     configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
     _check_one_kind(rows, configs)
-    largest = max((row.size for row in rows), key=_n_samples)
+    largest = max((row.size for row in rows), key=SIZES.__getitem__)
     rows = _of_one_revision([row for row in rows if row.size == largest])
     tables = {row.cell_id: store.scores(row.cell_id) for row in rows if row.cell_id is not None}
     first = next(iter(tables.values()))
@@ -121,38 +121,17 @@ def read_options(store: Store, overrides: Sequence[str]) -> Options:
     return Options(trial=rows[0], config=configs[rows[0].trial_id], groups=groups, formats=tuple(options.values()), elements=elements)
 
 
-def planned_options(plan: SweepPlan) -> Options:
-    """The options that a grid will give, with no damage yet: enough to tell what fits a budget before anything is scored.
-
-    Args:
-        plan: of one model and one data set.
-    """
-    trials = [trial for trial in plan.trials if trial.cell_id is not None and trial.task_id is not None]
-    first = max(trials, key=lambda trial: _n_samples(trial.config.dataset.size))
-    specs = plan.tasks[first.task_id or ""].groups
-    groups = tuple(
-        {"group": spec.name, "modules": list(spec.modules), "layer_index": spec.layer_index, "weight_elements": spec.weight_elements} for spec in specs
-    )
-    formats = {found.label: (found, trial.cell_id or "") for trial in trials for found in [_format(trial.config)]}
-    return Options(
-        trial=row_of(first, "planned", None, ""),
-        config=first.config,
-        groups=groups,
-        formats=tuple(Option(format=found, cell_id=cell, predicted_kl=np.zeros(len(groups)), sample_kl=None) for found, cell in formats.values()),
-        elements=plan.models[first.model_revision],
-    )
-
-
 def _option(cell_id: str, config: SweepConfig, table: pa.Table) -> Option:
     kl = float_column(table, "predicted_kl")
     score, samples = float_column(table, "score"), sample_matrix(table)
     if samples is not None:
         with np.errstate(invalid="ignore", divide="ignore"):
             samples = np.nan_to_num(samples * np.where(score > 0, kl / score, 0.0)[:, None])
-    return Option(format=_format(config), cell_id=cell_id, predicted_kl=np.where(np.isfinite(kl), kl, np.inf), sample_kl=samples)
+    return Option(format=format_of(config), cell_id=cell_id, predicted_kl=np.where(np.isfinite(kl), kl, np.inf), sample_kl=samples)
 
 
-def _format(config: SweepConfig) -> GroupFormat:
+def format_of(config: SweepConfig) -> GroupFormat:
+    """The format that a point gives to every layer group."""
     recipe = recipe_of(config)
     return GroupFormat(
         quant_pair=config.quant_pair.name,
@@ -200,12 +179,6 @@ def _of_one_revision(rows: Sequence[TrialRow]) -> list[TrialRow]:
         )
     score_version = json.loads(max(rows, key=lambda row: row.created_at).versions).get("score")
     return [row for row in rows if json.loads(row.versions).get("score") == score_version]
-
-
-def _n_samples(size: str) -> int:
-    from workers.data.samples import SIZES
-
-    return SIZES[size]
 
 
 def _is_lm_head(group: Mapping[str, Any]) -> bool:

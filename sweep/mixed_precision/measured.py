@@ -1,33 +1,30 @@
-"""`sweep validate`: a recipe's damage, measured on samples that neither calibrated nor scored, beside what was predicted."""
+"""A recipe's KL and change of loss, measured on samples that neither calibrated nor scored, and kept in the store."""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pyarrow as pa
-from rich.console import Console
 
+from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
-from sweep.core.machine import pick_workers
-from sweep.core.text import aligned
-from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe, is_called
-from sweep.mixed_precision.candidates import Options, read_options
+from sweep.core.sizes import SIZES
+from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
+from sweep.mixed_precision.candidates import Options
 from sweep.mixed_precision.checks import check_recipe
-from sweep.mixed_precision.prepared import Prepared, loaded, prepare
+from sweep.mixed_precision.prepared import Prepared, loaded
 from sweep.mixed_precision.recipe import recipe as recipe_of_choice
 from sweep.plan.subject import samples_of
+from sweep.plan.trials import Device
 from sweep.report.analysis import FloatArray, bootstrap_interval
-from sweep.report.rows import short_group
 from sweep.store.records import VALIDATIONS_SCHEMA
 from sweep.store.store import Store
 
 if TYPE_CHECKING:
-    from workers.data.samples import Plan
     from workers.scoring.validation import Damage
 
 VALIDATION_VERSION: Final = 1
@@ -50,65 +47,6 @@ class Measured:
     recipe: str = field(repr=False)  # hash of its content
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What was typed."""
-
-    recipe_path: str
-    overrides: Sequence[str]
-    n_random: int
-    uniform: bool
-    groups: str | None  # pattern of groups to quantize alone
-    as_json: bool
-
-
-def validate_command(request: Request) -> int:
-    """Measure, print and keep. Returns the exit code.
-
-    Raises: SweepError: a recipe that is not of this model, or no samples that it has not seen.
-    """
-    prepared = prepare(request.recipe_path, request.overrides)
-    rows = validate(prepared, wanted(prepared, request))
-    path = Path(request.recipe_path)
-    page, document = path.with_suffix(".validation.md"), path.with_suffix(".validation.json")
-    text = json.dumps([asdict(row) for row in rows], indent=1)
-    document.write_text(text + "\n", encoding="utf-8")
-    page.write_text(render(prepared.recipe, rows), encoding="utf-8")
-    if request.as_json:
-        print(text)  # noqa: T201 -- machine-readable output, not for rich to wrap
-        return 0
-    console = Console(markup=False, soft_wrap=True, highlight=False)
-    for line in table_lines(rows):
-        console.print(line)
-    console.print(f"{rows[0].n_samples} samples, {rows[0].n_predictions} predictions that neither calibrated nor scored; nats per prediction. Page: {page}")
-    return 0
-
-
-def wanted(prepared: Prepared, request: Request) -> list[tuple[str, MixedRecipe]]:
-    """The recipe itself, and what was asked for beside it, each with its kind.
-
-    Raises: SweepError: what is asked for needs finished cells that the store lacks, or the pattern matches no group.
-    """
-    recipe = prepared.recipe
-    found = [("recipe", recipe)]
-    alone = [choice for choice in recipe.groups if request.groups is not None and is_called([choice.group], request.groups)]
-    if request.groups is not None and not alone:
-        raise SweepError(f"--groups {request.groups!r} matches no layer group. They are called like {recipe.groups[0].group!r}; * stands for anything.")
-    if not (request.uniform or request.n_random or alone):
-        return found
-    options = _options_of(prepared)
-    if request.uniform:
-        found += [("uniform", each) for each in uniform_recipes(options) if each.effective_bits <= recipe.effective_bits + 1e-9]
-    found += [("random", each) for each in random_mixes(options, request.n_random)]
-    for choice in alone:
-        index = [group["group"] for group in options.groups].index(choice.group)
-        for number, option in enumerate(options.formats):
-            only = np.full(len(options.groups), len(options.formats))
-            only[index] = number
-            found.append(("group", recipe_of_choice(options, only, f"{short_group(choice.group, choice.modules)} alone, {option.format.label}", recipe.target)))
-    return found
-
-
 def uniform_recipes(options: Options) -> list[MixedRecipe]:
     """One format for all groups, each that was measured everywhere."""
     n = len(options.groups)
@@ -129,24 +67,26 @@ def random_mixes(options: Options, n_mixes: int) -> list[MixedRecipe]:
     return mixes
 
 
-def validate(prepared: Prepared, recipes: Sequence[tuple[str, MixedRecipe]], on_measured: Callable[[Measured], None] = lambda _: None) -> list[Measured]:
+def validate(
+    prepared: Prepared, recipes: Sequence[tuple[str, MixedRecipe]], device: Device, on_measured: Callable[[Measured], None] = lambda _: None
+) -> list[Measured]:
     """Measure recipes of one model on samples that none of them has seen; what the store has measured before is read from there.
 
     Args:
         prepared: the model, its samples and the store.
         recipes: with their kinds; all of the prepared recipe's model, data set and size.
+        device: that the model runs on.
         on_measured: called after each.
     """
     plan, digest = held_out(prepared)
     store, config = Store(prepared.config.store.uri), prepared.config
-    device = pick_workers(config.cluster).device
     dtype = config.model.dtype_on(device)
     ids = [_identity(recipe, digest, dtype, device) for _, recipe in recipes]
     known = {key: found for key in ids if (found := store.validation(key)) is not None}
     fresh = {key: recipe for key, (_, recipe) in zip(ids, recipes, strict=True) if key not in known}
     for recipe in fresh.values():
         check_recipe(recipe, prepared.model)
-    measure = _measurer(prepared, list(fresh.values()), plan) if fresh else None
+    measure = _measurer(prepared, list(fresh.values()), plan, device) if fresh else None
     rows: list[Measured] = []
     for key, (kind, recipe) in zip(ids, recipes, strict=True):
         if key not in known:
@@ -158,13 +98,11 @@ def validate(prepared: Prepared, recipes: Sequence[tuple[str, MixedRecipe]], on_
     return rows
 
 
-def held_out(prepared: Prepared) -> "tuple[Plan, str]":
+def held_out(prepared: Prepared) -> tuple[Plan, str]:
     """Samples after those that calibrated and scored, or those of `validation.captions_path`, and their digest.
 
     Raises: SweepError: too few, or one of them calibrated.
     """
-    from workers.data.samples import SIZES, make_plan
-
     config, recipe, model = prepared.config, prepared.recipe, prepared.model
     n_seen, n_wanted = SIZES[recipe.size], config.validation.n_samples
     if config.validation.captions_path is not None:
@@ -184,36 +122,8 @@ def held_out(prepared: Prepared) -> "tuple[Plan, str]":
             f"{len(again)} of the {len(samples)} samples to validate on calibrated the recipe, the first is number {again[0] + 1}: measured there, the damage "
             "would look smaller than it is. Give samples of their own: validation.captions_path=FILE."
         )
-    plan = make_plan(samples, packed=model.structure["packable"])
+    plan = model.plan(samples)
     return plan, plan.digest(list(SIZES)[len(plan.segments) - 1])
-
-
-def table_lines(rows: Sequence[Measured]) -> list[str]:
-    """A table for the screen: a heading, then one line a recipe."""
-    cells = [("recipe", "bits", "predicted KL", "measured KL", "90 % interval", "measured/predicted", "loss change")]
-    for row in rows:
-        low, high = row.measured_kl_interval
-        ratio = f"{row.measured_kl / row.predicted_kl:.2f}" if row.predicted_kl else "-"
-        figures = (
-            f"{row.effective_bits:.3f}",
-            f"{row.predicted_kl:.4g}",
-            f"{row.measured_kl:.4g}",
-            f"{low:.3g} to {high:.3g}",
-            ratio,
-            f"{row.loss_change:+.4f}",
-        )
-        cells.append((row.name, *figures))
-    return aligned(cells, figures=True)
-
-
-def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
-    """The page that people read."""
-    head = (
-        f"# Predicted and measured: {recipe.name}\n\nModel {recipe.model} ({recipe.model_revision[:12]}), calibrated and scored on {recipe.dataset}, "
-        f"{recipe.size}; measured on {rows[0].n_samples} other samples ({rows[0].n_predictions} predictions). KL(unquantized || quantized) and change of the "
-        "loss in nats per prediction, with 90 % bootstrap intervals over samples.\n\n"
-    )
-    return head + markdown_table(rows) + "\n"
 
 
 def markdown_table(rows: Sequence[Measured]) -> str:
@@ -229,27 +139,11 @@ def markdown_table(rows: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def _measurer(prepared: Prepared, recipes: Sequence[MixedRecipe], plan: "Plan") -> "Callable[[MixedRecipe], Damage]":
-    """What measures any of the recipes, each format of each layer group being calibrated once for all of them."""
-    from workers.data.samples import SIZES
-    from workers.quant.applied import calibrated_groups
-    from workers.scoring.validation import Validator
+def _measurer(prepared: Prepared, recipes: Sequence[MixedRecipe], plan: Plan, device: Device) -> "Callable[[MixedRecipe], Damage]":
+    from workers.scoring.validation import measurer
 
-    model = loaded(prepared)
-    formats: dict[str, list[GroupFormat]] = {}
-    for recipe in recipes:
-        for choice in recipe.groups:
-            chosen = recipe.format_of(choice)
-            if chosen is not None and chosen not in formats.setdefault(choice.group, []):
-                formats[choice.group].append(chosen)
-    quants = calibrated_groups(model, list(prepared.plan.batches(prepared.recipe.size)), prepared.recipe.groups, formats)
-    validator = Validator(model, list(plan.batches(list(SIZES)[len(plan.segments) - 1])))
-
-    def measure(recipe: MixedRecipe) -> "Damage":
-        chosen = [(choice.group, found) for choice in recipe.groups if (found := recipe.format_of(choice)) is not None]
-        return validator.measure({name: quant for group, found in chosen for name, quant in quants[group][formats[group].index(found)].items()})
-
-    return measure
+    calibration = list(prepared.plan.batches(prepared.recipe.size))
+    return measurer(loaded(prepared, device), prepared.recipe.groups, recipes, calibration, list(plan.batches(list(SIZES)[len(plan.segments) - 1])))
 
 
 def _table(damage: "Damage", recipe: MixedRecipe, held_out: str, dtype: str) -> pa.Table:
@@ -307,13 +201,3 @@ def _content(recipe: MixedRecipe) -> str:
         return [list(choice.modules), chosen.algorithm, chosen.scales, *quantizers]
 
     return hashlib.sha256(json.dumps([words(choice, recipe.format_of(choice)) for choice in recipe.groups]).encode()).hexdigest()
-
-
-def _options_of(prepared: Prepared) -> Options:
-    """What the store knows of the recipe's model and samples. Raises: SweepError: nothing."""
-    config, recipe = prepared.config, prepared.recipe
-    typed = [f"store.uri={config.store.uri}", f"dataset={recipe.dataset}", f"dataset.size={recipe.size}", f"sensitivity.coverage={recipe.coverage}"]
-    options = read_options(Store(config.store.uri), typed)
-    if options.trial.model_revision != recipe.model_revision:
-        raise SweepError(f"The store {config.store.uri} holds cells of another revision of {recipe.model} than the recipe's. Type store.uri=DIR.")
-    return options

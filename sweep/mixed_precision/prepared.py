@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sweep.config.compose import expand
 from sweep.config.schema import ModelConfig, SweepConfig
+from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
-from sweep.core.machine import pick_workers
+from sweep.core.sizes import SIZES
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_recipe
 from sweep.plan.subject import Model, checkpoint_dir, samples_of
-
-if TYPE_CHECKING:
-    from workers.data.samples import Plan, Sample
+from sweep.plan.trials import Device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,20 +23,13 @@ class Prepared:
     recipe: MixedRecipe
     config: SweepConfig
     model: Model
-    samples: "Sequence[Sample]"  # that calibrated and scored
-    plan: "Plan"  # of these
+    samples: Sequence[Sample]  # that calibrated and scored
+    plan: Plan  # of these
 
 
-def loaded(ready: Prepared) -> Any:
-    """The model with its weights, on the device that the config chooses, for one process alone."""
-    import torch
-
-    from workers.model.loading import load
-
-    device = pick_workers(ready.config.cluster).device
-    if device == "cpu":
-        torch.set_num_threads(1)  # as a sweep's workers: more would change bits, and crawl beside them
-    return load(ready.model.path, dtype=getattr(torch, ready.config.model.dtype_on(device)), device=device)
+def loaded(ready: Prepared, device: Device) -> Any:
+    """The model with its weights, in the precision that the config chooses for the device."""
+    return ready.model.load(ready.config.model.dtype_on(device), device)
 
 
 def read_recipe(path: Path) -> MixedRecipe:
@@ -71,12 +63,10 @@ def prepare(recipe_path: str, overrides: Sequence[str]) -> Prepared:
 
 def prepared(recipe: MixedRecipe, config: SweepConfig) -> Prepared:
     """The same from a recipe that is not in a file."""
-    from workers.data.samples import SIZES, make_plan
-
     model = Model(checkpoint_dir(config.model))
     check_recipe(recipe, model)
     samples = samples_of(config.dataset, model, SIZES[recipe.size])
-    plan = make_plan(samples, packed=model.structure["packable"])
+    plan = model.plan(samples)
     if plan.digest(recipe.size) != recipe.dataset_revision:
         raise SweepError(
             f"The recipe was calibrated on {recipe.dataset} of revision {recipe.dataset_revision[:12]}, but what is here is "

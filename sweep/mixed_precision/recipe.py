@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sweep.config.targets import Target
 from sweep.core.errors import SweepError, require_known
 from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe, is_called
 from sweep.formats.quantizer import UNQUANTIZED_BITS
@@ -192,3 +193,26 @@ def uniform_choices(options: Options, problem: Problem) -> dict[str, tuple[float
         if np.isfinite(total(problem.damage, choice)):
             found[option.format.label] = total(problem.cost, choice), total(problem.damage, choice)
     return found
+
+
+def rules_of(typed_pins: Sequence[str], excludes: Sequence[str], uniform_layer: bool, target: Target, options: Options) -> Rules:
+    """The rules that were typed. Raises: SweepError: a pin without a label, or a target that runs none of the formats."""
+    pins: dict[str, str] = {}
+    for pin in typed_pins:
+        pattern, sign, label = pin.rpartition("=")
+        if not sign or not pattern:
+            raise SweepError(f"--pin {pin!r} is not PATTERN=FORMAT. Type for example --pin '*.down_proj=wfp8_afp8/default', or =16 for 16 bits.")
+        pins[pattern] = label
+    formats = [option.format for option in options.formats]
+    if not any(runs_natively(target, each) for each in formats):
+        found = "; ".join(f"{each.label}: {target.status(each.quant_pair, each.quant_granularity, each.algorithm).words}" for each in formats[:6])
+        raise SweepError(
+            f"target={target.name} runs none of the {len(formats)} recipes as they are scored ({found}). "
+            f"Score what it runs: sweep run -m grid=deployable target={target.name}"
+        )
+    return Rules(pins=pins, excludes=excludes, uniform_layer=uniform_layer, allowed=lambda each: runs_natively(target, each))
+
+
+def runs_natively(target: Target, chosen: GroupFormat) -> bool:
+    """Whether the target computes a format as it was scored: what runs as another one has another damage."""
+    return target.status(chosen.quant_pair, chosen.quant_granularity, chosen.algorithm).kind == "native"

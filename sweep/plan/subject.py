@@ -13,8 +13,10 @@ from typing import Any
 
 from sweep.config.schema import DatasetConfig, ModelConfig
 from sweep.core import cache
+from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
+from workers.data.batches import make_plan
 from workers.data.samples import Sample, read_captions, read_hub_captions, scene_captions, text_samples, with_scenes
 from workers.model.checkpoint import check_checkpoint, check_weights, file_key, revision, weight_files
 
@@ -66,6 +68,20 @@ class Model:
             return loading.image_tokens(self.path)
 
         return cache.remember("image-tokens", [file_key(self.path / "config.json"), version("transformers")], compute)
+
+    def plan(self, samples: Sequence[Sample]) -> Plan:
+        """The batches that the model reads samples in."""
+        return make_plan(samples, packed=self.structure["packable"])
+
+    def load(self, dtype: str, device: str) -> Any:
+        """The model with its weights, for this process alone. Args: dtype: name of torch's; device: "cpu" or "cuda"."""
+        import torch
+
+        from workers.model import loading
+
+        if device == "cpu":
+            torch.set_num_threads(1)  # as a sweep's workers: more would change bits, and crawl beside them
+        return loading.load(self.path, dtype=getattr(torch, dtype), device=device)
 
 
 def checkpoint_dir(config: ModelConfig) -> Path:

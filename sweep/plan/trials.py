@@ -13,13 +13,16 @@ from typing import Any, Final, Literal
 
 from sweep.config.schema import ModelConfig, SweepConfig
 from sweep.core import cache
+from sweep.core.batches import Plan
 from sweep.core.errors import InvalidRecipe, SweepError
+from sweep.core.groups import GroupSpec, part_of, parts_of
 from sweep.core.machine import first_gpu, has_compiler
+from sweep.core.sizes import SIZES
 from sweep.formats.recipe import Recipe, attributes_for, resolve
 from sweep.plan.subject import Model, checkpoint_dir, samples_of
-from workers.data.samples import SIZES, Plan, make_plan
+from workers.data.batches import make_plan
 from workers.model import memory
-from workers.task import GroupSpec, ModelSpec, Task, part_of, parts_of
+from workers.task import ModelSpec, Task
 
 # 1: summed loss, delta form, canonical plan of at most 2,048 tokens a batch, logits of 512 rows at a time.
 SCORE_VERSION: Final = 1

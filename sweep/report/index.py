@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sweep.report.rows import short_group
-from sweep.run.progress import count
+from sweep.core.groups import short_group
+from sweep.core.text import count
 
 # First line of every page we write: a README without it is someone's own and is left alone.
 GENERATED = "<!-- Written by `sweep publish` from the folders below; edits are lost. -->"

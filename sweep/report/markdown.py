@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sweep.report.rows import Report, ratio, short_group
+from sweep.core.groups import short_group
+from sweep.report.rows import Report, ratio
 
 _FORMATS = {"fp16": "not quantized"}
 _BAR = 12  # characters of the longest bar

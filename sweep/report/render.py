@@ -7,10 +7,11 @@ from typing import Any
 import pyarrow as pa
 
 from sweep.config.targets import Target
+from sweep.core.groups import short_group
 from sweep.core.text import aligned
 from sweep.report.analysis import summarize
 from sweep.report.markdown import columns_text, facts_table, groups_table, kinds_table, sentences
-from sweep.report.rows import Report, algorithm_of, short_group
+from sweep.report.rows import Report, algorithm_of
 from sweep.store.records import FinishedTrial
 
 REPORT_VERSION = 1  # of the JSON's layout

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,19 +93,6 @@ def analyse(finished: FinishedTrial) -> Report:
         total_interval=total_interval,
         stability=None if samples is None else split_half_stability(samples),
     )
-
-
-def short_group(group: str, modules: Sequence[str]) -> str:
-    """A layer group as people call it: ``layers.6.self_attn.q/k/v_proj``, ``visual.blocks.0.attn.qkv``."""
-    parent, _, leaf = group.rpartition(".")
-    parents, leaves = {module.rpartition(".")[0] for module in modules}, [module.rpartition(".")[2] for module in modules]
-    if len(modules) > 1 and parents == {parent}:
-        ending = "_proj" if all(name.endswith("_proj") for name in leaves) else ""
-        leaf = "/".join(name.removesuffix(ending) for name in leaves) + ending
-    elif len(modules) > 1:
-        leaf = f"{leaf} (+{len(modules) - 1})"
-    full = f"{parent}.{leaf}" if parent else leaf
-    return full.removeprefix("model.").removeprefix("language_model.")
 
 
 def served_as_of(trial: TrialRow) -> dict[str, dict[str, str | None]]:

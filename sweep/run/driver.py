@@ -20,14 +20,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from sweep.core.batches import Plan
 from sweep.core.errors import StoreFailed, SweepError, Unfit, WorkerLost
 from sweep.core.machine import Workers
 from sweep.run import cluster  # before ray: sets what Ray reads from the environment
 from sweep.run.metrics import Meter
 from sweep.run.watchdog import Watchdog
 from sweep.store.files import Files
-from workers.data.samples import Plan
-from workers.task import Picture, Progress, Task
+from workers.task import POOL, Picture, Progress, Task
 
 _LOOK_SECONDS = 0.2  # between looks at whether loading should be waited for still
 _RECRUIT_SECONDS = 1.0  # between looks at whether workers have died, or nodes have joined
@@ -39,7 +39,7 @@ import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
 
-from sweep.run.pool import POOL, Ended, Lease, Pool  # noqa: E402
+from sweep.run.pool import Ended, Lease, Pool  # noqa: E402
 from workers.service.actor import Worker  # noqa: E402
 
 

@@ -9,8 +9,6 @@ from typing import Any, Final
 
 from workers.task import Task, part_names
 
-POOL: Final = "sweep-pool"  # the actor's name
-
 _PARTS_EACH: Final = 4  # a worker: where there are fewer, recipes are split as well
 _SPLIT: Final = 4  # into as many what killed a worker is split, to find what kills workers
 _MAX_DEATHS: Final = 3  # a task under which, alone, so many workers died is the cause

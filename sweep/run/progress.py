@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sweep.core.text import duration
 from workers.task import Progress, Task
 
 _LINE_SECONDS = 10.0  # between lines where there is no terminal
@@ -174,18 +175,3 @@ class Display:
         if not running:
             return Group(table, Text(self._stage, style="dim"))
         return table
-
-
-def count(n: int, noun: str) -> str:
-    """``1 trial``, ``2 trials``."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: ``48 s``, ``3 min 20 s``, ``2 h 05 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -12,13 +12,12 @@ from typing import Any
 
 from sweep.config.compose import Grid
 from sweep.config.schema import to_record
+from sweep.core.exits import EXIT_DONE, EXIT_FAILED, EXIT_INCOMPLETE
 from sweep.plan.trials import PlannedTrial, SweepPlan, versions
 from sweep.run.progress import Tally
 from sweep.store.records import TrialRow, TrialState
 from sweep.store.store import Store
 from workers.task import Picture
-
-EXIT_DONE, EXIT_FAILED, EXIT_INCOMPLETE = 0, 3, 75
 
 
 def exit_code(states: Counter[str]) -> int:

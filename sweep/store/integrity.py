@@ -4,17 +4,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Final, Literal
 
-from rich.console import Console
-from rich.text import Text
-
-from sweep.commands.doctor import COLOURS, Finding
-from sweep.config.compose import expand
 from sweep.core.errors import SweepError
-from sweep.run.progress import count
+from sweep.core.text import count
 from sweep.store.records import TrialRow
 from sweep.store.store import Store
 
@@ -30,17 +25,13 @@ _TEMPORARY_SECONDS: Final = 600.0  # a writer holds one for less than a second; 
 _SILENT: Final = timedelta(minutes=10)  # a run whose heartbeat is older is over
 
 
-def examine_store(overrides: list[str], *, as_json: bool) -> int:
-    """Verify and repair the store that the overrides name, and print what was found. Returns 0, or 2 if something is left that stops a run."""
-    store = Store(expand(overrides, multirun=False).points[0].store.uri)
-    findings = check_store(store)
-    if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1))  # noqa: T201 -- machine-readable output
-    else:
-        console = Console(soft_wrap=True)
-        for finding in findings:
-            console.print(Text(f"{finding.verdict:8}", style=COLOURS[finding.verdict]) + Text(f"{finding.subject}: {finding.text}"))
-    return 2 if any(finding.verdict == "error" for finding in findings) else 0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing looked at."""
+
+    subject: str
+    verdict: Literal["ok", "warning", "error"]
+    text: str
 
 
 def check_store(store: Store) -> list[Finding]:

@@ -6,7 +6,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sweep.config.schema import SweepConfig, to_plain
 from sweep.core.errors import SweepError
 from sweep.store.records import TrialRow
 from sweep.store.store import Store
@@ -25,19 +24,18 @@ def opened(uri: str) -> Generator[Store]:
             print(f"Set aside in {uri}/quarantine: {reason}", file=sys.stderr)  # noqa: T201 -- standard output may be JSON
 
 
-def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[SweepConfig]) -> list[TrialRow]:
+def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[Mapping[str, Any]]) -> list[TrialRow]:
     """Trials that are done and have one of the values that were typed for each key: `quant_pair=wfp8_afp8,wint4_afp16` takes two pairs.
 
     Args:
         store: read only.
         overrides: as typed: their keys count.
-        points: what they compose to: its values count.
+        points: what they compose to, as sweep.config.schema.to_plain gives it: its values count.
 
     Raises: SweepError: there are none.
     """
-    plain = [to_plain(point) for point in points]
     keys = [override.partition("=")[0].strip() for override in overrides]
-    wanted = {key: [_value(point, key) for point in plain] for key in keys if key.split(".")[0] not in _NOT_OF_A_TRIAL}
+    wanted = {key: [_value(point, key) for point in points] for key in keys if key.split(".")[0] not in _NOT_OF_A_TRIAL}
     done = [(row, json.loads(row.config)) for row in store.trials().values() if row.state == "done" and row.cell_id is not None]
     if not done:
         raise SweepError(f"The store {store.uri} holds no finished trial. Type `sweep run` first, or store.uri=DIR.")

@@ -13,7 +13,8 @@ import numpy as np
 from sweep.core.machine import Workers
 from sweep.run import driver
 from tests.tasks import PICTURE, TASK
-from workers.data.samples import Sample, make_plan
+from workers.data.batches import make_plan
+from workers.data.samples import Sample
 from workers.task import Task
 
 

@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
+from sweep.core.batches import Plan
 from sweep.core.paths import bundled_model_dir
+from sweep.core.sizes import SIZES
 from tests.bench.checkpoint import make_checkpoint
 from tests.bench.setup import grid_tasks, peak_gb, random_4b, random_captions, report, seconds
-from workers.data.samples import SIZES, Plan, make_plan, read_captions, text_samples
+from workers.data.batches import make_plan
+from workers.data.samples import read_captions, text_samples
 from workers.model import loading
 from workers.service.scorer import Scorer
 from workers.task import ModelSpec, Task

@@ -15,11 +15,11 @@ from typing import Any
 
 from ray import tune
 
+from sweep.core.batches import Plan
 from sweep.core.machine import Workers
 from sweep.run import cluster, driver
 from tests.bench.bare import run_bare
 from tests.tasks import TASK
-from workers.data.samples import Plan
 from workers.service import actor
 from workers.task import Progress, Task
 

@@ -42,13 +42,13 @@ def main() -> None:
             made = recipe(options, solved(options, problem, Budget(bits=bits), rules), f"{bits:g} bits, round {round_}", None, damage)
             ready = prepared(made, config_of(made, [f"store.uri={args.store}", "cluster.device=cpu"]))
             asked = [("recipe", made), *(("uniform", each) for each in uniform if each.effective_bits <= bits and not round_)]
-            found, *others = validate(ready, asked)
+            found, *others = validate(ready, asked, "cpu")
             figures: dict[str, object] = {"bits": bits, "round": round_, "predicted_kl": found.predicted_kl, "held_out_kl": found.measured_kl}
             if others:
                 best = min(others, key=lambda row: row.measured_kl)
                 figures |= {"best_uniform": best.name, "best_uniform_kl": best.measured_kl}
             if round_ < args.rounds:
-                damage = recaptured_damage(ready, made, options)
+                damage = recaptured_damage(ready, made, options, "cpu")
             report("recapture", device, figures | {"seconds": time.perf_counter() - started})
 
 

@@ -19,9 +19,12 @@ from scipy.stats import spearmanr
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from sweep.config.compose import expand
+from sweep.core.batches import Plan
 from sweep.core.paths import bundled_model_dir
+from sweep.core.sizes import SIZES
 from sweep.plan.trials import plan_sweep
-from workers.data.samples import SIZES, Plan, Sample, make_plan, read_captions, text_samples
+from workers.data.batches import make_plan
+from workers.data.samples import Sample, read_captions, text_samples
 from workers.model import loading
 from workers.scoring.gradient import Job
 from workers.task import Task
@@ -112,8 +115,8 @@ def grid_tasks(network: Any, device: str, overrides: tuple[str, ...] = ("dataset
 
     from torch import nn
 
+    from sweep.core.groups import GroupSpec, part_of
     from workers.quant.modelopt import layer_groups
-    from workers.task import GroupSpec, part_of
 
     points = expand(["grid=origin", *overrides], multirun=True).points
     tasks = list(plan_sweep(points, "cpu" if device == "cpu" else "cuda").tasks.values())

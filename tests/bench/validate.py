@@ -13,10 +13,13 @@ import argparse
 import numpy as np
 import torch
 
+from sweep.core.batches import Plan
+from sweep.core.groups import GroupSpec
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import GroupChoice, GroupFormat
 from tests.bench.setup import Subject, job, report, spearman, subject
-from workers.data.samples import Plan, make_plan, read_captions, text_samples
+from workers.data.batches import make_plan
+from workers.data.samples import read_captions, text_samples
 from workers.model import loading
 from workers.quant.applied import calibrated_groups
 from workers.scoring.capture import capture
@@ -24,7 +27,7 @@ from workers.scoring.gradient import Engine
 from workers.scoring.kl import KlEngine
 from workers.scoring.scores import NotFinite, Scores
 from workers.scoring.validation import Damage, Validator
-from workers.task import GroupSpec, Task
+from workers.task import Task
 
 _RECIPES = (
     "wfp8_afp8/default",

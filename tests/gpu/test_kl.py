@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.models import random_model, random_samples
-from workers.data.samples import make_plan
+from workers.data.batches import make_plan
 from workers.quant.modelopt import layer_groups
 from workers.scoring.divergence import divergence
 from workers.scoring.gradient import Job

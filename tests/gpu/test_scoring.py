@@ -21,7 +21,7 @@ RECIPES = [(weight, inputs) for weight in (INT8, INT4, NVFP4) for inputs in (Non
 def captured(request: pytest.FixtureRequest) -> Any:
     from torch import nn
 
-    from workers.data.samples import make_plan
+    from workers.data.batches import make_plan
     from workers.scoring.capture import capture
 
     model = random_model("qwen3_vl").to("cuda", request.param)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tests.models import random_model, random_samples
-from workers.data.samples import Sample, make_plan, with_scenes
+from workers.data.batches import make_plan
+from workers.data.samples import Sample, with_scenes
 from workers.scoring.capture import capture
 from workers.scoring.windows import captures
 

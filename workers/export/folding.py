@@ -17,13 +17,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from sweep.core.batches import Batch
 from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
 from sweep.formats.quantizer import QuantizerSpec
 from sweep.formats.recipe import SCALES_INPUTS
-from workers.data.samples import Batch
 from workers.export.schemes import Inexpressible
+from workers.model.forward import batch_to
 from workers.quant.linear import LinearQuant
-from workers.scoring.capture import batch_to
 
 Linears = Sequence[tuple[str, int, int]]  # name, inputs, outputs of every nn.Linear, in the model's order
 

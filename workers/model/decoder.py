@@ -57,7 +57,7 @@ class Decoder:
         """An ordinary forward up to the final norm: [batch, tokens, hidden].
 
         Args:
-            inputs: what workers.scoring.capture.batch_to gives.
+            inputs: what workers.model.forward.batch_to gives.
         """
         return self.base(**inputs, use_cache=False)[0]
 
@@ -77,7 +77,7 @@ class Decoder:
         """Run a batch once, without gradients.
 
         Args:
-            inputs: what workers.scoring.capture.batch_to gives.
+            inputs: what workers.model.forward.batch_to gives.
             keep: layers whose input is kept.
 
         Returns: the trace, and the output of the final norm.

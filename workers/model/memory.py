@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from workers.data.samples import Plan
-from workers.task import GroupSpec, Task, is_vision
+from sweep.core.batches import Plan
+from sweep.core.groups import GroupSpec, is_vision
+from workers.task import Task
 
 # One batch's activations that the backward pass needs, over the x and g that one batch adds to the capture: attention, norms and
 # products keep 1.7 times as much (16 GB for 2,048 tokens through the 36 layers of a 4B model, measured).

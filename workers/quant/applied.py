@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sweep.core.batches import Batch
 from sweep.core.errors import SweepError
 from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
 from sweep.formats.quantizer import QuantizerSpec
 from sweep.formats.recipe import SCALES_INPUTS
-from workers.data.samples import Batch
+from workers.model.forward import batch_to
 from workers.model.memory import windows
 from workers.quant.calibration import calibrated_linears, fake_quantized, quantized_inputs, smoothed_inputs, smoothed_weight
 from workers.quant.linear import LinearQuant
-from workers.scoring.capture import batch_to
 
 _ROOM_BYTES: Final = 4e9  # for what linears read in one pass
 

@@ -17,10 +17,10 @@ with warnings.catch_warnings():
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
 
+from sweep.core.batches import Batch
 from sweep.core.errors import SweepError, require_known
-from workers.data.samples import Batch
+from workers.model.forward import batch_to, labels_of, summed_loss
 from workers.quant import block_formats, tensor_formats
-from workers.scoring.capture import batch_to, labels_of, summed_loss
 
 Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.data.samples import Batch
+from sweep.core.batches import Batch
 from workers.model.decoder import Trace, decoder_of
+from workers.model.forward import batch_to, labels_of
 from workers.model.graphs import LayerGraphs
-from workers.scoring.capture import Segments, batch_to, labels_of, layout_of
+from workers.scoring.capture import Segments, layout_of
 from workers.scoring.divergence import divergence
 
 _HEAD_ROWS: Final = 512  # rows whose logits are held in float32 at once

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sweep.core.batches import Batch
 from sweep.core.errors import SweepError
-from workers.data.samples import Batch
+from sweep.core.groups import is_vision
 from workers.model.decoder import decoder_of
-from workers.task import is_vision
+from workers.model.forward import batch_to, labels_of, summed_loss
 
 Segments = Sequence[Sequence[Batch]]  # of a plan, up to the largest size wanted
 
@@ -50,30 +50,6 @@ class Rows:
     input_amaxes: tuple[float, ...]  # by segment: largest |x|; NaN if there is one
     layout: Layout
     input_ranges: dict[tuple[str, int], Tensor]  # that were found so far (workers.quant.modelopt.Quantizers.inputs), shared as x is
-
-
-def batch_to(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The batch's tensors as forward's keyword arguments."""
-    tensors = {key: torch.from_numpy(value).to(device) for key, value in batch.tensors.items()}
-    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
-
-
-def labels_of(batch: Batch) -> Tensor:
-    """Next-token labels [batch, tokens] in which a sample's last token predicts nothing (-100)."""
-    tokens = torch.from_numpy(batch.tensors["input_ids"]).flatten()
-    labels = tokens.roll(-1)
-    labels[torch.tensor(batch.lengths).cumsum(0) - 1] = -100
-    return labels.view(batch.tensors["input_ids"].shape)
-
-
-def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy in nats, summed over predictions: a score then does not depend on how samples are batched.
-
-    Args:
-        logits: [batch, tokens, vocabulary].
-        labels: [batch, tokens], already shifted; -100 where nothing is predicted.
-    """
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device), ignore_index=-100, reduction="sum")
 
 
 def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dict[str, Rows]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sweep.core.errors import SweepError
-from workers.data.samples import SIZES
+from sweep.core.sizes import SIZES
 from workers.quant import kernels
 from workers.quant.calibration import calibrated_linears, fake_quantized, quantized_inputs, smoothed_inputs, smoothed_weight
 from workers.quant.linear import LinearQuant

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.data.samples import SIZES
+from sweep.core.sizes import SIZES
 from workers.quant import kernels
 from workers.quant.modelopt import Attributes, Quantizers, quantized
 from workers.scoring.baseline import Baseline

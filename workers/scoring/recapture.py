@@ -23,16 +23,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
+from sweep.core.groups import part_of
 from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
-from workers.data.samples import Plan
 from workers.model import memory
 from workers.quant.applied import applied, calibrated_model, output_error
 from workers.quant.calibration import calibrated_linears
 from workers.quant.linear import LinearQuant
 from workers.scoring.capture import Rows, Segments
 from workers.scoring.windows import captures
-from workers.task import part_of
 
 _CPU_BYTES = 4e9  # for x and g; on a GPU half of the free memory
 _ROWS = 2048  # whose errors are held at once

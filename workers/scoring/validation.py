@@ -10,12 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from sweep.core.batches import Batch
 from sweep.core.errors import SweepError
-from workers.data.samples import Batch
-from workers.quant.applied import applied, output_error
+from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
+from workers.model.forward import batch_to, labels_of
+from workers.quant.applied import applied, calibrated_groups, output_error
 from workers.quant.linear import LinearQuant
 from workers.scoring.baseline import float_logits
-from workers.scoring.capture import batch_to, labels_of
 from workers.scoring.divergence import divergence
 
 _HEAD_ROWS: Final = 512  # rows whose logits are held in float32 at once
@@ -118,3 +119,31 @@ def _reading(head: nn.Linear) -> Generator[Callable[[], Tensor]]:
         yield lambda: seen[-1].flatten(0, -2)
     finally:
         handle.remove()
+
+
+def measurer(
+    model: Any, groups: Sequence[GroupChoice], recipes: Sequence[MixedRecipe], calibration: Sequence[Batch], held_out: Sequence[Batch]
+) -> Callable[[MixedRecipe], Damage]:
+    """What measures any of the recipes, each format of each layer group being calibrated once for all of them.
+
+    Args:
+        model: as for `Validator`.
+        groups: of the model, in its order; their choices are not looked at.
+        recipes: of this model, that will be measured.
+        calibration: samples that calibrate.
+        held_out: samples to measure on.
+    """
+    formats: dict[str, list[GroupFormat]] = {}
+    for recipe in recipes:
+        for choice in recipe.groups:
+            chosen = recipe.format_of(choice)
+            if chosen is not None and chosen not in formats.setdefault(choice.group, []):
+                formats[choice.group].append(chosen)
+    quants = calibrated_groups(model, calibration, groups, formats)
+    validator = Validator(model, held_out)
+
+    def measure(recipe: MixedRecipe) -> Damage:
+        chosen = [(choice.group, found) for choice in recipe.groups if (found := recipe.format_of(choice)) is not None]
+        return validator.measure({name: quant for group, found in chosen for name, quant in quants[group][formats[group].index(found)].items()})
+
+    return measure

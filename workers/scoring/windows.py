@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from workers.model.decoder import Decoder, Trace, decoder_of
-from workers.scoring.capture import Recorder, Rows, Segments, backward_from, batch_to, capture, labels_of
+from workers.model.forward import batch_to, labels_of
+from workers.scoring.capture import Recorder, Rows, Segments, backward_from, capture
 
 
 @dataclass(frozen=True, slots=True)

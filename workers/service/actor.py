@@ -11,12 +11,11 @@ from typing import Any
 
 import ray
 
+from sweep.core.batches import Plan
 from sweep.core.errors import WorkerLost
-from sweep.run.pool import POOL
-from workers.data.samples import Plan
 from workers.service.metrics import WorkerMetrics
 from workers.service.node import check_shared
-from workers.task import Progress, Task
+from workers.task import POOL, Progress, Task
 
 _TELL_SECONDS = 0.2  # between messages; one costs Ray about a millisecond
 

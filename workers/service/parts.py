@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from sweep.core.batches import Plan
+from sweep.core.groups import Part
 from sweep.store.store import Store
-from workers.data.samples import Plan
 from workers.scoring.gradient import Job
-from workers.task import Part, Progress, Task
+from workers.task import Progress, Task
 
 
 class Book:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sweep.core.groups import GroupSpec, Part
+from sweep.core.sizes import SIZES
 from sweep.store.records import SCORES_SCHEMA
 from sweep.store.store import Store
-from workers.data.samples import SIZES
 from workers.scoring.scores import GroupScore, PartScores
-from workers.task import GroupSpec, Part, Task
+from workers.task import Task
 
 
 class Ledger:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from sweep.core.batches import Plan
 from sweep.core.errors import SweepError, Unfit
+from sweep.core.groups import GroupSpec, Part, parts_of
 from sweep.core.machine import memory_gb, n_cores
 from sweep.store.store import Store
-from workers.data.samples import Plan
 from workers.model import loading, memory
 from workers.quant.modelopt import auto_quantize_scores
 from workers.scoring.capture import Rows, capture
@@ -29,7 +30,7 @@ from workers.service.node import first_alone
 from workers.service.parts import Book
 from workers.service.rows import Ledger
 from workers.service.writers import Writers
-from workers.task import GroupSpec, ModelSpec, Part, Progress, Task, part_names, parts_of
+from workers.task import ModelSpec, Progress, Task, part_names
 
 _MAX_HALVINGS = 8
 _WRITERS = 8  # at most, that put parts on disk while the next layer is scored

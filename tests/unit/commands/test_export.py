@@ -24,7 +24,7 @@ from sweep.plan.subject import Model, samples_of
 from sweep.store.records import TrialRow
 from sweep.store.store import Store
 from tests.exports import FORMATS, group_format, recipe_of
-from workers.data.samples import make_plan
+from workers.data.batches import make_plan
 from workers.export.modelopt_recipe import read_modelopt
 from workers.model.loading import load
 

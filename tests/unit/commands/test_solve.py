@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sweep.cli import main
+from sweep.commands.solve import lines
 from sweep.formats.mixed import MixedRecipe
-from sweep.mixed_precision.solution_text import lines
 from sweep.store.store import Store
 from tests.scored import FP8, INT4, INT8, add, store_at
 

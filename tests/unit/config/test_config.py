@@ -13,8 +13,9 @@ import yaml
 
 from sweep.config import compose
 from sweep.config.compose import expand, to_yaml
-from sweep.config.schema import SECTIONS, PairConfig, SweepConfig, from_record, to_plain, to_record
+from sweep.config.schema import SECTIONS, SweepConfig, from_record, to_plain, to_record
 from sweep.core.errors import SweepError
+from sweep.core.pairs import PairConfig
 from sweep.core.paths import conf_dir
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -9,21 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sweep.core.batches import Batch, Plan
 from sweep.core.errors import SweepError
-from workers.data.samples import (
-    MAX_BATCH_TOKENS,
-    SIZES,
-    Batch,
-    Plan,
-    Sample,
-    first_texts,
-    make_plan,
-    read_captions,
-    read_hub_captions,
-    scene_captions,
-    text_samples,
-    with_scenes,
-)
+from sweep.core.sizes import SIZES
+from workers.data.batches import MAX_BATCH_TOKENS, make_plan
+from workers.data.samples import Sample, first_texts, read_captions, read_hub_captions, scene_captions, text_samples, with_scenes
 from workers.data.scenes import patches, scene
 
 VISION = {"vision_start": 1, "vision_end": 2, "image_token": 3, "merge": 2}

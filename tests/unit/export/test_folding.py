@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from sweep.config.schema import DatasetConfig
+from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import GroupFormat, MixedRecipe
@@ -22,7 +23,8 @@ from sweep.plan.subject import Model, samples_of
 from tests.exports import FP8, INT4, INT8, NVFP4, apply, apply_as_reader, group_format, kl, loaded, recipe_of
 from tests.models import random_model, random_samples
 from tests.recipes import recipe_of as recipe_over
-from workers.data.samples import Plan, Sample, make_plan
+from workers.data.batches import make_plan
+from workers.data.samples import Sample
 from workers.export.checkpoint import check_expressible, write_checkpoint
 from workers.export.folding import check_folds, output_scales, providers
 from workers.export.readback import check_export

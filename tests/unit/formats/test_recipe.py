@@ -13,8 +13,8 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.conversion import replace_quant_module, set_quantizer_by_cfg
 from torch import nn
 
-from sweep.config.schema import GranularityConfig, PairConfig
 from sweep.core.errors import InvalidRecipe, SweepError
+from sweep.core.pairs import GranularityConfig, PairConfig
 from sweep.core.paths import conf_dir
 from sweep.formats.quantizer import ATTRIBUTE_DEFAULTS, COST_HINT
 from sweep.formats.recipe import Recipe, attributes_for, resolve

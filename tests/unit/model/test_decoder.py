@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from sweep.core.batches import Batch
 from tests.models import random_model, random_samples
-from workers.data.samples import Batch, Sample, make_plan, with_scenes
+from workers.data.batches import make_plan
+from workers.data.samples import Sample, with_scenes
 from workers.model.decoder import Decoder, decoder_of
-from workers.scoring.capture import batch_to
+from workers.model.forward import batch_to
 
 N_LAYERS = 4
 KINDS = pytest.mark.parametrize("kind", ["qwen3_vl", "qwen2", "qwen3", "llama", "mistral"])

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from sweep.core.errors import SweepError
 from tests.models import random_model, random_samples, save_checkpoint
-from workers.data.samples import make_plan
+from workers.data.batches import make_plan
 from workers.model import loading
-from workers.scoring.capture import batch_to
+from workers.model.forward import batch_to
 
 CPU = torch.device("cpu")
 

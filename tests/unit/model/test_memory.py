@@ -8,6 +8,7 @@ import torch
 
 from sweep.config.compose import expand
 from sweep.core.errors import SweepError
+from sweep.core.groups import GroupSpec
 from sweep.plan.subject import Model
 from sweep.plan.trials import SweepPlan, plan_sweep
 from tests.models import overrides_of, place_at
@@ -15,7 +16,6 @@ from workers.model import memory
 from workers.model.memory import Workload, capture_bytes, fixed_bytes, needed_bytes, windows
 from workers.service import scorer
 from workers.service.scorer import Scorer
-from workers.task import GroupSpec
 
 
 def group(layer: int, n_inputs: int, n_outputs: int, tower: str = "language_model") -> GroupSpec:

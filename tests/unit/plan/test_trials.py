@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from sweep.config.compose import expand
 from sweep.core.errors import SweepError
+from sweep.core.sizes import SIZES
 from sweep.plan import trials
 from sweep.plan.trials import PlannedTrial, SweepPlan, plan_sweep
 from tests.models import save_checkpoint, write_captions
-from workers.data.samples import SIZES
 
 
 def plan(*overrides: str, device: Any = "cpu") -> SweepPlan:

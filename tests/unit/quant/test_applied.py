@@ -12,7 +12,7 @@ from torch import nn
 from sweep.core.errors import SweepError
 from tests.models import random_model, random_samples
 from tests.recipes import FORMATS, format_of, recipe_of
-from workers.data.samples import make_plan
+from workers.data.batches import make_plan
 from workers.quant.applied import applied, calibrated_model, output_error
 from workers.quant.calibration import fake_quantized, quantized_inputs
 from workers.quant.linear import LinearQuant

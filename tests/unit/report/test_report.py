@@ -11,7 +11,7 @@ import pytest
 from sweep.config.targets import all_targets
 from sweep.report.index import render_index
 from sweep.report.render import render_json, render_markdown, summary_lines
-from sweep.report.rows import analyse, portable_config, short_group
+from sweep.report.rows import analyse, portable_config
 from sweep.store.records import SCORES_SCHEMA, FinishedTrial, TrialRow
 
 TARGETS = {target.name: target for target in all_targets()}
@@ -128,19 +128,6 @@ def test_json_has_the_origins_sections_and_no_nan() -> None:
 def test_sparkline_keeps_the_place_of_a_group_never_called() -> None:
     groups = {f"{LAYERS}.{i}.mlp.down_proj": value for i, value in enumerate([[1.0, 1.0], None, [100.0, 100.0]])}
     assert "`▁x█`" in render_markdown(analyse(finished(groups)))
-
-
-@pytest.mark.parametrize(
-    ("leaves", "short"),
-    [(["q_proj", "k_proj", "v_proj"], "layers.3.x.q/k/v_proj"), (["gate_proj"], "layers.3.x.gate_proj"), (["w1", "w3"], "layers.3.x.w1/w3")],
-)
-def test_short_names(leaves: list[str], short: str) -> None:
-    modules = [f"{LAYERS}.3.x.{leaf}" for leaf in leaves]
-    assert short_group(modules[0], modules) == short
-
-
-def test_short_names_of_scattered_modules_count_them() -> None:
-    assert short_group("model.visual.e.0.w1", ["model.visual.e.0.w1", "model.visual.e.1.w1"]) == "visual.e.0.w1 (+1)"
 
 
 def test_published_config_names_no_machine_and_no_store() -> None:

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from sweep.core.errors import SweepError
-from sweep.core.machine import Workers, pick_workers
+from sweep.core.machine import Workers
 from sweep.run import cluster
-from tests.unit.core.test_machine import cluster as config
+from sweep.run.resources import pick_workers
+from tests.unit.run.test_resources import cluster as config
 
 
 def node(*, cpus: float = 8, gpus: float = 0, alive: bool = True) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from sweep.run import progress
-from sweep.run.progress import Display, Tally, duration
+from sweep.run.progress import Display, Tally
 from workers.task import Progress
 
 
@@ -84,24 +84,6 @@ def test_what_several_workers_have_done_of_a_task_adds_up_and_a_dead_ones_part_c
     assert tally.done_of("a") == 16
     tally.update(Progress(task_id="a", done=10, found=6, lease=3))  # what lease 1 left, and four more
     assert tally.done_of("a") == 20
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.2, "0 s"),
-        (48, "48 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 00 s"),
-        (200, "3 min 20 s"),
-        (3599.4, "59 min 59 s"),
-        (3599.7, "1 h 00 min"),
-        (7500, "2 h 05 min"),
-        (100 * 3600, "100 h 00 min"),
-    ],
-)
-def test_a_duration_is_said_as_a_person_says_it(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_without_a_terminal_a_line_comes_now_and_then(tally: Tally, clock: Clock) -> None:

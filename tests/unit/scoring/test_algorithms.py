@@ -14,14 +14,15 @@ import torch
 from modelopt.torch.export.quant_utils import preprocess_linear_fusion
 
 from sweep.config.compose import expand
+from sweep.core.batches import Plan
 from sweep.core.errors import InvalidRecipe
 from sweep.plan.trials import plan_sweep, recipe_of
 from tests.models import overrides_of, place_at
-from workers.data.samples import Plan
+from workers.model.forward import batch_to
 from workers.model.loading import load
 from workers.quant.block_formats import BACKEND
 from workers.quant.calibration import calibrated_linears, fake_quantized, quantized_inputs
-from workers.scoring.capture import batch_to, capture
+from workers.scoring.capture import capture
 from workers.scoring.gradient import Engine, Job
 
 INT8, INT4 = {"num_bits": 8, "axis": 0}, {"num_bits": 4, "block_sizes": {-1: 32, "type": "static"}}

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.models import random_model, random_samples
-from workers.data.samples import Sample, make_plan
-from workers.scoring.capture import backward_from, batch_to, capture, labels_of, summed_loss
+from workers.data.batches import make_plan
+from workers.data.samples import Sample
+from workers.model.forward import batch_to, labels_of, summed_loss
+from workers.scoring.capture import backward_from, capture
 
 
 @pytest.fixture(scope="module")

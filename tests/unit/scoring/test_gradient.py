@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sweep.core.batches import Plan
 from tests.models import random_samples
-from workers.data.samples import Plan, make_plan, text_samples
+from workers.data.batches import make_plan
+from workers.data.samples import text_samples
 from workers.scoring.capture import Rows, capture
 from workers.scoring.gradient import Engine, Job
 from workers.scoring.scores import GroupScore

@@ -11,10 +11,11 @@ from sweep.core.errors import SweepError
 from sweep.formats.mixed import MixedRecipe
 from tests.models import random_model, random_samples
 from tests.recipes import FORMATS, format_of, recipe_of
-from workers.data.samples import make_plan
+from workers.data.batches import make_plan
+from workers.model.forward import batch_to, labels_of, summed_loss
 from workers.quant.applied import applied, calibrated_model
 from workers.quant.calibration import calibrated_linears, fake_quantized, quantized_inputs
-from workers.scoring.capture import batch_to, capture, labels_of, summed_loss
+from workers.scoring.capture import capture
 from workers.scoring.gradient import Engine, Job
 from workers.scoring.recapture import recaptured_scores
 from workers.scoring.scores import NotFinite

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sweep.config.compose import expand
+from sweep.core.groups import is_vision
 from sweep.plan.trials import SweepPlan, plan_sweep
 from sweep.store.store import Store
 from tests.models import overrides_of, place_at
 from workers.service.scorer import Scorer
-from workers.task import Progress, Task, is_vision
+from workers.task import Progress, Task
 
 GRID = ["quant_pair=wint8_aint8,wfp8_afp8,wint4_afp16", "quant_granularity=default,recipe_match_channel_token"]
 DOWN_1 = "model.language_model.layers.1.mlp.down_proj"

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from sweep.core.errors import StoreFailed
+from sweep.core.groups import Part
 from sweep.store.store import Store
 from tests.tasks import GROUP, TASK
 from workers.scoring.scores import GroupScore
 from workers.service.rows import Ledger
 from workers.service.writers import Writers
-from workers.task import Part, Task
+from workers.task import Task
 
 ROOT = Path(__file__).resolve().parents[3]
 GROUPS = [replace(GROUP, name=f"layers.{i}.a", modules=(f"layers.{i}.a",), part=f"layers.{i}", layer_index=i) for i in range(3)]

@@ -24,7 +24,7 @@ from sweep.mixed_precision.recapture import recaptured_damage
 from sweep.plan.subject import Model, samples_of
 from sweep.store.records import TrialRow
 from tests.exports import FORMATS, apply, group_format, recipe_of
-from workers.data.samples import make_plan
+from workers.data.batches import make_plan
 from workers.model.loading import load
 from workers.quant.applied import calibrated_model
 
@@ -162,13 +162,13 @@ def test_mixes_are_the_same_for_the_same_options_and_uniform_ones_are_measured_e
 def test_formats_are_calibrated_once_for_recipes_that_are_measured_together(tmp_path: Path, recipe: MixedRecipe, options: Options) -> None:
     """Together or alone, a recipe's figures have the same bits."""
     mixes = random_mixes(options, 2)
-    together = validate(ready(recipe, tmp_path / "a"), [("recipe", recipe), *(("random", mix) for mix in mixes)])
-    alone = validate(ready(recipe, tmp_path / "b"), [("random", mixes[1])])
+    together = validate(ready(recipe, tmp_path / "a"), [("recipe", recipe), *(("random", mix) for mix in mixes)], "cpu")
+    alone = validate(ready(recipe, tmp_path / "b"), [("random", mixes[1])], "cpu")
     assert together[2] == alone[0]
 
 
 def test_recaptured_damage_has_the_shape_of_the_options(tmp_path: Path, recipe: MixedRecipe, options: Options) -> None:
-    damage = recaptured_damage(ready(recipe, tmp_path), recipe, options)
+    damage = recaptured_damage(ready(recipe, tmp_path), recipe, options, "cpu")
     assert damage.shape == (len(options.groups), 2)
     assert np.isinf(damage).sum() == np.isinf(damage[0, 1]) == 1
     assert (damage[np.isfinite(damage)] > 0).all()
