@@ -125,7 +125,7 @@ def test_the_packages_that_hold_packages_import_nothing(room: str) -> None:
         ("workers.service", "from sweep.config.schema import SweepConfig", "workers see of sweep only"),
         ("workers.data", "from sweep.report import analysis", "workers see of sweep only"),
         ("sweep.report", "from workers.data.batches import make_plan", "not below it"),
-        ("sweep.cli", "from sweep.solving import Request", "no package"),
+        ("sweep.cli", "from sweep.wizard import Request", "no package"),
     ],
 )
 def test_an_import_that_must_not_be_is_named(thing: str, source: str, words: str) -> None:
