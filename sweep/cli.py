@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sweep.errors import SweepError
-from sweep.interrupts import ignore_signals, interruptible
+from sweep.core.errors import SweepError
+from sweep.core.exits import EXIT_DONE, EXIT_INCOMPLETE, EXIT_WRONG_INPUT
+from sweep.core.interrupts import ignore_signals, interruptible
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _Request = TypeVar("_Request", bound="DataclassInstance")
-
-EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 2, 75
 
 _RUN_EPILOG = """\
 examples:
@@ -54,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_WRONG_INPUT
     except KeyboardInterrupt:  # while a command prepares; a run that scores says more
         print(f"sweep {options.verb}: interrupted", file=sys.stderr)  # noqa: T201 -- as above
-        return EXIT_INTERRUPTED
+        return EXIT_INCOMPLETE
     except BrokenPipeError:  # `sweep status | head`
         sys.stderr.close()
-        return 0
+        return EXIT_DONE
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -65,37 +64,35 @@ def _run(options: argparse.Namespace) -> int:
 
     overrides: list[str] = options.overrides
     if options.cfg:
-        from sweep.compose import DEFAULT_GRID, expand, to_yaml
+        from sweep.commands.cfg import print_config
 
-        grid = expand(overrides, multirun=options.multirun, default_grid=DEFAULT_GRID)
-        sys.stdout.write("---\n".join(to_yaml(point) for point in grid.points))
-        return 0
-    from sweep.run import run
+        return print_config(overrides, multirun=options.multirun)
+    from sweep.commands.run import run
 
     demo = not overrides and not options.multirun
     return run(["grid=demo"] if demo else overrides, multirun=options.multirun or demo, console=Console(markup=False, soft_wrap=True))
 
 
 def _status(options: argparse.Namespace) -> int:
-    from sweep.status import print_status
+    from sweep.commands.status import print_status
 
     return print_status(options.overrides, as_json=options.as_json, watch=options.watch, ask_ray=options.cluster)
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from sweep.sync import publish_store
+    from sweep.commands.publish import publish_store
 
     return publish_store(options.overrides, overwrite=options.overwrite, as_json=options.as_json)
 
 
 def _solve(options: argparse.Namespace) -> int:
-    from sweep.solving import Request, solve_command
+    from sweep.commands.solve import Request, solve_command
 
     return solve_command(_request(Request, options))
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from sweep.validate import Request, validate_command
+    from sweep.commands.validate import Request, validate_command
 
     return validate_command(_request(Request, options))
 
@@ -103,7 +100,7 @@ def _validate(options: argparse.Namespace) -> int:
 def _recommend(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from sweep.recommend import Request, recommend
+    from sweep.commands.recommend import Request, recommend
 
     return recommend(_request(Request, options), Console(markup=False, soft_wrap=True, quiet=options.as_json))
 
@@ -115,16 +112,16 @@ def _request(kind: type[_Request], options: argparse.Namespace) -> _Request:
 
 def _doctor(options: argparse.Namespace) -> int:
     if options.store:
-        from sweep.integrity import examine_store
+        from sweep.commands.doctor import examine_store
 
         return examine_store(options.overrides, as_json=options.as_json)
-    from sweep.doctor import examine
+    from sweep.commands.doctor import examine
 
     return examine(options.overrides, multirun=options.multirun, as_json=options.as_json)
 
 
 def _export(options: argparse.Namespace) -> int:
-    from sweep.export import export
+    from sweep.commands.export import export
 
     return export(options.recipe_path, options.overrides, file_format=options.format, out=options.out, overwrite=options.overwrite)
 

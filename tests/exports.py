@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe
-from sweep.paths import bundled_model_dir
-from sweep.subject import Model
-from workers.calibration import fake_quantized, quantized_inputs
-from workers.linear_quant import LinearQuant
-from workers.quantization import Quantizers
+from sweep.core.paths import bundled_model_dir
+from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
+from sweep.plan.subject import Model
+from workers.quant.calibration import fake_quantized, quantized_inputs
+from workers.quant.linear import LinearQuant
+from workers.quant.modelopt import Quantizers
 
 PER_TOKEN = {"type": "dynamic", "block_sizes": {-1: None}}
 FP8, INT4, INT8 = {"num_bits": (4, 3)}, {"num_bits": 4}, {"num_bits": 8}

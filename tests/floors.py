@@ -20,8 +20,8 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor, nn
 
-from workers.capture import batch_to
-from workers.data import Plan
+from sweep.core.batches import Plan
+from workers.model.forward import batch_to
 
 SUMS: Final = 1e-5  # relative; sums of up to 512 products in float32, in another order: 3e-7 measured
 _MOVE: Final = 1e-7  # of each embedding: the last bit of float32

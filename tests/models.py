@@ -22,7 +22,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from workers.data import Sample
+from workers.data.samples import Sample
 
 VOCABULARY = 512
 

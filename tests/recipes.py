@@ -5,8 +5,8 @@ from typing import Any, Final
 
 from torch import nn
 
-from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe
-from workers.quantization import layer_groups
+from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
+from workers.quant.modelopt import layer_groups
 
 PER_TOKEN: Final[dict[str, Any]] = {"type": "dynamic", "block_sizes": {-1: None}}
 FP8: Final[dict[str, Any]] = {"num_bits": (4, 3), "axis": None}

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from sweep.compose import expand
-from sweep.config import to_record
-from sweep.records import SCORES_SCHEMA, TrialRow
-from sweep.store import Store
+from sweep.config.compose import expand
+from sweep.config.schema import to_record
+from sweep.store.records import SCORES_SCHEMA, TrialRow
+from sweep.store.store import Store
 
 # name, modules, decoder layer, weight elements
 GROUPS: Final = (

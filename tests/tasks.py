@@ -2,7 +2,8 @@
 
 from typing import Final
 
-from workers.task import GroupSpec, ModelSpec, Picture, Task
+from sweep.core.groups import GroupSpec
+from workers.task import ModelSpec, Picture, Task
 
 GROUP: Final = GroupSpec(name="layers.0.a", modules=("layers.0.a",), part="layers.0", layer_index=0, weight_elements=4, n_inputs=2, n_outputs=2)
 TASK: Final = Task(

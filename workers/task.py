@@ -1,12 +1,14 @@
 """What the driver asks of a worker: plain values that travel between processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Final, Literal
 
-from workers.data import SIZES
+from sweep.core.groups import GroupSpec
+from sweep.core.sizes import SIZES
 
+POOL: Final = "sweep-pool"  # name of the actor that assigns parts to workers
 _VISIT_COST: Final = 0.3  # of a task's quantizing and summing beside one product
 
 
@@ -17,27 +19,6 @@ class ModelSpec:
     path: str  # checkpoint directory on the worker's machine
     revision: str  # hash of weights and config.json
     dtype: Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupSpec:
-    """Linears that share a recipe, and where their row goes."""
-
-    name: str  # the first module
-    modules: tuple[str, ...]
-    part: str  # the decoder layer or top-level block whose file holds the row
-    layer_index: int | None  # None outside decoder blocks
-    weight_elements: int
-    n_inputs: int  # of the first module; the others read the same tensor
-    n_outputs: int  # of all modules together
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Layer groups whose rows go into one file: a decoder layer, or a top-level block."""
-
-    name: str
-    groups: tuple[GroupSpec, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,28 +100,6 @@ class Picture:
     trial_seconds: tuple[float, ...]  # of the trials that have ended since the last picture
 
 
-def parts_of(groups: Sequence[GroupSpec]) -> tuple[Part, ...]:
-    """The parts that layer groups make up, in the model's order."""
-    return tuple(Part(name, tuple(members)) for name, members in groupby(groups, key=lambda group: group.part))
-
-
 def part_names(task: Task) -> tuple[str, ...]:
     """Names of a task's parts, in the model's order."""
     return tuple(name for name, _ in groupby(group.part for group in task.groups))
-
-
-def is_vision(module: str) -> bool:
-    """Whether a module belongs to a vision tower or a merger, whose rows are patches."""
-    return "visual" in module or "vision" in module
-
-
-def part_of(module: str) -> tuple[str, int | None]:
-    """The part that a module's row belongs to, and its decoder layer if it is in one.
-
-    A part is everything under the first numbered child (``model.language_model.layers.7``), else under the module's parent.
-    """
-    words = module.split(".")
-    for position, word in enumerate(words):
-        if word.isdigit():
-            return ".".join(words[: position + 1]), None if is_vision(module) else int(word)
-    return (".".join(words[:-1]) or module), None

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tests.bench.setup import Subject, job, spearman
-from workers.capture import Rows
-from workers.quantization import Quantizers
-from workers.scoring import Engine
+from workers.quant.modelopt import Quantizers
+from workers.scoring.capture import Rows
+from workers.scoring.gradient import Engine
 from workers.task import Task
 
 CHECKED = (

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from sweep import driver, worker_pool
-from sweep.machine import Workers
+from sweep.core.machine import Workers
+from sweep.run import driver, worker_pool
 from tests.tasks import PICTURE, TASK
-from workers.data import Sample, make_plan
+from workers.data.batches import make_plan
+from workers.data.samples import Sample
 from workers.task import Picture, Progress, Task
 
 
@@ -23,7 +24,7 @@ def run_bare(
     """One trial a task.
 
     Args:
-        worker: has the interface of workers.actor.Worker.
+        worker: has the interface of workers.service.actor.Worker.
         tasks: by task id.
         workers: how many, where.
         store: a folder, if workers join a cluster.

@@ -28,20 +28,20 @@ import torch
 from modelopt.torch.quantization.config import QuantizeConfig
 from torch import nn
 
-from sweep.compose import expand
-from sweep.mixed import GroupFormat, MixedRecipe
-from sweep.mixing import Budget, problem_of, recipe, solved
-from sweep.options import Options, read_options
-from sweep.prepared import Prepared, config_of, loaded, prepared
-from sweep.recipe_quantizer import QuantizerSpec
-from sweep.solving import rules_of
-from sweep.store import Store
-from sweep.targets import Target
-from sweep.validate import Measured, uniform_recipes, validate
+from sweep.config.compose import expand
+from sweep.config.targets import Target
+from sweep.core.batches import Batch
+from sweep.formats.mixed import GroupFormat, MixedRecipe
+from sweep.formats.quantizer import QuantizerSpec
+from sweep.mixed_precision.candidates import Options, read_options
+from sweep.mixed_precision.measured import Measured, uniform_recipes, validate
+from sweep.mixed_precision.prepared import Prepared, config_of, loaded, prepared
+from sweep.mixed_precision.recipe import Budget, problem_of, recipe, rules_of, solved
+from sweep.run.resources import pick_workers
+from sweep.store.store import Store
 from tests.bench.setup import report
-from workers.block_formats import BACKEND, register
-from workers.data import Batch
-from workers.quantization import auto_quantize_state
+from workers.quant.block_formats import BACKEND, register
+from workers.quant.modelopt import auto_quantize_state
 
 
 def quantize_config(chosen: GroupFormat, effective_bits: float | None) -> dict[str, Any]:
@@ -118,7 +118,8 @@ class Comparison:
         self.uniform = self.measured([("uniform", each) for each in uniform_recipes(options)])
 
     def measured(self, recipes: Sequence[tuple[str, MixedRecipe]]) -> list[Measured]:
-        return validate(self.ready(recipes[0][1]), recipes)
+        ready = self.ready(recipes[0][1])
+        return validate(ready, recipes, pick_workers(ready.config.cluster).device)
 
     def ready(self, made: MixedRecipe) -> Prepared:
         return prepared(made, config_of(made, [*self._typed, "cluster.device=cpu"]))
@@ -164,7 +165,7 @@ def main() -> None:
     formats = [option.format for option in comparison.options.formats]
     ready = comparison.ready(uniform_recipes(comparison.options)[0])
     register()
-    model, batches = loaded(ready), list(ready.plan.batches("large"))
+    model, batches = loaded(ready, pick_workers(ready.config.cluster).device), list(ready.plan.batches("large"))
     covered = [module for group in comparison.options.groups for module in group["modules"]]
     for sizes in ("ModelOpt's", "ours"):
         candidates = [quantize_config(each, each.effective_bits if sizes == "ours" else None) for each in formats]

@@ -8,8 +8,8 @@ python -m tests.bench.capture --device cuda --model qwen3_vl_4b_shape
 import argparse
 
 from tests.bench.setup import peak_gb, report, seconds, subject
-from workers.capture import capture
-from workers.windows import captures
+from workers.scoring.capture import capture
+from workers.scoring.windows import captures
 
 
 def main() -> None:

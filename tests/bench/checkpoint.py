@@ -5,10 +5,10 @@
 import shutil
 from pathlib import Path
 
-from sweep.paths import bundled_model_dir
+from sweep.core.paths import bundled_model_dir
 from tests.bench.setup import random_4b
-from workers import modeling
-from workers.data import read_captions
+from workers.data.samples import read_captions
+from workers.model import loading
 
 _TOKENS_A_CAPTION = 14  # as COCO's have with Qwen's tokenizer
 _LONG_TOKENS = 520  # cut at dataset.max_tokens, 512
@@ -28,7 +28,7 @@ def make_checkpoint(directory: Path, model: str, device: str) -> Path:
 def write_captions(path: Path, *, long: bool) -> Path:
     """512 captions of about 14 tokens, or 128 of at least 512; words of the bundled glosses."""
     words = " ".join(read_captions(bundled_model_dir() / "wordnet_glosses.txt", 512)).split()
-    n_tokens = sum(len(ids) for ids in modeling.tokenize(bundled_model_dir(), [" ".join(words)]))
+    n_tokens = sum(len(ids) for ids in loading.tokenize(bundled_model_dir(), [" ".join(words)]))
     n_words = round((_LONG_TOKENS * 1.1 if long else _TOKENS_A_CAPTION) * len(words) / n_tokens)
     lines = [" ".join(words[(i * n_words + j) % len(words)] for j in range(n_words)) for i in range(128 if long else 512)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

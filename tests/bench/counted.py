@@ -6,10 +6,10 @@ import os
 from concurrent.futures import Future
 from typing import Any, Final
 
-from sweep import worker_pool
 from sweep.cli import script
-from workers import actor
-from workers.scores import PartScores
+from sweep.run import worker_pool
+from workers.scoring.scores import PartScores
+from workers.service import actor
 
 SCORED: Final = "SWEEP_BENCH_SCORED"  # in the environment of the driver: the file
 _LOG = os.environ.get(SCORED, "")  # goes with the class to workers, which may have another environment

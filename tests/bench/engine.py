@@ -20,9 +20,9 @@ from typing import Any
 
 from tests.bench.reference import auto_quantize, padded_batches
 from tests.bench.setup import Subject, job, peak_gb, report, seconds, subject
-from workers.capture import Rows, capture
-from workers.quantization import auto_quantize_scores
-from workers.scoring import Engine, Job, Scores
+from workers.quant.modelopt import auto_quantize_scores
+from workers.scoring.capture import Rows, capture
+from workers.scoring.gradient import Engine, Job, Scores
 from workers.task import Task
 
 _ALONE = "wint8_aint8/default"

@@ -12,8 +12,8 @@ import argparse
 
 from tests.bench.reference import auto_quantize, padded_batches
 from tests.bench.setup import job, peak_gb, report, seconds, spearman, subject
-from workers.kl import KlEngine
-from workers.scoring import Scores
+from workers.scoring.gradient import Scores
+from workers.scoring.kl import KlEngine
 
 _ALONE = "wint8_aint8/default"
 _BATCH = 64

@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 
-from sweep.paths import bundled_model_dir
+from sweep.core.batches import Plan
+from sweep.core.paths import bundled_model_dir
+from sweep.core.sizes import SIZES
 from tests.bench.checkpoint import make_checkpoint
 from tests.bench.setup import grid_tasks, peak_gb, random_4b, random_captions, report, seconds
-from workers import modeling
-from workers.data import SIZES, Plan, make_plan, read_captions, text_samples
-from workers.scorer import Scorer
+from workers.data.batches import make_plan
+from workers.data.samples import read_captions, text_samples
+from workers.model import loading
+from workers.service.scorer import Scorer
 from workers.task import ModelSpec, Task
 
 
@@ -53,9 +56,9 @@ def main() -> None:
         path = make_checkpoint((args.scratch or Path(fresh)) / "model", args.model, args.device)
         spec = ModelSpec(path=str(path), revision="bench", dtype="float32" if args.device == "cpu" else "bfloat16")
         texts = read_captions(bundled_model_dir() / "wordnet_glosses.txt", 512)
-        samples = text_samples(modeling.tokenize(bundled_model_dir(), texts), 512) if args.model == "tiny" else random_captions(512)
+        samples = text_samples(loading.tokenize(bundled_model_dir(), texts), 512) if args.model == "tiny" else random_captions(512)
         plan = make_plan(samples, packed=True)
-        network = modeling.load(path, dtype=torch.float32, device="cpu") if args.model == "tiny" else random_4b("meta")
+        network = loading.load(path, dtype=torch.float32, device="cpu") if args.model == "tiny" else random_4b("meta")
         tasks = [
             replace(task, task_id=f"task-{number}", model=spec, plan_id="plan", cells={size: f"{number}-{size}" for size in SIZES})
             for number, task in enumerate(grid_tasks(network, args.device))

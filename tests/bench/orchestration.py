@@ -15,12 +15,12 @@ from typing import Any
 
 from ray import tune
 
-from sweep import cluster, driver
-from sweep.machine import Workers
+from sweep.core.batches import Plan
+from sweep.core.machine import Workers
+from sweep.run import cluster, driver
 from tests.bench.bare import run_bare
 from tests.tasks import TASK
-from workers import actor
-from workers.data import Plan
+from workers.service import actor
 from workers.task import Progress, Task
 
 _N_TRIALS = 384

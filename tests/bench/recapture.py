@@ -12,14 +12,14 @@ import time
 
 import torch
 
-from sweep.analysis import FloatArray
-from sweep.compose import expand
-from sweep.mixing import Budget, Rules, problem_of, recipe, solved
-from sweep.options import read_options
-from sweep.prepared import config_of, prepared
-from sweep.recapture import recaptured_damage
-from sweep.store import Store
-from sweep.validate import uniform_recipes, validate
+from sweep.config.compose import expand
+from sweep.mixed_precision.candidates import read_options
+from sweep.mixed_precision.measured import uniform_recipes, validate
+from sweep.mixed_precision.prepared import config_of, prepared
+from sweep.mixed_precision.recapture import recaptured_damage
+from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe, solved
+from sweep.report.analysis import FloatArray
+from sweep.store.store import Store
 from tests.bench.setup import report
 
 
@@ -42,13 +42,13 @@ def main() -> None:
             made = recipe(options, solved(options, problem, Budget(bits=bits), rules), f"{bits:g} bits, round {round_}", None, damage)
             ready = prepared(made, config_of(made, [f"store.uri={args.store}", "cluster.device=cpu"]))
             asked = [("recipe", made), *(("uniform", each) for each in uniform if each.effective_bits <= bits and not round_)]
-            found, *others = validate(ready, asked)
+            found, *others = validate(ready, asked, "cpu")
             figures: dict[str, object] = {"bits": bits, "round": round_, "predicted_kl": found.predicted_kl, "held_out_kl": found.measured_kl}
             if others:
                 best = min(others, key=lambda row: row.measured_kl)
                 figures |= {"best_uniform": best.name, "best_uniform_kl": best.measured_kl}
             if round_ < args.rounds:
-                damage = recaptured_damage(ready, made, options)
+                damage = recaptured_damage(ready, made, options, "cpu")
             report("recapture", device, figures | {"seconds": time.perf_counter() - started})
 
 

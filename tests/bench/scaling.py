@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from sweep.machine import memory_gb
+from sweep.core.machine import memory_gb
 from tests.bench.checkpoint import make_checkpoint, write_captions
 from tests.bench.commands import run_sweep, sweep_command
 from tests.bench.setup import report

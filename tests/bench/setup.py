@@ -18,12 +18,15 @@ import torch
 from scipy.stats import spearmanr
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from sweep.compose import expand
-from sweep.paths import bundled_model_dir
-from sweep.planning import plan_sweep
-from workers import modeling
-from workers.data import SIZES, Plan, Sample, make_plan, read_captions, text_samples
-from workers.scoring import Job
+from sweep.config.compose import expand
+from sweep.core.batches import Plan
+from sweep.core.paths import bundled_model_dir
+from sweep.core.sizes import SIZES
+from sweep.plan.trials import plan_sweep
+from workers.data.batches import make_plan
+from workers.data.samples import Sample, read_captions, text_samples
+from workers.model import loading
+from workers.scoring.gradient import Job
 from workers.task import Task
 
 # Shape of Qwen/Qwen3-VL-4B-Instruct, from the config.json of its model card.
@@ -71,10 +74,10 @@ def subject(model: str, device: str) -> Subject:
     if device == "cpu":
         torch.set_num_threads(1)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    network = modeling.load(bundled_model_dir(), dtype=dtype, device=device) if model == "tiny" else random_4b(device)
+    network = loading.load(bundled_model_dir(), dtype=dtype, device=device) if model == "tiny" else random_4b(device)
     if model == "tiny":
         texts = read_captions(bundled_model_dir() / "wordnet_glosses.txt", 512)
-        samples = text_samples(modeling.tokenize(bundled_model_dir(), texts), 512)
+        samples = text_samples(loading.tokenize(bundled_model_dir(), texts), 512)
     else:
         samples = random_captions(512)
     return Subject(
@@ -112,8 +115,8 @@ def grid_tasks(network: Any, device: str, overrides: tuple[str, ...] = ("dataset
 
     from torch import nn
 
-    from workers.quantization import layer_groups
-    from workers.task import GroupSpec, part_of
+    from sweep.core.groups import GroupSpec, part_of
+    from workers.quant.modelopt import layer_groups
 
     points = expand(["grid=origin", *overrides], multirun=True).points
     tasks = list(plan_sweep(points, "cpu" if device == "cpu" else "cuda").tasks.values())

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sweep.worker_pool import Worker
+from sweep.run.worker_pool import Worker
 from tests.tasks import GROUP, TASK
 from workers.task import Progress, Task
 
@@ -70,7 +70,7 @@ def grid() -> dict[str, Task]:
 
 def drive(address: str, n_workers: int, elastic: bool, folder: Path) -> None:
     """The sweep's side, in a process of its own; prints what came out."""
-    from sweep.machine import Workers
+    from sweep.core.machine import Workers
     from tests.bench.bare import run_bare
 
     workers = Workers(device="cuda", count=n_workers, gpus_each=1.0, address=address, elastic=elastic)

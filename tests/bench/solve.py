@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sweep.mixing import Rules, problem_of
-from sweep.options import read_options
-from sweep.solve import Problem, cost_range, solve, total
-from sweep.store import Store
+from sweep.mixed_precision.candidates import read_options
+from sweep.mixed_precision.knapsack import Problem, cost_range, solve, total
+from sweep.mixed_precision.recipe import Rules, problem_of
+from sweep.store.store import Store
 from tests.bench.setup import report
 
 N_GROUPS, N_FORMATS, N_PREDICTIONS = 144, 24, 6633  # of Qwen3-VL-4B and 512 captions

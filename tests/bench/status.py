@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 import torch
 
-from sweep.compose import expand
-from sweep.planning import SweepPlan, plan_sweep
-from sweep.records import SCORES_SCHEMA
-from sweep.session import Session
-from sweep.store import Store
+from sweep.config.compose import expand
+from sweep.plan.trials import SweepPlan, plan_sweep
+from sweep.run.session import Session
+from sweep.store.records import SCORES_SCHEMA
+from sweep.store.store import Store
 from tests.bench.setup import report
 
 ROOT = Path(__file__).resolve().parents[2]

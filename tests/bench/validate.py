@@ -13,18 +13,21 @@ import argparse
 import numpy as np
 import torch
 
-from sweep.mixed import GroupChoice, GroupFormat
-from sweep.paths import bundled_model_dir
+from sweep.core.batches import Plan
+from sweep.core.groups import GroupSpec
+from sweep.core.paths import bundled_model_dir
+from sweep.formats.mixed import GroupChoice, GroupFormat
 from tests.bench.setup import Subject, job, report, spearman, subject
-from workers import modeling
-from workers.applied import calibrated_groups
-from workers.capture import capture
-from workers.data import Plan, make_plan, read_captions, text_samples
-from workers.kl import KlEngine
-from workers.scores import NotFinite, Scores
-from workers.scoring import Engine
-from workers.task import GroupSpec, Task
-from workers.validation import Damage, Validator
+from workers.data.batches import make_plan
+from workers.data.samples import read_captions, text_samples
+from workers.model import loading
+from workers.quant.applied import calibrated_groups
+from workers.scoring.capture import capture
+from workers.scoring.gradient import Engine
+from workers.scoring.kl import KlEngine
+from workers.scoring.scores import NotFinite, Scores
+from workers.scoring.validation import Damage, Validator
+from workers.task import Task
 
 _RECIPES = (
     "wfp8_afp8/default",
@@ -81,7 +84,7 @@ def mixes(bench: Subject, tasks: list[Task], groups: tuple[GroupSpec, ...], size
     ]
     quants = calibrated_groups(bench.model, list(bench.plan.batches(size)), choices, {group.name: formats for group in groups})
     texts = read_captions(bundled_model_dir() / "wordnet_glosses.txt", 512 + _HELD_OUT)[512:]
-    others: Plan = make_plan(text_samples(modeling.tokenize(bundled_model_dir(), texts), 512), packed=True)
+    others: Plan = make_plan(text_samples(loading.tokenize(bundled_model_dir(), texts), 512), packed=True)
     validators = [Validator(bench.model, list(plan.batches(name))) for plan, name in ((bench.plan, size), (others, "medium"))]
     rng = np.random.default_rng(0)
     sums: list[float] = []

@@ -13,7 +13,7 @@ with warnings.catch_warnings():
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
 
-from workers.block_formats import BACKEND, _reciprocal, register
+from workers.quant.block_formats import BACKEND, _reciprocal, register
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

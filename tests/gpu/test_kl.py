@@ -9,12 +9,12 @@ from torch import nn
 
 from tests.floors import floor
 from tests.models import random_model, random_samples
-from workers.data import make_plan
-from workers.divergence import divergence
-from workers.kl import KlEngine
-from workers.quantization import layer_groups
-from workers.scores import NotFinite
-from workers.scoring import Job
+from workers.data.batches import make_plan
+from workers.quant.modelopt import layer_groups
+from workers.scoring.divergence import divergence
+from workers.scoring.gradient import Job
+from workers.scoring.kl import KlEngine
+from workers.scoring.scores import NotFinite
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -21,8 +21,8 @@ RECIPES = [(weight, inputs) for weight in (INT8, INT4, NVFP4) for inputs in (Non
 def captured(request: pytest.FixtureRequest) -> Any:
     from torch import nn
 
-    from workers.capture import capture
-    from workers.data import make_plan
+    from workers.data.batches import make_plan
+    from workers.scoring.capture import capture
 
     model = random_model("qwen3_vl").to("cuda", request.param)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "language_model" in name]
@@ -31,7 +31,7 @@ def captured(request: pytest.FixtureRequest) -> Any:
 
 
 def jobs(recipes: list[Any], *sizes: str) -> list[Any]:
-    from workers.scoring import Job
+    from workers.scoring.gradient import Job
 
     segments = {"small": 1, "medium": 2}
     made = []
@@ -42,7 +42,7 @@ def jobs(recipes: list[Any], *sizes: str) -> list[Any]:
 
 
 def scores(captured: Any, recipes: list[Any], *sizes: str) -> list[Any]:
-    from workers.scoring import Engine
+    from workers.scoring.gradient import Engine
 
     model, rows, _ = captured
     name = next(name for name in rows if name.endswith("gate_proj"))
@@ -65,12 +65,12 @@ def test_bits_do_not_depend_on_what_is_scored_beside(captured: Any) -> None:
 
 
 def test_scores_are_within_half_a_percent_of_float32(captured: Any) -> None:
-    from workers.quantization import Quantizers, quantized
+    from workers.quant.modelopt import Quantizers, quantized
 
     model, rows, _ = captured
     name = next(name for name in rows if name.endswith("down_proj"))
     weight, seen, quantizers = model.get_submodule(name).weight, rows[name], Quantizers()
-    from workers.scoring import Engine
+    from workers.scoring.gradient import Engine
 
     found = Engine(torch.device("cuda")).score_group({name: weight}, rows, jobs(RECIPES, "medium"))()
     assert found is not None

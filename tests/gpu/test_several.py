@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sweep.compose import expand
-from sweep.planning import SweepPlan, plan_sweep
-from sweep.store import Store
+from sweep.config.compose import expand
+from sweep.plan.trials import SweepPlan, plan_sweep
+from sweep.store.store import Store
 from tests.models import overrides_of, place_at
-from workers import modeling
-from workers.capture import capture
-from workers.scorer import Scorer
+from workers.model import loading
+from workers.scoring.capture import capture
+from workers.service.scorer import Scorer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
 GRID = ["quant_pair=wfp8_afp8,wint8_aint8,wint4_afp16,wfp4_afp16", "quant_granularity=default,recipe_match_channel_token", "dataset.size=small,medium"]
@@ -46,7 +46,7 @@ def on_one(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 
 def test_layers_are_captured_where_their_weights_are(place: Path) -> None:
-    model = modeling.load(place / "model", dtype=torch.bfloat16, device="cuda", n_gpus=2)
+    model = loading.load(place / "model", dtype=torch.bfloat16, device="cuda", n_gpus=2)
     plan = planned(place)
     task = next(iter(plan.tasks.values()))
     names = [name for group in task.groups for name in group.modules]

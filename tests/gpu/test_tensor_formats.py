@@ -43,8 +43,8 @@ def test_bits_are_those_of_modelopts_kernels(name: str, family: str) -> None:
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
 
-    from workers.quantization import calibrate
-    from workers.tensor_formats import BACKEND, supports
+    from workers.quant.modelopt import calibrate
+    from workers.quant.tensor_formats import BACKEND, supports
 
     assert supports(FORMATS[name])
     for dtype in (torch.float32, torch.bfloat16):

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from tests.models import random_model, random_samples
-from workers.capture import capture
-from workers.data import Sample, make_plan, with_scenes
-from workers.windows import captures
+from workers.data.batches import make_plan
+from workers.data.samples import Sample, with_scenes
+from workers.scoring.capture import capture
+from workers.scoring.windows import captures
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sweep.paths import bundled_model_dir
-from sweep.store import Store
+from sweep.core.paths import bundled_model_dir
+from sweep.store.store import Store
 from tests.ray.test_sweep import ROOT, at_work, cells, finish, status
 
 GRID = ["-m", "quant_pair=wint8_aint8,wfp8_afp8,wint4_afp16,wint8_afp16", "dataset.size=medium"]

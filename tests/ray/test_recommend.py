@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sweep.mixed import MixedRecipe
+from sweep.formats.mixed import MixedRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = ["target=vllm_sm90", "quant_pair=wint4_afp16,wint8_afp16", "dataset.size=small", "validation.n_samples=16", "cluster.workers=1"]

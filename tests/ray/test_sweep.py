@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sweep.store import Store
+from sweep.store.store import Store
 from tests.models import overrides_of, place_at
 
 ROOT = Path(__file__).resolve().parents[2]

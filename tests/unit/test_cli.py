@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sweep import compose
 from sweep.cli import main
-from sweep.compose import expand
-from sweep.errors import StoreFailed
-from sweep.paths import conf_dir
-from sweep.planning import plan_sweep
-from sweep.store import Store
+from sweep.config import compose
+from sweep.config.compose import expand
+from sweep.core.errors import StoreFailed
+from sweep.core.paths import conf_dir
+from sweep.plan.trials import plan_sweep
+from sweep.store.store import Store
 from tests import scored
 from tests.models import save_checkpoint, write_captions
 
@@ -213,7 +213,7 @@ def test_an_empty_store_says_what_to_type(here: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("verb", "within"), [("run", "sweep.run.plan_sweep"), ("status", "sweep.status.print_status")])
+@pytest.mark.parametrize(("verb", "within"), [("run", "sweep.commands.run.plan_sweep"), ("status", "sweep.commands.status.print_status")])
 def test_an_interrupted_command_is_no_traceback(
     verb: str, within: str, number: int, monkeypatch: pytest.MonkeyPatch, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,8 +226,8 @@ def test_an_interrupted_command_is_no_traceback(
 @pytest.mark.parametrize(
     ("failing", "why"),
     [
-        ("sweep.publish._swap_folder", "Cannot publish into {root}: No space left on device. Make room, or mend what is wrong with it. Stopped"),
-        ("sweep.session.Session.end", "Cannot write to the store {store}: No space left on device. Make room, or mend what is wrong with it. Stopped"),
+        ("sweep.report.publish._swap_folder", "Cannot publish into {root}: No space left on device. Make room, or mend what is wrong with it. Stopped"),
+        ("sweep.run.session.Session.end", "Cannot write to the store {store}: No space left on device. Make room, or mend what is wrong with it. Stopped"),
     ],
 )
 def test_a_disk_that_is_full_when_reports_are_made_leaves_a_run_to_resume(
@@ -258,7 +258,7 @@ def test_a_disk_that_is_full_when_reports_are_made_leaves_a_run_to_resume(
 
 def test_a_store_of_a_newer_program_is_refused_and_kept(here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The last check before anything is written."""
-    from tests.unit.test_store import SCHEMA_VERSION, TRIALS_SCHEMA, of_version
+    from tests.unit.store.test_store import SCHEMA_VERSION, TRIALS_SCHEMA, of_version
 
     newer = of_version(SCHEMA_VERSION + 1, TRIALS_SCHEMA)
     store = Store(str(tmp_path / "store"))

@@ -150,7 +150,7 @@ def commands() -> Iterator[list[str]]:
 
 
 def test_documented_commands_compose() -> None:
-    from sweep.compose import expand
+    from sweep.config.compose import expand
 
     found = sorted({tuple(words) for words in commands()})
     assert len(found) >= 4

@@ -1,0 +1,133 @@
+"""`sweep doctor`: check machine, configuration, model and data before hours are spent."""
+
+import json
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sweep.config.compose import DEFAULT_GRID, Grid, expand
+from sweep.config.schema import SweepConfig
+from sweep.core.errors import SweepError
+from sweep.core.exits import EXIT_DONE, EXIT_WRONG_INPUT
+from sweep.core.machine import memory_gb, n_cores, n_gpus
+from sweep.core.text import count
+from sweep.plan.subject import checkpoint_dir, checkpoint_gb
+from sweep.plan.trials import plan_sweep
+from sweep.run.resources import pick_workers
+from sweep.store.integrity import Finding, check_store
+from sweep.store.store import Store
+
+# What was tested; another release may work and is warned about.
+_TESTED = {"nvidia-modelopt": "0.47", "ray": "2.60", "transformers": "5.", "torch": "2."}
+
+COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
+def examine(overrides: Sequence[str], *, multirun: bool, as_json: bool) -> int:
+    """Print what would stop or surprise a run with these overrides. Returns 0, or 2 if something would stop it."""
+    grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
+    findings = list(_findings(grid))
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))  # noqa: T201 -- machine-readable output
+    else:
+        table = Table("", "subject", "finding", box=None)
+        for finding in findings:
+            table.add_row(Text(finding.verdict, style=COLOURS[finding.verdict]), finding.subject, Text(finding.text))
+        Console().print(table)
+    return EXIT_WRONG_INPUT if any(finding.verdict == "error" for finding in findings) else EXIT_DONE
+
+
+def examine_store(overrides: list[str], *, as_json: bool) -> int:
+    """Verify and repair the store that the overrides name, and print what was found. Returns 0, or 2 if something is left that stops a run."""
+    store = Store(expand(overrides, multirun=False).points[0].store.uri)
+    findings = check_store(store)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))  # noqa: T201 -- machine-readable output
+    else:
+        console = Console(soft_wrap=True)
+        for finding in findings:
+            console.print(Text(f"{finding.verdict:8}", style=COLOURS[finding.verdict]) + Text(f"{finding.subject}: {finding.text}"))
+    return EXIT_WRONG_INPUT if any(finding.verdict == "error" for finding in findings) else EXIT_DONE
+
+
+def _findings(grid: Grid) -> list[Finding]:
+    base = grid.points[0]
+    checks: dict[str, Callable[[], Finding]] = {
+        "python": _python,
+        "packages": _packages,
+        "workers": lambda: _workers(base),
+        "store": lambda: _store(base),
+        "model": lambda: _model(base),
+        "grid": lambda: _grid(grid),
+    }
+    findings: list[Finding] = []
+    for subject, check in checks.items():
+        try:
+            findings.append(check())
+        except SweepError as error:
+            findings.append(Finding(subject=subject, verdict="error", text=str(error)))
+    return findings
+
+
+def _python() -> Finding:
+    return Finding(subject="python", verdict="ok", text=f"{platform.python_version()}, {n_cores()} cores, {n_gpus()} GPUs")
+
+
+def _packages() -> Finding:
+    found: dict[str, str] = {}
+    for name in _TESTED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError as error:
+            raise SweepError(f"{name} is not installed. Install the project with pip and its constraints file.") from error
+    odd = [f"{name} {found[name]} (tested: {tested}*)" for name, tested in _TESTED.items() if not found[name].startswith(tested)]
+    text = ", ".join(f"{name} {number}" for name, number in found.items())
+    return Finding(subject="packages", verdict="warning" if odd else "ok", text=f"untested: {', '.join(odd)}" if odd else text)
+
+
+def _workers(config: SweepConfig) -> Finding:
+    workers = pick_workers(config.cluster)
+    return Finding(subject="workers", verdict="ok", text=f"{workers.count} on {workers.device}")
+
+
+def _store(config: SweepConfig) -> Finding:
+    store = Store(config.store.uri)
+    store.files.check_writable("store.uri")
+    if "://" in store.uri:
+        return Finding(subject="store", verdict="ok", text=f"{store.uri} is writable")
+    free_gb = shutil.disk_usage(_existing(Path(store.uri))).free / 1e9
+    return Finding(subject="store", verdict="ok" if free_gb > 1 else "warning", text=f"{store.uri} is writable, {free_gb:.0f} GB free")
+
+
+def _model(config: SweepConfig) -> Finding:
+    path = checkpoint_dir(config.model)
+    gb = checkpoint_gb(path)
+    here_gb = memory_gb()
+    verdict: Literal["ok", "warning"] = "warning" if not n_gpus() and gb * 3 > here_gb else "ok"
+    return Finding(subject="model", verdict=verdict, text=f"{path}: {gb:.2f} GB of safetensors, {here_gb:.0f} GB of memory here")
+
+
+def _grid(grid: Grid) -> Finding:
+    workers = pick_workers(grid.points[0].cluster)
+    plan = plan_sweep(grid.points, workers.device)
+    store = Store(grid.points[0].store.uri)
+    cells = {trial.cell_id for trial in plan.trials if trial.cell_id}
+    done = sum(store.is_finished(cell) for cell in cells)
+    skipped: Counter[Any] = Counter(trial.reason for trial in plan.trials if trial.reason)
+    text = f"{count(len(plan.trials), 'trial')}, {count(len(cells), 'distinct cell')}, {done} in the store already"
+    if not skipped:
+        return Finding(subject="grid", verdict="ok", text=text)
+    return Finding(subject="grid", verdict="warning", text=f"{text}, {skipped.total()} skipped: " + "; ".join(str(reason) for reason in skipped))
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)

@@ -1,0 +1,122 @@
+"""`sweep export`: a recipe as files that runtimes and people read. What cannot come back as it was is refused, and nothing is left of it."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+from sweep.core.errors import SweepError, require_known
+from sweep.core.exits import EXIT_DONE
+from sweep.formats.mixed import MixedRecipe
+from sweep.mixed_precision.checks import check_cells, check_recipe
+from sweep.mixed_precision.prepared import Prepared, config_of, prepared, read_recipe
+from sweep.mixed_precision.text import CSV_BEGINS, MODELOPT_BEGINS, check_csv, check_modelopt, to_csv, to_modelopt
+from sweep.plan.subject import Model, checkpoint_dir
+from sweep.store.outputs import OutputDirectory, OutputFile, place_of, typed_path
+from sweep.store.store import Store
+from workers.model.checkpoint import checkpoint_names
+
+FORMATS: Final = ("compressed-tensors", "modelopt", "csv")
+_RECIPE_FILE: Final = "sweep_recipe.yaml"  # beside an exported checkpoint
+_LOADED: Final = ("*.safetensors", "*.safetensors.index.json")  # vLLM loads every shard, and follows any index
+
+
+def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out: str, overwrite: bool) -> int:
+    """Write one export and say how to use it. Returns the exit code.
+
+    Args:
+        recipe_path: what `sweep solve` wrote.
+        overrides: Hydra's: where the checkpoint and the calibration samples are, if not where the recipe says.
+        file_format: one of FORMATS.
+        out: a directory for compressed-tensors, else a file.
+        overwrite: replace what an earlier export has put there, and nothing else.
+
+    Raises: SweepError: a recipe that cannot be meant, a format that can't express it, or something in the way at `out`.
+    """
+    require_known("export format", file_format, FORMATS)
+    path, recipe = typed_path(out), read_recipe(Path(recipe_path))
+    config = config_of(recipe, overrides)
+    model = Model(checkpoint_dir(config.model))
+    check_recipe(recipe, model)
+    check_cells(recipe, Store(config.store.uri))
+    if file_format == "compressed-tensors":
+        directory = checkpoint_at(path, model, overwrite=overwrite)
+        directory.check()
+        export_checkpoint(prepared(recipe, config), directory)
+    else:
+        file = OutputFile(path=path, begins=CSV_BEGINS if file_format == "csv" else MODELOPT_BEGINS)
+        if file.check().exists() and not overwrite:
+            raise SweepError(f"{path} exists. Give another place with --out, or --overwrite to replace it.")
+        file.put(checked_text(recipe, file_format, model).encode())
+    _say(recipe, file_format, path.absolute())
+    return EXIT_DONE
+
+
+def checked_text(recipe: MixedRecipe, file_format: str, model: Model) -> str:
+    """A table, or ModelOpt's recipe file, after it has been read back.
+
+    Raises: SweepError: what comes back is not the recipe.
+    """
+    if file_format == "csv":
+        text = to_csv(recipe)
+        check_csv(text, recipe)
+        return text
+    from workers.export.modelopt_recipe import read_modelopt
+
+    text = to_modelopt(recipe)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "recipe.yaml"
+        file.write_text(text, encoding="utf-8")
+        check_modelopt(*read_modelopt(file), recipe, list(model.inputs))
+    return text
+
+
+def checkpoint_at(path: Path, model: Model, *, overwrite: bool) -> OutputDirectory:
+    """Where a checkpoint goes, with the names of its files.
+
+    Raises: SweepError: the model's own checkpoint is there.
+    """
+    place = place_of(path)
+    if place == model.path:
+        raise SweepError(f"{path} is the checkpoint itself. Give another place with --out.")
+    return OutputDirectory(
+        directory=place,
+        kind="checkpoint",
+        names=[*checkpoint_names(model.path), _RECIPE_FILE],
+        exclusive=_LOADED,
+        overwrite=overwrite,
+    )
+
+
+def export_checkpoint(ready: Prepared, directory: OutputDirectory) -> None:
+    """Calibrate, write the checkpoint, read it back, and put it in its place only if it is the recipe.
+
+    Raises: SweepError: something that compressed-tensors can't express.
+    """
+    from workers.export.calibrated import calibrated
+    from workers.export.checkpoint import check_expressible, write_checkpoint
+    from workers.export.readback import check_export
+
+    recipe, model = ready.recipe, ready.model
+    linears = [(name, n_in, n_out) for name, n_in, n_out in model.structure["linears"]]
+    check_expressible(model.path, recipe, linears)
+    batches = list(ready.plan.batches(recipe.size))
+    quants = calibrated(model.path, ready.config.model.dtype_on("cpu"), recipe, linears, batches)
+    with directory.filled() as partial:
+        write_checkpoint(model.path, partial, recipe, quants, linears)
+        (partial / _RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        check_export(partial, model.path, recipe, quants, linears)
+
+
+def is_exported(recipe: MixedRecipe, directory: OutputDirectory) -> bool:
+    """Whether a directory holds the recipe's checkpoint already, whole."""
+    return directory.holds(_RECIPE_FILE, recipe.to_yaml().encode())
+
+
+def _say(recipe: MixedRecipe, file_format: str, target: Path) -> None:
+    lines = [f"{target}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, predicted KL {recipe.predicted_kl:.3g} nats"]
+    if file_format == "compressed-tensors":
+        lines += ["read back: every group's format and every weight is the recipe's", f"vllm serve {target}"]
+    Console(markup=False, soft_wrap=True).print("\n".join(lines), highlight=False)

@@ -1,0 +1,243 @@
+"""`sweep recommend`: from a model, a target and a budget to recipes that were measured, files that load, and a page to read."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markdown_it import MarkdownIt
+from rich.console import Console
+
+from sweep.commands.doctor import examine
+from sweep.commands.export import checked_text, checkpoint_at, export_checkpoint, is_exported
+from sweep.commands.run import run
+from sweep.config.compose import expand
+from sweep.config.targets import Target
+from sweep.core.exits import EXIT_DONE
+from sweep.core.sizes import SIZES
+from sweep.formats.mixed import MixedRecipe
+from sweep.mixed_precision.candidates import Option, Options, format_of, read_options, sized
+from sweep.mixed_precision.knapsack import cost_range
+from sweep.mixed_precision.measured import Measured, held_out, markdown_table, uniform_recipes, validate
+from sweep.mixed_precision.prepared import Prepared, prepared
+from sweep.mixed_precision.recipe import Budget, problem_of, recipe, rules_of, solved
+from sweep.mixed_precision.summary import front_rows, summary, uniform_rows
+from sweep.plan.subject import Model, checkpoint_dir
+from sweep.plan.trials import SweepPlan, plan_sweep
+from sweep.report.plots import front_picture
+from sweep.run.resources import pick_workers
+from sweep.run.session import row_of
+from sweep.store.outputs import OutputDirectory, place_of, typed_path
+from sweep.store.store import Store
+
+_FRONT = 24
+# Names among the results.
+_RECIPES = ("compact", "balanced", "faithful")
+_PICTURE = "front.svg"
+_PAGES = ("README.md", "index.html")
+_MODELOPT = "modelopt_recipe.yaml"
+_CHECKPOINT = "checkpoint"  # a directory
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+    "td,th{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:left}pre{background:#f5f5f5;padding:.6em;overflow-x:auto}img{max-width:100%}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was typed."""
+
+    overrides: Sequence[str]
+    bits: float | None
+    gb: float | None
+    out: str | None
+    as_json: bool
+
+
+def recommend(request: Request, console: Console) -> int:
+    """The whole way. Returns the exit code.
+
+    Raises: SweepError: wrong input, a budget that nothing fits, or an export that cannot hold the recipe.
+    """
+    asked = Budget(bits=request.bits, gb=request.gb)
+    grid = ["grid=deployable", *request.overrides]
+    config = expand(grid, multirun=True).points[0]
+    target = Target.from_config(config.target)
+    out = typed_path(request.out or f"outputs/recommended/{config.model.name}-{target.name}-{asked.slug}").absolute()
+    _refuse_ahead(grid, asked, target)
+    results = _results_at(out, target)
+    results.check()
+    checkpoint = checkpoint_at(out / _CHECKPOINT, Model(checkpoint_dir(config.model)), overwrite=True)
+    if _reads_checkpoint(target):
+        checkpoint.check()
+    checks = 0 if request.as_json else examine(grid, multirun=True, as_json=False)  # a run refuses by itself what would stop it
+    if code := checks or run(grid, multirun=True, console=console):
+        return code
+    typed = [*request.overrides, f"dataset.size={config.dataset.size}", "sensitivity.scales=fused"]
+    options = sized(read_options(Store(config.store.uri), _without_repeats(typed)))
+    rules = rules_of((), (), False, target, options)
+    problem = problem_of(options, rules)
+    choice = solved(options, problem, asked, rules)
+    low, high = cost_range(problem)
+    cost = min(asked.cost(options), high)
+    weights = float(options.weights.sum())
+    budgets = dict(zip(_RECIPES, ((low + cost) / 2, cost, cost + (high - cost) / 4), strict=True))
+    choices = {name: choice if name == "balanced" else solved(options, problem, Budget(bits=each / weights), rules) for name, each in budgets.items()}
+    made = {name: recipe(options, each, name, target.name) for name, each in choices.items()}
+    ready = prepared(made["balanced"], config)
+    uniform = [each for each in uniform_recipes(options) if rules.allowed(next(iter(each.formats.values())))]
+    rows = validate(ready, [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)], pick_workers(config.cluster).device)
+    summaries = [summary(options, problem, choices[name], each) for name, each in made.items()]
+    measured = {row.name: row for row in rows}
+    for each in summaries:
+        row = measured[each["name"]]
+        each |= {"measured_kl": row.measured_kl, "measured_kl_interval": row.measured_kl_interval}
+    picture = front_picture(front_rows(options, problem, _FRONT) if high > low else [], uniform_rows(options, problem), summaries)
+    files = {f"{name}.yaml": each.to_yaml().encode() for name, each in made.items()}
+    files |= {_PICTURE: picture, **_export(ready, target, checkpoint)}
+    exported = out / (_CHECKPOINT if _reads_checkpoint(target) else _MODELOPT)
+    page = render(ready, target, asked, summaries, rows, exported)
+    html = to_html(page, f"{options.trial.model} on {target.name}")
+    files |= dict(zip(_PAGES, (page.encode(), html.encode()), strict=True))
+    with results.filled() as partial:
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+    if request.as_json:
+        document = {"recipes": summaries, "measured": [asdict(row) for row in rows], "page": str(out / "index.html"), "export": str(exported)}
+        print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
+        return EXIT_DONE
+    balanced = measured["balanced"]
+    bits = f"{made['balanced'].effective_bits:.3f} bits a weight"
+    console.print(f"\nRecommended: balanced, {bits}, KL {balanced.measured_kl:.3g} measured, {balanced.predicted_kl:.3g} predicted.", highlight=False)
+    console.print(f"Page: {out / 'index.html'}", highlight=False, soft_wrap=True)
+    console.print(_serve(target, exported), highlight=False, soft_wrap=True, markup=False)
+    return EXIT_DONE
+
+
+def render(ready: Prepared, target: Target, asked: Budget, summaries: Sequence[dict[str, Any]], rows: Sequence[Measured], exported: Path) -> str:
+    """The page, as Markdown."""
+    made, first = ready.recipe, rows[0]
+    parts = [
+        f"# {made.model} on {target.runtime}: mixed precision under {asked}",
+        f"Scored on {made.dataset}, {made.size} (revision {made.dataset_revision[:12]}); the model is revision {made.model_revision[:12]}. "
+        f"Damage was measured on {first.n_samples} samples that neither calibrated nor scored ({first.n_predictions} predictions), "
+        "in nats per prediction, with 90 % bootstrap intervals.",
+        "![KL over size: the best mixes, one format for all, and the recommended recipes](front.svg)",
+        "## Recipes",
+        "\n".join(_recipe_lines(summaries)),
+        "## Predicted and measured",
+        markdown_table(rows),
+        "## Serve it",
+        f"```\n{_serve(target, exported)}\n```",
+        f"The other recipes become files in the same way: `{_export_command(target)}`",
+        "What the formats are called there:",
+        "\n".join(_names(made, target)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(page: str, title: str) -> str:
+    """The page as one HTML file beside its picture."""
+    body = MarkdownIt("commonmark").enable("table").render(page)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n'
+    )
+
+
+def _recipe_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    lines = ["| recipe | bits a weight | GB of weights | predicted KL (90 %) | measured KL (90 %) | layer groups by format |", "|---|---:|---:|---:|---:|---|"]
+    for each in summaries:
+        formats = ", ".join(f"{n} {label if label != '16' else 'in 16 bits'}" for label, n in each["formats"].items())
+        gb = "-" if each["gb"] is None else f"{each['gb']:.4g}"
+        damages = [f"{each[key]:.3g}{_spread(each[f'{key}_interval'])}" for key in ("predicted_kl", "measured_kl")]
+        figures = f"{each['effective_bits']:.3f} | {gb} | {' | '.join(damages)}"
+        lines.append(f"| [{each['name']}]({each['name']}.yaml) | {figures} | {formats} |")
+    return lines
+
+
+def _spread(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})"
+
+
+def _names(made: MixedRecipe, target: Target) -> list[str]:
+    found = {label: target.status(each.quant_pair, each.quant_granularity, each.algorithm) for label, each in made.formats.items()}
+    return [f"- {label}: {status.reader_name} ({status.source})" + (f". {status.reason}" if status.reason else "") for label, status in found.items()]
+
+
+def _refuse_ahead(grid: Sequence[str], asked: Budget, target: Target) -> None:
+    """Say what no score can change before hours are spent on scoring.
+
+    Raises: SweepError: a target that runs nothing of the grid as scored, a budget below its smallest recipe, or samples to measure on that are too few or
+        calibrated.
+    """
+    points = expand(grid, multirun=True).points
+    options = planned_options(plan_sweep(points, pick_workers(points[0].cluster).device))
+    rules = rules_of((), (), False, target, options)
+    choice = solved(options, problem_of(options, rules), asked, rules)
+    held_out(prepared(recipe(options, choice, "planned", target.name), points[0]))
+
+
+def _results_at(out: Path, target: Target) -> OutputDirectory:
+    """Where everything but a checkpoint goes; what an earlier call has put there is replaced."""
+    names = [*(f"{name}.yaml" for name in _RECIPES), _PICTURE, *_PAGES]
+    if not _reads_checkpoint(target):
+        names.append(_MODELOPT)
+    return OutputDirectory(directory=place_of(out), kind="recommendation", names=names, overwrite=True)
+
+
+def _export(ready: Prepared, target: Target, checkpoint: OutputDirectory) -> dict[str, bytes]:
+    """Have a compressed-tensors checkpoint in its place for vLLM; for the rest ModelOpt's recipe, to be written."""
+    if not _reads_checkpoint(target):
+        return {_MODELOPT: checked_text(ready.recipe, "modelopt", ready.model).encode()}
+    if not is_exported(ready.recipe, checkpoint):
+        export_checkpoint(ready, checkpoint)
+    return {}
+
+
+def _reads_checkpoint(target: Target) -> bool:
+    return target.name.startswith("vllm")
+
+
+def _export_command(target: Target) -> str:
+    if _reads_checkpoint(target):
+        return "sweep export compact.yaml --format compressed-tensors --out compact"
+    return "sweep export compact.yaml --format modelopt --out compact_modelopt_recipe.yaml"
+
+
+def _serve(target: Target, exported: Path) -> str:
+    if _reads_checkpoint(target):
+        return f"vllm serve {exported}"
+    return f"python hf_ptq.py --recipe {exported}   # ModelOpt's example makes the checkpoint that the runtime reads"
+
+
+def _without_repeats(overrides: Sequence[str]) -> list[str]:
+    """The first of the overrides of each key."""
+    found: dict[str, str] = {}
+    for override in overrides:
+        found.setdefault(override.partition("=")[0], override)
+    return list(found.values())
+
+
+def planned_options(plan: SweepPlan) -> Options:
+    """The options that a grid will give, with no damage yet: enough to tell what fits a budget before anything is scored.
+
+    Args:
+        plan: of one model and one data set.
+    """
+    trials = [trial for trial in plan.trials if trial.cell_id is not None and trial.task_id is not None]
+    first = max(trials, key=lambda trial: SIZES[trial.config.dataset.size])
+    specs = plan.tasks[first.task_id or ""].groups
+    groups = tuple(
+        {"group": spec.name, "modules": list(spec.modules), "layer_index": spec.layer_index, "weight_elements": spec.weight_elements} for spec in specs
+    )
+    formats = {found.label: (found, trial.cell_id or "") for trial in trials for found in [format_of(trial.config)]}
+    return Options(
+        trial=row_of(first, "planned", None, ""),
+        config=first.config,
+        groups=groups,
+        formats=tuple(Option(format=found, cell_id=cell, predicted_kl=np.zeros(len(groups)), sample_kl=None) for found, cell in formats.values()),
+        elements=plan.models[first.model_revision],
+    )

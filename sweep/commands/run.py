@@ -1,0 +1,299 @@
+"""`sweep run`: from overrides to published results. The same command again resumes, or finds nothing left to do."""
+
+import contextlib
+import hashlib
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+
+from sweep.config.compose import DEFAULT_GRID, expand
+from sweep.config.schema import SweepConfig
+from sweep.config.targets import Target
+from sweep.core.errors import ClusterLost, MemoryShort, StoreFailed, SweepError
+from sweep.core.exits import EXIT_INCOMPLETE
+from sweep.core.interrupts import interruptible
+from sweep.core.machine import Workers
+from sweep.core.sizes import SIZES
+from sweep.core.text import count, duration
+from sweep.plan.trials import PlannedTrial, SweepPlan, plan_sweep
+from sweep.report.files import folder_of
+from sweep.report.publish import check_ahead, publish
+from sweep.report.render import most_sensitive, summary_lines
+from sweep.run.progress import Display
+from sweep.run.resources import pick_workers
+from sweep.run.session import Session, exit_code
+from sweep.store.files import Files
+from sweep.store.records import FinishedTrial
+from sweep.store.store import Store
+from workers.task import Progress, Task
+
+if TYPE_CHECKING:
+    from sweep.run.cluster import Connection
+
+_HEARTBEAT_SECONDS = 2.0
+_SUMMARY_RECIPES = 24  # recipes whose most sensitive layers are printed at the end
+
+
+def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
+    """Score what the store lacks of a grid, publish all of it, and say what came out.
+
+    Args:
+        overrides: Hydra overrides, with comma lists if `multirun`.
+        multirun: whether comma lists span a grid.
+        console: where a person reads.
+
+    Returns: exit code: 0 done, 3 some trials failed, 75 interrupted.
+
+    Raises: SweepError: wrong input; nothing has been written.
+    """
+    started = time.monotonic()
+    grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
+    base = grid.points[0]
+    workers = pick_workers(base.cluster)
+    plan = plan_sweep(grid.points, workers.device)
+    store = Store(base.store.uri)
+    store.files.check_writable("store.uri")
+    store.drop_leftovers()
+    root = _output_root(base, plan)
+    set_aside = set(store.files.names("quarantine"))
+    session = Session(grid, plan, store)
+    _say_set_aside(store, set_aside, console)
+    if session.tasks:
+        Files(root).check_writable("output_layout.root")
+        if not base.output_layout.overwrite:
+            _check_folders(plan, root)
+    say_grid(session, console)
+    try:
+        with interruptible():
+            if session.tasks:
+                try:
+                    _score(session, workers, console)
+                finally:
+                    _say_set_aside(store, set_aside, console)
+            states = session.end(None)
+            finished = _finished(session)
+            result = publish(finished, root, overwrite=base.output_layout.overwrite)
+    except KeyboardInterrupt:
+        why = "Interrupted"
+    except StoreFailed as error:
+        why = f"{error} Make room, or mend what is wrong with it. Stopped"
+    except MemoryShort as error:
+        why = f"{error} Make room on it, or type cluster.workers=N for fewer workers at a time. Stopped"
+    except ClusterLost as error:
+        why = f"{error} Stopped"
+    else:
+        say_results(session, finished, console, root, len(result.written), time.monotonic() - started)
+        return exit_code(states)
+    return _leave(session, console, why)
+
+
+def _leave(session: Session, console: Console, why: str) -> int:
+    """Record an incomplete run, as far as the store can be written, and say how to go on. Returns the exit code."""
+    with contextlib.suppress(StoreFailed):  # that may be why it ends
+        session.end(EXIT_INCOMPLETE)
+    console.print(f"{why}: {session.counts()['done']} of {len(session.plan.trials)} trials are done. Type the same command again to resume.", highlight=False)
+    return EXIT_INCOMPLETE
+
+
+def _say_set_aside(store: Store, known: set[str], console: Console) -> None:
+    """Name damaged files that were set aside, by this process or its workers, since the last time; `known` takes them up."""
+    with contextlib.suppress(OSError):
+        for name in store.files.names("quarantine"):
+            if name not in known:
+                known.add(name)
+                console.print(f"Set aside in {store.uri}/quarantine/{name}: {store.why(name)}", style="yellow", highlight=False)
+
+
+def _score(session: Session, workers: Workers, console: Console) -> None:
+    """Score what is left of a session, and show it."""
+    from sweep.run import driver  # imports Ray: only when there is something to do
+
+    work = driver.Work(
+        orders=[driver.TrialOrder(name=trial.name, task_id=trial.task_id) for trial in session.pending_trials() if trial.task_id],
+        tasks=session.tasks,
+        plans=session.plan.plans,
+        windowed=session.plan.windowed,
+        store_uri=session.store.uri,
+        memory_gb=session.plan.trials[0].config.sensitivity.memory_gb,
+    )
+    session.record["workers"] = workers.count
+    with Display(console, session.tally) as display, _Events(session, display, console) as events:
+        events.stage(f"Starting Ray and {count(workers.count, 'worker')} ({workers.device}) ...")
+        outcome = driver.run_trials(work, workers, events)
+        session.failures = dict(outcome.failures)
+        session.record["worker_info"] = outcome.worker_info
+
+
+class _Events:
+    """Takes what happens in a run into the session's record and onto the display; see sweep.run.driver.RunEvents."""
+
+    def __init__(self, session: Session, display: Display, console: Console) -> None:
+        self._session, self._display, self._console = session, display, console
+        self._beating = ExitStack()
+        self.stage, self.warn, self.picture = display.stage, display.say, session.picture
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._beating.close()
+
+    def connected(self, connection: "Connection") -> None:
+        self._session.record |= {"ray_address": connection.address, "dashboard_url": connection.dashboard_url, "metrics": connection.metrics}
+        if connection.dashboard_url is not None:
+            self._display.note(f"Ray dashboard: {connection.dashboard_url}")
+
+    def ready(self) -> None:
+        """A model that does not load has left no trace in the store until here."""
+        self._session.write_trials(running=True)
+        self._beating.enter_context(_heartbeat(self._session))
+        self._session.tally.start()
+        self._display.stage("Workers hold the model; capturing activations and gradients ...")
+
+    def dead(self, what: str) -> None:
+        """The main thread may wait for Ray for ever."""
+        self._display.__exit__(None, None, None)
+        os._exit(_leave(self._session, self._console, f"{what}. Stopped"))
+
+    def progress(self, progress: Progress) -> None:
+        session = self._session
+        session.tally.update(progress)
+        if progress.warning is not None:
+            self._display.say(progress.warning)
+        task = session.tasks[progress.task_id]
+        if session.first_result is None and session.tally.done_of(task.task_id) == task.n_steps:
+            say_first_result(session, task, self._display)
+        self._display.update()
+
+    def ended(self) -> None:
+        self._session.record["scoring_seconds"] = self._session.tally.seconds
+
+
+def _finished(session: Session) -> list[FinishedTrial]:
+    return [
+        FinishedTrial(trial=session.row(trial), scores=session.scores[trial.cell_id])
+        for trial in session.plan.trials
+        if trial.cell_id is not None and trial.cell_id in session.finished
+    ]
+
+
+def _output_root(base: SweepConfig, plan: SweepPlan) -> str:
+    """Where reports go, a path or URL; `{run_id}` is the grid's own name, so that the same command finds its reports again."""
+    grid_id = hashlib.sha256("\n".join(trial.trial_id for trial in plan.trials).encode()).hexdigest()[:12]
+    root = base.output_layout.root.replace("{run_id}", grid_id)
+    return root if "://" in root else str(Path(root).expanduser().absolute())
+
+
+def _check_folders(plan: SweepPlan, root: str) -> None:
+    """Refuse a grid whose reports have no folder of their own, before hours are spent on it.
+
+    Raises: SweepError: two of its trials belong in one, or one holds other content; names them.
+    """
+    by_folder: dict[str, PlannedTrial] = {}
+    for trial in plan.trials:
+        config = trial.config
+        assert config.model.name is not None  # SweepConfig has checked
+        pair = {"weight": config.quant_pair.weight, "activation": config.quant_pair.activation}
+        dataset, sensitivity = config.dataset, config.sensitivity
+        parts = folder_of(
+            config.model.name,
+            pair,
+            config.quant_granularity.name,
+            sensitivity.coverage,
+            dataset.name,
+            dataset.size,
+            sensitivity.method,
+            algorithm=sensitivity.quant_algorithm,
+            scales=sensitivity.scales,
+        )
+        folder = "/".join(parts)
+        if trial.cell_id is not None and by_folder.setdefault(folder, trial).cell_id != trial.cell_id:
+            raise SweepError(
+                f"Two trials {trial.name} of this grid have one report folder: {by_folder[folder].trial_id} and {trial.trial_id}. "
+                "Run them one after the other, each with its own output_layout.root=DIR, or keep the later one's report with output_layout.overwrite=true."
+            )
+    identities = {
+        folder: {"model_revision": trial.model_revision, "dataset_revision": trial.dataset_revision, "cell_id": trial.cell_id}
+        for folder, trial in by_folder.items()
+    }
+    check_ahead(root, identities)
+
+
+@contextmanager
+def _heartbeat(session: Session) -> Generator[None]:
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(_HEARTBEAT_SECONDS):
+            with contextlib.suppress(StoreFailed):  # a worker will meet it, too, and end the run
+                session.beat()
+
+    session.beat()
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def say_grid(session: Session, console: Console) -> None:
+    """How many trials, and what of them is done or left out."""
+    counts = session.counts()
+    cells = {trial.cell_id for trial in session.plan.trials if trial.cell_id}
+    skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
+    trials, distinct = count(len(session.plan.trials), "trial"), count(len(cells), "distinct cell")
+    console.print(f"{trials}{skipped}: {distinct}, {len(cells & session.finished)} in the store already ({session.store.uri})", soft_wrap=True)
+    for reason, n in Counter(trial.reason for trial in session.plan.trials if trial.reason).most_common(3):
+        console.print(f"  skipped {n}: {reason}", style="dim", highlight=False)
+
+
+def say_first_result(session: Session, task: Task, display: Display) -> None:
+    """The first ranking, as soon as there is one."""
+    cell = list(task.cells.values())[-1]
+    if session.store.is_finished(cell):
+        session.first_result = time.monotonic() - session.started
+        ranked = ", ".join(most_sensitive(session.store.scores(cell), 3))
+        display.say(f"First result after {session.first_result:.1f} s: {task.label}/{list(task.cells)[-1]}: {ranked}")
+
+
+def say_results(session: Session, finished: Sequence[FinishedTrial], console: Console, root: str, written: int, seconds: float) -> None:
+    """The most sensitive layers of each recipe, where everything is, and what to type next."""
+    counts = session.counts()
+    scored = sum(cell in session.finished for task in session.tasks.values() for cell in task.cells.values())
+    console.print()
+    shown = list(_largest(finished).values())
+    target = Target.from_config(session.plan.trials[0].config.target)
+    for line in summary_lines(shown[:_SUMMARY_RECIPES], 3, target) if shown else ():
+        console.print(line, highlight=False, soft_wrap=True)
+    if len(shown) > _SUMMARY_RECIPES:
+        console.print(f"... and {len(shown) - _SUMMARY_RECIPES} more recipes, in the reports", style="dim")
+    console.print(f"\n{counts['done']} of {len(session.plan.trials)} trials done, {count(scored, 'cell')} scored, in {duration(seconds)}.")
+    for trial, reason in [(trial, session.state(trial)[1]) for trial in session.plan.trials if session.state(trial)[0] == "failed"][:5]:
+        console.print(f"failed: {trial.config.model.name}: {trial.name}: {reason}", style="red", highlight=False)
+    if counts["failed"]:
+        console.print("What has failed stays so; type the same command with cluster.retry_failed=true to try again.", highlight=False)
+    console.print(f"Reports: {root} ({written} written)", highlight=False, soft_wrap=True)
+    console.print(f"Scores:  {session.store.uri}/scores/*/*.parquet", highlight=False, soft_wrap=True)
+    page = f"{root}/{finished[0].trial.model}/layer-analysis/README.md" if finished else ""
+    console.print(f"Next:    open {page}; sweep publish puts reports into models/" if finished else "Next:    sweep status", highlight=False, soft_wrap=True)
+
+
+def _largest(finished: Sequence[FinishedTrial]) -> dict[tuple[str, ...], FinishedTrial]:
+    """Of each recipe the trial with the most samples, in the order asked for."""
+    best: dict[tuple[str, ...], FinishedTrial] = {}
+    for one in finished:
+        trial = one.trial
+        key = (trial.model, trial.dataset, trial.coverage, trial.method, trial.engine, trial.quant_pair, trial.quant_granularity)
+        if key not in best or SIZES[best[key].trial.size] < SIZES[trial.size]:
+            best[key] = one
+    return best

@@ -1,0 +1,130 @@
+"""`sweep validate`: a recipe's KL, measured on samples that neither calibrated nor scored, beside the predicted one."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from rich.console import Console
+
+from sweep.core.errors import SweepError
+from sweep.core.exits import EXIT_DONE
+from sweep.core.groups import short_group
+from sweep.core.text import aligned
+from sweep.formats.mixed import MixedRecipe, is_called
+from sweep.mixed_precision.candidates import Options, read_options
+from sweep.mixed_precision.measured import Measured, markdown_table, random_mixes, uniform_recipes, validate
+from sweep.mixed_precision.prepared import Prepared, prepare
+from sweep.mixed_precision.recipe import recipe as recipe_of_choice
+from sweep.run.resources import pick_workers
+from sweep.store.outputs import OutputFile
+from sweep.store.store import Store
+
+_TITLE: Final = "# Predicted and measured: "
+_PAGE_BEGINS: Final = re.compile(_TITLE.encode())
+_DOCUMENT_BEGINS: Final = re.compile(rb'\[\n \{\n  "name": .*\n  "kind": .*\n  "effective_bits": ')
+_WAY_OUT: Final = "Copy the recipe to another place, and validate it there."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was typed."""
+
+    recipe_path: str
+    overrides: Sequence[str]
+    n_random: int
+    uniform: bool
+    groups: str | None  # pattern of groups to quantize alone
+    as_json: bool
+
+
+def validate_command(request: Request) -> int:
+    """Measure, print and keep. Returns the exit code.
+
+    Raises: SweepError: a recipe that is not of this model, or no samples that it has not seen.
+    """
+    prepared = prepare(request.recipe_path, request.overrides)
+    path = Path(request.recipe_path)
+    page = OutputFile(path=path.with_suffix(".validation.md"), begins=_PAGE_BEGINS, way_out=_WAY_OUT)
+    document = OutputFile(path=path.with_suffix(".validation.json"), begins=_DOCUMENT_BEGINS, way_out=_WAY_OUT)
+    for file in (page, document):
+        file.check()
+    rows = validate(prepared, wanted(prepared, request), pick_workers(prepared.config.cluster).device)
+    text = json.dumps([asdict(row) for row in rows], indent=1)
+    document.put(f"{text}\n".encode())
+    page.put(render(prepared.recipe, rows).encode())
+    if request.as_json:
+        print(text)  # noqa: T201 -- machine-readable output, not for rich to wrap
+        return EXIT_DONE
+    console = Console(markup=False, soft_wrap=True, highlight=False)
+    for line in table_lines(rows):
+        console.print(line)
+    counts = f"{rows[0].n_samples} samples, {rows[0].n_predictions} predictions"
+    console.print(f"{counts} that neither calibrated nor scored; nats per prediction. Page: {page.path}")
+    return EXIT_DONE
+
+
+def wanted(prepared: Prepared, request: Request) -> list[tuple[str, MixedRecipe]]:
+    """The recipe itself, and what was asked for beside it, each with its kind.
+
+    Raises: SweepError: what is asked for needs finished cells that the store lacks, or the pattern matches no group.
+    """
+    recipe = prepared.recipe
+    found = [("recipe", recipe)]
+    alone = [choice for choice in recipe.groups if request.groups is not None and is_called([choice.group], request.groups)]
+    if request.groups is not None and not alone:
+        raise SweepError(f"--groups {request.groups!r} matches no layer group. They are called like {recipe.groups[0].group!r}; * stands for anything.")
+    if not (request.uniform or request.n_random or alone):
+        return found
+    options = _options_of(prepared)
+    if request.uniform:
+        found += [("uniform", each) for each in uniform_recipes(options) if each.effective_bits <= recipe.effective_bits + 1e-9]
+    found += [("random", each) for each in random_mixes(options, request.n_random)]
+    for choice in alone:
+        index = [group["group"] for group in options.groups].index(choice.group)
+        for number, option in enumerate(options.formats):
+            only = np.full(len(options.groups), len(options.formats))
+            only[index] = number
+            found.append(("group", recipe_of_choice(options, only, f"{short_group(choice.group, choice.modules)} alone, {option.format.label}", recipe.target)))
+    return found
+
+
+def table_lines(rows: Sequence[Measured]) -> list[str]:
+    """A table for the screen: a heading, then one line a recipe."""
+    cells = [("recipe", "bits", "predicted KL", "measured KL", "90 % interval", "measured/predicted", "loss change")]
+    for row in rows:
+        low, high = row.measured_kl_interval
+        ratio = f"{row.measured_kl / row.predicted_kl:.2f}" if row.predicted_kl else "-"
+        figures = (
+            f"{row.effective_bits:.3f}",
+            f"{row.predicted_kl:.4g}",
+            f"{row.measured_kl:.4g}",
+            f"{low:.3g} to {high:.3g}",
+            ratio,
+            f"{row.loss_change:+.4f}",
+        )
+        cells.append((row.name, *figures))
+    return aligned(cells, figures=True)
+
+
+def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
+    """The page that people read."""
+    head = (
+        f"{_TITLE}{recipe.name}\n\nModel {recipe.model} ({recipe.model_revision[:12]}), calibrated and scored on {recipe.dataset}, "
+        f"{recipe.size}; measured on {rows[0].n_samples} other samples ({rows[0].n_predictions} predictions). KL(unquantized || quantized) and change of the "
+        "loss in nats per prediction, with 90 % bootstrap intervals over samples.\n\n"
+    )
+    return head + markdown_table(rows) + "\n"
+
+
+def _options_of(prepared: Prepared) -> Options:
+    """What the store knows of the recipe's model and samples. Raises: SweepError: nothing."""
+    config, recipe = prepared.config, prepared.recipe
+    typed = [f"store.uri={config.store.uri}", f"dataset={recipe.dataset}", f"dataset.size={recipe.size}", f"sensitivity.coverage={recipe.coverage}"]
+    options = read_options(Store(config.store.uri), typed)
+    if options.trial.model_revision != recipe.model_revision:
+        raise SweepError(f"The store {config.store.uri} holds cells of another revision of {recipe.model} than the recipe's. Type store.uri=DIR.")
+    return options

@@ -1,0 +1,243 @@
+"""From overrides to a grid of configs: Hydra's groups, grammar and Compose API. The home of `hydra`.
+
+Hydra's own multirun composes every job of the product (384 jobs: 13 s) and writes before it validates. Here each distinct
+choice is composed once, and the product is ours.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sweep.config.schema import SECTIONS, SweepConfig, TargetConfig, to_plain
+from sweep.config.targets import Target
+from sweep.core import cache
+from sweep.core.errors import SweepError, require_known
+from sweep.core.paths import bundled_model_dir, conf_dir
+
+_OF_THE_RUN = frozenset({"store", "output_layout", "cluster", "grid", "target", "validation", "sensitivity.memory_gb"})  # not of a trial: they cannot be axes
+DEFAULT_GRID = "deployable"  # of a multirun that says neither what to span nor which recipe
+_RECIPE_KEYS: tuple[str, ...] = ("quant_pair", "quant_granularity", "sensitivity.quant_algorithm")  # what a point of a target's grid consists of
+
+
+def _refuse_environment(name: str, *default: str) -> str:
+    raise SweepError(
+        f"${{oc.env:{name}}} would write a value of the environment into the store and the reports, where the composed config is kept. "
+        f'If it is no secret, let the shell put it in: key="${name}".'
+    )
+
+
+OmegaConf.register_new_resolver("oc.env", _refuse_environment, replace=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Points to measure; one without axes."""
+
+    points: tuple[SweepConfig, ...]  # the first axis varies slowest
+    axes: Mapping[str, tuple[str, ...]]  # values as typed, by key
+
+
+def expand(overrides: Sequence[str], *, multirun: bool, default_grid: str = "none") -> Grid:
+    """Compose the grid that the overrides span.
+
+    Args:
+        overrides: Hydra's: ``group=option``, ``key=value``, with `multirun` also ``a,b``, ``glob(*)``, ``range(...)``.
+        multirun: whether more than one point is wanted.
+        default_grid: the grid file taken with `multirun` where the overrides name neither one, nor a list, nor a recipe.
+
+    Raises: SweepError: an unknown group, option or key (with the nearest spelling), or a value that is not allowed.
+    """
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            return _expand(overrides, multirun, default_grid)
+    except (HydraException, OmegaConfBaseException) as error:
+        if isinstance(error.__cause__, SweepError):
+            raise error.__cause__ from None
+        raise SweepError(f"{str(error).strip().splitlines()[0]} Overrides are Hydra's: group=option or key=value. See: sweep run --help") from error
+
+
+def to_yaml(config: SweepConfig) -> str:
+    """The composed config for people to read."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False)
+
+
+def _expand(overrides: Sequence[str], multirun: bool, default_grid: str) -> Grid:
+    options = _group_options()
+    given: dict[str, tuple[str, ...]] = {}
+    for override in map(_parsed, overrides):
+        _check_form(override, multirun)
+        given[override.get_key_element()] = tuple(dict.fromkeys(_values(override)))
+    for key, values in given.items():
+        if not values:
+            raise SweepError(f"{key}=... matches nothing. Choose among: {', '.join(options.get(key, ()))}.")
+        if len(values) > 1 and (key.split(".")[0] in _OF_THE_RUN or key in _OF_THE_RUN):
+            raise SweepError(f"{key} is one for the whole grid, but {len(values)} values are given. Type one, or run the sweeps one after the other.")
+    _check_groups(given, options)
+    _check_keys(given, options)
+    if multirun and not any(len(values) > 1 or key in ("grid", *_RECIPE_KEYS) for key, values in given.items()):
+        given["grid"] = (default_grid,)
+    singles = {key: values[0] for key, values in given.items() if len(values) == 1}
+    base = _composed(singles)
+    grid = base.pop("grid")
+    axes = _axes(grid, given, multirun)
+    recipes: list[dict[str, str]] = [{}]
+    if grid["points"] == "target":
+        recipes = _target_points(base, given)
+        axes = {key: values for key, values in axes.items() if key not in _RECIPE_KEYS}
+    spanned = {key: tuple(dict.fromkeys(recipe[key] for recipe in recipes)) for key in recipes[0]} | axes
+    _check_groups(spanned, options)
+    choices = _choices(singles, spanned)
+    products = (recipe | dict(zip(axes, values, strict=True)) for recipe in recipes for values in itertools.product(*axes.values()))
+    return Grid(points=tuple(_point(base, choices, values, options) for values in products), axes=spanned)
+
+
+def _target_points(base: Mapping[str, Any], given: Mapping[str, tuple[str, ...]]) -> list[dict[str, str]]:
+    """The recipes that the target runs, of those typed if any were.
+
+    Raises: SweepError: it runs none of them.
+    """
+    target = Target.from_config(TargetConfig.from_node("target", base["target"]))
+    pairs, granularities = (given.get(key) for key in _RECIPE_KEYS[:2])
+    algorithms = given.get(_RECIPE_KEYS[2], (base["sensitivity"]["quant_algorithm"],))
+    points = [dict(zip(_RECIPE_KEYS, point, strict=True)) for point in target.points(pairs=pairs, granularities=granularities, algorithms=algorithms)]
+    if not points:
+        asked = "; ".join(f"{key}={','.join(given[key])}" for key in _RECIPE_KEYS if key in given)
+        runs = ", ".join(recipe.name for recipe in target.recipes)
+        raise SweepError(
+            f"Target {target.name}, {target.runtime}, runs none of the points asked for: {asked or algorithms[0]}. It runs: {runs}. "
+            "Type some of those, another target=NAME, or grid=none to score what nothing runs."
+        )
+    return points
+
+
+def _parsed(override: str) -> Override:
+    with_home = re.sub(r"([=,])~(?=/)", lambda found: f"{found[1]}{Path.home()}", override)  # a shell leaves it there, and Hydra's grammar has no ~
+    try:
+        return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides([with_home])[0]
+    except HydraException as error:
+        raise SweepError(
+            f"Cannot read the override {override!r}. Type group=option or key=value, as in Hydra; "
+            "a value with special characters goes in quotes, for the shell too: 'key=\"value\"'. See: sweep run --help"
+        ) from error
+
+
+def _group_options() -> dict[str, list[str]]:
+    return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in conf_dir().iterdir() if group.is_dir()}
+
+
+def _check_form(override: Override, multirun: bool) -> None:
+    if override.type is not OverrideType.CHANGE:
+        raise SweepError(f"{override.input_line!r} adds or removes a key; the keys are fixed. Type key=value. All of them: sweep run --cfg job")
+    if override.is_sweep_override() and not multirun:
+        raise SweepError(f"{override.input_line!r} names several values. Add -m for a grid: sweep run -m {override.input_line}")
+    if override.is_sweep_override() and not override.is_discrete_sweep():
+        raise SweepError(f"{override.input_line!r} is no list of values. A grid needs a,b or choice(), range() or glob().")
+
+
+def _values(override: Override) -> Iterator[str]:
+    if override.is_sweep_override():
+        yield from override.sweep_string_iterator()
+    else:
+        yield override.get_value_element_as_str()
+
+
+def _check_groups(given: Mapping[str, Sequence[str]], options: Mapping[str, Sequence[str]]) -> None:
+    for key, values in given.items():
+        if "." not in key:
+            require_known("group", key, options)
+            for value in values:
+                require_known(key, value, options[key])
+
+
+def _check_keys(given: Mapping[str, Sequence[str]], options: Mapping[str, Sequence[str]]) -> None:
+    """Say an unknown key with its nearest spelling, which Hydra does not."""
+    known = list(_leaves(_composed({key: values[0] for key, values in given.items() if key in options})))
+    for key in given:
+        if key not in options:
+            require_known("key", key, known)
+
+
+def _choices(singles: Mapping[str, str], axes: Mapping[str, Sequence[str]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """A composed config for each value of each axis; axes are composed side by side, so there are as many as the longest has values."""
+    choices: dict[str, dict[str, dict[str, Any]]] = {key: {} for key in axes}
+    for index in range(max(map(len, axes.values()), default=0)):
+        chosen = {key: values[min(index, len(values) - 1)] for key, values in axes.items()}
+        composed = _composed({**singles, **chosen})
+        for key, value in chosen.items():
+            choices[key].setdefault(value, composed)
+    return choices
+
+
+def _composed(chosen: Mapping[str, str]) -> dict[str, Any]:
+    def compute() -> dict[str, Any]:
+        composed: Any = OmegaConf.to_container(compose("config", overrides=[f"{key}={value}" for key, value in chosen.items()]), resolve=True)
+        return composed
+
+    return cache.remember("composed", [2, version("hydra-core"), _tree_key(), list(chosen.items())], compute)
+
+
+@functools.cache
+def _tree_key() -> list[list[str | int]]:
+    """What tells that no file of the config tree has changed."""
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path in sorted(conf_dir().rglob("*.yaml")) for stat in [path.stat()]]
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _axes(grid: Mapping[str, Any], given: Mapping[str, tuple[str, ...]], multirun: bool) -> dict[str, tuple[str, ...]]:
+    """The grid file's axes, each replaced by what was typed for its key, and then the other lists typed."""
+    named: dict[str, list[str]] = grid["axes"]
+    if named and not multirun:
+        raise SweepError("grid=... spans a grid. Add -m: sweep run -m grid=NAME")
+    axes = {key: given.get(key, tuple(str(value) for value in values)) for key, values in named.items()}
+    return axes | {key: values for key, values in given.items() if len(values) > 1}
+
+
+def _point(base: Mapping[str, Any], choices: Mapping[str, Mapping[str, Any]], values: Mapping[str, str], options: Mapping[str, Sequence[str]]) -> SweepConfig:
+    """The base with each axis' node put in: groups first, single keys after, so that `dataset=a,b dataset.size=...` works."""
+    nodes = {section: dict(base[section]) for section in SECTIONS}
+    for key, value in values.items():
+        if key in options:
+            nodes[key] = dict(choices[key][value][key])
+    for key, value in values.items():
+        if key not in options:
+            section, *path = key.split(".")
+            found: Any = choices[key][value][section]
+            for word in path:
+                found = found[word]
+            if len(path) > 1:
+                raise SweepError(f"{key} cannot be an axis: write a new option of group {section!r} instead, conf/{section}/NAME.yaml.")
+            nodes[section][path[0]] = found
+    _fill_in(nodes)
+    return SweepConfig(**{section: kind.from_node(section, nodes[section]) for section, kind in SECTIONS.items()})  # pyright: ignore[reportArgumentType]
+
+
+def _fill_in(nodes: dict[str, dict[str, Any]]) -> None:
+    """Values that follow from others: the model's name from its path, the store's absolute path."""
+    model, store = nodes["model"], nodes["store"]
+    if model.get("name") is None and model.get("path") is None:
+        model["name"] = bundled_model_dir().name
+    elif model.get("name") is None and isinstance(model["path"], str) and model["path"] != "???":
+        model["name"] = re.sub(r"[^a-z0-9]+", "_", Path(model["path"]).name.lower()).strip("_") or None
+    if isinstance(store.get("uri"), str) and "://" not in store["uri"]:
+        store["uri"] = str(Path(store["uri"]).expanduser().absolute())

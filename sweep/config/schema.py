@@ -1,0 +1,212 @@
+"""The configuration as types: frozen dataclasses inside, mappings only at the gate, checks before anything runs."""
+
+import math
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sweep.core.errors import SweepError
+from sweep.core.groups import Coverage
+from sweep.core.pairs import GranularityConfig, PairConfig
+from sweep.core.sizes import Size
+from sweep.core.typed import Section
+
+_NAME = re.compile(r"[a-z0-9_]+")
+_SINCE: Mapping[str, Mapping[str, Any]] = {  # of keys that earlier configs lack
+    "sensitivity": {"scales": "private"},
+    "cluster": {"address": "local", "dashboard": "auto"},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig(Section):
+    """Which checkpoint is measured."""
+
+    name: str | None  # [a-z0-9_]+, in published paths; None: a slug of the path
+    path: str | None  # directory or hub id; None: the bundled model
+    dtype: Literal["auto", "float32", "bfloat16"]  # what the model computes in; auto: float32 on a CPU, bfloat16 on a GPU
+
+    def dtype_on(self, device: Literal["cpu", "cuda"]) -> Literal["float32", "bfloat16"]:
+        """What it computes in there."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if device == "cuda" else "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetConfig(Section):
+    """Which samples calibrate and score."""
+
+    name: str  # [a-z0-9_]+, in published paths
+    kind: Literal["bundled", "scenes", "captions"]  # texts shipped with the bundled model; drawn images; a file or hub data set
+    size: Size  # 16, 128, 512 samples; each a prefix of the next
+    max_tokens: int  # tokens; longer samples are cut
+    captions_path: str | None  # text file, one caption a line; wins over the hub
+    hub_id: str | None  # Hugging Face data set
+    hub_split: str | None
+    hub_column: str | None  # text, or list of texts of which the first counts
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 2:
+            raise SweepError(f"dataset.max_tokens={self.max_tokens} leaves no token to predict. Type at least 2; 512 is the default.")
+        if self.kind == "captions" and self.captions_path is None and None in (self.hub_id, self.hub_split, self.hub_column):
+            raise SweepError(f"Data set {self.name!r} names no source. Type dataset.captions_path=FILE, or dataset.hub_id, hub_split and hub_column.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SensitivityConfig(Section):
+    """What is measured."""
+
+    method: Literal["gradient", "kl_div"]  # sum of (dLoss/dy * dy)^2; or KL(unquantized || one group quantized), measured
+    engine: Literal["layerwise", "modelopt"]  # ours, or stock mtq.auto_quantize as a cross-check
+    coverage: Coverage
+    lm_head: bool  # score lm_head as well
+    quant_algorithm: str  # ModelOpt's calibration algorithm
+    scales: Literal["fused", "private"]  # whether the linears of a layer group share what runtimes share (ranges per tensor), or each has its own
+    memory_gb: float | None  # memory a worker may use, 1e9 bytes; None: what is free on its GPU, or its share of the machine's
+
+    def __post_init__(self) -> None:
+        if self.quant_algorithm != "max" and (self.engine != "layerwise" or self.method != "gradient"):
+            raise SweepError(
+                f"sensitivity.quant_algorithm={self.quant_algorithm} is scored by engine=layerwise, method=gradient only. "
+                "Type sensitivity.quant_algorithm=max, or leave engine and method out."
+            )
+        if (self.engine, self.method) == ("modelopt", "kl_div"):
+            raise SweepError("sensitivity.engine=modelopt cross-checks method=gradient only. Type sensitivity.method=gradient, or engine=layerwise.")
+        if (self.engine, self.scales) == ("modelopt", "fused"):
+            raise SweepError("sensitivity.engine=modelopt gives every linear its own scales. Type sensitivity.scales=private, or engine=layerwise.")
+        if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
+            raise SweepError(f"sensitivity.memory_gb={self.memory_gb:g} is not allowed. Type a number of GB above 0, or null.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetConfig(Section):
+    """What one runtime on one kind of hardware runs; read by `sweep.config.targets`. Not part of any score."""
+
+    name: str  # [a-z0-9_]+
+    runtime: str  # what it is, for people
+    scales: Literal["fused", "private"]  # whether it shares scales inside fused layer groups
+    sources: Mapping[str, str]  # where its facts were read: project, version or commit, file
+    recipes: Mapping[str, Mapping[str, Any]]  # by "pair/granularity"; what is not listed does not run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationConfig(Section):
+    """On which samples a recipe's damage is measured."""
+
+    n_samples: int  # after those of the data set that calibrated and scored
+    captions_path: str | None  # or the first of this text file, one caption a line
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.n_samples <= 512:
+            raise SweepError(f"validation.n_samples={self.n_samples} is not allowed. Type a number from 2 to 512.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputConfig(Section):
+    """Where reports go."""
+
+    name: Literal["tmp", "publish"]
+    root: str  # directory; {run_id} names the grid
+    overwrite: bool  # replace folders of another model revision or data set content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig(Section):
+    """What computes."""
+
+    address: str | None  # of a Ray cluster, host:port; local: one of this run's own, on this machine; null: $RAY_ADDRESS
+    dashboard: bool | Literal["auto"]  # of a cluster of this run's own; auto: where there is a GPU
+    device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is a GPU
+    workers: int | Literal["auto"]  # auto: one a GPU (or share of one), else one a CPU core; on a cluster more when nodes join
+    gpus_per_worker: float  # a fraction: several workers share a GPU; 2 or more: a worker spreads the model over so many
+    retry_failed: bool  # try trials again that failed for their own reason
+
+    def __post_init__(self) -> None:
+        if self.workers != "auto" and self.workers < 1:
+            raise SweepError(f"cluster.workers={self.workers} leaves nobody to work. Type at least 1, or auto.")
+        share = self.gpus_per_worker
+        if not (0 < share <= 1 or (1 < share < math.inf and share == int(share))):  # refuses NaN as well
+            raise SweepError(f"cluster.gpus_per_worker={share:g} is not allowed. Type a fraction up to 1, or a whole number.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig(Section):
+    """Where scores are kept."""
+
+    uri: str  # absolute local path or fsspec URL
+
+    def __post_init__(self) -> None:
+        if not self.uri.strip():
+            raise SweepError("store.uri is empty. Type store.uri=DIR, or the URL of an object store.")
+        if self.uri.startswith("memory:"):
+            raise SweepError(f"store.uri={self.uri} lives in one process only; workers are others. Type a local directory, or the URL of an object store.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepConfig:
+    """One point of a grid, composed."""
+
+    model: ModelConfig
+    dataset: DatasetConfig
+    quant_pair: PairConfig
+    quant_granularity: GranularityConfig
+    sensitivity: SensitivityConfig
+    target: TargetConfig
+    validation: ValidationConfig
+    output_layout: OutputConfig
+    cluster: ClusterConfig
+    store: StoreConfig
+
+    def __post_init__(self) -> None:
+        names = {"model.name": self.model.name, "dataset.name": self.dataset.name}
+        names |= {"quant_pair.name": self.quant_pair.name, "quant_granularity.name": self.quant_granularity.name, "target.name": self.target.name}
+        for key, name in names.items():
+            if name is None or not _NAME.fullmatch(name):
+                raise SweepError(f"{key}={name!r} is no name. It becomes part of paths: use lower-case letters, digits and _ only.")
+        for key, value, other in (("method", "kl_div", "gradient"), ("engine", "modelopt", "layerwise")):
+            if self.cluster.gpus_per_worker > 1 and getattr(self.sensitivity, key) == value:
+                raise SweepError(
+                    f"sensitivity.{key}={value} runs the model on one GPU, cluster.gpus_per_worker={self.cluster.gpus_per_worker:g} spreads it over several. "
+                    f"Type cluster.gpus_per_worker=1, or sensitivity.{key}={other}."
+                )
+
+
+SECTIONS: Mapping[str, type[Section]] = {name: hint for name, hint in typing.get_type_hints(SweepConfig).items()}
+
+
+def to_plain(config: SweepConfig) -> dict[str, Any]:
+    """The composed config as JSON can hold it, always in the same order."""
+    return _plain(asdict(config))
+
+
+def from_record(document: Mapping[str, Any], target: TargetConfig, validation: ValidationConfig) -> SweepConfig:
+    """The config that `to_record` gave, from a store; keys that are newer than it get the value that it was composed under.
+
+    Raises: SweepError: it was edited into something else.
+    """
+    nodes = {section: {**_SINCE.get(section, {}), **_revived(document.get(section, {}))} for section in SECTIONS} | {
+        "target": asdict(target),
+        "validation": asdict(validation),
+    }
+    return SweepConfig(**{section: kind.from_node(section, nodes[section]) for section, kind in SECTIONS.items()})  # pyright: ignore[reportArgumentType]
+
+
+def _revived(value: Any) -> Any:
+    """JSON has texts as keys: axes of blocks are numbers."""
+    if isinstance(value, Mapping):
+        return {int(key) if key.lstrip("-").isdigit() else key: _revived(item) for key, item in value.items()}
+    return value
+
+
+def to_record(config: SweepConfig) -> dict[str, Any]:
+    """The same for a trial's record: without the target and validation, on which no score depends."""
+    return {section: node for section, node in to_plain(config).items() if section not in ("target", "validation")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,1 @@
+"""Types and tools of every package: errors, layer groups, sizes, batches; machine, disk cache, text."""

@@ -1,0 +1,185 @@
+"""What each layer group may get: formats, their size, and their damage as a store says it, from finished cells alone."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sweep.config.compose import expand
+from sweep.config.schema import SweepConfig, from_record, to_plain
+from sweep.core.errors import SweepError
+from sweep.core.sizes import SIZES
+from sweep.formats.mixed import GroupFormat
+from sweep.formats.quantizer import UNQUANTIZED_BITS
+from sweep.plan.subject import Model, checkpoint_dir
+from sweep.plan.trials import ELEMENTS, recipe_of
+from sweep.report.analysis import FloatArray, float_column, sample_matrix
+from sweep.store.records import TrialRow
+from sweep.store.select import finished_trials
+from sweep.store.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A format for every layer group, and what it does to each."""
+
+    format: GroupFormat
+    cell_id: str
+    predicted_kl: FloatArray  # [groups], nats per prediction; infinite where nothing was measured
+    sample_kl: FloatArray | None = field(repr=False)  # [groups, samples], adds up to predicted_kl
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """All that was measured of one model on one data set."""
+
+    trial: TrialRow  # one of those that the options come from
+    config: SweepConfig  # its
+    groups: tuple[Mapping[str, Any], ...]  # group, modules, layer_index, weight_elements; in the model's order
+    formats: tuple[Option, ...]
+    elements: Mapping[str, int] | None  # of the model: see SweepPlan.models; None: the store does not know
+
+    @property
+    def weights(self) -> FloatArray:
+        """[groups], elements."""
+        return np.array([group["weight_elements"] for group in self.groups], dtype=np.float64)
+
+    @property
+    def other_bytes(self) -> float:
+        """Bytes of what no recipe touches, in 16 bits: embeddings, norms, lm_head, and a vision tower that is not covered.
+
+        Raises: SweepError: the store does not know.
+        """
+        if self.elements is None:
+            raise SweepError(
+                f"The store does not know the size of {self.trial.model}: an earlier version swept it. Type --bits instead of --gb, or sweep again."
+            )
+        # A tied lm_head that is quantized is a copy: the embeddings are still there in 16 bits.
+        copied = sum(group["weight_elements"] for group in self.groups if _is_lm_head(group)) if not self.elements["lm_head"] else 0
+        return (self.elements["parameters"] + copied - float(self.weights.sum())) * UNQUANTIZED_BITS / 8
+
+    def gb(self, cost: float) -> float:
+        """GB (1e9 bytes) of all weights where the covered groups take `cost` bits. Raises: SweepError: as `other_bytes`."""
+        return (cost / 8 + self.other_bytes) / 1e9
+
+    @property
+    def covers_lm_head(self) -> bool:
+        """Whether lm_head is among the groups."""
+        return any(_is_lm_head(group) for group in self.groups)
+
+
+def sized(options: Options) -> Options:
+    """With the model's size from its checkpoint, if the store does not know it and the checkpoint is still there, unchanged."""
+    if options.elements is not None:
+        return options
+    try:
+        model = Model(checkpoint_dir(options.config.model))
+        if model.revision != options.trial.model_revision:
+            return options
+        return replace(options, elements={key: model.structure[key] for key in ELEMENTS})
+    except SweepError:  # not there any more: the store's own message says what to type
+        return options
+
+
+def read_options(store: Store, overrides: Sequence[str]) -> Options:
+    """The options that the finished trials of a store give, of the largest size that was measured.
+
+    Args:
+        store: read only.
+        overrides: Hydra's; those that name a property of trials select them.
+
+    Raises: SweepError: none, or of several models, data sets, coverages or methods, of which one must be typed.
+    """
+    points = expand(overrides, multirun=True).points
+    asked = points[0]
+    rows = finished_trials(store, overrides, [to_plain(point) for point in points])
+    configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
+    _check_one_kind(rows, configs)
+    largest = max((row.size for row in rows), key=SIZES.__getitem__)
+    rows = _of_one_revision([row for row in rows if row.size == largest])
+    tables = {row.cell_id: store.scores(row.cell_id) for row in rows if row.cell_id is not None}
+    first = next(iter(tables.values()))
+    columns = ("group", "modules", "layer_index", "weight_elements")
+    groups = tuple(first.select(columns).to_pylist())
+    named = {row.cell_id: row for row in reversed(rows)}  # equal trials share a cell: the first one's name counts
+    options: dict[str, Option] = {}
+    for row in sorted(rows, key=lambda row: row.created_at):
+        if named[row.cell_id] is not row or row.cell_id is None:
+            continue
+        table = tables[row.cell_id]
+        if table.select(columns).to_pylist() != list(groups):
+            raise SweepError(
+                f"Cells of {row.model} cover different layer groups: {row.trial_id}, {rows[0].trial_id}. Type quant_pair=... or quant_granularity=..."
+            )
+        option = _option(row.cell_id, configs[row.trial_id], table)
+        options[option.format.label] = option  # the latest, where another version of something scored it before
+    records = store.runs().values()
+    elements = next((record["models"][rows[0].model_revision] for record in records if rows[0].model_revision in record.get("models", {})), None)
+    return Options(trial=rows[0], config=configs[rows[0].trial_id], groups=groups, formats=tuple(options.values()), elements=elements)
+
+
+def _option(cell_id: str, config: SweepConfig, table: pa.Table) -> Option:
+    kl = float_column(table, "predicted_kl")
+    score, samples = float_column(table, "score"), sample_matrix(table)
+    if samples is not None:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            samples = np.nan_to_num(samples * np.where(score > 0, kl / score, 0.0)[:, None])
+    return Option(format=format_of(config), cell_id=cell_id, predicted_kl=np.where(np.isfinite(kl), kl, np.inf), sample_kl=samples)
+
+
+def format_of(config: SweepConfig) -> GroupFormat:
+    """The format that a point gives to every layer group."""
+    recipe = recipe_of(config)
+    return GroupFormat(
+        quant_pair=config.quant_pair.name,
+        quant_granularity=config.quant_granularity.name,
+        algorithm=recipe.algorithm,
+        scales=config.sensitivity.scales,
+        weight=recipe.weight and recipe.weight.attributes,
+        inputs=recipe.activation and recipe.activation.attributes,
+    )
+
+
+def _check_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]) -> None:
+    """Damages of different models, data or methods cannot be added up. Raises: SweepError: says where the trials differ."""
+
+    def kind(row: TrialRow) -> tuple[str, ...]:
+        config = configs[row.trial_id]
+        words = {
+            "model": f"{row.model} ({row.model_revision[:8]})",
+            "dataset": row.dataset,
+            "sensitivity.coverage": row.coverage,
+            "sensitivity.lm_head": str(config.sensitivity.lm_head).lower(),
+            "sensitivity.method": row.method,
+            "sensitivity.engine": row.engine,
+            "sensitivity.scales": config.sensitivity.scales,
+            "model.dtype": config.model.dtype,
+        }
+        return tuple(f"{key}={value}" for key, value in words.items())
+
+    found = (sorted(set(values)) for values in zip(*map(kind, rows), strict=True))
+    if differing := [values for values in found if len(values) > 1]:
+        raise SweepError(
+            "The store holds trials of several kinds, whose damages cannot be compared: "
+            + "; ".join(" or ".join(values) for values in differing)
+            + ". Type the one you mean."
+        )
+
+
+def _of_one_revision(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """Of one set of samples and one way to score: that of the latest trial."""
+    samples = {row.dataset_revision for row in rows}
+    if len(samples) > 1:
+        raise SweepError(
+            f"The store holds trials of {len(samples)} different sets of samples that are called {rows[0].dataset}/{rows[0].size}. "
+            "Type the dataset.max_tokens or dataset.captions_path that you mean; where the file itself has changed, sweep into another store.uri."
+        )
+    score_version = json.loads(max(rows, key=lambda row: row.created_at).versions).get("score")
+    return [row for row in rows if json.loads(row.versions).get("score") == score_version]
+
+
+def _is_lm_head(group: Mapping[str, Any]) -> bool:
+    return any(module.rpartition(".")[2] == "lm_head" for module in group["modules"])

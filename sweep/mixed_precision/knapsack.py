@@ -1,0 +1,246 @@
+"""The best mix of formats under a budget: a multiple-choice knapsack, solved to the optimum by HiGHS. Arrays in, choices out."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array, csr_array, vstack
+
+from sweep.report.analysis import FloatArray, IntArray
+
+_GAP: Final = 1e-9  # relative: damages are not known to more digits
+_ROUNDING: Final = 1e-12  # relative: so much over the budget is the rounding of the budget itself
+_SCALE: Final = 1e6  # of the budget inside HiGHS
+_DOUBLINGS: Final = 200  # of a price until the choices fit: then they are the cheapest
+_HALVINGS: Final = 80  # until it is exact
+_SECONDS: Final = 20.0  # then the best choice so far counts, and its gap is said; real scores take less than one
+_TIME_IS_UP: Final = 1  # status of scipy's milp
+
+_log = logging.getLogger(__name__)
+
+
+class Infeasible(ValueError):
+    """No choice fits the budget; the least that does is `least_cost`."""
+
+    def __init__(self, least_cost: float) -> None:
+        super().__init__(f"the least cost of all choices is {least_cost}")
+        self.least_cost = least_cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What each option of each layer group damages and costs."""
+
+    damage: FloatArray  # [groups, options], nats per prediction; infinite: not allowed
+    cost: FloatArray  # [groups, options], bits of the group's weights
+    together: IntArray  # [groups]: groups of equal numbers get the same option
+
+    def __post_init__(self) -> None:
+        if not (self.damage.shape == self.cost.shape and self.together.shape == self.damage.shape[:1]):
+            raise ValueError(f"shapes differ: damage {self.damage.shape}, cost {self.cost.shape}, together {self.together.shape}")
+        if np.isnan(self.damage).any() or (self.damage < 0).any() or not np.isfinite(self.cost).all():
+            raise ValueError("damage must be 0 or more, and cost finite")
+
+
+def solve(problem: Problem, budget: float) -> IntArray:
+    """The choice of least summed damage that costs no more than the budget; of equal ones any.
+
+    Args:
+        problem: damages and costs.
+        budget: bits of all groups together.
+
+    Returns: [groups], the option of each.
+    Raises: Infeasible: not even the cheapest choices fit.
+    """
+    blocks, of_group = np.unique(problem.together, return_inverse=True)
+    joint = Problem(damage=_summed(problem.damage, of_group, len(blocks)), cost=_summed(problem.cost, of_group, len(blocks)), together=np.arange(len(blocks)))
+    return _solve_apart(joint, budget)[of_group]
+
+
+def front(problem: Problem, n_budgets: int) -> Iterator[tuple[float, IntArray]]:
+    """Optimal choices at budgets evenly spaced from the least cost to that of least damage: the Pareto front's outline.
+
+    Yields: budget and choices, each better than the one before.
+    """
+    low, high = cost_range(problem)
+    last: IntArray | None = None
+    for budget in np.linspace(low, high, n_budgets):
+        choice = solve(problem, float(budget))
+        if last is None or total(problem.damage, choice) < total(problem.damage, last):
+            yield float(budget), choice
+        last = choice
+
+
+def cost_range(problem: Problem) -> tuple[float, float]:
+    """The least cost of any choice, and the least cost of a choice of least damage."""
+    blocks, of_group = np.unique(problem.together, return_inverse=True)
+    damage, cost = (_summed(each, of_group, len(blocks)) for each in (problem.damage, problem.cost))
+    if not np.isfinite(damage).any(axis=1).all():
+        raise Infeasible(float("inf"))
+    low = np.where(np.isfinite(damage), cost, np.inf).min(axis=1).sum()
+    best = damage.min(axis=1, keepdims=True)
+    high = np.where(damage <= best, cost, np.inf).min(axis=1).sum()
+    return float(low), float(high)
+
+
+def total(values: FloatArray, choice: IntArray) -> float:
+    """Sum of each group's value under its choice. Args: values: [groups, options]; choice: [groups]."""
+    return float(values[np.arange(len(choice)), choice].sum())
+
+
+def useful_options(damage: FloatArray, cost: FloatArray) -> IntArray:
+    """Options of one group that no other beats in both; cheapest first. Args: damage, cost: [options]."""
+    kept: list[int] = []
+    for option in np.lexsort((damage, cost)):
+        if np.isfinite(damage[option]) and (not kept or damage[option] < damage[kept[-1]]):
+            kept.append(int(option))
+    return np.array(kept, dtype=np.int64)
+
+
+def _summed(values: FloatArray, of_group: npt.NDArray[np.intp], n_blocks: int) -> FloatArray:
+    result = np.zeros((n_blocks, values.shape[1]))
+    np.add.at(result, of_group, values)
+    return result
+
+
+def _solve_apart(problem: Problem, budget: float) -> IntArray:
+    low, high = cost_range(problem)
+    room = budget * (1 + _ROUNDING)
+    if low > room:
+        raise Infeasible(low)
+    if high <= room:
+        return np.lexsort((problem.cost, problem.damage), axis=1)[:, 0]
+    price, choice = _priced(problem.damage, problem.cost / room)
+    choice = _filled(problem, choice, room)
+    options = [useful_options(damage, cost) for damage, cost in zip(problem.damage, problem.cost, strict=True)]
+    groups = np.repeat(np.arange(len(options)), [len(some) for some in options])
+    flat = np.concatenate(options)
+    damage, cost = problem.damage[groups, flat], problem.cost[groups, flat]
+    # An option that raises the bound above what is already reached is in no better choice: few are left.
+    priced = damage + price * cost / room
+    bound, reached = float(_least(priced, groups).sum()) - price, total(problem.damage, choice)
+    left = (priced - _least(priced, groups)[groups] <= reached - bound + _GAP * reached) | (flat == choice[groups])
+    better = _exact(damage[left], cost[left], groups[left], room, reached)
+    candidate = choice.copy()
+    candidate[groups[left][better]] = flat[left][better]
+    return candidate if total(problem.damage, candidate) < reached else choice
+
+
+def _filled(problem: Problem, choice: IntArray, room: float) -> IntArray:
+    """A choice that fits, made better by one exchange after the other, each that of all that fit which saves most damage."""
+    choice, groups = choice.copy(), np.arange(len(choice))
+    while True:
+        saved = problem.damage[groups, choice][:, None] - problem.damage
+        more = problem.cost - problem.cost[groups, choice][:, None]
+        saved[more > room - total(problem.cost, choice)] = 0.0
+        group, option = np.unravel_index(np.argmax(saved), saved.shape)
+        before, choice[group] = choice[group], option
+        if saved[group, option] <= 0 or total(problem.cost, choice) > room:  # the latter by rounding
+            choice[group] = before
+            return choice
+
+
+def _priced(damage: FloatArray, share: FloatArray) -> tuple[float, IntArray]:
+    """The least price of the whole budget at which the best choice of each group alone fits, and those choices: Lagrange's relaxation.
+
+    Args:
+        damage: [groups, options].
+        share: of the budget, of each; the cheapest fit.
+    """
+
+    def choice_at(price: float) -> IntArray:
+        return np.argmin(damage + price * share, axis=1)
+
+    cheapest = np.lexsort((damage, np.where(np.isfinite(damage), share, np.inf)), axis=1)[:, 0]
+    low, high, chosen = 0.0, total(damage, cheapest), cheapest
+    for _ in range(_DOUBLINGS):
+        if total(share, choice := choice_at(high)) <= 1:
+            chosen = choice
+            break
+        low, high = high, 2 * high
+    for _ in range(_HALVINGS):
+        price = (low + high) / 2
+        if total(share, choice := choice_at(price)) <= 1:
+            high, chosen = price, choice
+        else:
+            low = price
+    return high, chosen
+
+
+def _exact(damage: FloatArray, cost: FloatArray, groups: IntArray, room: float, reached: float) -> npt.NDArray[np.bool_]:
+    """Which of the options that are left are chosen; none, if HiGHS finds nothing.
+
+    Args:
+        damage: of each option.
+        cost: of each.
+        groups: whose it is.
+        room: what they may cost together.
+        reached: damage of a choice that fits, above 0.
+    """
+    rows = _one_each(groups)
+    n_groups = rows.shape[0]
+    # HiGHS' tolerances are absolute, 1e-6: scaled so that they are less than damages and budgets are known to.
+    budget = csr_array(cost[None] * (_SCALE / room))
+    objective = damage * (1e3 / reached)
+    least, most = np.append(np.ones(n_groups), -np.inf), np.append(np.ones(n_groups), _SCALE)
+    constraints: Any = vstack([rows, budget])
+    end = time.monotonic() + _SECONDS
+    while True:
+        with _hushed():
+            found: Any = milp(
+                objective,
+                integrality=np.ones(len(damage)),
+                bounds=Bounds(0, 1),
+                constraints=LinearConstraint(constraints.tocsr(), least, most),  # pyright: ignore[reportArgumentType]
+                options={"mip_rel_gap": _GAP, "time_limit": max(0.0, end - time.monotonic())},
+            )
+        if found.status == _TIME_IS_UP:
+            _log.warning("No proof of the best choice after %g s: it may be better than the one given by up to %.2g %%.", _SECONDS, _left_open(found))
+        if found.x is None:
+            return np.zeros(len(damage), dtype=np.bool_)
+        chosen = found.x > 0.5
+        if cost[chosen].sum() <= room:
+            return chosen
+        # Within HiGHS' tolerance, but not within the budget: so is nothing that costs as much or more in every group.
+        spent = np.zeros(n_groups)
+        spent[groups[chosen]] = cost[chosen]
+        constraints = vstack([constraints, csr_array((cost >= spent[groups]).astype(np.float64)[None])])
+        least, most = np.append(least, -np.inf), np.append(most, n_groups - 1.0)
+
+
+@contextmanager
+def _hushed() -> Generator[None]:
+    """HiGHS 1.12 prints a line of its own making now and then, past Python's streams and its own switch."""
+    sys.stdout.flush()
+    kept, sink = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(sink)
+
+
+def _left_open(found: Any) -> float:
+    """By how much a better choice may be better, in per cent."""
+    return 100.0 if found.x is None or not found.fun else 100 * (1 - (found.mip_dual_bound or 0.0) / found.fun)
+
+
+def _one_each(groups: IntArray) -> Any:
+    return coo_array((np.ones(len(groups)), (groups, np.arange(len(groups))))).tocsr()
+
+
+def _least(values: FloatArray, groups: IntArray) -> FloatArray:
+    """The least value of each group."""
+    least = np.full(int(groups.max()) + 1, np.inf)
+    np.minimum.at(least, groups, values)
+    return least

@@ -1,0 +1,340 @@
+"""From composed points to trials, cells and tasks: what is asked, what it is by content, what a worker must do for it.
+
+Needs no GPU and, once its facts are remembered on disk, no heavy import: a run that finds nothing left to do takes a second.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache as cached
+from importlib import metadata
+from typing import Any, Final, Literal
+
+from sweep.config.schema import ModelConfig, SweepConfig
+from sweep.core import cache
+from sweep.core.batches import Plan
+from sweep.core.errors import InvalidRecipe, SweepError
+from sweep.core.groups import GroupSpec, part_of, parts_of
+from sweep.core.machine import first_gpu, has_compiler
+from sweep.core.sizes import SIZES
+from sweep.formats.recipe import Recipe, attributes_for, resolve
+from sweep.plan.subject import Model, checkpoint_dir, samples_of
+from workers.data.batches import make_plan
+from workers.model import memory
+from workers.task import ModelSpec, Task
+
+# 1: summed loss, delta form, canonical plan of at most 2,048 tokens a batch, logits of 512 rows at a time.
+SCORE_VERSION: Final = 1
+
+ELEMENTS: Final = ("parameters", "embeddings", "lm_head")  # what a store keeps of each model: see SweepPlan.models
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTrial:
+    """One point of the grid: its config, its identity, and the cell that answers it."""
+
+    trial_id: str
+    config: SweepConfig
+    model_revision: str
+    dataset_revision: str
+    cell_id: str | None  # None: no valid recipe, see reason
+    task_id: str | None
+    reason: str | None
+
+    @property
+    def name(self) -> str:
+        """For people: ``wfp8_afp8/default/large``, ``wint4_afp16/w_group128/awq_lite/fused/large``."""
+        return f"{_label(self.config)}/{self.config.dataset.size}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepPlan:
+    """Everything a run needs to know before it starts."""
+
+    trials: tuple[PlannedTrial, ...]  # in the order asked for
+    tasks: Mapping[str, Task]  # by task id, with the cells of every size asked for
+    plans: Mapping[str, Plan]  # by Task.plan_id
+    windowed: frozenset[str]  # plans whose capture does not fit in a worker's memory at once
+    models: Mapping[str, Mapping[str, int]]  # elements of each model, by revision: all `parameters`, of them `embeddings` and an untied `lm_head`
+
+    def pending(self, finished: Iterable[str]) -> dict[str, Task]:
+        """Tasks that still lack cells, each with only those."""
+        done = set(finished)
+        left = {task_id: {size: cell for size, cell in task.cells.items() if cell not in done} for task_id, task in self.tasks.items()}
+        return {task_id: replace(self.tasks[task_id], cells=cells) for task_id, cells in left.items() if cells}
+
+
+def plan_sweep(points: Sequence[SweepConfig], device: Device) -> SweepPlan:
+    """Resolve every point of a grid.
+
+    Args:
+        points: composed configs.
+        device: what the workers compute on; it decides the default precision and which formats can run.
+
+    Raises: SweepError: wrong input, or not one point of the grid makes a valid recipe.
+    """
+    planner = _Planner(points, device)
+    trials = tuple(planner.trial(point) for point in points)
+    if all(trial.cell_id is None for trial in trials):
+        reasons = list(dict.fromkeys(f"{trial.name}: {trial.reason}" for trial in trials))
+        raise SweepError("Nothing can be scored.\n" + "\n".join(reasons[:10]) + (f"\nand {len(reasons) - 10} more" if len(reasons) > 10 else ""))
+    return SweepPlan(trials=trials, tasks=planner.tasks, plans=planner.plans, windowed=frozenset(planner.windowed), models=planner.elements())
+
+
+@cached  # reading a package's metadata takes a millisecond
+def version(package: str) -> str:
+    """The installed version."""
+    return metadata.version(package)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a score."""
+    return {name: version(name) for name in ("nvidia-modelopt", "torch", "transformers", "ray", "pyarrow")} | {"score": str(SCORE_VERSION)}
+
+
+class _Planner:
+    """Finds each fact once, however many points ask for it."""
+
+    def __init__(self, points: Sequence[SweepConfig], device: Device) -> None:
+        self.device: Device = device
+        self.tasks: dict[str, Task] = {}
+        self.plans: dict[str, Plan] = {}
+        self.windowed: set[str] = set()
+        self._largest: dict[tuple[object, ...], int] = {}
+        for point in points:
+            key = _data_key(point)
+            self._largest[key] = max(self._largest.get(key, 0), SIZES[point.dataset.size])
+        self._models: dict[str | None, Model] = {}
+        self._data: dict[tuple[object, ...], tuple[str, Plan]] = {}
+        self._digests: dict[tuple[str, str], str] = {}
+        self._coverage: dict[str, tuple[GroupSpec, ...]] = {}
+
+    def trial(self, point: SweepConfig) -> PlannedTrial:
+        """Identify one point and enter its cell into the task of its recipe."""
+        model = self._model(point.model)
+        plan_id, plan = self._plan(point, model)
+        digest = self._digest(plan_id, plan, point.dataset.size)
+        cell_id, task_id, reason = None, None, None
+        try:
+            cell_id, task_id = self._enter(point, model, plan_id, digest)
+        except InvalidRecipe as error:
+            reason = str(error)
+        asked = [point.model.name, model.revision, digest, point.dataset.name, point.dataset.size, point.quant_pair.name, point.quant_granularity.name]
+        sensitivity = point.sensitivity
+        asked += [sensitivity.coverage, sensitivity.lm_head, sensitivity.method, sensitivity.engine, point.model.dtype_on(self.device), cell_id]
+        asked += _variant(point)
+        name = f"{point.quant_pair.name}-{point.quant_granularity.name}-{point.dataset.size}"
+        return PlannedTrial(
+            trial_id=f"{name}-{_hash(asked)[:10]}",
+            config=point,
+            model_revision=model.revision,
+            dataset_revision=digest,
+            cell_id=cell_id,
+            task_id=task_id,
+            reason=reason,
+        )
+
+    def elements(self) -> dict[str, dict[str, int]]:
+        """Elements of each model, by revision; see SweepPlan."""
+        return {model.revision: {key: model.structure[key] for key in ELEMENTS} for model in self._models.values()}
+
+    def _enter(self, point: SweepConfig, model: Model, plan_id: str, digest: str) -> tuple[str, str]:
+        recipe = recipe_of(point)
+        groups = self._covered(model, recipe)
+        _check_block_size(recipe, model, groups)
+        if self.device == "cuda":
+            _check_gpu(recipe)
+        dtype = point.model.dtype_on(self.device)
+        common = {
+            "score_version": SCORE_VERSION,
+            "modelopt": version("nvidia-modelopt"),
+            "model": model.revision,
+            "recipe": recipe.canonical,
+            "groups": [group.modules for group in groups],
+            "coverage": point.sensitivity.coverage,
+            "method": point.sensitivity.method,
+            "engine": point.sensitivity.engine,
+            "dtype": dtype,
+        }
+        fused = point.sensitivity.scales == "fused" and recipe.shares_ranges
+        if fused:
+            common["scales"] = "fused"
+        cell_id = _hash(common | {"data": digest})[:20]
+        task_id = _hash(common | {"plan": plan_id})[:20]
+        if task_id not in self.tasks:
+            self.tasks[task_id] = Task(
+                task_id=task_id,
+                label=_label(point),
+                model=ModelSpec(path=str(model.path), revision=model.revision, dtype=dtype),
+                plan_id=plan_id,
+                method=point.sensitivity.method,
+                engine=point.sensitivity.engine,
+                quant_cfg=tuple(recipe.quant_cfg),
+                algorithm=recipe.algorithm,
+                fused=fused,
+                weight_attributes=recipe.weight and recipe.weight.attributes,
+                input_attributes=recipe.activation and recipe.activation.attributes,
+                calibrates_inputs=recipe.calibrates_activations,
+                effective_bits=recipe.effective_bits,
+                groups=groups,
+                cells={},
+            )
+        self._check_memory(point, replace(self.tasks[task_id], cells={point.dataset.size: cell_id}), model)
+        cells = {**self.tasks[task_id].cells, point.dataset.size: cell_id}
+        ordered = {size: cells[size] for size in SIZES if size in cells}
+        self.tasks[task_id] = replace(self.tasks[task_id], cells=ordered)
+        return cell_id, task_id
+
+    def _check_memory(self, point: SweepConfig, task: Task, model: Model) -> None:
+        """Refuse what does not fit even one decoder layer at a time; note what does not fit at once."""
+        budget_gb = point.sensitivity.memory_gb
+        if budget_gb is None and self.device == "cuda" and (gpu := first_gpu()) is not None:
+            budget_gb = gpu.memory_gb * point.cluster.gpus_per_worker
+        if budget_gb is None or task.engine == "modelopt" or task.method == "kl_div":
+            return
+        plan = self.plans[task.plan_id]
+        parts = [part.groups for part in parts_of(task.groups)]
+        model_bytes = model.structure["parameters"] * (2 if task.model.dtype == "bfloat16" else 4)
+        work = memory.workload([task], plan, plan.segments_of(point.dataset.size), model_bytes, model.structure["vocabulary"])
+        if memory.whole_bytes(task.groups, work) > budget_gb * 1e9:
+            self.windowed.add(task.plan_id)
+        needed_gb = memory.needed_bytes(parts, work) / 1e9
+        if needed_gb > budget_gb:
+            raise InvalidRecipe(
+                f"{budget_gb:g} GB are too little for one decoder layer at a time: a model of {model_bytes / 1e9:.1f} GB and {work.n_tokens} tokens "
+                f"need about {needed_gb:.1f} GB. Type sensitivity.memory_gb={needed_gb + 0.5:.0f} or more, or a smaller dataset.size."
+            )
+
+    def _model(self, config: ModelConfig) -> Model:
+        if config.path not in self._models:
+            self._models[config.path] = Model(checkpoint_dir(config))
+        return self._models[config.path]
+
+    def _plan(self, point: SweepConfig, model: Model) -> tuple[str, Plan]:
+        key = _data_key(point)
+        if key not in self._data:
+            packable = model.structure["packable"]  # before the tokenizer, which would blame itself for a broken config.json
+            samples = samples_of(point.dataset, model, self._largest[key])
+            plan = make_plan(samples, packed=packable)
+            largest = next(size for size, n in SIZES.items() if n == self._largest[key])
+            plan_id = plan.digest(largest)
+            self._data[key] = plan_id, plan
+            self.plans[plan_id] = plan
+        return self._data[key]
+
+    def _digest(self, plan_id: str, plan: Plan, size: str) -> str:
+        if (plan_id, size) not in self._digests:
+            self._digests[plan_id, size] = plan.digest(size)
+        return self._digests[plan_id, size]
+
+    def _covered(self, model: Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
+        """Groups that the recipe quantizes; decided by its patterns, not by its formats."""
+        skeleton = [[entry["quantizer_name"], entry.get("parent_class"), entry.get("enable"), "cfg" in entry] for entry in recipe.quant_cfg]
+        key = _hash([model.revision, skeleton])
+        if key not in self._coverage:
+            self._coverage[key] = _covered_groups(model, recipe)
+        return self._coverage[key]
+
+
+def recipe_of(point: SweepConfig) -> Recipe:
+    """What a point does to each linear. Raises: InvalidRecipe, SweepError: see sweep.formats.recipe.resolve."""
+
+    def compute() -> dict[str, Any]:
+        from workers.quant import modelopt
+
+        return modelopt.preset(point.quant_pair.format_name)
+
+    preset = cache.remember("preset", [1, version("nvidia-modelopt"), point.quant_pair.format_name], compute)
+    return resolve(
+        point.quant_pair,
+        point.quant_granularity,
+        preset,
+        coverage=point.sensitivity.coverage,
+        lm_head=point.sensitivity.lm_head,
+        algorithm=point.sensitivity.quant_algorithm,
+    )
+
+
+def _variant(point: SweepConfig) -> list[str]:
+    """Algorithm and scales, where they are not those that go without saying."""
+    return [value for value, usual in ((point.sensitivity.quant_algorithm, "max"), (point.sensitivity.scales, "private")) if value != usual]
+
+
+def _label(point: SweepConfig) -> str:
+    return "/".join([point.quant_pair.name, point.quant_granularity.name, *_variant(point)])
+
+
+def _covered_groups(model: Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
+    def is_covered(module: str) -> bool:
+        found = (attributes_for(recipe.quant_cfg, module, quantizer, "nn.Linear") for quantizer in ("weight_quantizer", "input_quantizer"))
+        return any(attributes is not None for attributes in found)
+
+    outputs = {name: n_outputs for name, _, n_outputs in model.structure["linears"]}
+    covered = {name for name in outputs if is_covered(name)}
+    groups: list[GroupSpec] = []
+    for first, modules in model.structure["groups"].items():
+        if not all(module in covered for module in modules):
+            continue
+        part, layer_index = part_of(first)
+        elements = sum(model.inputs[module] * outputs[module] for module in modules)
+        groups.append(
+            GroupSpec(
+                name=first,
+                modules=tuple(modules),
+                part=part,
+                layer_index=layer_index,
+                weight_elements=elements,
+                n_inputs=model.inputs[first],
+                n_outputs=sum(outputs[module] for module in modules),
+            )
+        )
+    if not groups:
+        raise SweepError(f"{model.path} has no linear that the recipe covers. Choose sensitivity.coverage=all_layers, or another model.")
+    return tuple(groups)
+
+
+def _check_block_size(recipe: Recipe, model: Model, groups: Sequence[GroupSpec]) -> None:
+    modules = [module for group in groups for module in group.modules]
+    for block in recipe.block_lengths:
+        bad = [module for module in modules if model.inputs[module] % block]
+        if bad:
+            allowed = [str(size) for size in (16, 32, 64, 128) if not any(model.inputs[module] % size for module in modules)]
+            advice = f"Sizes that divide every layer: {', '.join(allowed)}." if allowed else "Choose a granularity without groups."
+            raise InvalidRecipe(
+                f"Groups of {block} do not divide the {model.inputs[bad[0]]} inputs of {bad[0]} ({len(bad)} such layers): ModelOpt would pad silently. {advice}"
+            )
+    rows = recipe.block_rows
+    outputs = {name: n_outputs for name, _, n_outputs in model.structure["linears"]}
+    if rows is not None and (bad := [module for module in modules if outputs[module] % rows]):
+        raise InvalidRecipe(
+            f"Blocks of {rows} rows do not divide the {outputs[bad[0]]} outputs of {bad[0]} ({len(bad)} such layers): ModelOpt would pad silently. "
+            "Choose a granularity without blocks on axis -2."
+        )
+
+
+def _check_gpu(recipe: Recipe) -> None:
+    """Refuse formats that this machine's GPU has no kernels for, before hours are spent on the others."""
+    gpu = first_gpu()
+    for spec in (recipe.weight, recipe.activation):
+        if spec is None or not spec.has_dynamic_blocks:
+            continue
+        if spec.is_nvfp4 and gpu is not None and gpu.capability < (8, 9):
+            raise InvalidRecipe(
+                f"NVFP4 needs a GPU of compute capability 8.9; {gpu.name} has {gpu.capability[0]}.{gpu.capability[1]}. Run it with cluster.device=cpu."
+            )
+        if not spec.is_nvfp4 and not has_compiler():
+            raise InvalidRecipe(
+                "ModelOpt builds its extension for MX formats with nvcc, which is not here. Install the CUDA toolkit, or run it with cluster.device=cpu."
+            )
+
+
+def _data_key(point: SweepConfig) -> tuple[object, ...]:
+    dataset = {key: value for key, value in asdict(point.dataset).items() if key != "size"}
+    return (point.model.path, json.dumps(dataset, sort_keys=True))
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

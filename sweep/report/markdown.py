@@ -1,0 +1,183 @@
+"""The parts of a Markdown report: tables and sentences."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sweep.core.groups import short_group
+from sweep.report.rows import Report, ratio
+
+_FORMATS = {"fp16": "not quantized"}
+_BAR = 12  # characters of the longest bar
+_LEVELS = "▁▂▃▄▅▆▇█"
+_UNITS = ((1.0, "nat"), (1e-3, "mnat"), (1e-6, "µnat"), (1e-9, "nnat"))
+
+
+def facts_table(report: Report) -> str:
+    """What was measured, and how."""
+    trial, summary = report.trial, report.summary
+    pair = report.config.get("quant_pair", {})
+    named = [(what, pair[key]) for key, what in (("weight", "weights"), ("activation", "activations")) if key in pair]
+    formats = ", ".join(f"{what} {_FORMATS.get(name, name)}" for what, name in named)
+    facts = {
+        "model": f"{trial.model} (revision `{trial.model_revision[:12]}`)",
+        "data set": f"{trial.dataset} (revision `{trial.dataset_revision[:12]}`)",
+        "size": f"{trial.size}: {summary.n_samples} samples, {summary.n_predictions} predictions",
+        "quant pair": f"`{trial.quant_pair}`: {formats}" if formats else f"`{trial.quant_pair}`",
+        "granularity": f"`{trial.quant_granularity}`",
+        "effective bits": f"{summary.effective_bits:.3f} a weight, block scales counted",
+        "coverage": f"`{trial.coverage}`: {summary.n_measured} of {summary.n_groups} layer groups measured",
+        "method, engine": f"`{trial.method}`, `{trial.engine}`",
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(report.versions.items())) or "unknown",
+        "trial, cell": f"`{trial.trial_id}`, `{trial.cell_id}`",
+        **{f"on `{target}`": _served(status) for target, status in report.served_as.items()},
+    }
+    return "| measured | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in facts.items())
+
+
+def _served(status: Mapping[str, str | None]) -> str:
+    words = {"native": "runs as it is", "runs_as": f"runs as `{status['runs_as']}`", "none": "nothing runs it"}[status["status"] or "none"]
+    return f"{words}: `{status['reader_name']}`" if status["reader_name"] else words
+
+
+def sentences(report: Report) -> list[str]:
+    """The summary: total, which groups carry it, how far to trust the ranking."""
+    summary, total = report.summary, report.summary.total_predicted_kl
+    if total is None:
+        return ["**Nothing was measured**: no covered module was called on these samples."]
+    ends = report.total_interval
+    interval = f" (90% interval {ends[0]:.3g} to {ends[1]:.3g})" if ends else ""
+    meaning = (
+        "The sum over groups of score / (2 x predictions): the second-order estimate of the KL divergence "
+        "that quantizing one group alone causes. Interactions between groups are not in it."
+        if report.trial.method == "gradient"
+        else "The sum over groups of the KL divergence from the original model, measured with that group alone quantized. Interactions are not in it."
+    )
+    sentences = [f"**Total predicted KL: {total:.3g} nats per prediction**{interval}. {meaning}"]
+    if total > 1 and report.trial.method == "gradient":
+        sentences.append("A total above 1 nat is outside the range of a small-perturbation estimate: trust the ranking, not the size.")
+    if half := summary.n_groups_half:
+        names = [f"`{short_group(row['layer'], row['modules'])}` {row['share']:.1%}" for row in report.rows[: min(half, 8)]]
+        more = f" and {half - len(names)} more" if half > len(names) else ""
+        verb = "carries" if half == 1 else "carry"
+        sentences.append(f"**{half} of {summary.n_measured} groups {verb} half of it**: {', '.join(names)}{more}.")
+    else:
+        sentences.append("No group changes the loss: the recipe reproduces every output.")
+    sentences.append(_stability_sentence(report))
+    return sentences
+
+
+def _stability_sentence(report: Report) -> str:
+    stability = report.stability
+    if report.total_interval is None:
+        engine = report.trial.engine
+        return f"**Ranking: confidence unknown.** The engine `{engine}` keeps no per-sample scores: no intervals, no stability check."
+    if stability is None or stability.spearman is None:
+        return "**Ranking: confidence unknown.** Too few samples or groups to compare two halves."
+    if stability.spearman >= 0.95 and stability.top_overlap >= 0.8:
+        verdict = "stable"
+    elif stability.spearman >= 0.8 and stability.top_overlap >= 0.6:
+        verdict = "fair, the middle may reorder with other samples"
+    else:
+        verdict = "unstable, measure a larger `dataset.size` before acting on it"
+    top = f"{round(stability.top_overlap * stability.top_k)} of the top {stability.top_k} in common"
+    return f"**Ranking: {verdict}.** Even against odd samples: Spearman {stability.spearman:.3f}, {top}."
+
+
+def kinds_table(report: Report) -> str:
+    """Share by kind of layer, with a sparkline over depth."""
+    values = [row["sensitivity"] for row in report.rows if row["sensitivity"] > 0]
+    low, high = (math.log(min(values)), math.log(max(values))) if values else (0.0, 0.0)
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(report.rows + report.not_measured, key=lambda row: _numbers(row["layer"])):
+        name = short_group(row["layer"], row["modules"])
+        kinds.setdefault(".".join("*" if part.isdecimal() else part for part in name.split(".")), []).append(row)
+    lines: list[tuple[float, str]] = []
+    for kind, rows in kinds.items():
+        measured = [row for row in rows if "rank" in row]
+        share = sum(row["share"] for row in measured)
+        worst = min(measured, key=lambda row: row["rank"], default=None)
+        most = f"`{short_group(worst['layer'], worst['modules'])}` (rank {worst['rank']})" if worst else "not measured"
+        spark = "".join(_spark(row.get("sensitivity"), low, high) for row in rows)
+        lines.append((share, f"| `{kind}` | {len(rows)} | {share:.1%} | `{spark}` | {most} |"))
+    table = "\n".join(line for _, line in sorted(lines, key=lambda item: -item[0]))
+    missing = " `x`: not measured." if report.not_measured else ""
+    return f"""First layer to last, on a log scale that is the same for all rows.{missing}
+
+| kind | groups | share | sensitivity over depth | most sensitive |
+|---|---:|---:|---|---|
+{table}"""
+
+
+def groups_table(report: Report) -> str:
+    """Every measured layer group, most sensitive first."""
+    largest = max((row["predicted_kl"] or 0.0) for row in report.rows)
+    scale, unit = next(((scale, unit) for scale, unit in _UNITS if largest >= scale), _UNITS[-1] if largest > 0 else _UNITS[0])
+    top_share = max(row["share"] for row in report.rows)
+    header = [
+        "#",
+        "layer group",
+        f"predicted KL, {unit}",
+        "90% interval",
+        "share",
+        "",
+        "score",
+        "sensitivity",
+        "SQNR dB",
+        "weight error",
+        "input amax",
+        "bits",
+    ]
+    lines = [f"| {' | '.join(header)} |", "|---:|---|---:|:---:|---:|---|---:|---:|---:|---:|---:|---:|"]
+    for row in report.rows:
+        ends = row["predicted_kl_interval"]
+        cells = [
+            str(row["rank"]),
+            f"`{short_group(row['layer'], row['modules'])}`",
+            _number(row["predicted_kl"], scale),
+            f"{_number(ends[0], scale)} … {_number(ends[1], scale)}" if ends else "–",  # noqa: RUF001 -- a dash in print
+            f"{row['share']:.1%}",
+            "█" * round(_BAR * ratio(row["share"], top_share)) or "▏",
+            _number(row["score"]),
+            _number(row["sensitivity"]),
+            "–" if row["output_sqnr_db"] is None else f"{row['output_sqnr_db']:.1f}",  # noqa: RUF001
+            _number(row["weight_rel_error"]),
+            _number(row["input_amax"]),
+            f"{row['num_bits']:.4g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def columns_text(method: str) -> str:
+    """What the columns mean."""
+    score = "sum over tokens and outputs of (dLoss/dy · error of y)²" if method == "gradient" else "sum over predictions of KL(original ‖ quantized)"
+    return "\n".join(
+        [
+            "- **predicted KL**: nats per prediction with this group alone quantized; **interval**: 90% bootstrap over samples.",
+            f"- **score**: {score}, the loss summed over predictions. **sensitivity**: score per prediction, comparable across sizes.",
+            "- **SQNR**: signal to quantization noise of the group's outputs. **weight error**: |ΔW| / |W|. **input amax**: largest |x| seen.",
+            "- **bits**: effective bits a weight, block scales counted. In machine form: `per-layer-sensitivity.json`, `scores.parquet`.",
+        ]
+    )
+
+
+def _numbers(group: str) -> list[int]:
+    return [int(part) for part in group.split(".") if part.isdecimal()]
+
+
+def _spark(value: float | None, low: float, high: float) -> str:
+    if value is None:
+        return "x"
+    if value <= 0:
+        return "·"
+    return _LEVELS[round((math.log(value) - low) / (high - low) * (len(_LEVELS) - 1))] if high > low else _LEVELS[-1]
+
+
+def _number(value: float | None, scale: float = 1.0) -> str:
+    """Three significant digits."""
+    return "–" if value is None else f"{value / scale:#.3g}".removesuffix(".")  # noqa: RUF001
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,367 @@
+"""Sync finished trials into the models directory: each folder whole or not at all, nothing touched that is right already.
+
+``<model>/layer-analysis/weight-<weight>-act-<activation>/<granularity>/<coverage>-<dataset>-<size>-<method>/``. Locally a
+folder is built beside its destination, checked, and renamed into place; what a crash leaves behind, the next run repairs.
+Behind a URL the manifest goes first when a folder is replaced and comes last when it is written: no manifest, no folder.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sweep.core.errors import StoreFailed, SweepError
+from sweep.core.machine import n_cores
+from sweep.report.files import FILES, LAYOUT_VERSION, MANIFEST, checksums, folder_of_finished, manifest_identity, published_scores, render_files
+from sweep.report.index import GENERATED, render_index
+from sweep.store.files import Files
+from sweep.store.outputs import locked, sync
+from sweep.store.records import FinishedTrial
+
+_NEW, _OLD = ".new-", ".old-"  # a folder being built; a folder being replaced
+_FOLDERS_A_PROCESS = 32  # are worth the second or two that a process takes to start
+_NAMES = "|".join(map(re.escape, (*FILES, "README.md")))
+_PARTIAL = re.compile(rf"\.({_NAMES})\.\d+-[0-9a-f]+\.tmp")  # a file being written
+_MOVE = "Files of someone else are never replaced: move them away (mv -n FILE ELSEWHERE), or publish elsewhere."
+_HOW = "Replace what is there: output_layout.overwrite=true (sweep run), --overwrite (sweep publish). Or publish elsewhere."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishResult:
+    """What a sync did; folders and pages by path or URL."""
+
+    written: tuple[str, ...]  # folders new or replaced
+    unchanged: tuple[str, ...]  # folders found right, not touched
+    removed: tuple[str, ...]  # leftovers of an interrupted run, index pages with nothing below them
+    pages: tuple[str, ...]  # README.md files written
+
+
+def publish(finished: Iterable[FinishedTrial], root: Path | str, *, overwrite: bool = False) -> PublishResult:
+    """Bring the tree under `root` up to date with `finished`; folders of other trials stay.
+
+    Args:
+        finished: trials that are done; a half-finished one must not be here.
+        root: the models directory, or a URL that fsspec knows.
+        overwrite: replace folders that hold other content. Files that are not ours are never replaced.
+
+    Raises: SweepError: a name that is no path part, files of someone else in the way, or, unless `overwrite`, a folder
+        of another model revision, data set or cell. Every conflict is listed and nothing is written.
+        StoreFailed: the root cannot be written; what is there is whole, and the same call goes on.
+    """
+    url = str(root) if "://" in str(root) else str(Path(root).absolute())
+    files = Files(url)
+    wanted = _by_folder(finished, overwrite=overwrite)
+    with _locked(url), _writable(url):
+        _refuse_links(url, wanted)
+        leftovers = _repair(url)
+        published = dict(_published(files))
+        changed = {folder: one for folder, one in wanted.items() if not _is_current(files, folder, one, published.get(folder))}
+        pages = _page_paths({*wanted, *published})
+        foreign = [*_foreign_files(files, changed), *_foreign_pages(files, pages)]
+        conflicts = [] if overwrite else [*_conflicts(changed, published)]
+        if found := [*conflicts, *foreign]:
+            how = [*([_HOW] if conflicts else []), *([_MOVE] if foreign else [])]
+            head = f"Not published, {len(found)} in the way under {url}:"
+            raise SweepError("\n".join([head, *(f"  {line}" for line in found), *how]))
+        for folder, content in _rendered(changed):
+            if "://" in url:
+                _put_folder(files, folder, content)
+            else:
+                _swap_folder(Path(url), folder, content)
+            published[folder] = json.loads(content[MANIFEST])
+        written_pages = _write_pages(files, published)
+        stale_pages = _remove_stale_pages(files, pages)
+    at = f"{url}/"
+    return PublishResult(
+        written=tuple(at + folder for folder in changed),
+        unchanged=tuple(at + folder for folder in wanted if folder not in changed),
+        removed=tuple(at + path for path in [*leftovers, *stale_pages]),
+        pages=tuple(at + path for path in written_pages),
+    )
+
+
+def _rendered(changed: Mapping[str, FinishedTrial]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Each folder with its content; many are made on all cores, since one takes 50 ms at 144 layer groups."""
+    n_processes = min(n_cores(), len(changed) // _FOLDERS_A_PROCESS)
+    if n_processes < 2:
+        yield from ((folder, render_files(one)) for folder, one in changed.items())
+        return
+    with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn"), initializer=_leave_signals) as pool:  # a fork would copy locks
+        yield from zip(changed, pool.map(render_files, changed.values(), chunksize=4), strict=True)
+
+
+def _leave_signals() -> None:
+    """Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def check_ahead(root: str, wanted: Mapping[str, Mapping[str, object]]) -> None:
+    """Refuse a sweep whose reports would not be published, before hours are spent on it.
+
+    Args:
+        root: the models directory, or a URL.
+        wanted: `model_revision`, `dataset_revision` and `cell_id` of each trial, by its folder under the root.
+
+    Raises: SweepError: names the folders that hold other content.
+    """
+    files = Files(root)
+    conflicts: list[str] = []
+    for folder, identity in wanted.items():
+        if (there := _manifest(files, folder)) is None:
+            continue
+        conflicts += [
+            f"{folder} holds other content: {key} {there.get(key)} there, {value} here" for key, value in identity.items() if there.get(key) != value
+        ][:1]
+    if conflicts:
+        raise SweepError("\n".join([f"{len(conflicts)} in the way under {root}:", *(f"  {line}" for line in conflicts[:10]), _HOW]))
+
+
+def _by_folder(finished: Iterable[FinishedTrial], *, overwrite: bool) -> dict[str, FinishedTrial]:
+    """Each trial by the path of its folder under the root; with `overwrite` the latest of those that want the same one."""
+    wanted: dict[str, FinishedTrial] = {}
+    for one in finished:
+        trial = one.trial
+        if trial.state != "done":
+            raise SweepError(f"Trial {trial.trial_id} is {trial.state}; only finished trials are published. Run the sweep again to finish it.")
+        parts = folder_of_finished(one)
+        for part in parts:
+            if not re.fullmatch(r"[a-z0-9_-][a-z0-9_.-]*", part) or ".." in part:
+                raise SweepError(f"{part!r} cannot be part of a published path. Use lower-case letters, digits, _ and - in the names of the config.")
+        folder = "/".join(parts)
+        other = wanted.get(folder, one)
+        if other.trial.cell_id != trial.cell_id and not overwrite:
+            found = "; ".join(_differences(manifest_identity(other), manifest_identity(one)))
+            raise SweepError(f"Two trials of this call belong in {folder}: {found}. Publish one of them, or the later one with overwrite. {_HOW}")
+        wanted[folder] = max(other, one, key=lambda candidate: candidate.trial.created_at)
+    return wanted
+
+
+@contextlib.contextmanager
+def _locked(url: str) -> Generator[None]:
+    """Make the root and keep other publishers out of it; object storage has no lock, and needs none for equal content."""
+    if "://" in url:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            Path(url).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(Path(url)))
+        except OSError as error:
+            way_out = "Choose a writable directory: output_layout.root=DIR."
+            raise SweepError(f"Cannot publish into {url}: {error.strerror}. {way_out}") from error
+        yield
+
+
+@contextlib.contextmanager
+def _writable(url: str) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreFailed(f"Cannot publish into {url}: {error.strerror or error}.") from error
+
+
+def _refuse_links(url: str, folders: Iterable[str]) -> None:
+    if "://" in url:
+        return
+    root = Path(url).resolve()
+    for folder in folders:
+        target = root / folder
+        if target.resolve() != target or (target.exists() and not target.is_dir()):
+            raise SweepError(f"{target} is a link or a file, where a directory of this tree belongs. Move it away.")
+
+
+def _repair(url: str) -> list[str]:
+    """Undo what an interrupted run left: put back a folder whose replacement never came, drop the rest.
+
+    Returns what was dropped. What holds anything that a run does not write is of someone else, and stays.
+    """
+    if "://" in url:
+        return []
+    root, dropped = Path(url), list[str]()
+    for path in sorted(path for analysis in root.glob("*/layer-analysis") for path in analysis.rglob(".*")):
+        if path.name.startswith((_NEW, _OLD)) and _is_ours(path):
+            final = path.with_name(path.name.removeprefix(_OLD))
+            if path.name.startswith(_OLD) and not final.exists():
+                os.rename(path, final)
+                continue
+            _drop(path)
+        elif _PARTIAL.fullmatch(path.name) and path.is_file():
+            path.unlink()
+        else:
+            continue
+        dropped.append(str(path.relative_to(root)))
+    return dropped
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it is a folder, no link to one, that holds nothing but what a folder with reports consists of."""
+    return folder.is_dir() and not folder.is_symlink() and len(_own(folder)) == len(os.listdir(folder))
+
+
+def _own(folder: Path) -> list[Path]:
+    """The files that a folder with reports consists of, half-written ones too."""
+    named = [path for path in folder.iterdir() if path.name in FILES or _PARTIAL.fullmatch(path.name)]
+    return [path for path in named if path.is_file() and not path.is_symlink()]
+
+
+def _drop(folder: Path) -> None:
+    for path in _own(folder):
+        path.unlink()
+    with contextlib.suppress(OSError):  # someone else has just put something there
+        folder.rmdir()
+
+
+def _directories(files: Files) -> Iterator[str]:
+    """Every directory of the tree, from ``<model>/layer-analysis`` down to the folders with reports."""
+    for model in files.names(""):
+        level = [f"{model}/layer-analysis"]
+        for _ in range(4):
+            yield from level
+            level = [f"{directory}/{name}" for directory in level for name in files.names(directory) if name != "README.md"]
+
+
+def _published(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Folders that are there, with their manifests; one without a readable manifest is not there."""
+    for directory in _directories(files):
+        if directory.count("/") < 4:
+            continue
+        if (manifest := _manifest(files, directory)) is None:
+            continue
+        if manifest["layout_version"] > LAYOUT_VERSION:
+            raise SweepError(f"{files.uri}/{directory} was published by a newer version of this program. Upgrade, or publish elsewhere.")
+        yield directory, manifest
+
+
+def _manifest(files: Files, folder: str) -> dict[str, Any] | None:
+    """A published folder's manifest; None if there is none that this program can have written."""
+    try:
+        manifest = json.loads(files.read(f"{folder}/{MANIFEST}"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+        return None
+    kinds = {"layout_version": int, "summary": dict, "cell_id": str}
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
+        return None
+    return manifest
+
+
+def _is_current(files: Files, folder: str, one: FinishedTrial, manifest: Mapping[str, Any] | None) -> bool:
+    """Whether the folder says what the trial says and all its bytes are as its manifest lists them."""
+    if manifest is None or {key: value for key, value in manifest.items() if key != "files"} != manifest_identity(one):
+        return False
+    content: dict[str, bytes] = {}
+    for name in FILES:
+        if name != MANIFEST:
+            try:
+                content[name] = files.read(f"{folder}/{name}")
+            except FileNotFoundError:
+                return False
+    return manifest.get("files") == checksums(content) and _rows(content["scores.parquet"]).equals(published_scores(one))
+
+
+def _rows(data: bytes) -> pa.Table:
+    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)  # pq.read_table takes four times as long for a small file
+
+
+def _conflicts(changed: Mapping[str, FinishedTrial], published: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for folder, one in changed.items():
+        there, here = published.get(folder), manifest_identity(one)
+        if there and any(there.get(key) != here[key] for key in ("model_revision", "dataset_revision", "cell_id")):
+            yield f"{folder} holds other content: {'; '.join(_differences(there, here))}"
+
+
+def _foreign_files(files: Files, changed: Iterable[str]) -> Iterator[str]:
+    """What would go with a folder that is replaced, or stands where one is made."""
+    for folder in changed:
+        names = files.names(folder, hidden=True)
+        if foreign := [name for name in names if name not in FILES or files.is_link(f"{folder}/{name}")]:
+            yield f"{folder} holds files of someone else: {', '.join(foreign)}"
+        parent, _, name = folder.rpartition("/")
+        for beside in [] if "://" in files.uri else [f"{parent}/{prefix}{name}" for prefix in (_NEW, _OLD)]:
+            if files.names(beside, hidden=True):
+                yield f"{beside} was made by someone else"
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What a reader needs to see why two contents differ: ``model_revision 0a1b there, 2c3d here``."""
+    keys = ("model_revision", "dataset_revision", "engine", "quant_pair", "config", "versions", "schema_version")
+    old, new = (_flat({key: side.get(key) for key in keys}) for side in (there, here))
+    found = [f"{key} {str(old.get(key))[:40]} there, {str(new.get(key))[:40]} here" for key in {**old, **new} if old.get(key) != new.get(key)]
+    return found[:4] or [f"cell {there.get('cell_id')} there, {here['cell_id']} here"]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
+    return flat
+
+
+def _swap_folder(root: Path, folder: str, content: Mapping[str, bytes]) -> None:
+    final = root / folder
+    staging, old = final.with_name(_NEW + final.name), final.with_name(_OLD + final.name)
+    for name, data in content.items():
+        Files(str(staging)).write(name, data)  # fsynced
+    if any((staging / name).read_bytes() != data for name, data in content.items()):
+        raise OSError(f"{staging} reads back otherwise than it was written")
+    sync(staging)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(staging, final)
+    sync(final.parent)
+    if old.exists():
+        _drop(old)
+
+
+def _put_folder(files: Files, folder: str, content: Mapping[str, bytes]) -> None:
+    files.remove(f"{folder}/{MANIFEST}")
+    for name, data in content.items():  # the manifest is last
+        files.write(f"{folder}/{name}", data)
+
+
+def _page_paths(folders: Iterable[str]) -> list[str]:
+    """The directories above published folders, each of which has an index page."""
+    return sorted({folder.rsplit("/", depth)[0] for folder in folders for depth in (1, 2, 3)})
+
+
+def _page(files: Files, directory: str) -> str | None:
+    try:
+        return files.read(f"{directory}/README.md").decode(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):  # a file, where directories are
+        return None
+
+
+def _foreign_pages(files: Files, pages: Iterable[str]) -> Iterator[str]:
+    for directory in pages:
+        text = _page(files, directory)
+        if text is not None and not text.startswith(GENERATED):
+            yield f"{directory}/README.md was written by someone else"
+
+
+def _write_pages(files: Files, published: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Write the index pages whose text changes. Returns their paths."""
+    written: list[str] = []
+    for directory in _page_paths(published):
+        text = render_index(directory, {folder: manifest for folder, manifest in published.items() if folder.startswith(f"{directory}/")})
+        if text != _page(files, directory):
+            files.write(f"{directory}/README.md", text.encode())
+            written.append(f"{directory}/README.md")
+    return written
+
+
+def _remove_stale_pages(files: Files, pages: Iterable[str]) -> list[str]:
+    """Remove our index pages that have no published folder below them any more. Returns their paths."""
+    kept = set(pages)
+    stale = [path for path in _directories(files) if path.count("/") < 4 and path not in kept and (_page(files, path) or "").startswith(GENERATED)]
+    for path in reversed(stale):
+        files.remove(f"{path}/README.md")
+    return [f"{path}/README.md" for path in stale]

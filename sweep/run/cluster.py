@@ -1,0 +1,328 @@
+"""The Ray cluster of a run, its own on this machine or one that exists, and the workers on its nodes.
+
+Of a cluster that exists only what this run has started is ever stopped. Each run has a namespace of its own, so that several
+may have a `sweep-worker-0` there.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import time
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from sweep.config.schema import ClusterConfig
+from sweep.core.errors import ClusterLost, SweepError
+from sweep.core.interrupts import rearm, signals_wait
+from sweep.core.machine import Workers, fit
+
+# Read by Ray when it is imported. Loggers would write three files a trial; Tune's own Ctrl-C handling would hide ours.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # nobody restores an experiment; saving one costs 5 ms a trial
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a box whatever the verbosity
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+from ray._common import utils as common_utils  # noqa: E402
+from ray._private import parameter, services, utils  # noqa: E402
+from ray._private.node import Node  # noqa: E402
+from ray._private.state import GlobalState  # noqa: E402
+from ray.exceptions import AuthenticationError, RayError  # noqa: E402
+from ray.util import list_named_actors  # noqa: E402
+
+_LOOPBACK = "127.0.0.1"
+_RAYLET_SECONDS = 30.0  # until a new raylet must have registered, as Ray has it
+_RAYLET_LOOK_SECONDS = 0.1
+_SLOT = "sweep_trial"  # a resource that lets as many trials run at a time as there are workers
+_HEAD = "node:__internal_head__"  # which every cluster has once, 1.0 of it
+WORKER = "sweep-worker-"  # what the names of workers start with
+_SPACE = "sweep-"  # and those of namespaces
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """A Ray cluster that this process is connected to."""
+
+    address: str  # host:port of its head
+    dashboard_url: str | None
+    metrics: tuple[str, ...]  # host:port of each node, where Prometheus may ask for /metrics
+    trial_resources: Mapping[str, float]  # of one process of Tune
+    essential: Mapping[str, tuple[str, int]]  # what of a cluster that exists must answer, with its host and port
+
+
+class ClusterWatcher(Protocol):
+    """Who is told of a cluster that this process starts."""
+
+    def own(self, session: str) -> None:
+        """Ray is making the directory of the cluster's own files; nothing is there yet."""
+        ...
+
+    def started(self) -> None:
+        """Every process of the cluster is there; if one ends from now on, the cluster is dead."""
+        ...
+
+    def failed(self) -> None:
+        """The cluster has not come up; what there is of it is about to be killed."""
+        ...
+
+
+def connect(workers: Workers, watcher: ClusterWatcher) -> Connection:
+    """Start a cluster of this process' own, or join the workers'. The caller's signal handlers stay: Ray's ends the process with exit code 15.
+
+    Raises: ClusterLost: Ray did not start, nor when it was tried once more.
+    """
+    if not ray.is_initialized():
+        if workers.address is None:
+            _start(workers, watcher)
+        else:
+            _init(address=workers.address)
+    with _starting():
+        context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)  # what the first call has returned
+    return Connection(
+        address=context.address_info["gcs_address"],
+        dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
+        metrics=tuple(f"{node['NodeManagerAddress']}:{port}" for node in _alive_nodes() if (port := node["MetricsExportPort"]) > 0),
+        trial_resources={_SLOT: 1} if workers.address is None else {_HEAD: 0.001},
+        essential={} if workers.address is None else _essential(context.address_info),
+    )
+
+
+def join(config: ClusterConfig) -> Workers:
+    """Connect to the cluster that the config names, and see how many workers it has room for.
+
+    Raises: SweepError: there is no such cluster, or not what the config asks for.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise SweepError(
+            "cluster=auto joins a Ray cluster, but none is named. Type cluster.address=HOST:6379 or set RAY_ADDRESS; cluster=local starts one here."
+        )
+    if "://" in address:
+        raise SweepError(
+            f"The address {address} is not a cluster's own. Type cluster.address=HOST:6379 on one of its machines, or submit the same command as a job: "
+            "ray job submit --working-dir . -- sweep run cluster=auto ..."
+        )
+    _join(address, "type cluster=local")
+    device = config.device if config.device != "auto" else "cuda" if any(node["Resources"].get("GPU") for node in _alive_nodes()) else "cpu"
+    rooms = _rooms(device, config.gpus_per_worker)
+    if config.workers == "auto" and not sum(rooms):
+        what = f"GPU for cluster.gpus_per_worker={config.gpus_per_worker:g}" if device == "cuda" else "CPU"
+        raise SweepError(f"The cluster at {address} has no {what}. Type cluster.workers=N to wait until N have been added, or cluster.device=cpu.")
+    return Workers(
+        device=device,
+        count=sum(rooms) if config.workers == "auto" else config.workers,
+        gpus_each=config.gpus_per_worker,
+        address=address,
+        per_node=max([*rooms, 1]),
+        elastic=config.workers == "auto",
+    )
+
+
+def stop() -> None:
+    """Stop the run's own cluster, or leave the one that it has joined.
+
+    Signals wait: half stopped, a driver whose raylet ends takes exit code 1 (Ray 2.60).
+    """
+    kill = Node.kill_all_processes
+
+    def kill_all_processes(self: Node, *arguments: Any, **options: Any) -> None:
+        rearm()  # Ray's core worker, which has stopped by now, has reset SIGTERM to the system's default
+        kill(self, *arguments, **options)
+
+    with signals_wait():
+        Node.kill_all_processes = kill_all_processes
+        try:
+            ray.shutdown()
+        finally:
+            Node.kill_all_processes = kill
+
+
+def room(workers: Workers) -> int:
+    """Workers that the nodes of the cluster have room for now, whoever is there."""
+    return sum(_rooms(workers.device, workers.gpus_each))
+
+
+def look(address: str, *, on_loopback: bool = False) -> dict[str, Any]:
+    """What a cluster says of itself.
+
+    Args:
+        address: host:port of its head.
+        on_loopback: it is one that a run has started.
+
+    Returns: `address`; `nodes`: of each that lives its `host`, `cpus` and `gpus`; `gpus` and `gpus_free` of all; `workers`: their names, of all
+        sweeps there, by namespace.
+
+    Raises: SweepError: nothing answers there.
+    """
+    with _on_loopback() if on_loopback else nullcontext():
+        _join(address, "leave out --cluster to see what the store says")
+    named: list[dict[str, str]] = list_named_actors(all_namespaces=True)  # pyright: ignore[reportAssignmentType]
+    workers: dict[str, list[str]] = {}
+    for actor in sorted(named, key=lambda actor: (actor["namespace"], actor["name"])):
+        if actor["namespace"].startswith(_SPACE) and actor["name"].startswith(WORKER):
+            workers.setdefault(actor["namespace"], []).append(actor["name"])
+    nodes = [
+        {"host": node["NodeManagerHostname"], "cpus": node["Resources"].get("CPU", 0.0), "gpus": node["Resources"].get("GPU", 0.0)} for node in _alive_nodes()
+    ]
+    gpus_free = ray.available_resources().get("GPU", 0.0)
+    return {"address": address, "nodes": nodes, "gpus": sum(node["gpus"] for node in nodes), "gpus_free": gpus_free, "workers": workers}
+
+
+def _start(workers: Workers, watcher: ClusterWatcher) -> None:
+    """Start a cluster of this process' own, on loopback; once more if its raylet does not come up, as happens on a machine under load.
+
+    Raises: ClusterLost: one of its processes has not come up, or not lived.
+    """
+    sessions: list[str] = []
+    for is_last in (False, True):
+        try:
+            with _on_loopback(), _private_session(watcher, sessions), _raylet_watched(watcher):
+                _init(
+                    address="local",
+                    num_cpus=workers.count + 1,
+                    num_gpus=None if workers.device == "cuda" else 0,
+                    resources={_SLOT: workers.count},
+                    include_dashboard=None if workers.dashboard else False,  # True would end the run if it does not start
+                    _node_ip_address=_LOOPBACK,
+                )
+            return
+        except (RuntimeError, ConnectionError, TimeoutError, RayError) as error:
+            raise ClusterLost(f"Ray did not start: {str(error).splitlines()[0]}.") from error
+        except ClusterLost:
+            watcher.failed()
+            _kill_processes_of(sessions)
+            if is_last:
+                raise
+
+
+@contextmanager
+def _raylet_watched(watcher: ClusterWatcher) -> Generator[None]:
+    """Have the wait for a new raylet end when it has died; Ray waits for 30 seconds, whatever has become of it (2.60)."""
+    get_node, deadline = services.get_node, time.monotonic() + _RAYLET_SECONDS
+
+    def get_living_node(gcs_address: str, node_id: str) -> Any:
+        state = GlobalState()
+        state._initialize_global_state(services._get_gcs_client_options(gcs_address))  # pyright: ignore[reportPrivateUsage]
+        while node_id not in [row["NodeID"] for row in state.node_table()]:
+            names = [child.name() for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+            if not any("raylet" in name for name in names):
+                raise ClusterLost("Ray did not start: its raylet has died.")
+            if time.monotonic() > deadline:
+                raise ClusterLost(f"Ray did not start: its raylet did not register within {_RAYLET_SECONDS:.0f} s.")
+            time.sleep(_RAYLET_LOOK_SECONDS)
+        watcher.started()
+        return get_node(gcs_address, node_id)
+
+    services.get_node = get_living_node
+    try:
+        yield
+    finally:
+        services.get_node = get_node
+
+
+def _kill_processes_of(sessions: Collection[str]) -> None:
+    """End what this process has started for clusters that did not come up: their command lines name the session."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(session in argument for argument in child.cmdline() for session in sessions):
+                child.kill()
+
+
+@contextmanager
+def _on_loopback() -> Generator[None]:
+    """Have Ray listen on loopback alone: it does for a node of that address, but would replace the address by the machine's (2.60)."""
+    names = ("resolve_ip_for_localhost", "get_node_ip_address")
+    before = {name: getattr(services, name) for name in names}
+    try:
+        for name in names:
+            setattr(services, name, lambda *_: _LOOPBACK)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(services, name, function)
+
+
+@contextmanager
+def _private_session(watcher: ClusterWatcher, sessions: list[str]) -> Generator[None]:
+    """Have Ray make its session directory for this user alone; by itself it opens it to everybody, with all that its processes log (2.60).
+
+    Args:
+        watcher: is told of it.
+        sessions: takes it up.
+    """
+    share, params = common_utils.try_make_directory_shared, parameter.RayParams
+
+    def keep_private(directory: str) -> None:
+        if os.path.basename(directory).startswith("session_"):
+            os.chmod(directory, 0o700)
+            sessions.append(directory)
+            watcher.own(directory)
+        else:
+            share(directory)
+
+    common_utils.try_make_directory_shared = keep_private
+    parameter.RayParams = functools.partial(params, worker_path=str(Path(__file__).with_name("ray_worker.py")))
+    try:
+        yield
+    finally:
+        common_utils.try_make_directory_shared, parameter.RayParams = share, params
+
+
+def _essential(address_info: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """Of a cluster that exists: its control service, and the raylet of this node."""
+    host, _, port = address_info["gcs_address"].rpartition(":")
+    own = next(node for node in _alive_nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    return {"Ray's control service (GCS)": (host, int(port)), "Ray's raylet": (own["NodeManagerAddress"], own["NodeManagerPort"])}
+
+
+def _join(address: str, otherwise: str) -> None:
+    if ray.is_initialized():
+        return
+    try:
+        _init(address=address)
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SweepError(f"No Ray cluster answers at {address}: {reason} Check `ray status --address {address}`, or {otherwise}.") from error
+
+
+def _init(**options: Any) -> None:
+    with _starting():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace=f"{_SPACE}{secrets.token_hex(4)}", **options)
+
+
+@contextmanager
+def _starting() -> Generator[None]:
+    """Have signals wait until Ray has started: what is half connected cannot be stopped, and crashes this process at its end (exit code -11, Ray 2.60)."""
+    set_by_ray = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda sigterm_handler: None
+    try:
+        with signals_wait():
+            yield
+    finally:
+        utils.set_sigterm_handler = set_by_ray
+
+
+def _alive_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _rooms(device: str, share: float) -> list[int]:
+    """Workers that each node has room for, whoever is there now."""
+    cpus = [int(node["Resources"].get("CPU", 0.0)) for node in _alive_nodes()]
+    if device == "cpu":
+        return cpus
+    gpus = [node["Resources"].get("GPU", 0.0) for node in _alive_nodes()]
+    return [min(n_cpus, fit(n_gpus, share)) for n_cpus, n_gpus in zip(cpus, gpus, strict=True)]

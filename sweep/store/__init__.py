@@ -1,0 +1,1 @@
+"""The Parquet store: files, schemas, finished cells and trials, integrity, and the selection of trials."""

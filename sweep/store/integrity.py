@@ -1,0 +1,169 @@
+"""`sweep doctor --store`: read every file of a store, repair what can be, and name the rest."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final, Literal
+
+from sweep.core.errors import SweepError
+from sweep.core.text import count
+from sweep.store.records import TrialRow
+from sweep.store.store import Store
+
+_ID: Final = r"[A-Za-z0-9_-]+"
+_SCORES: Final = re.compile(rf"scores/cell=({_ID})/scores\.parquet")
+_PART: Final = re.compile(rf"parts/cell=({_ID})/([A-Za-z0-9_.-]+)\.parquet")
+_TRIALS: Final = re.compile(rf"trials/((?:run|compact)-{_ID})\.parquet")
+_VALIDATION: Final = re.compile(rf"validations/({_ID})\.parquet")
+_RUN: Final = re.compile(rf"runs/({_ID})\.json")
+_FOLDERS: Final = ("scores", "parts", "trials", "validations", "runs")
+_TEMPORARY: Final = re.compile(r"(?:.*/)?\.[^/]+\.tmp")
+_TEMPORARY_SECONDS: Final = 600.0  # a writer holds one for less than a second; on a slow network file system for longer
+_SILENT: Final = timedelta(minutes=10)  # a run whose heartbeat is older is over
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing looked at."""
+
+    subject: str
+    verdict: Literal["ok", "warning", "error"]
+    text: str
+
+
+def check_store(store: Store) -> list[Finding]:
+    """Verify every file of a store. Damaged and foreign files go into its quarantine, what killed writers left goes.
+
+    Returns: one finding a file that was not as it should be, and at the end one with what the store holds. An error is what was
+        left as it is: a newer program's file, or a store that cannot be written.
+    """
+    found: list[Finding] = []
+    try:
+        found.extend(_findings(store))
+    except SweepError as error:
+        found.append(Finding(subject="store", verdict="error", text=str(error)))
+    except OSError as error:
+        found.append(Finding(subject="store", verdict="error", text=f"Cannot write to the store {store.uri}: {error.strerror or error}."))
+    return found
+
+
+def _findings(store: Store) -> Iterator[Finding]:
+    paths = [path for path in store.files.walk() if not path.startswith("quarantine/")]  # first: whoever writes parts has named their trials before
+    counts: Counter[str] = Counter()
+    sound: set[str] = set()
+    for path in paths:
+        if (finding := _look(store, path)) is not None:
+            yield finding
+        elif not _TEMPORARY.fullmatch(path):
+            counts[path.partition("/")[0]] += 1
+            sound.add(path)
+    yield from _join_trials(store)
+    trials = store.trials()
+    yield from _parts(store, sound, trials)
+    yield from _missing(sound, trials)
+    yield from revisions(trials)
+    n_aside = len(store.files.names("quarantine"))
+    text = f"{counts['scores']} cells, {counts['parts']} parts, {len(trials)} trials, {counts['validations']} validations, {counts['runs']} runs verified"
+    yield Finding(subject="store", verdict="ok", text=text + (f"; {count(n_aside, 'file')} in {store.uri}/quarantine" if n_aside else ""))
+
+
+def _look(store: Store, path: str) -> Finding | None:
+    """Read one file. None: it is as it was written, or gone since it was listed."""
+    if store.files.is_link(path):
+        return _aside(store, path, "a symbolic link, where the file itself belongs")
+    if _TEMPORARY.fullmatch(path):
+        if store.files.age_seconds(path) < _TEMPORARY_SECONDS:
+            return None
+        store.files.remove(path)
+        return Finding(subject=path, verdict="warning", text="dropped: a killed writer left it half written")
+    if path.partition("/")[0] not in _FOLDERS or "/" not in path:
+        return Finding(subject=path, verdict="warning", text="not a file of this program; left where it is, nobody reads it")
+    if (read := _reader(store, path)) is None:
+        return _aside(store, path, "not a file of this program")
+    try:
+        read()
+    except FileNotFoundError:
+        return None
+    except SweepError as error:
+        if path in store.damage:
+            return Finding(subject=path, verdict="warning", text=f"set aside: {store.damage[path]}")
+        return Finding(subject=path, verdict="error", text=str(error))
+    return None
+
+
+def _reader(store: Store, path: str) -> Callable[[], object] | None:
+    if found := _SCORES.fullmatch(path):
+        return lambda: _once(store, path, store.whole_scores(found[1]))
+    if found := _PART.fullmatch(path):
+        return lambda: _once(store, path, store.has_part(found[1], found[2]))
+    if found := _TRIALS.fullmatch(path):
+        return lambda: _once(store, path, store.read_trials(f"{found[1]}.parquet"))
+    if found := _VALIDATION.fullmatch(path):
+        return lambda: _once(store, path, store.validation(found[1]))
+    return (lambda: _once(store, path, store.run_record(path))) if _RUN.fullmatch(path) else None
+
+
+def _once(store: Store, path: str, found: object) -> object:
+    """What was read, unless that was damaged."""
+    if path in store.damage:
+        raise SweepError(store.damage[path])
+    return found
+
+
+def _aside(store: Store, path: str, reason: str) -> Finding:
+    store.set_aside(path, reason)
+    return Finding(subject=path, verdict="warning", text=f"set aside: {reason}")
+
+
+def _join_trials(store: Store) -> Iterator[Finding]:
+    """Finish the compaction that killed runs never came to."""
+    silent = datetime.now(UTC) - _SILENT
+    runs = store.runs()
+    alive = {name for name, run in runs.items() if "ended_at" not in run and datetime.fromisoformat(run.get("heartbeat_at", "0001-01-01T00:00+00:00")) > silent}
+    names = {name.removeprefix("run-").removesuffix(".parquet") for name in store.files.names("trials") if name.startswith("run-")}
+    before = len(store.files.names("trials"))
+    store.compact_trials(names - alive)
+    if (joined := before - len(store.files.names("trials"))) > 0:
+        yield Finding(subject="trials", verdict="ok", text=f"{joined + 1} tables of ended runs joined into one")
+
+
+def _parts(store: Store, sound: set[str], trials: dict[str, TrialRow]) -> Iterator[Finding]:
+    """Drop the parts of finished cells; set aside those that no trial wants."""
+    wanted = {row.cell_id for row in trials.values()}
+    for path in sorted(sound):
+        if (found := _PART.fullmatch(path)) is None:
+            continue
+        if store.is_finished(found[1]):
+            store.files.remove(path)
+            yield Finding(subject=path, verdict="warning", text="dropped: its cell is finished")
+        elif found[1] not in wanted:
+            yield _aside(store, path, "a part of a cell that no trial wants")
+
+
+def _missing(sound: set[str], trials: dict[str, TrialRow]) -> Iterator[Finding]:
+    finished = {found[1] for path in sound if (found := _SCORES.fullmatch(path))}
+    for row in trials.values():
+        if row.state == "done" and row.cell_id not in finished:
+            yield Finding(subject=row.trial_id, verdict="warning", text=f"its cell {row.cell_id} has no scores; the same sweep run again scores it")
+
+
+def revisions(trials: dict[str, TrialRow]) -> Iterator[Finding]:
+    """Say where scores of one name stand for different contents: another checkpoint, another data set, another way to score."""
+    by_name: dict[str, Counter[str]] = {}
+    for (model, revision), n in Counter((row.model, row.model_revision) for row in trials.values()).items():
+        by_name.setdefault(f"model {model}", Counter())[revision] += n
+    for (dataset, size, model, revision), n in Counter((row.dataset, row.size, row.model, row.dataset_revision) for row in trials.values()).items():
+        by_name.setdefault(f"dataset {dataset}/{size} as {model} reads it", Counter())[revision] += n
+    for name, found in by_name.items():
+        if len(found) > 1:
+            listed = ", ".join(f"{revision[:12]} ({count(n, 'trial')})" for revision, n in found.most_common())
+            yield Finding(subject=name, verdict="warning", text=f"the store holds {len(found)} revisions: {listed}; they are never mixed")
+    versions: Counter[str] = Counter()
+    for text, n in Counter(row.versions for row in trials.values() if row.versions.startswith("{")).items():
+        versions[str(json.loads(text).get("score"))] += n
+    if len(versions) > 1:
+        listed = ", ".join(f"{version} ({count(n, 'trial')})" for version, n in versions.most_common())
+        yield Finding(subject="score version", verdict="warning", text=f"the store holds {len(versions)}: {listed}; they are never mixed")

@@ -1,0 +1,56 @@
+"""Which finished trials of a store a command is about: those that have the values that were typed."""
+
+import json
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sweep.core.errors import SweepError
+from sweep.store.records import TrialRow
+from sweep.store.store import Store
+
+_NOT_OF_A_TRIAL = frozenset({"store", "output_layout", "cluster", "target", "validation", "grid"})
+
+
+@contextmanager
+def opened(uri: str) -> Generator[Store]:
+    """A store; files that prove damaged meanwhile are named on standard error in the end."""
+    store = Store(uri)
+    try:
+        yield store
+    finally:
+        for reason in store.damage.values():
+            print(f"Set aside in {uri}/quarantine: {reason}", file=sys.stderr)  # noqa: T201 -- standard output may be JSON
+
+
+def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[Mapping[str, Any]]) -> list[TrialRow]:
+    """Trials that are done and have one of the values that were typed for each key: `quant_pair=wfp8_afp8,wint4_afp16` takes two pairs.
+
+    Args:
+        store: read only.
+        overrides: as typed: their keys count.
+        points: what they compose to, as sweep.config.schema.to_plain gives it: its values count.
+
+    Raises: SweepError: there are none.
+    """
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    wanted = {key: [_value(point, key) for point in points] for key in keys if key.split(".")[0] not in _NOT_OF_A_TRIAL}
+    done = [(row, json.loads(row.config)) for row in store.trials().values() if row.state == "done" and row.cell_id is not None]
+    if not done:
+        raise SweepError(f"The store {store.uri} holds no finished trial. Type `sweep run` first, or store.uri=DIR.")
+    found = [row for row, config in done if all(_value(config, key) in values for key, values in wanted.items())]
+    if not found:
+        there = {key: sorted({str(_value(config, key)) for _, config in done}) for key in wanted}
+        raise SweepError(
+            f"The store {store.uri} holds no finished trial of that kind. It has " + "; ".join(f"{key}={','.join(there[key])}" for key in there) + "."
+        )
+    return found
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    """A key's value in a composed config; of a group the option's name."""
+    found: Any = config
+    for word in key.split("."):
+        found = found.get(word) if isinstance(found, Mapping) else None
+    return found.get("name", found) if isinstance(found, Mapping) else found

@@ -1,0 +1,322 @@
+"""The Parquet store: the only truth about what is measured. Readers need nothing of ours.
+
+``parts/cell=<id>/<part>.parquet`` hold a cell's finished decoder layers; ``scores/cell=<id>/scores.parquet`` appears once,
+whole, when the cell is complete. Equal inputs give equal bytes, so two writers of one cell do no harm.
+What cannot be read back as it was written is moved to ``quarantine/``, with the reason beside it, and never read.
+"""
+
+import errno
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
+
+import pyarrow as pa
+
+from sweep.core.errors import StoreFailed, SweepError
+from sweep.store.files import Files, Misplaced
+from sweep.store.parquet import Damaged, decode, encode
+from sweep.store.records import SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA, TrialRow
+
+T = TypeVar("T")
+
+_NO_FILE: Final = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}  # what is there is no file; anything else may pass
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+_PARTS: Final = re.compile(r".*\.parquet|\..*\.tmp")  # what a directory of parts consists of, half-written ones too
+
+# A part lives for seconds and is written beside the scoring: a third of the time, for as many bytes.
+_PART: Final[dict[str, Any]] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
+# Dictionaries for texts alone: of per-sample scores, all different, one makes the file larger, and takes three quarters of the time.
+_SCORES: Final[dict[str, Any]] = {"compression": "zstd", "use_dictionary": ["cell_id", "group", "modules.list.element"]}
+
+
+class Store:
+    """Cells, trials and runs under one root."""
+
+    def __init__(self, uri: str, *, repairs: bool = True) -> None:
+        """Open a store; it need not exist yet.
+
+        Args:
+            uri: absolute local path or fsspec URL.
+            repairs: whether damaged files that are met are moved away; else they are only passed over, and named.
+        """
+        self.uri = uri
+        self.files = Files(uri)
+        self.repairs = repairs
+        self.damage: dict[str, str] = {}  # what was wrong with files that were met, by path
+
+    # Cells
+
+    def is_finished(self, cell_id: str) -> bool:
+        """Whether the cell's scores are complete."""
+        return self.files.exists(_scores_path(cell_id))
+
+    def part_names(self, cell_id: str) -> set[str]:
+        """Names of the parts of an unfinished cell, readable or not."""
+        return {name.removesuffix(".parquet") for name in self.files.names(f"parts/cell={cell_id}") if name.endswith(".parquet")}
+
+    def has_part(self, cell_id: str, part: str) -> bool:
+        """Whether a part of an unfinished cell is there and needs no scoring again; a damaged one is set aside.
+
+        Raises: SweepError: it is of a newer schema version.
+        """
+        try:
+            self._read_rows(_part_path(cell_id, part), cell_id)
+        except (Damaged, FileNotFoundError):  # not found: another writer has just completed the cell
+            return False
+        return True
+
+    def write_part(self, cell_id: str, part: str, rows: pa.Table) -> None:
+        """Keep one finished decoder layer (or top-level block) of a cell; rows as in SCORES_SCHEMA."""
+        path = _part_path(cell_id, part)
+        self._write(path, encode(rows, path, _PART))
+
+    def complete(self, cell_id: str, parts: Mapping[str, pa.Table | None]) -> None:
+        """Join the parts, in this order, into the cell's scores and drop them.
+
+        Args:
+            cell_id: the cell.
+            parts: every part by name; None: read it from the store.
+
+        Raises: SweepError: a part is not readable; run again and it is scored again.
+        """
+        path = _scores_path(cell_id)
+        try:
+            found = [self._read_rows(_part_path(cell_id, part), cell_id) if rows is None else rows for part, rows in parts.items()]
+            self._write(path, encode(pa.concat_tables(found).combine_chunks(), path, _SCORES))
+        except FileNotFoundError:
+            if not self.is_finished(cell_id):  # else another writer of the same bytes was faster, and dropped the parts
+                raise
+        self.drop_parts(cell_id)
+
+    def drop_parts(self, cell_id: str) -> None:
+        """Remove what is left of a finished cell's parts."""
+        self.files.remove_directory(f"parts/cell={cell_id}", _PARTS)
+
+    def drop_leftovers(self) -> None:
+        """Remove the parts of finished cells: a writer was cut short after it had completed one."""
+        for name in self.files.names("parts"):
+            cell_id = name.removeprefix("cell=")
+            if self.whole_scores(cell_id) is not None:
+                self.drop_parts(cell_id)
+
+    def scores(self, cell_id: str) -> pa.Table:
+        """A finished cell's rows (SCORES_SCHEMA).
+
+        Raises: SweepError: the file is missing, damaged, or of a newer schema version.
+        """
+        path = _scores_path(cell_id)
+        try:
+            return self._read_rows(path, cell_id)
+        except FileNotFoundError as error:
+            raise SweepError(f"{self.uri}/{path} is missing, though its trial is done. Type the same sweep run again: it is scored again.") from error
+
+    def whole_scores(self, cell_id: str) -> pa.Table | None:
+        """A cell's rows if it is finished, else None; a damaged file is set aside, so that the cell is scored again.
+
+        Raises: SweepError: it is of a newer schema version.
+        """
+        try:
+            return self._read_rows(_scores_path(cell_id), cell_id)
+        except (Damaged, FileNotFoundError):
+            return None
+
+    def _read_rows(self, path: str, cell_id: str) -> pa.Table:
+        def read() -> pa.Table:
+            rows = decode(self.files.read(path), path, f"{self.uri}/{path}", SCORES_SCHEMA)
+            if any(found != cell_id for found in rows["cell_id"].unique().to_pylist()):
+                raise Damaged(f"{self.uri}/{path} is damaged: it holds rows of another cell.")
+            return rows
+
+        return self._guarded(path, read)
+
+    # Damage
+
+    def set_aside(self, path: str, reason: str) -> None:
+        """Move a file that cannot be trusted into the quarantine, with the reason beside it. Raises: StoreFailed."""
+        if self.repairs:
+            place = f"quarantine/{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+            self._write(f"{place}/why.txt", f"{reason}\n".encode(errors="surrogateescape"))
+            try:
+                self.files.move(path, f"{place}/{path}")
+            except OSError as error:
+                raise StoreFailed(f"{reason} It cannot be set aside: {error.strerror or error}.") from error
+        self.damage[path] = reason
+
+    def why(self, name: str) -> str:
+        """Why a directory of the quarantine was made."""
+        try:
+            return self.files.read(f"quarantine/{name}/why.txt").decode(errors="replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return "reason unknown"
+
+    def _guarded(self, path: str, read: Callable[[], T]) -> T:
+        """Read, and set aside what proves damaged.
+
+        Raises:
+            Damaged: says where it is now.
+            FileNotFoundError: it is gone.
+            StoreFailed: it cannot be read just now, or not be set aside.
+        """
+        try:
+            return read()
+        except (Damaged, Misplaced) as error:
+            reason, cause = str(error), error
+        except FileNotFoundError as error:
+            if not self.files.is_link(path):
+                raise
+            reason, cause = f"{self.uri}/{path} is damaged: a link to nothing.", error
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise StoreFailed(f"Cannot read {self.uri}/{path}: {error.strerror or error}.") from error
+            reason, cause = f"{self.uri}/{path} is damaged: {error.strerror}.", error
+        self.set_aside(path, reason)
+        raise Damaged(f"{reason} It is set aside; type the same sweep run again, and what it held is scored again.") from cause
+
+    def _write(self, path: str, data: bytes) -> None:
+        try:
+            self.files.write(path, data)
+        except OSError as error:
+            raise StoreFailed(f"Cannot write to the store {self.uri}: {error.strerror or error}.") from error
+
+    # Trials
+
+    def write_trials(self, run_id: str, rows: Iterable[TrialRow]) -> None:
+        """Record a run's trials as they are now; the run's earlier record is replaced."""
+        self._write_trials(f"trials/run-{run_id}.parquet", rows)
+
+    def trials(self) -> dict[str, TrialRow]:
+        """Every trial's latest event, by trial id, in the order of their first recording."""
+        names = self._trial_files()
+        while True:
+            try:
+                return _latest(row for name in names for row in self.read_trials(name))
+            except FileNotFoundError:  # compacted by another driver since it was listed: its rows are in a newer file
+                listed, names = names, self._trial_files()
+                if names == listed:
+                    raise
+
+    def compact_trials(self, ended_runs: Iterable[str]) -> None:
+        """Join the records of runs that have ended into one file. Reading before, during and after gives the same."""
+        ended = {f"run-{run_id}.parquet" for run_id in ended_runs}
+        names = [name for name in self._trial_files() if name in ended or name.startswith("compact-")]
+        if len(names) < 2:
+            return
+        try:
+            rows = _latest(row for name in names for row in self.read_trials(name))
+        except FileNotFoundError:  # another driver is at it
+            return
+        stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
+        self._write_trials(f"trials/compact-{stamp}.parquet", rows.values())
+        for name in names:
+            self.files.remove(f"trials/{name}")
+
+    def _trial_files(self) -> list[str]:
+        return [name for name in self.files.names("trials") if name.endswith(".parquet")]
+
+    def read_trials(self, name: str) -> list[TrialRow]:
+        """One file's rows; none if it is damaged."""
+        path = f"trials/{name}"
+        try:
+            table = self._guarded(path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", TRIALS_SCHEMA))
+        except Damaged:
+            return []
+        at = table.schema.get_field_index("created_at")
+        microseconds = table.column(at).cast(pa.int64())  # times as Python's would import pandas: a quarter of a second
+        rows = table.set_column(at, "created_at", microseconds).to_pylist()
+        return [TrialRow.from_mapping(row | {"created_at": _EPOCH + timedelta(microseconds=row["created_at"])}) for row in rows]
+
+    def _write_trials(self, path: str, rows: Iterable[TrialRow]) -> None:
+        self._write(path, encode(pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA), path, {"compression": "zstd"}))
+
+    # Validations
+
+    def write_validation(self, validation_id: str, rows: pa.Table) -> None:
+        """Keep what one recipe was measured to do; rows as in VALIDATIONS_SCHEMA."""
+        path = _validation_path(validation_id)
+        self._write(path, encode(rows, path, {"compression": "zstd"}))
+
+    def validation(self, validation_id: str) -> pa.Table | None:
+        """A validation's rows; None: not measured yet, or damaged and set aside. Raises: SweepError: of a newer schema version."""
+        path = _validation_path(validation_id)
+        try:
+            return self._guarded(path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", VALIDATIONS_SCHEMA))
+        except (Damaged, FileNotFoundError):
+            return None
+
+    # Runs
+
+    def write_run(self, run_id: str, record: dict[str, Any]) -> None:
+        """Replace a run's heartbeat: whatever may differ between two equal runs."""
+        self._write(f"runs/{run_id}.json", json.dumps(record, indent=1).encode())
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """Every run's last heartbeat, oldest first; damaged ones are set aside."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in self.files.names("runs"):
+            if name.endswith(".json") and (record := self.run_record(f"runs/{name}")) is not None:
+                found[name.removesuffix(".json")] = record
+        return found
+
+    def run_record(self, path: str) -> dict[str, Any] | None:
+        """One heartbeat; None if it is damaged."""
+        try:
+            return self._guarded(path, lambda: _heartbeat(self.files.read(path), f"{self.uri}/{path}"))
+        except (Damaged, FileNotFoundError):
+            return None
+
+
+_NUMBER: Final = (int, float)
+_HEARTBEAT: Final[dict[str, type | tuple[type, ...]]] = {
+    **dict.fromkeys(("run_id", "host", "started_at", "heartbeat_at", "ended_at"), str),
+    **dict.fromkeys(("pid", "trials", "groups_done", "groups_total", "exit_code", "workers"), int),
+    **dict.fromkeys(("groups_per_second", "eta_seconds", "scoring_seconds"), _NUMBER),
+    "models": dict,
+    "worker_info": list,
+}
+
+
+def _heartbeat(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(data, parse_constant=float)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{where} is damaged: {error}") from error
+    if not isinstance(record, dict):
+        raise Damaged(f"{where} is damaged: it holds no record of a run.")
+    for key, kind in _HEARTBEAT.items():
+        value = record.get(key)
+        unknown = key not in record or (value is None and key == "eta_seconds")
+        if not unknown and (not isinstance(value, kind) or value != value):
+            raise Damaged(f"{where} is damaged: {key} is {str(value)[:40]!r}.")
+    if not all(isinstance(value, dict) for value in record.get("models", {}).values()):
+        raise Damaged(f"{where} is damaged: models lack what is known of them.")
+    try:
+        if "heartbeat_at" in record and datetime.fromisoformat(record["heartbeat_at"]).tzinfo is None:
+            raise ValueError("no time zone")
+    except (ValueError, TypeError) as error:
+        raise Damaged(f"{where} is damaged: heartbeat_at is no time: {error}.") from error
+    return record
+
+
+def _latest(rows: Iterable[TrialRow]) -> dict[str, TrialRow]:
+    latest: dict[str, TrialRow] = {}
+    for row in rows:
+        if row.trial_id not in latest or latest[row.trial_id].created_at <= row.created_at:
+            latest[row.trial_id] = row
+    return latest
+
+
+def _scores_path(cell_id: str) -> str:
+    return f"scores/cell={cell_id}/scores.parquet"
+
+
+def _validation_path(validation_id: str) -> str:
+    return f"validations/{validation_id}.parquet"
+
+
+def _part_path(cell_id: str, part: str) -> str:
+    return f"parts/cell={cell_id}/{part}.parquet"

@@ -1,0 +1,335 @@
+"""`sweep export`: what is written comes back, and what cannot be meant is refused with exit code 2."""
+
+import csv
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import pytest
+import torch
+from modelopt.recipe import load_recipe
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import sweep.commands.export
+from sweep.cli import main
+from sweep.config.schema import DatasetConfig
+from sweep.core.errors import SweepError
+from sweep.core.paths import bundled_model_dir
+from sweep.formats.mixed import MixedRecipe
+from sweep.mixed_precision.text import check_modelopt, to_csv, to_modelopt
+from sweep.plan.subject import Model, samples_of
+from sweep.store.records import TrialRow
+from sweep.store.store import Store
+from tests.exports import FORMATS, group_format, recipe_of
+from tests.foreign import PLACES, foreign, seen
+from workers.data.batches import make_plan
+from workers.export.modelopt_recipe import read_modelopt
+from workers.model.loading import load
+
+MODEL = Model(bundled_model_dir())
+NAMES = ["nvfp4", "fp8_tensor_static", "int4_groups_weight_only", None, "fp8_blocks", "int8_channel_token"]
+
+
+@pytest.fixture(scope="module")
+def recipe() -> MixedRecipe:
+    found = recipe_of([name and group_format(name, *FORMATS[name]) for name in NAMES])
+    dataset = DatasetConfig(
+        name="wordnet_glosses", kind="bundled", size="small", max_tokens=512, captions_path=None, hub_id=None, hub_split=None, hub_column=None
+    )
+    return replace(found, dataset_revision=make_plan(samples_of(dataset, MODEL, 16), packed=True).digest("small"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, recipe: MixedRecipe) -> Callable[..., int]:
+    def export(file_format: str, out: str, *rest: str, other: MixedRecipe | None = None, edited: Callable[[str], str] = lambda text: text) -> int:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(edited((other or recipe).to_yaml()))
+        return main(["export", str(path), "--format", file_format, "--out", str(tmp_path / out), f"store.uri={tmp_path / 'store'}", *rest])
+
+    return export
+
+
+def test_a_checkpoint_is_written_checked_and_told_how_to_serve(tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("compressed-tensors", "out") == 0
+    assert f"vllm serve {tmp_path / 'out'}" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "sweep_recipe.yaml"} <= names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]  # nothing half-made is left
+
+
+@pytest.mark.parametrize("scales", ["fused", "private"])
+def test_scales_of_inputs_go_where_they_belong_or_nowhere(
+    tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str], scales: Any
+) -> None:
+    awq = group_format("int4", *FORMATS["int4_groups_weight_only"], "awq_lite", scales)
+    found = run("compressed-tensors", "out", other=replace(recipe_of([awq, None]), dataset_revision=recipe.dataset_revision))
+    if scales == "private":
+        assert found == 2
+        assert "sensitivity.scales=fused" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        return
+    assert found == 0
+    norm = "model.language_model.layers.0.input_layernorm.weight"
+    scale = load_file(tmp_path / "out" / "model.safetensors")[norm] / load_file(MODEL.path / "model.safetensors")[norm].float()
+    assert float((scale - 1).abs().max()) > 0.01
+
+
+def test_what_is_there_stays_unless_told_and_what_others_put_there_stays(
+    tmp_path: Path,
+    run: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    assert run("compressed-tensors", "out") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    for _ in range(2):
+        assert run("compressed-tensors", "out", "--overwrite") == 0
+        assert (tmp_path / "out" / "mine").read_text() == "mine"
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {"config.json", "model.safetensors", "sweep_recipe.yaml", "sweep_manifest.json"} < names
+    (tmp_path / "out" / "config.json").write_text("{}")
+    assert run("compressed-tensors", "out", "--overwrite") == 2
+    config = tmp_path / "out" / "config.json"
+    assert "holds config.json, in the way of a checkpoint. Only files that" in (said := capsys.readouterr().err)
+    assert f"Type mv -n {config} {config}.old, or give another place with --out." in said
+    assert config.read_text() == "{}"
+
+
+@pytest.fixture
+def calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers for every export of this file's recipe, which take a second each time."""
+
+    def calibrated(*args: Any) -> Any:
+        if not _calibrated:
+            _calibrated.append(real(*args))
+        return _calibrated[0]
+
+    real = sweep.commands.export._calibrated
+    monkeypatch.setattr("sweep.commands.export._calibrated", calibrated)
+
+
+_calibrated: list[Any] = []
+
+
+@pytest.mark.usefixtures("calibrated_once")
+@pytest.mark.parametrize("place", PLACES)
+def test_a_checkpoint_takes_nothing_of_others_away(
+    tmp_path: Path,
+    run: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    PLACES[place].make(tmp_path / "out", tmp_path / "elsewhere")
+    before = seen(tmp_path)
+    code = run("compressed-tensors", "out", "--overwrite")
+    after = seen(tmp_path)
+    del after["recipe.yaml"]
+    assert code == (2 if PLACES[place].refused else 0)
+    if code == 2:
+        assert after == before
+        assert re.search(r"^sweep export: .*([Gg]ive another place|Type mv)", capsys.readouterr().err)
+        return
+    before.pop("out/sweep_manifest.json", None)  # a valid one, that was edited
+    assert before.items() <= after.items()
+
+
+@pytest.mark.parametrize("file_format", ["csv", "modelopt"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_text_takes_nothing_of_others_away(
+    tmp_path: Path,
+    run: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    file_format: str,
+) -> None:
+    PLACES[place].make(tmp_path / "out", tmp_path / "elsewhere")
+    before = seen(tmp_path)
+    code = run(file_format, "out", "--overwrite")
+    after = seen(tmp_path)
+    del after["recipe.yaml"]
+    if place == "an empty file":  # nothing to lose
+        assert code == 0
+        return
+    assert (code, after) == (2, before)
+    assert re.search(r"^sweep export: .*([Gg]ive |Type mv)", capsys.readouterr().err)
+
+
+def test_a_text_replaces_its_own_kind_alone(tmp_path: Path, run: Callable[..., int]) -> None:
+    for file_format, other in (("csv", "modelopt"), ("modelopt", "csv")):
+        assert run(file_format, file_format) == 0
+        assert run(file_format, file_format) == 2
+        assert run(file_format, file_format, "--overwrite") == 0
+        before = (tmp_path / file_format).read_bytes()
+        assert run(other, file_format, "--overwrite") == 2
+        assert run(other, "recipe.yaml", "--overwrite") == 2
+        assert (tmp_path / file_format).read_bytes() == before
+
+
+@pytest.mark.usefixtures("calibrated_once")
+def test_the_working_directory_keeps_what_it_holds(
+    tmp_path: Path,
+    run: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = foreign(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert run("compressed-tensors", "other") == 0  # makes the recipe's file
+    assert main(["export", "../recipe.yaml", "--format", "compressed-tensors", "--out", "."]) == 2
+    assert seen(tmp_path / "here") == others
+    assert main(["export", "../recipe.yaml", "--format", "compressed-tensors", "--out", ".", "--overwrite"]) == 0
+    assert others.items() <= seen(tmp_path / "here").items()
+    assert Path.cwd() == tmp_path / "here"
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("file_format", ["compressed-tensors", "csv", "modelopt"])
+def test_the_root_is_refused(
+    run: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    file_format: str,
+) -> None:
+    monkeypatch.delattr("sweep.commands.export._calibrated")
+    for name in ("rename", "replace", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, None)
+    assert run(file_format, "/", "--overwrite") == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_the_checkpoint_itself_is_not_replaced_by_its_export(
+    tmp_path: Path,
+    run: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not by a link to it either, nor if it is an export itself."""
+    shutil.copytree(MODEL.path, tmp_path / "model")
+    (tmp_path / "link").symlink_to("model")
+    before = seen(tmp_path / "model")
+    for out in ("model", "link", "link/../model"):
+        assert run("compressed-tensors", out, "--overwrite", f"model.path={tmp_path / 'model'}") == 2
+        assert "is the checkpoint itself" in capsys.readouterr().err
+    assert seen(tmp_path / "model") == before
+
+
+@pytest.mark.usefixtures("calibrated_once")
+def test_a_full_disk_is_one_message_and_leaves_nothing(
+    tmp_path: Path, run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: object, path: Path, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("workers.export.checkpoint.save_file", full)
+    assert run("compressed-tensors", "out/deeper") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("file_format", ["modelopt", "csv"])
+def test_text_is_written_whole(tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, file_format: str) -> None:
+    assert run(file_format, "out.yaml") == 0
+    assert (tmp_path / "out.yaml").read_text() == (to_csv(recipe) if file_format == "csv" else to_modelopt(recipe))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model": "other", "model_revision": "1234"}, "is of other revision 1234, the recipe's model is qwen3_vl_tiny revision"),
+        ({"dataset": "other", "dataset_revision": "1234"}, "is of other/small revision 1234, the recipe's samples are wordnet_glosses/small revision"),
+    ],
+)
+def test_scores_of_another_model_or_other_samples_are_refused(
+    tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str], changed: dict[str, str], said: str
+) -> None:
+    text = dict.fromkeys(("coverage", "method", "engine", "quant_pair", "quant_granularity", "versions"), "x")
+    facts = {"model": recipe.model, "model_revision": recipe.model_revision, "dataset": recipe.dataset, "dataset_revision": recipe.dataset_revision}
+    cell = recipe.groups[0].cell_id
+    row = TrialRow(
+        **(text | facts | changed), trial_id="t", cell_id=cell, size="small", state="done", reason=None, config="{}", created_at=datetime.now(UTC), run_id="r"
+    )
+    Store(str(tmp_path / "store")).write_trials("r", [row])
+    assert run("csv", "out.csv") == 2
+    assert f"The score of {recipe.groups[0].group} (cell {cell}) {said}" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_csv_has_a_row_a_group(recipe: MixedRecipe) -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(recipe))))
+    assert [row["group"] for row in rows] == [choice.group for choice in recipe.groups]
+    assert [row["quant_pair"] for row in rows[:6]] == [name or "" for name in NAMES]
+    assert rows[0]["effective_bits"] == "4.5"
+    assert rows[0]["modules"].split() == [f"model.language_model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+
+
+def test_modelopt_quantizes_each_module_as_the_recipe_says(tmp_path: Path, recipe: MixedRecipe) -> None:
+    """Stock mtq.quantize on the file that ModelOpt itself has read."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_modelopt(recipe))
+    read: Any = load_recipe(path)
+    model = load(MODEL.path, dtype=torch.float32, device="cpu")
+    mtq.replace_quant_module(model)
+    mtq.set_quantizer_by_cfg(model, read.quantize.quant_cfg)
+    chosen = {module: recipe.format_of(choice) for choice in recipe.groups for module in choice.modules}
+    for name in MODEL.inputs:
+        module: Any = model.get_submodule(name)
+        wanted = chosen.get(name)
+        for quantizer, attributes in ((module.weight_quantizer, wanted and wanted.weight), (module.input_quantizer, wanted and wanted.inputs)):
+            assert quantizer.is_enabled == (attributes is not None)
+            if attributes is not None:
+                assert quantizer.num_bits == attributes["num_bits"]
+                assert quantizer.axis == attributes.get("axis")
+                assert (quantizer.block_sizes or None) == attributes.get("block_sizes")
+                assert quantizer._dynamic == (attributes.get("type") == "dynamic")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"), [("-1: 128", "-1: 64", "weight_quantizer"), ("algorithm: max", "algorithm: mse", "'max', it comes back as 'mse'")]
+)
+def test_a_modelopt_file_that_says_something_else_is_refused(tmp_path: Path, recipe: MixedRecipe, old: str, new: str, said: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_modelopt(recipe).replace(old, new))
+    with pytest.raises(SweepError, match=said):
+        check_modelopt(*read_modelopt(path), recipe, list(MODEL.inputs))
+
+
+@pytest.mark.parametrize("algorithm", ["mse", "awq_lite"])
+def test_modelopt_holds_one_algorithm_for_all(tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, algorithm: str) -> None:
+    alone = recipe_of([group_format("int4", *FORMATS["int4_groups_weight_only"], algorithm)])
+    assert run("modelopt", "out.yaml", other=replace(alone, dataset_revision=recipe.dataset_revision)) == 0
+    assert f"algorithm: {algorithm}" in (tmp_path / "out.yaml").read_text()
+
+
+def test_modelopt_has_one_algorithm() -> None:
+    formats = [group_format("a", *FORMATS["int4_groups_weight_only"]), group_format("b", *FORMATS["int4_groups_weight_only"], "mse")]
+    with pytest.raises(SweepError, match="several calibration algorithms"):
+        to_modelopt(recipe_of(formats))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("layers.1.mlp.down_proj", "layers.9.mlp.down_proj", "Unknown module"),
+        ("-1: 128", "-1: 96", "Blocks of 96"),
+        ("      block_sizes:\n        -1: 16\n        type: dynamic\n        scale_bits:\n        - 4\n        - 3\n", "", "need blocks"),
+        (f"model_revision: {MODEL.revision}", "model_revision: 0123456789ab", "revision 0123456789ab"),
+        ("dataset_revision: ", "dataset_revision: f", "calibrated on"),
+    ],
+)
+def test_impossible_recipes_exit_2(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, said: str) -> None:
+    def edited(text: str) -> str:
+        assert old in text
+        return text.replace(old, new)
+
+    assert run("compressed-tensors", "out", edited=edited) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,151 @@
+"""`sweep solve` as a user types it, on a made-up store."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweep.cli import main
+from sweep.commands.solve import lines
+from sweep.formats.mixed import MixedRecipe
+from sweep.store.store import Store
+from tests.scored import FP8, INT4, INT8, add, store_at
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.chdir(tmp_path)
+    return store_at(tmp_path / "store")
+
+
+def solve(store: Store, *words: str) -> int:
+    return main(["solve", *words, f"store.uri={store.uri}"])
+
+
+def solved(store: Store, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert solve(store, *words, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_recipe_file_is_written_and_its_sizes_are_said(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert solve(store, "--bits", "5.2875") == 0
+    path = Path("outputs/recipes/qwen3_vl_tiny-vllm_sm90-5_2875bits.yaml")
+    made = MixedRecipe.from_yaml(path.read_text(encoding="utf-8"), str(path))
+    assert [choice.format for choice in made.groups] == [INT8, INT4, INT4, INT4, FP8]
+    assert (made.model, made.model_revision, made.dataset_revision, made.size, made.target) == ("qwen3_vl_tiny", "r1", "d-small", "small", "vllm_sm90")
+    out = capsys.readouterr().out
+    assert "5.287 bits a weight of the covered layers\nfrom 3 of 3 recipes scored on wordnet_glosses/small" in out
+    # 52,875 bits; 8,000 embeddings and 7,000 others in 16 bits
+    assert "3.661e-05 GB of weights; lm_head: tied to the embeddings\n   6.609e-06 GB  covered layers\n     1.6e-05 GB  embeddings, in 16 bits\n" in out
+    assert "     1.4e-05 GB  all else, in 16 bits\npredicted KL 0.0645 nats per prediction (90 % interval over samples: 0.0323 to 0.0968)\n" in out
+    assert f"     3 layer groups: {INT4}\n" in out
+    assert "most bits: m.layers.0.attn.q/k_proj, m.merger.fc\n" in out
+
+
+def test_the_front_goes_through_the_recipes_sizes_to_no_damage(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    document = solved(store, capsys, "--bits", "5", "--front", "5", "--out", "r/mix.yaml")
+    bits, damages = ([point[key] for point in document["front"]] for key in ("effective_bits", "predicted_kl"))
+    assert (bits[0], damages[0], bits[-1], damages[-1]) == (4.125, pytest.approx(0.15), 16.0, 0.0)
+    assert sorted(damages, reverse=True) == damages
+    uniform = {point["format"]: point["predicted_kl"] for point in document["uniform"]}
+    assert uniform == {INT4: pytest.approx(0.15), INT8: pytest.approx(0.012), FP8: pytest.approx(0.0155)}
+    assert document["picture"] == "r/mix.svg"
+    assert Path("r/mix.svg").read_text(encoding="utf-8").startswith("<?xml")
+    table = "\n".join(lines(document))
+    assert table.count("best mix") == len(bits)
+
+
+def test_ranks_by_damage_and_by_what_a_byte_saves(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a budget those of the smallest recipe; INT4 saves 11.875 bits a weight."""
+    document = solved(store, capsys, "--rank")
+    assert document["effective_bits"] == 4.125
+    groups = {row["group"]: row for row in document["rank"]}
+    assert [row["predicted_kl"] for row in document["rank"]] == [0.05, 0.04, 0.03, 0.02, 0.01]
+    first = groups["m.layers.0.attn.q_proj"]
+    assert first["bytes_saved"] == 1000 * 11.875 / 8
+    assert first["predicted_kl_per_gb_saved"] == pytest.approx(0.04 / (1000 * 11.875 / 8 / 1e9))
+    ranks = [line.split() for line in lines(document) if "wint4_afp16/default" in line][1:]
+    assert [(words[0], words[-1]) for words in ranks] == [("1", "2"), ("2", "1"), ("3", "4"), ("4", "3"), ("5", "5")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "A budget is --bits B"),
+        (("--bits", "2"), "--bits 2 is too little. The nearest that works: --bits 4.125"),
+        (("--bits", "5", "--pin", "down_proj"), "--pin 'down_proj' is not PATTERN=FORMAT"),
+        (("--bits", "5", "--pin", "x*=16"), "'x*' matches no layer group"),
+        (("--bits", "5", "--exclude", "x*"), "'x*' matches no layer group"),
+        (("--bits", "5", "target=vllm_sm9"), "vllm_sm90"),
+        (("--bits", "5", "quant_pair=wfp4_afp4"), "It has quant_pair="),
+        (("--bits", "5", "--front", "1"), "--front 1"),
+    ],
+)
+def test_wrong_input_is_one_message_and_writes_nothing(words: tuple[str, ...], message: str, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert solve(store, *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sweep solve: ")
+    assert message in said
+    assert not Path("outputs").exists()
+
+
+def test_a_target_that_runs_nothing_that_was_scored_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = store_at(tmp_path / "store", {})
+    add(store, "wfp8_aint8/default", [0.1] * 5)
+    assert solve(store, "--bits", "8") == 2
+    assert "target=vllm_sm90 runs none of the 1 recipes as they are scored (wfp8_aint8/default: none)" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_named(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("")
+    assert solve(store, "--bits", "5", "--out", "file/mix.yaml") == 2
+    assert "Give another place with --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mix.yaml", "mix.svg"])
+def test_a_file_of_someone_else_is_not_replaced(store: Store, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    Path(name).write_text("my notes on recipe_version: 1")
+    assert solve(store, "--bits", "5", "--front", "4", "--out", "mix.yaml") == 2
+    place = Path(name).absolute()
+    said = capsys.readouterr().err
+    assert f"{place} is not what this command writes there, and stays. Type mv -n {place} {place}.old." in said
+    assert Path(name).read_text() == "my notes on recipe_version: 1"
+    assert {path.name for path in Path().glob("mix.*")} == {name}
+    Path(name).unlink()
+    for _ in range(2):  # its own it replaces
+        assert solve(store, "--bits", "5", "--front", "4", "--out", "mix.yaml") == 0
+
+
+def test_a_link_to_a_recipe_stays_a_link_and_no_device_is_replaced(store: Store) -> None:
+    Path("there").mkdir()
+    Path("link.yaml").symlink_to("there/mix.yaml")
+    os.mkfifo("pipe.yaml")
+    assert solve(store, "--bits", "5", "--out", "pipe.yaml") == 2
+    assert solve(store, "--bits", "5", "--out", "link.yaml") == 2  # it leads nowhere yet
+    assert solve(store, "--bits", "5", "--out", "there/mix.yaml") == 0
+    assert solve(store, "--bits", "6", "--out", "link.yaml") == 0
+    assert Path("link.yaml").is_symlink()
+    assert Path("pipe.yaml").is_fifo()
+    assert MixedRecipe.from_yaml(Path("there/mix.yaml").read_text(), "mix").name.endswith("6bits")
+
+
+def test_solving_loads_nothing_heavy(store: Store) -> None:
+    """Presets are on disk once `sweep run` has planned; here an earlier call has put them there."""
+    assert solve(store, "--bits", "5") == 0
+    code = f"import sys\nfrom sweep.cli import main\nassert main(['solve', '--gb', '0.00004', 'store.uri={store.uri}']) == 0\n"
+    code += "print([name for name in ('torch', 'ray', 'modelopt', 'transformers', 'matplotlib') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_equal_stores_give_equal_files(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for out in ("a.yaml", "b.yaml"):
+        solved(store, capsys, "--bits", "5", "--front", "4", "--out", out)
+        files.append((Path(out).read_bytes(), Path(out).with_suffix(".svg").read_bytes()))
+    assert files[0] == files[1]

@@ -1,0 +1,212 @@
+"""`sweep validate`: what is measured is kept and found again, and what proves nothing or cannot be meant is refused with exit code 2."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sweep.cli import main
+from sweep.config.compose import expand
+from sweep.core.paths import bundled_model_dir
+from sweep.formats.mixed import MixedRecipe
+from sweep.mixed_precision.candidates import Option, Options
+from sweep.mixed_precision.measured import random_mixes, uniform_recipes, validate
+from sweep.mixed_precision.prepared import Prepared, prepared
+from sweep.mixed_precision.recapture import recaptured_damage
+from sweep.plan.subject import Model, samples_of
+from sweep.store.records import TrialRow
+from tests.exports import FORMATS, apply, group_format, recipe_of
+from tests.floors import sample_logits
+from workers.data.batches import make_plan
+from workers.model.loading import load
+from workers.quant.applied import calibrated_model
+
+MODEL = Model(bundled_model_dir())
+NAMES = ["int4_groups_weight_only", "int8_tensor_static", None, "fp8_channel_token"]
+WEIGHTS_ALONE = ["int4_groups_weight_only", "int8_channel_weight_only", None, "fp8_weight_only"]
+CONFIG = expand(["dataset.size=small", "cluster.device=cpu", "validation.n_samples=16"], multirun=False).points[0]
+
+
+@pytest.fixture(scope="module")
+def recipe() -> MixedRecipe:
+    found = recipe_of([name and group_format(name, *FORMATS[name]) for name in NAMES])
+    samples = samples_of(CONFIG.dataset, MODEL, 16)
+    return replace(found, dataset_revision=make_plan(samples, packed=True).digest("small"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, recipe: MixedRecipe) -> Callable[..., int]:
+    def validated(*rest: str, edited: Callable[[str], str] = lambda text: text) -> int:
+        path = tmp_path / "mixed.yaml"
+        path.write_text(edited(recipe.to_yaml()))
+        return main(["validate", str(path), f"store.uri={tmp_path / 'store'}", "cluster.device=cpu", "validation.n_samples=16", *rest])
+
+    return validated
+
+
+@pytest.fixture(scope="module")
+def options(recipe: MixedRecipe) -> Options:
+    """Two formats for every group, one of which was not measured in the first."""
+    groups = tuple(
+        {"group": choice.group, "modules": list(choice.modules), "layer_index": choice.layer_index, "weight_elements": choice.weight_elements}
+        for choice in recipe.groups
+    )
+    kl = np.linspace(0.001, 0.002, len(groups))
+    formats = [
+        Option(format=group_format(name, *FORMATS[name]), cell_id=f"cell-{name}", predicted_kl=np.where(kl <= least, np.inf, kl), sample_kl=None)
+        for name, least in (("int8_tensor_static", 0.0), ("int4_groups_weight_only", 0.001))
+    ]
+    words = dict.fromkeys(("trial_id", "cell_id", "method", "engine", "quant_pair", "quant_granularity", "reason", "config", "versions", "run_id"), "")
+    facts = {"model": recipe.model, "model_revision": recipe.model_revision, "dataset": recipe.dataset, "dataset_revision": recipe.dataset_revision}
+    row: dict[str, Any] = {**words, **facts, "size": "small", "coverage": "lm_only", "state": "done", "created_at": datetime.now(UTC)}
+    return Options(trial=TrialRow.from_mapping(row), config=CONFIG, groups=groups, formats=tuple(formats), elements=None)
+
+
+def ready(recipe: MixedRecipe, place: Path) -> Prepared:
+    return prepared(recipe, replace(CONFIG, store=replace(CONFIG.store, uri=str(place / "store"))))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_is_measured_equals_two_plain_forwards_of_each_held_out_sample(
+    run: Callable[..., int],
+    tmp_path: Path,
+    recipe: MixedRecipe,
+    alone: bool,
+) -> None:
+    """Of each sample alone where only weights are quantized, else in the batches that were measured.
+
+    In other batches sums have other last bits, and one input that rounds the other way moves a sample's KL by 1 %.
+    """
+    weights = recipe_of([name and group_format(name, *FORMATS[name]) for name in WEIGHTS_ALONE])
+    recipe = replace(weights, dataset_revision=recipe.dataset_revision) if alone else recipe
+    assert run(edited=lambda _: recipe.to_yaml()) == 0
+    (row,) = json.loads((tmp_path / "mixed.validation.json").read_text())
+    model = load(MODEL.path, dtype=torch.float32, device="cpu")
+    samples = samples_of(CONFIG.dataset, MODEL, 32)
+    quants = calibrated_model(model, list(make_plan(samples[:16], packed=True).batches("small")), recipe)
+    ids = [torch.from_numpy(sample.token_ids)[None] for sample in samples[16:]]
+
+    @torch.no_grad()
+    def log_probabilities() -> list[torch.Tensor]:
+        of_each = sample_logits(model, make_plan(samples[16:], packed=True))
+        if alone:
+            of_each = [model(input_ids=one, use_cache=False).logits[0] for one in ids]
+        return [logits[:-1].double().log_softmax(-1) for logits in of_each]
+
+    base = log_probabilities()
+    apply(model, quants)
+    changed = log_probabilities()
+    kl = [F.kl_div(new, old, log_target=True, reduction="sum").item() for new, old in zip(changed, base, strict=True)]
+    losses = [F.nll_loss(new, one[0, 1:]) - F.nll_loss(old, one[0, 1:]) for new, old, one in zip(changed, base, ids, strict=True)]
+    counts = [len(one[0]) - 1 for one in ids]
+    assert (row["n_samples"], row["n_predictions"]) == (16, sum(counts))
+    assert row["measured_kl"] == pytest.approx(sum(kl) / sum(counts), rel=1e-4)
+    assert row["loss_change"] == pytest.approx(sum(loss.item() * n for loss, n in zip(losses, counts, strict=True)) / sum(counts), abs=1e-5)
+    low, high = row["measured_kl_interval"]
+    assert low < row["measured_kl"] < high
+    assert row["predicted_kl"] == pytest.approx(recipe.predicted_kl)
+    (file,) = (tmp_path / "store" / "validations").iterdir()
+    assert pq.read_table(file)["kl"].to_pylist() == pytest.approx(kl, rel=1e-3)
+    page = (tmp_path / "mixed.validation.md").read_text()
+    assert f"| mixed | {recipe.effective_bits:.3f} | {recipe.predicted_kl:.4g} | {row['measured_kl']:.4g}" in page
+
+
+def test_a_finished_validation_is_found_whatever_the_recipe_is_called(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run() == 0
+    first = json.loads((tmp_path / "mixed.validation.json").read_text())
+    monkeypatch.delattr("workers.model.loading.load")
+    capsys.readouterr()
+    assert run("--json", edited=lambda text: text.replace("name: mixed", "name: other", 1)) == 0
+    (again,) = json.loads(capsys.readouterr().out)
+    assert again == first[0] | {"name": "other"}
+
+
+def test_samples_that_calibrated_are_refused(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (bundled_model_dir() / "wordnet_glosses.txt").read_text().splitlines()
+    (tmp_path / "own.txt").write_text("\n".join([*lines[100:115], lines[7]]) + "\n")
+    assert run(f"validation.captions_path={tmp_path / 'own.txt'}") == 2
+    assert "1 of the 16 samples to validate on calibrated the recipe, the first is number 16" in capsys.readouterr().err
+    (tmp_path / "own.txt").write_text("\n".join(lines[100:116]) + "\n")
+    assert run(f"validation.captions_path={tmp_path / 'own.txt'}") == 0
+
+
+@pytest.mark.parametrize(
+    ("rest", "edit", "words"),
+    [
+        (["validation.n_samples=1"], None, "validation.n_samples=1 is not allowed"),
+        (["dataset.max_tokens=5"], None, "Give the same samples"),
+        (["--groups", "*nothing*"], None, "--groups '*nothing*' matches no layer group"),
+        (["--random", "3"], None, "holds no finished trial"),
+        ([], ("model_revision: ", "model_revision: 0"), "The recipe is for qwen3_vl_tiny of revision 0"),
+        ([], ("layers.1.mlp.down_proj", "layers.1.mlp.up_project"), "layers.1.mlp.up_project"),
+        ([], ("-1: 128", "-1: 96"), "Blocks of 96"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_and_leaves_nothing(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], rest: list[str], edit: tuple[str, str] | None, words: str
+) -> None:
+    assert run(*rest, edited=lambda text: text.replace(*edit) if edit else text) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+    assert not list(tmp_path.glob("*.validation.*"))
+
+
+@pytest.mark.parametrize("name", ["mixed.validation.md", "mixed.validation.json"])
+def test_files_of_someone_else_stay_and_nothing_is_measured(
+    run: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    (tmp_path / name).write_text("mine")
+    assert run() == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / name} is not what this command writes there, and stays. Type mv -n" in said
+    assert "Copy the recipe to another place, and validate it there." in said
+    assert (tmp_path / name).read_text() == "mine"
+    assert not (tmp_path / "store").exists()
+
+
+def test_too_few_samples_are_refused_with_what_to_type(tmp_path: Path, recipe: MixedRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    large = make_plan(samples_of(CONFIG.dataset, MODEL, 512), packed=True).digest("large")
+    (tmp_path / "large.yaml").write_text(replace(recipe, size="large", dataset_revision=large).to_yaml())
+    assert main(["validate", str(tmp_path / "large.yaml"), f"store.uri={tmp_path / 'store'}", "validation.n_samples=129"]) == 2
+    err = capsys.readouterr().err
+    assert "too few samples for 129 after the 512 that calibrated and scored" in err
+    assert "Type validation.captions_path=FILE, a smaller validation.n_samples=N" in err
+
+
+def test_mixes_are_the_same_for_the_same_options_and_uniform_ones_are_measured_everywhere(options: Options) -> None:
+    mixes = random_mixes(options, 5)
+    assert mixes == random_mixes(options, 5) == random_mixes(options, 6)[:5]
+    assert len({mix.to_yaml() for mix in mixes}) == 5
+    labels = {choice.format for mix in mixes for choice in mix.groups}
+    assert labels == {None, "int8_tensor_static/default", "int4_groups_weight_only/default"}
+    assert all(mix.groups[0].format != "int4_groups_weight_only/default" for mix in mixes)  # it was not measured there
+    assert [each.name for each in uniform_recipes(options)] == ["uniform int8_tensor_static/default"]
+
+
+def test_formats_are_calibrated_once_for_recipes_that_are_measured_together(tmp_path: Path, recipe: MixedRecipe, options: Options) -> None:
+    """Together or alone, a recipe's figures have the same bits."""
+    mixes = random_mixes(options, 2)
+    together = validate(ready(recipe, tmp_path / "a"), [("recipe", recipe), *(("random", mix) for mix in mixes)], "cpu")
+    alone = validate(ready(recipe, tmp_path / "b"), [("random", mixes[1])], "cpu")
+    assert together[2] == alone[0]
+
+
+def test_recaptured_damage_has_the_shape_of_the_options(tmp_path: Path, recipe: MixedRecipe, options: Options) -> None:
+    damage = recaptured_damage(ready(recipe, tmp_path), recipe, options, "cpu")
+    assert damage.shape == (len(options.groups), 2)
+    assert np.isinf(damage).sum() == np.isinf(damage[0, 1]) == 1
+    assert (damage[np.isfinite(damage)] > 0).all()
+    assert np.median(damage[1:, 1]) > np.median(damage[1:, 0])  # four bits hurt more than eight

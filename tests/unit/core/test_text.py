@@ -1,0 +1,31 @@
+"""Columns stand under each other, and nothing trails; seconds are said as a person says them."""
+
+import pytest
+
+from sweep.core.text import aligned, duration
+
+
+def test_columns_are_as_wide_as_their_widest_text() -> None:
+    assert aligned([("recipe", "KL"), ("a", "0.0139"), ("bb", "2")]) == ["recipe  KL", "a       0.0139", "bb      2"]
+
+
+def test_figures_stand_to_the_right() -> None:
+    assert aligned([("recipe", "KL"), ("a", "0.0139"), ("bb", "2")], figures=True) == ["recipe      KL", "a       0.0139", "bb           2"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0 s"),
+        (48, "48 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.7, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+        (100 * 3600, "100 h 00 min"),
+    ],
+)
+def test_a_duration_is_said_as_a_person_says_it(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

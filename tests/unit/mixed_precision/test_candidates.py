@@ -1,0 +1,127 @@
+"""What a store offers each layer group, and which trials may be put together."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sweep.core.errors import SweepError
+from sweep.mixed_precision.candidates import Options, read_options, sized
+from tests.scored import DAMAGES, FP8, GROUPS, INT4, INT8, add, store_at
+
+
+def found(path: Path, *overrides: str) -> Options:
+    from sweep.store.store import Store
+
+    return read_options(Store(str(path)), [*overrides, f"store.uri={path}"])
+
+
+def damages_of(options: Options) -> dict[str, list[float]]:
+    return {option.format.label: option.predicted_kl.tolist() for option in options.formats}
+
+
+def test_every_finished_cell_is_an_option_of_every_group(tmp_path: Path) -> None:
+    store_at(tmp_path)
+    options = found(tmp_path)
+    assert damages_of(options) == {label: list(damages) for label, damages in DAMAGES.items()}
+    assert {option.format.label: option.format.effective_bits for option in options.formats} == {INT4: 4.125, INT8: 8.0, FP8: 8.0}
+    assert [group["group"] for group in options.groups] == [group[0] for group in GROUPS]
+    assert (options.weights.sum(), options.other_bytes) == (10_000, 2 * 15_000)
+    int4 = next(option.format for option in options.formats if option.format.label == INT4)
+    assert int4.weight is not None
+    assert (int4.weight["num_bits"], int4.weight["block_sizes"][-1], int4.inputs) == (4, 128, None)
+
+
+def test_samples_add_up_to_the_group(tmp_path: Path) -> None:
+    store_at(tmp_path)
+    for option in found(tmp_path).formats:
+        assert option.sample_kl is not None
+        np.testing.assert_allclose(option.sample_kl, option.predicted_kl[:, None] * [0.25, 0.75])
+
+
+def test_a_group_never_called_cannot_get_the_format(tmp_path: Path) -> None:
+    store_at(tmp_path, {INT4: (0.1, None, 0.1, 0.1, 0.1)})
+    assert damages_of(found(tmp_path)) == {INT4: [0.1, np.inf, 0.1, 0.1, 0.1]}
+
+
+def test_overrides_narrow_the_recipes(tmp_path: Path) -> None:
+    store_at(tmp_path)
+    assert set(damages_of(found(tmp_path, "quant_pair=wint8_aint8,wfp8_afp8"))) == {INT8, FP8}
+    assert set(damages_of(found(tmp_path, "quant_granularity=default"))) == {INT4, FP8}
+
+
+def test_the_largest_size_counts_unless_one_is_typed(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    add(store, INT8, [0.5] * 5, "dataset.size=medium")
+    assert damages_of(found(tmp_path)) == {INT8: [0.5] * 5}
+    assert len(damages_of(found(tmp_path, "dataset.size=small"))) == 3
+
+
+def test_a_recipe_scored_again_by_another_version_has_the_latest_damage(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    add(store, INT8, [0.5] * 5, minute=1)
+    assert damages_of(found(tmp_path))[INT8] == [0.5] * 5
+    add(store, FP8, [0.7] * 5, minute=2, versions='{"score": "2"}')
+    assert damages_of(found(tmp_path)) == {FP8: [0.7] * 5}  # the others are scores of another kind
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed", "message"),
+    [
+        (("model.name=other",), {}, r"model=other .* or model=qwen3_vl_tiny .*Type the one you mean"),
+        ((), {"model_revision": "r2"}, r"model=qwen3_vl_tiny \(r1\) or model=qwen3_vl_tiny \(r2\)"),
+        (("dataset=scenes",), {}, r"dataset=scenes or dataset=wordnet_glosses"),
+        (("sensitivity.method=kl_div",), {}, r"sensitivity.method=gradient or sensitivity.method=kl_div"),
+        (("sensitivity.scales=fused",), {}, r"sensitivity.scales=fused or sensitivity.scales=private"),
+        (("dataset.max_tokens=64",), {"dataset_revision": "d-other"}, r"2 different sets of samples .* Type the dataset.max_tokens"),
+    ],
+    ids=["model", "revision", "dataset", "method", "scales", "samples"],
+)
+def test_damages_of_different_kinds_are_not_mixed(overrides: tuple[str, ...], changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    add(store, FP8, [0.1] * 5, *overrides, minute=1, **changed)
+    with pytest.raises(SweepError, match=message):
+        found(tmp_path)
+    if overrides:
+        assert damages_of(found(tmp_path, *overrides)) == {FP8: [0.1] * 5}
+
+
+def test_an_empty_store_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(SweepError, match=r"holds no finished trial\. Type `sweep run` first"):
+        found(tmp_path)
+
+
+def test_a_value_that_no_trial_has_names_those_that_are_there(tmp_path: Path) -> None:
+    store_at(tmp_path)
+    with pytest.raises(SweepError, match="It has quant_pair=wfp8_afp8,wint4_afp16,wint8_aint8"):
+        found(tmp_path, "quant_pair=wfp4_afp4")
+
+
+def test_a_quantized_copy_of_tied_embeddings_comes_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """25,000 parameters, 8,000 of them embeddings that lm_head shares: quantized, it is 8,000 weights of its own."""
+    head = ("lm_head", ("lm_head",), None, 8000)
+    monkeypatch.setattr("tests.scored.GROUPS", (*GROUPS, head))
+    store_at(tmp_path, {INT4: [0.1] * 6})
+    options = found(tmp_path)
+    assert options.covers_lm_head
+    assert options.other_bytes == 2 * (25_000 - 10_000)
+    untied = tmp_path / "untied"
+    store_at(untied, {INT4: [0.1] * 6}, {"parameters": 33_000, "embeddings": 8_000, "lm_head": 8_000})
+    assert found(untied).other_bytes == 2 * (33_000 - 18_000)
+
+
+def test_a_store_of_before_does_not_know_the_models_size(tmp_path: Path) -> None:
+    store_at(tmp_path, elements=None)
+    options = sized(found(tmp_path))  # the bundled model is another revision than r1
+    with pytest.raises(SweepError, match="Type --bits instead of --gb"):
+        _ = options.other_bytes
+
+
+def test_the_checkpoint_says_its_size_if_the_store_does_not(tmp_path: Path) -> None:
+    from sweep.core.paths import bundled_model_dir
+    from sweep.plan.subject import Model
+
+    store = store_at(tmp_path, {}, elements=None)
+    add(store, FP8, [0.1] * 5, model_revision=Model(bundled_model_dir()).revision)
+    assert sized(found(tmp_path)).elements == {"parameters": 4797952, "embeddings": 1048576, "lm_head": 0}

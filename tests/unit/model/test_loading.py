@@ -1,0 +1,104 @@
+"""Checkpoints through transformers: packing is right, tokens are the tokenizer's own, no code runs, no weight is made up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from sweep.core.errors import SweepError
+from tests.models import random_model, random_samples, save_checkpoint
+from workers.data.batches import make_plan
+from workers.model import loading
+from workers.model.forward import batch_to
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", sorted(loading.PACKABLE))
+def test_a_packed_row_keeps_its_samples_apart(kind: str) -> None:
+    """Logits of each sample in a row of 16 are those of the sample alone, and would not be if it saw its neighbours."""
+    model, samples = random_model(kind), random_samples(16)
+    (batch,) = make_plan(samples, packed=True).batches("small")
+    with torch.no_grad():
+        packed = model(**batch_to(batch, CPU, torch.float32), use_cache=False).logits[0]
+        tokens = torch.from_numpy(batch.tensors["input_ids"])
+        leaking = model(input_ids=tokens, position_ids=torch.arange(tokens.shape[1])[None], use_cache=False).logits[0]
+        alone = torch.cat([model(input_ids=torch.from_numpy(samples[i].token_ids)[None], use_cache=False).logits[0] for i in batch.order])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert (leaking - alone).abs().max() > 0.1
+
+
+def test_tokenize_adds_the_tokenizers_own_special_tokens_and_cuts_and_pads_nothing(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "model", "llama")
+    assert loading.tokenize(path, ["w5 w6", "w7"]) == [[7, 8], [9]]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(path)
+    assert loading.tokenize(path, ["w5 w6", "w7"]) == [[1, 7, 8], [1, 9]]
+    assert [len(ids) for ids in loading.tokenize(path, [" ".join(["w3"] * 3000), "unheard of"])] == [3001, 3]
+
+
+def changed_config(path: Path, **changes: Any) -> Path:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    return path
+
+
+def test_code_in_a_checkpoint_never_runs(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "model", "qwen3")
+    (path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    changed_config(path, model_type="own", auto_map=auto_map)
+    for call in (lambda: loading.read_config(path), lambda: loading.structure(path), lambda: loading.load(path, dtype=torch.float32, device="cpu")):
+        with pytest.raises(SweepError, match=r"config\.json is no model that transformers .* knows"):
+            call()
+    changed_config(path, model_type="qwen3", auto_map=auto_map)  # a known type: transformers' own class, whatever the map says
+    assert type(loading.load(path, dtype=torch.float32, device="cpu")).__module__.startswith("transformers.")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_loaded_model_computes_in_the_dtype_asked_for_and_takes_no_gradient(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "model", "qwen3_vl")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = loading.load(path, dtype=dtype, device="cpu")
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not model.training
+        found = loading.structure(path)
+        assert [[name, *reversed(module.weight.shape)] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)] == found["linears"]
+        assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def drop(weights: dict[str, torch.Tensor]) -> None:
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
+
+
+def cut(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(drop, "lacks 2 weights, the first 'model.layers.1.mlp.up_proj.weight': they would be random"), (cut, "Its weights must fit its config.json")],
+)
+def test_weights_that_do_not_make_the_model_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "model", "qwen3")
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SweepError) as error:
+        loading.load(path, dtype=torch.float32, device="cpu")
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_only_a_model_that_reads_images_as_qwen3_vl_does_takes_scenes(tmp_path: Path) -> None:
+    expected = {"vision_start": 1, "vision_end": 2, "image_token": 3, "merge": 2}
+    assert loading.image_tokens(save_checkpoint(tmp_path / "vl", "qwen3_vl")) == expected
+    with pytest.raises(SweepError, match=r"'qwen3' does not\. Choose a text data set\."):
+        loading.image_tokens(save_checkpoint(tmp_path / "text", "qwen3"))

@@ -1,0 +1,121 @@
+"""How much memory scoring takes, and what happens when there is less: windows, the same bits, a warning, a refusal in time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sweep.config.compose import expand
+from sweep.core.errors import SweepError
+from sweep.core.groups import GroupSpec
+from sweep.plan.subject import Model
+from sweep.plan.trials import SweepPlan, plan_sweep
+from tests.models import overrides_of, place_at
+from workers.model import memory
+from workers.model.memory import Workload, capture_bytes, fixed_bytes, needed_bytes, windows
+from workers.service import scorer
+from workers.service.scorer import Scorer
+
+
+def group(layer: int, n_inputs: int, n_outputs: int, tower: str = "language_model") -> GroupSpec:
+    name = f"model.{tower}.layers.{layer}.mlp.down_proj"
+    return GroupSpec(
+        name=name, modules=(name,), part=f"layers.{layer}", layer_index=layer, weight_elements=n_inputs * n_outputs, n_inputs=n_inputs, n_outputs=n_outputs
+    )
+
+
+def work(**changes: Any) -> Workload:
+    given: dict[str, Any] = {"n_tokens": 1000, "n_patches": 0, "batch_tokens": 100, "itemsize": 2, "model_bytes": 0, "vocabulary": 1, "n_inputs": 1}
+    return Workload(**(given | changes))
+
+
+def test_x_and_g_of_every_token_are_counted_and_the_graph_of_one_batch() -> None:
+    assert capture_bytes([group(0, 30, 20)], work()) == 50 * 2 * (1000 + 1.7 * 100)
+    assert capture_bytes([group(0, 30, 20, "visual")], work(n_patches=4000)) == 50 * 2 * (4000 + 1.7 * 100)
+
+
+def test_a_4b_model_on_7100_captions_tokens_fits_16_gb_only_in_windows() -> None:
+    sizes = {"qkv": (2560, 6144), "o": (4096, 2560), "gate_up": (2560, 19456), "down": (9728, 2560)}
+    parts = [[group(layer, *size) for size in sizes.values()] for layer in range(36)]
+    flat = [one for part in parts for one in part]
+    load = work(n_tokens=7100, batch_tokens=2048, model_bytes=8_900_000_000, vocabulary=151936, n_inputs=12)
+    assert 26e9 < sum(capture_bytes(part, load) for part in parts) < 40e9  # 26 GB of x and g, measured, and the graph
+    assert needed_bytes(parts, load) < 16e9 < fixed_bytes(flat, load) + sum(capture_bytes(part, load) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "room", "expected"), [([1, 1, 1, 1], 2, [[0, 1], [2, 3]]), ([1, 5, 1], 2, [[0], [1], [2]]), ([1, 1], 9, [[0, 1]]), ([3], -1, [[0]])]
+)
+def test_windows_hold_as_many_parts_as_there_is_room_for(sizes: list[int], room: float, expected: list[list[int]]) -> None:
+    assert windows(range(len(sizes)), sizes, room) == expected
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return place_at(tmp_path_factory.mktemp("memory"), n_captions=16, num_hidden_layers=4)
+
+
+def plan(place: Path, *overrides: str) -> SweepPlan:
+    own = overrides_of(place)
+    return plan_sweep(expand([*own, "quant_pair=wint8_aint8,wint4_afp16", *overrides], multirun=True).points, "cpu")
+
+
+def scored(place: Path, store: Path, memory_gb: float | None = None) -> tuple[dict[str, bytes], list[str]]:
+    """The bytes of every cell, and the warnings on the way."""
+    wanted = plan(place)
+    tasks = list(wanted.tasks.values())
+    worker = Scorer(str(store), "cpu", memory_gb=memory_gb)
+    warnings = [progress.warning for progress in worker.score(tasks, wanted.plans[tasks[0].plan_id]) if progress.warning is not None]
+    return {path.parent.name: path.read_bytes() for path in store.glob("scores/*/*.parquet")}, warnings
+
+
+def test_windows_give_the_same_bits(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = scored(place, tmp_path / "whole")
+    seen: list[int] = []
+    real = scorer.captures
+
+    def counted(model: Any, segments: Any, chosen: Any) -> Any:
+        seen.append(len(chosen))
+        return real(model, segments, chosen)
+
+    monkeypatch.setattr(scorer, "captures", counted)
+    wanted = plan(place)
+    task = next(iter(wanted.tasks.values()))
+    load = memory.workload(list(wanted.tasks.values()), wanted.plans[task.plan_id], 1, 2_000_000, 512)
+    two_layers = (fixed_bytes(task.groups, load) + 2.2 * capture_bytes(task.groups[:4], load)) / 1e9
+    windowed, warnings = scored(place, tmp_path / "windowed", memory_gb=two_layers)
+    assert seen
+    assert all(n > 1 for n in seen)
+    assert windowed == whole
+    assert not warnings
+
+
+def test_running_out_of_memory_halves_the_window_with_a_warning(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = scored(place, tmp_path / "whole")
+    real, failures = scorer.capture, iter([True, False])
+
+    def capture(*arguments: Any) -> Any:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.74 GiB. GPU 0 has a total capacity of 79.18 GiB")
+        return real(*arguments)
+
+    monkeypatch.setattr(scorer, "capture", capture)
+    halved, warnings = scored(place, tmp_path / "halved")
+    assert halved == whole
+    assert warnings == ["Out of GPU memory: 1.74 GiB more were needed. Going on with a window of 1/2 of the room."]
+
+
+def test_a_budget_too_small_for_one_layer_is_refused_before_anything_runs(place: Path) -> None:
+    with pytest.raises(SweepError, match=r"0\.0001 GB are too little for one decoder layer at a time.*Type sensitivity\.memory_gb="):
+        plan(place, "sensitivity.memory_gb=0.0001")
+
+
+def test_the_plan_says_whose_captures_need_windows(place: Path) -> None:
+    roomy = plan(place, "sensitivity.memory_gb=1")
+    task = next(iter(roomy.tasks.values()))
+    load = memory.workload([task], roomy.plans[task.plan_id], 1, 4 * Model(place / "model").structure["parameters"], 512)
+    layers = [task.groups[start : start + 4] for start in range(0, len(task.groups), 4)]
+    between = (memory.whole_bytes(task.groups, load) + memory.needed_bytes(layers, load)) / 2
+    narrow = plan(place, f"sensitivity.memory_gb={between / 1e9:.6f}")
+    assert (roomy.windowed, narrow.windowed) == (frozenset(), {task.plan_id})

@@ -1,0 +1,237 @@
+"""From a grid to cells: what shares a score, what has one of its own, what is skipped and what is refused."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sweep.config.compose import expand
+from sweep.core.errors import SweepError
+from sweep.core.sizes import SIZES
+from sweep.plan import trials
+from sweep.plan.trials import PlannedTrial, SweepPlan, plan_sweep
+from tests.models import save_checkpoint, write_captions
+
+
+def plan(*overrides: str, device: Any = "cpu") -> SweepPlan:
+    return plan_sweep(expand(overrides, multirun=True).points, device)
+
+
+def by_name(*overrides: str, device: Any = "cpu") -> dict[str, PlannedTrial]:
+    return {trial.name: trial for trial in plan(*overrides, device=device).trials}
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_captions(tmp_path_factory.mktemp("captions") / "captions.txt", 140)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("qwen3") / "model", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def own(checkpoint: Path, captions: Path) -> list[str]:
+    """Overrides that name a random checkpoint and its captions."""
+    return ["model=hf_causal_lm", f"model.path={checkpoint}", "dataset=coco2017_captions", f"dataset.captions_path={captions}"]
+
+
+def test_a_weight_only_pair_has_one_cell_under_all_activation_granularities() -> None:
+    trials = by_name("quant_pair=wint8_afp16,wint8_aint8", "quant_granularity=default,a_per_tensor_static,a_per_token_dynamic,w_group64")
+    cells = {name.rsplit("/", 1)[0]: trial.cell_id for name, trial in trials.items()}
+    assert cells["wint8_afp16/default"] == cells["wint8_afp16/a_per_tensor_static"] == cells["wint8_afp16/a_per_token_dynamic"]
+    assert cells["wint8_aint8/default"] == cells["wint8_aint8/a_per_tensor_static"]  # what the preset says already
+    assert len(set(cells.values())) == 2 + 3
+    assert len({trial.trial_id for trial in trials.values()}) == 8  # each is a trial of its own, with its own folder
+
+
+def test_algorithm_and_scales_are_part_of_a_trials_name_and_id() -> None:
+    """Ranges of a channel are the same under both scales, so they share a cell; the trials stay two."""
+    trials = plan("quant_pair=wint8_afp16", "sensitivity.quant_algorithm=max,mse", "sensitivity.scales=private,fused").trials
+    assert [trial.name for trial in trials] == [f"wint8_afp16/default/{rest}" for rest in ("small", "fused/small", "mse/small", "mse/fused/small")]
+    assert len({trial.trial_id for trial in trials}) == 4
+    assert len({trial.cell_id for trial in trials}) == 2
+
+
+def test_equal_cells_are_one_task_with_every_size_asked_for() -> None:
+    found = plan("quant_pair=wint8_afp16", "quant_granularity=default,a_per_token_dynamic", "dataset.size=large,small")
+    (task,) = found.tasks.values()
+    assert list(task.cells) == ["small", "large"]
+    assert {trial.cell_id for trial in found.trials} == set(task.cells.values())
+    assert task.n_steps == 2 * len(task.groups) == 2 * 16
+    assert set(found.plans) == {task.plan_id}
+
+
+def test_the_cells_of_the_whole_grid_are_as_many_as_recipes_differ() -> None:
+    trials = plan("grid=origin").trials
+    valid = [trial for trial in trials if trial.cell_id is not None]
+    assert (len(trials), len(valid)) == (144 * 3, 128 * 3)
+    assert len({trial.cell_id for trial in valid}) == 90 * 3
+    assert all((trial.cell_id is None) == (trial.task_id is None) == (trial.reason is not None) for trial in trials)
+
+
+SAME_CELL = {
+    "store": ["store.uri=/nowhere/else"],
+    "workers": ["cluster.workers=7", "cluster.retry_failed=true"],
+    "reports": ["output_layout=publish"],
+    "model's name": ["model.name=another"],
+    "data set's name": ["dataset.name=another"],
+    "more pairs": ["quant_pair=wfp8_afp8,wint4_aint8,wint8_aint8"],
+    "more granularities": ["quant_granularity=default,w_per_tensor"],
+    "a larger size": ["dataset.size=small,medium"],
+    "captions left uncut": ["dataset.max_tokens=500"],
+    "dtype spelt out": ["model.dtype=float32"],
+}
+OTHER_CELL = {
+    "pair": ["quant_pair=wint8_afp8"],
+    "granularity": ["quant_granularity=w_per_tensor"],
+    "size": ["dataset.size=medium"],
+    "coverage": ["sensitivity.coverage=all_layers"],
+    "lm_head": ["sensitivity.lm_head=true"],
+    "dtype": ["model.dtype=bfloat16"],
+    "engine": ["sensitivity.engine=modelopt"],
+    "cut captions": ["dataset.max_tokens=3"],
+    "data set": ["dataset=wordnet_glosses", "dataset.captions_path=null"],
+}
+
+
+def cell(overrides: list[str], device: Any = "cpu") -> str | None:
+    """The cell of wint8_aint8/default/small, or of whatever the overrides ask for instead."""
+    trials = by_name(*overrides, device=device)
+    return trials.get("wint8_aint8/default/small", next(iter(trials.values()))).cell_id
+
+
+@pytest.mark.parametrize("change", SAME_CELL)
+def test_a_cell_does_not_know_where_by_whom_or_beside_what_it_is_scored(change: str, own: list[str]) -> None:
+    assert cell([*own, *SAME_CELL[change]]) == cell(own)
+
+
+@pytest.mark.parametrize("change", OTHER_CELL)
+def test_a_cell_is_another_with_whatever_changes_its_scores(change: str, own: list[str]) -> None:
+    assert cell([*own, *OTHER_CELL[change]]) != cell(own)
+
+
+def test_a_gpu_computes_in_bf16_unless_told_otherwise(own: list[str]) -> None:
+    assert cell(own, device="cuda") == cell([*own, "model.dtype=bfloat16"]) != cell(own)
+    assert cell([*own, "model.dtype=float32"], device="cuda") == cell(own)
+
+
+def one_weight(checkpoint: Path, captions: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] += 1.0
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+def config(checkpoint: Path, captions: Path) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+
+
+def first_two_captions_swapped(checkpoint: Path, captions: Path) -> None:
+    first, second, *rest = captions.read_text().splitlines()
+    captions.write_text("\n".join([second, first, *rest]))
+
+
+def a_caption_after_the_size(checkpoint: Path, captions: Path) -> None:
+    captions.write_text(captions.read_text() + "w1 w2 w3\n")
+
+
+def a_copy_elsewhere(checkpoint: Path, captions: Path) -> None:
+    checkpoint.rename(checkpoint.with_name("moved"))
+
+
+@pytest.mark.parametrize(
+    ("change", "same"), [(one_weight, False), (config, False), (first_two_captions_swapped, False), (a_caption_after_the_size, True), (a_copy_elsewhere, True)]
+)
+def test_a_cell_follows_the_content_of_its_files(change: Callable[[Path, Path], None], same: bool, checkpoint: Path, captions: Path, tmp_path: Path) -> None:
+    def own_cell(model: Path) -> str | None:
+        data = ["dataset=coco2017_captions", f"dataset.captions_path={tmp_path / 'captions.txt'}"]
+        return cell(["model=hf_causal_lm", f"model.path={model}", "model.name=mine", *data])
+
+    shutil.copytree(checkpoint, tmp_path / "model")
+    shutil.copy(captions, tmp_path / "captions.txt")
+    before = own_cell(tmp_path / "model")
+    change(tmp_path / "model", tmp_path / "captions.txt")
+    assert (own_cell(next(path for path in tmp_path.iterdir() if path.is_dir())) == before) == same
+
+
+@pytest.mark.parametrize("constant", ["SCORE_VERSION", "modelopt"])
+def test_a_cell_is_another_under_other_arithmetic(constant: str, own: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cell(own)
+    if constant == "SCORE_VERSION":
+        monkeypatch.setattr(trials, "SCORE_VERSION", trials.SCORE_VERSION + 1)
+    else:
+        stock = trials.version
+        monkeypatch.setattr(trials, "version", lambda name: stock(name) + ".post1" if name == "nvidia-modelopt" else stock(name))
+    assert cell(own) != before
+
+
+def test_an_invalid_point_of_a_grid_is_skipped_with_its_reason() -> None:
+    trials = by_name("quant_pair=wfp4_afp16,wint4_afp16", "quant_granularity=default,w_per_tensor")
+    skipped = {name: trial.reason for name, trial in trials.items() if trial.reason}
+    assert list(skipped) == ["wfp4_afp16/w_per_tensor/small"]
+    assert "FP4 weights need blocks" in str(skipped["wfp4_afp16/w_per_tensor/small"])
+
+
+@pytest.mark.parametrize("granularities", ["w_per_tensor", "w_per_tensor,w_per_out_channel"])
+def test_nothing_but_invalid_points_is_refused_with_the_reasons(granularities: str) -> None:
+    with pytest.raises(SweepError, match=r"Nothing can be scored.\nwfp4_afp16/w_per_tensor/small: FP4 weights need blocks") as error:
+        plan("quant_pair=wfp4_afp16", f"quant_granularity={granularities}")
+    assert str(error.value).count("\n") == len(granularities.split(","))
+
+
+def test_blocks_that_do_not_divide_a_layers_outputs_are_refused_by_layer(tmp_path: Path, captions: Path) -> None:
+    odd = save_checkpoint(tmp_path / "odd", "llama", intermediate_size=384, num_key_value_heads=2)  # 2 heads of 32: 64 outputs
+    model = ["model=hf_causal_lm", f"model.path={odd}", "dataset=coco2017_captions", f"dataset.captions_path={captions}"]
+    with pytest.raises(SweepError, match=r"Blocks of 128 rows do not divide the 64 outputs of model\.layers\.0\.self_attn\.k_proj \(4 such layers\)"):
+        plan(*model, "quant_pair=wfp8_afp8", "quant_granularity=w_block128x128_a_group128")
+
+
+def test_the_bundled_model_takes_every_format_that_is_served() -> None:
+    trials = by_name("quant_pair=wfp8_afp8,wfp4_afp4,wfp4_afp8", "quant_granularity=mx,w_mx,w_block128x128_a_group128")
+    skipped = {name for name, trial in trials.items() if trial.cell_id is None}
+    assert skipped == {"wfp4_afp4/w_block128x128_a_group128/small", "wfp4_afp8/w_block128x128_a_group128/small"}
+
+
+def test_a_score_does_not_depend_on_the_target(own: list[str]) -> None:
+    def identities(target: str) -> list[tuple[str, str | None]]:
+        return [(trial.trial_id, trial.cell_id) for trial in plan(*own, f"target={target}").trials]
+
+    assert identities("vllm_sm90") == identities("trtllm_sm100")
+
+
+def test_groups_that_do_not_divide_a_layers_inputs_are_refused_by_layer(tmp_path: Path, captions: Path) -> None:
+    odd = save_checkpoint(tmp_path / "odd", "qwen3", hidden_size=96, intermediate_size=160)
+    own = ["model=hf_causal_lm", f"model.path={odd}", "dataset=coco2017_captions", f"dataset.captions_path={captions}"]
+    with pytest.raises(SweepError) as error:
+        plan(*own, "quant_pair=wint8_aint8", "quant_granularity=w_group64")
+    # 96 inputs: q, k, v, gate, up of both layers; 160: down; o has 4 heads of 32
+    assert "Groups of 64 do not divide the 96 inputs of model.layers.0.self_attn.q_proj (12 such layers)" in str(error.value)
+    assert "Sizes that divide every layer: 16, 32." in str(error.value)
+    assert [bool(trial.reason) for trial in plan(*own, "quant_granularity=default,w_group64").trials] == [False, True]
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, captions: Path) -> None:
+    small = save_checkpoint(tmp_path / "small", "qwen3", vocab_size=300)
+    with pytest.raises(SweepError, match=r"gives token \d+, but the model has 300 tokens: .* Copy the model's own tokenizer files there"):
+        plan("model=hf_causal_lm", f"model.path={small}", "dataset=coco2017_captions", f"dataset.captions_path={captions}")
+
+
+def test_the_sizes_of_a_grid_come_from_one_capture_plan() -> None:
+    found = plan("dataset.size=small,medium,large")
+    (largest,) = found.plans.values()
+    assert [largest.n_predictions(size) for size in SIZES] == [plan(f"dataset.size={size}").plans.popitem()[1].n_predictions(size) for size in SIZES]
+    assert [trial.dataset_revision for trial in found.trials] == [largest.digest(size) for size in SIZES]
+
+
+def test_pending_is_what_lacks_cells_each_with_only_those() -> None:
+    found = plan("quant_pair=wint8_afp16,wint4_afp16", "dataset.size=small,medium")
+    cells = {trial.name: str(trial.cell_id) for trial in found.trials}
+    assert found.pending([]) == found.tasks
+    assert found.pending(cells.values()) == {}
+    left = found.pending([cells["wint8_afp16/default/small"], cells["wint4_afp16/default/small"], cells["wint4_afp16/default/medium"], "another grid's"])
+    assert [(task.label, task.cells) for task in left.values()] == [("wint8_afp16/default", {"medium": cells["wint8_afp16/default/medium"]})]

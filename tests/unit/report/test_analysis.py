@@ -1,0 +1,109 @@
+"""Ranking, correlation and intervals against hand arithmetic and scipy."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy import stats
+
+from sweep.report import analysis
+from sweep.store.records import SCORES_SCHEMA
+
+NAN = float("nan")
+
+
+def table(sample_scores: list[list[float] | None], *, n_predictions: int = 10, **columns: list[Any]) -> pa.Table:
+    """Scores of groups ``g0``, ``g1``...; None for a group that was never called."""
+    rows: list[dict[str, Any]] = []
+    for i, samples in enumerate(sample_scores):
+        score = None if samples is None else sum(samples)
+        row: dict[str, Any] = {"cell_id": "c", "group": f"g{i}", "modules": [f"g{i}"], "score": score, "sample_scores": samples}
+        row |= {"n_predictions": n_predictions, "n_samples": 2, "weight_elements": 100, "effective_bits": 8.0}
+        if score is not None:
+            row |= {"sensitivity": score / n_predictions, "predicted_kl": score / n_predictions / 2}
+        rows.append(row | {name: values[i] for name, values in columns.items()})
+    return pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)
+
+
+def test_groups_never_called_rank_last_and_are_no_zeros() -> None:
+    score = np.array([1.0, NAN, 3.0, 0.0, 3.0])
+    assert analysis.ranking(score).tolist() == [2, 4, 0, 3, 1]
+    np.testing.assert_array_equal(analysis.score_shares(score), [1 / 7, NAN, 3 / 7, 0, 3 / 7])
+
+
+@pytest.mark.parametrize("levels", [3, 1000])  # many ties, and few
+def test_spearman_is_scipys(levels: int) -> None:
+    rng = np.random.default_rng(1)
+    left, right = rng.integers(0, levels, (2, 200)).astype(float)
+    assert analysis.spearman(left, right) == pytest.approx(stats.spearmanr(left, right).statistic, abs=1e-12)
+
+
+def test_spearman_drops_what_one_side_did_not_measure() -> None:
+    assert analysis.spearman(np.array([1.0, 2.0, 3.0, NAN]), np.array([10.0, 20.0, 30.0, 0.0])) == pytest.approx(1.0)
+    assert analysis.spearman(np.array([1.0, NAN]), np.array([NAN, 2.0])) is None
+    assert analysis.spearman(np.array([1.0, 1.0]), np.array([1.0, 2.0])) is None
+
+
+def test_top_k_overlap_counts_common_names() -> None:
+    left, right = np.array([5.0, 4.0, 3.0, 2.0, NAN]), np.array([5.0, 1.0, 4.0, 2.0, 9.0])
+    assert analysis.top_k_overlap(left, right, 2) == 0.5  # {0, 1} and {0, 2}; group 4 has no left score
+    assert analysis.top_k_overlap(left, right, 10) == 1.0
+
+
+@pytest.mark.parametrize(("scores", "fraction", "groups"), [([4, 3, 2, 1], 0.5, 2), ([5, 3, 2], 0.5, 1), ([0, 0], 0.5, 0), ([1, NAN, 1, 1], 1.0, 3)])
+def test_groups_carrying_a_fraction(scores: list[float], fraction: float, groups: int) -> None:
+    assert analysis.groups_carrying(np.array(scores, dtype=float), fraction) == groups
+
+
+def test_effective_bits_weigh_groups_by_their_elements() -> None:
+    scores = table([[1.0, 1.0], None], weight_elements=[300, 100], effective_bits=[4.0, 16.0])
+    assert analysis.mean_effective_bits(scores) == 7.0
+
+
+def test_total_predicted_kl_leaves_out_groups_never_called() -> None:
+    assert analysis.total_predicted_kl(table([[1.0, 1.0], None, [2.0, 2.0]])) == pytest.approx((2 + 4) / 20)
+    assert analysis.total_predicted_kl(table([None])) is None
+
+
+def test_summary_names_the_most_sensitive_groups() -> None:
+    summary = analysis.summarize(table([[1.0, 0.0], None, [2.0, 1.0]]))
+    assert (summary.n_groups, summary.n_measured, summary.n_groups_half) == (3, 2, 1)
+    assert summary.top_groups == ("g2", "g0")
+    assert summary.top_shares == (0.75, 0.25)
+
+
+def test_no_sample_scores_no_matrix() -> None:
+    assert analysis.sample_matrix(table([[1.0, 2.0], [3.0, 4.0]]).drop_columns(["sample_scores"])) is None
+    one_null = table([[1.0, 2.0], [3.0, 4.0]]).set_column(15, SCORES_SCHEMA.field(15), pa.array([[1.0, 2.0], None], SCORES_SCHEMA.field(15).type))
+    assert analysis.sample_matrix(one_null) is None
+    matrix = analysis.sample_matrix(table([[1.0, 2.0], None, [3.0, 4.0]]))
+    np.testing.assert_array_equal(matrix, [[1, 2], [NAN, NAN], [3, 4]])
+
+
+def test_bootstrap_interval_is_the_normal_one_for_many_samples() -> None:
+    samples = np.random.default_rng(0).gamma(2.0, 1.0, (2, 400))
+    low, high = analysis.bootstrap_interval(samples, n_predictions=800, cell_id="c", draws=4000)
+    spread = 1.645 * samples.std(axis=1) * np.sqrt(400) / 800
+    np.testing.assert_allclose(low, samples.sum(axis=1) / 800 - spread, rtol=0.02)
+    np.testing.assert_allclose(high, samples.sum(axis=1) / 800 + spread, rtol=0.02)
+
+
+def test_bootstrap_interval_depends_on_the_cell_alone() -> None:
+    samples = np.arange(20.0).reshape(2, 10)
+    first = analysis.bootstrap_interval(samples, 10, "cell")
+    np.testing.assert_array_equal(first, analysis.bootstrap_interval(samples, 10, "cell"))
+    assert (first != analysis.bootstrap_interval(samples, 10, "other")).any()
+
+
+def test_bootstrap_interval_of_equal_samples_is_a_point() -> None:
+    np.testing.assert_allclose(analysis.bootstrap_interval(np.full((1, 16), 3.0), 24, "c"), [[2.0], [2.0]])
+
+
+def test_split_halves_compare_even_and_odd_samples() -> None:
+    alike = np.array([[9.0, 8.0], [5.0, 5.0], [2.0, 3.0], [NAN, NAN], [1.0, 0.0]])
+    stability = analysis.split_half_stability(alike)
+    assert stability == analysis.RankStability(spearman=pytest.approx(1.0), top_overlap=1.0, top_k=2)
+    opposed = analysis.split_half_stability(np.array([[1.0, 4.0], [2.0, 3.0], [3.0, 2.0], [4.0, 1.0]]))
+    assert opposed == analysis.RankStability(spearman=pytest.approx(-1.0), top_overlap=0.0, top_k=2)
+    assert analysis.split_half_stability(alike[:, :1]) is None

@@ -1,0 +1,62 @@
+"""The loss's gradient through the head by pieces of rows, against autograd on all logits at once."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models import random_model, random_samples
+from workers.data.batches import make_plan
+from workers.data.samples import Sample
+from workers.model.forward import batch_to, labels_of, summed_loss
+from workers.scoring.capture import backward_from, capture
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.set_num_threads(1)
+    return random_model("llama")
+
+
+def hidden_and_labels(model: Any) -> tuple[Tensor, Tensor]:
+    batch = make_plan(random_samples(128), packed=True).segments[1][0]
+    with torch.no_grad():
+        hidden = model.model(**batch_to(batch, torch.device("cpu"), torch.float32), use_cache=False)[0]
+    assert hidden.shape[1] > 1024  # three pieces, the last one short
+    return hidden, labels_of(batch)
+
+
+def test_the_gradient_is_that_of_all_logits_at_once(model: Any) -> None:
+    hidden, labels = hidden_and_labels(model)
+    whole, pieces = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    summed_loss(model.lm_head(whole), labels).backward()
+    backward_from(pieces, model.lm_head, labels)
+    torch.testing.assert_close(pieces.grad, whole.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_no_more_than_512_rows_of_logits_are_held(model: Any) -> None:
+    hidden, labels = hidden_and_labels(model)
+    n_rows: list[int] = []
+    handle = model.lm_head.register_forward_hook(lambda _module, _args, output: n_rows.append(len(output)))
+    backward_from(hidden.requires_grad_(), model.lm_head, labels)
+    handle.remove()
+    assert n_rows == [512] * (hidden.shape[1] // 512) + [hidden.shape[1] % 512]
+
+
+def test_the_head_is_captured_like_any_linear(model: Any) -> None:
+    """Its g is softmax - onehot at predictions, and 0 where nothing is predicted."""
+    segments = make_plan(random_samples(128), packed=True).segments
+    rows = capture(model, segments, ["lm_head"])["lm_head"]
+    labels = torch.cat([labels_of(batch).flatten() for batches in segments for batch in batches])
+    expected = (rows.x_TI @ model.lm_head.weight.T).softmax(-1)
+    expected -= nn.functional.one_hot(labels.clamp(min=0), expected.shape[1])
+    expected[labels == -100] = 0
+    torch.testing.assert_close(rows.g_TO, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_modules_that_no_batch_calls_are_absent() -> None:
+    """Texts call nothing of a vision tower; that is no error."""
+    vision_model = random_model("qwen3_vl")
+    segments = make_plan([Sample(token_ids=sample.token_ids) for sample in random_samples(16)], packed=True).segments
+    assert capture(vision_model, segments, [name for name, module in vision_model.named_modules() if isinstance(module, nn.Linear) and "visual" in name]) == {}

@@ -1,0 +1,99 @@
+"""Samples: captions of a file or of a data set of the hub, tokenized, with drawn scenes before them where asked."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from sweep.core.batches import Sample
+from sweep.core.errors import SweepError
+from sweep.core.sizes import SIZES
+from workers.data.scenes import patches, scene
+
+
+def read_captions(path: Path, n_samples: int) -> list[str]:
+    """The first `n_samples` captions of a text file, one a line.
+
+    Raises: SweepError: unreadable, not UTF-8, an empty line among the captions, or fewer captions than asked for.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut captions at U+2028, too
+    except (OSError, UnicodeDecodeError) as error:
+        raise SweepError(
+            f"Cannot read the captions file {path}: {error}. Give a UTF-8 text file with one caption a line: dataset.captions_path=FILE."
+        ) from error
+    return first_texts([line.strip() for line in lines], n_samples, f"captions file {path}")
+
+
+def read_hub_captions(hub_id: str, split: str, column: str, n_samples: int) -> list[str]:
+    """The first `n_samples` captions of a Hugging Face data set's text column, streamed.
+
+    Raises: SweepError: the data set, split or column cannot be read.
+    """
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(hub_id, split=split, streaming=True)
+        texts: list[str] = []
+        for row in stream.take(n_samples):
+            value = row[column]
+            first = next(iter(value), None) if isinstance(value, list) else value
+            texts.append("" if first is None else str(first).strip())
+    except (OSError, ValueError, KeyError, ConnectionError) as error:
+        raise SweepError(
+            f"Cannot read data set {hub_id!r} (split {split!r}, column {column!r}) from the hub: {type(error).__name__}: {error}. "
+            "Give a local file with one caption a line instead: dataset.captions_path=FILE."
+        ) from error
+    return first_texts(texts, n_samples, f"data set {hub_id!r}")
+
+
+def first_texts(texts: Sequence[str], n_samples: int, source: str) -> list[str]:
+    """The first `n_samples` texts, refused with what is wrong if there are fewer or one of them is blank."""
+    while texts and not texts[-1]:
+        texts = texts[:-1]
+    fitting = [f"dataset.size={size}" for size, n in SIZES.items() if n <= len(texts)]
+    if len(texts) < n_samples:
+        advice = f"Choose {' or '.join(fitting)}, or give more captions." if fitting else f"The smallest size needs {min(SIZES.values())}: give more captions."
+        raise SweepError(f"The {source} holds {len(texts)} captions; {n_samples} are needed. {advice}")
+    for number, text in enumerate(texts[:n_samples], start=1):
+        if not text:
+            raise SweepError(f"Caption {number} of the {source} is empty. Remove blank lines: one caption a line.")
+    return list(texts[:n_samples])
+
+
+def text_samples(token_ids: Sequence[Sequence[int]], max_tokens: int) -> list[Sample]:
+    """Tokenized texts as samples, cut at `max_tokens`.
+
+    Raises: SweepError: a text of fewer than 2 tokens has no token to predict.
+    """
+    for number, ids in enumerate(token_ids, start=1):
+        if len(ids) < 2:
+            raise SweepError(f"Sample {number} has {len(ids)} token(s); at least 2 are needed to predict one. Remove or lengthen that caption.")
+    return [Sample(token_ids=np.array(ids[:max_tokens], dtype=np.int64)) for ids in token_ids]
+
+
+def scene_captions(n_samples: int) -> list[str]:
+    """Captions of the first `n_samples` drawn scenes."""
+    return [scene(i).caption for i in range(n_samples)]
+
+
+def with_scenes(captions: Sequence[Sample], *, vision_start: int, vision_end: int, image_token: int, merge: int) -> list[Sample]:
+    """Put the drawn image of each scene before its tokenized caption.
+
+    Args:
+        captions: samples of scene_captions, in order.
+        vision_start: token id that opens an image; vision_end closes it; image_token stands for one merged patch.
+        vision_end: see vision_start.
+        image_token: see vision_start.
+        merge: patches merged into one token along each side (the model's spatial_merge_size).
+    """
+    samples: list[Sample] = []
+    for index, caption in enumerate(captions):
+        pixel_values, grid = patches(scene(index).pixels)
+        n_image_tokens = int(np.prod(grid)) // merge**2
+        image = np.array([vision_start, *[image_token] * n_image_tokens, vision_end], dtype=np.int64)
+        samples.append(
+            replace(caption, token_ids=np.concatenate([image, caption.token_ids]), pixel_values=pixel_values, image_grid_thw=grid, image_token=image_token)
+        )
+    return samples

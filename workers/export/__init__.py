@@ -1,0 +1,1 @@
+"""Checkpoints for runtimes: compressed-tensors schemes, packed weights, folded scales, read back."""

@@ -1,0 +1,151 @@
+"""A checkpoint that compressed-tensors' readers load (transformers, vLLM), written shard by shard."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import compressed_tensors
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sweep.core.errors import SweepError
+from sweep.formats.mixed import MixedRecipe
+from workers.export.folding import Linears, check_weights_take, output_scales, providers, scaled_rows
+from workers.export.schemes import Inexpressible, scheme_of
+from workers.export.weights import packed
+from workers.model.checkpoint import index_files, settings_files, weight_files
+from workers.quant.linear import LinearQuant
+
+_VISION: Final = "visual"
+
+
+def quantization_config(recipe: MixedRecipe, linears: Linears) -> dict[str, Any]:
+    """What config.json says of the quantization.
+
+    Modules are named one by one: a runtime renames prefixes and joins q/k/v and gate/up by name, and a pattern that means the same modules
+    under either naming is easily one that means more. Every other linear is named under `ignore`, for vLLM refuses those of which it finds nothing.
+
+    Args:
+        recipe: what each layer group gets.
+        linears: of the whole model.
+
+    Raises: Inexpressible: a format that compressed-tensors has no words for.
+    """
+    schemes = schemes_of(recipe)
+    targets = {label: [m for choice in recipe.groups if choice.format == label for m in choice.modules] for label in schemes}
+    formats = {scheme.format for scheme in schemes.values()}
+    quantized = {module for modules in targets.values() for module in modules}
+    ignored = [name for name, _, _ in linears if name not in quantized]
+    if not any(_VISION in module for module in quantized) and any(_VISION in name for name in ignored):
+        ignored.append(f"re:.*{_VISION}.*")  # its convolution, which some runtimes hold as a linear
+    config = QuantizationConfig(
+        config_groups={f"group_{i}": scheme.model_copy(update={"targets": targets[label]}) for i, (label, scheme) in enumerate(schemes.items())},
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",  # pyright: ignore[reportArgumentType] -- enum by value
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=ignored,
+    )
+    return {**config.model_dump(mode="json"), "version": compressed_tensors.__version__}
+
+
+def schemes_of(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
+    """The scheme of each format that a group has.
+
+    Raises: Inexpressible: a format that compressed-tensors has no words for, with the first group that has it.
+    """
+    schemes: dict[str, QuantizationScheme] = {}
+    for choice in recipe.groups:
+        if choice.format is not None and choice.format not in schemes:
+            try:
+                schemes[choice.format] = scheme_of(choice.format, recipe.formats[choice.format])
+            except Inexpressible as error:
+                raise Inexpressible(f"{choice.group}: {error}") from None
+    return schemes
+
+
+def write_checkpoint(source: Path, directory: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears) -> None:
+    """Write the quantized checkpoint, with files of `checkpoint_names`, one shard of the source in memory at a time.
+
+    Args:
+        source: the checkpoint that the recipe is for.
+        directory: exists, without files of these names.
+        recipe: what each layer group gets.
+        quants: calibrated quantizers by module, of all modules that the recipe quantizes.
+        linears: of the whole model.
+
+    Raises:
+        SweepError: something that the format can't express, or a weight that the checkpoint does not hold under its
+            module's name.
+        OSError: the directory cannot be written.
+    """
+    check_expressible(source, recipe, linears)
+    schemes, config, scales = _by_module(recipe), quantization_config(recipe, linears), output_scales(recipe, quants, linears)
+    weight_map: dict[str, str] = {}
+    n_bytes = 0
+    for shard in weight_files(source):
+        tensors: dict[str, Tensor] = {}
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 -- no dict
+                module, _, local = name.rpartition(".")
+                tensor: Tensor = file.get_tensor(name)
+                if local == "weight" and module in schemes:
+                    made = packed(tensor, quants[module], schemes[module], scales.get(module))
+                    tensors |= {f"{module}.{local}": part for local, part in made.items()}
+                else:
+                    tensors[name] = scaled_rows(tensor, scales[module]) if module in scales else tensor
+        try:
+            save_file(tensors, directory / shard.name, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(str(error)) from error
+        weight_map |= dict.fromkeys(tensors, shard.name)
+        n_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    for index in index_files(source):
+        _write_json(directory / index.name, {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))})
+    document: dict[str, Any] = json.loads((source / "config.json").read_bytes())
+    _write_json(directory / "config.json", {**document, "quantization_config": config})
+    for path in settings_files(source):
+        shutil.copyfile(path, directory / path.name)
+
+
+def check_expressible(source: Path, recipe: MixedRecipe, linears: Linears) -> None:
+    """Refuse what can be seen to be inexpressible before minutes are spent on calibration.
+
+    Args: as for `write_checkpoint`.
+
+    Raises: SweepError: a format without words; a scale of inputs that nothing takes exactly; a module whose weight is not in the checkpoint
+        under its name, because it is tied to another or renamed on loading.
+    """
+    modules = _by_module(recipe)
+    with ExitStack() as stack:
+        held = held_tensors(source, stack)
+        for module in modules:
+            if f"{module}.weight" not in held:
+                raise SweepError(
+                    f"The checkpoint {source} holds no {module}.weight: it is tied to another module or has another name there, "
+                    "and compressed-tensors can't express that. Leave that group in 16 bits (format: null)."
+                )
+        weights = {provider: held.get(f"{provider}.weight") for provider in providers(recipe, linears)}
+        slices = {provider: file.get_slice(f"{provider}.weight") for provider, file in weights.items() if file is not None}
+        check_weights_take({name: (each.get_dtype(), each.get_shape()[0]) for name, each in slices.items()}, recipe, linears)
+
+
+def held_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
+    """The open file that holds each tensor of a checkpoint, by the tensor's name. Args: stack: closes them."""
+    found: dict[str, Any] = {}
+    for shard in weight_files(directory):
+        file: Any = stack.enter_context(safe_open(shard, framework="pt"))
+        found |= dict.fromkeys(file.keys(), file)
+    return found
+
+
+def _by_module(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
+    schemes = schemes_of(recipe)
+    return {module: schemes[choice.format] for choice in recipe.groups if choice.format is not None for module in choice.modules}
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,133 @@
+"""An exported checkpoint, read back with compressed-tensors itself and compared with what was meant: all of it, before it counts."""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
+from torch import Tensor, nn
+
+from sweep.core.errors import SweepError
+from sweep.formats.mixed import GroupChoice, MixedRecipe
+from sweep.formats.quantizer import canonical_attributes
+from workers.export.checkpoint import held_tensors
+from workers.export.folding import Linears, output_scales, scaled_rows
+from workers.export.schemes import Inexpressible, attributes_of
+from workers.export.weights import input_scales, unpacked
+from workers.quant.calibration import fake_quantized
+from workers.quant.linear import LinearQuant
+
+# Relative to the element: float32 scales come back to the last bits, what decompresses to bfloat16 to its 8.
+_TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+
+
+def check_export(directory: Path, source: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears) -> None:
+    """Read an export back with the reader's own library and compare all of it with what was meant.
+
+    A linear whose inputs have a scale holds W / scale, quantized, and what computes its inputs must hold its own weight times that scale:
+    each is compared for itself, so their product is the recipe's.
+
+    Args: as for `write_checkpoint`.
+
+    Raises: SweepError: names the module and what came back: another format, other numbers, a tensor too many or too few.
+    """
+    read = read_schemes(directory, linears)
+    _check_formats(read, recipe, linears)
+    scales = output_scales(recipe, quants, linears)
+    with ExitStack() as stack:
+        tensors, originals = held_tensors(directory, stack), held_tensors(source, stack)
+        expected: set[str] = set()
+        for name, file in originals.items():
+            module, _, local = name.rpartition(".")
+            original: Tensor = file.get_tensor(name)
+            scheme = read.get(module) if local == "weight" else None
+            if scheme is None:
+                expected.add(name)
+                meant = scaled_rows(original, scales[module]) if module in scales else original
+                found = tensors[name].get_tensor(name) if name in tensors else None
+                if found is None or found.dtype != meant.dtype or not torch.equal(found, meant):
+                    times = ", times the scale of the inputs that it gives" if module in scales else ""
+                    raise SweepError(f"{directory}: {name} is not what {source} holds{times}, though the recipe leaves it in 16 bits. Export again.")
+                continue
+            prefix = f"{module}."
+            state = {key.removeprefix(prefix): tensors[key].get_tensor(key) for key in tensors if key.startswith(prefix) and key != f"{module}.bias"}
+            expected |= {f"{module}.{local}" for local in state}
+            _check_linear(f"{directory}: {module}", state, original, quants[module], scheme, scales.get(module))
+        if surplus := sorted(tensors.keys() - expected):
+            raise SweepError(f"{directory} holds {surplus[0]}, which {source} does not. Export again.")
+
+
+def read_schemes(directory: Path, linears: Linears) -> dict[str, QuantizationScheme]:
+    """The scheme of each module, as compressed-tensors reads config.json and matches its targets to module names.
+
+    Args:
+        directory: an export.
+        linears: of the whole model.
+    """
+    document: dict[str, Any] = json.loads((directory / "config.json").read_bytes())["quantization_config"]
+    config = QuantizationConfig.model_validate({key: value for key, value in document.items() if key != "version"})
+    model = _skeleton(linears)
+    apply_quantization_config(model, config, show_progress=False)
+    found: dict[str, QuantizationScheme] = {}
+    for name, module in model.named_modules():
+        scheme: QuantizationScheme | None = getattr(module, "quantization_scheme", None)
+        if scheme is not None:
+            found[name] = scheme if scheme.format is not None else scheme.model_copy(update={"format": config.format})
+    return found
+
+
+def _check_formats(read: Mapping[str, QuantizationScheme], recipe: MixedRecipe, linears: Linears) -> None:
+    meant = {module: choice for choice in recipe.groups for module in choice.modules}
+    for name, _, _ in linears:
+        choice = meant.get(name)
+        chosen = None if choice is None else recipe.format_of(choice)
+        scheme = read.get(name)
+        wanted = (None, None) if chosen is None else (canonical_attributes(chosen.weight), canonical_attributes(chosen.inputs))
+        args = (None, None) if scheme is None else (scheme.weights, scheme.input_activations)
+        found = tuple(None if item is None else canonical_attributes(attributes_of(item)) for item in args)
+        if found != wanted:
+            raise Inexpressible(f"{_group(choice, name)}: compressed-tensors can't express this: module {name} would be read as {found}, not {wanted}.")
+
+
+def _check_linear(
+    where: str, state: Mapping[str, Tensor], weight_OI: Tensor, linear: LinearQuant, scheme: QuantizationScheme, output_scale_O: Tensor | None
+) -> None:
+    meant = fake_quantized(linear, weight_OI)
+    if output_scale_O is not None:
+        meant = scaled_rows(meant, output_scale_O)
+    try:
+        found = unpacked(state, scheme)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise SweepError(f"{where} does not decompress: {type(error).__name__}: {str(error).splitlines()[0]}. Export again.") from error
+    tolerance = _TOLERANCE[found.dtype]
+    off = (found.float() - meant).abs() - tolerance * meant.abs()
+    if found.shape != meant.shape or not bool((off <= 0).all()):  # a NaN is not <= 0
+        share = float((~(off <= 0)).float().mean()) if found.shape == meant.shape else 1.0
+        raise SweepError(
+            f"{where}: {share:.2%} of the weights that a reader would compute with are not the recipe's (allowed: {tolerance:.1e} of each). "
+            "A scale or a packed weight is damaged. Export again."
+        )
+    for name, scale in input_scales(linear, scheme).items():
+        if name not in state or not torch.equal(state[name].float(), scale):
+            raise SweepError(f"{where}: {name} is {state.get(name)}, calibrated was {scale}. Export again.")
+
+
+def _group(choice: GroupChoice | None, name: str) -> str:
+    return name if choice is None else choice.group
+
+
+def _skeleton(linears: Linears) -> nn.Module:
+    """Modules of these names and shapes without weights, for the library to match its targets against."""
+    root = nn.Module()
+    for name, n_in, n_out in linears:
+        *parents, leaf = name.split(".")
+        module = root
+        for parent in parents:
+            if parent not in dict(module.named_children()):
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
+        module.add_module(leaf, nn.Linear(n_in, n_out, bias=False, device="meta"))
+    return root

@@ -1,0 +1,114 @@
+"""One linear in compressed-tensors' words: packed weight and scales, by the library's own compressors, and back.
+
+The compressors are given the weight as ModelOpt has quantized it, not the original: `x / scale` and ModelOpt's `x * (1 / scale)` fall on
+different sides of a tie now and then, but a value that is a multiple of its scale already has one nearest code.
+
+What readers do with it, read in compressed-tensors 0.20 and transformers 5.24: `from_pretrained` puts the tensors into the modules as they
+are, and the first forward pass decompresses every weight, once. From then on inputs are quantized at each pass and weights are not, so the
+model computes what it was fitted to, in floating point. Of the packed formats NVFP4 and MX decompress to bfloat16, all others to the
+scales' dtype, float32 here. Dynamic INT8 inputs have a range of amax / 127.5 there, amax / 127 in ModelOpt and in vLLM's kernels.
+
+What bounds their agreement with us. Weights: 1e-6 of each element, or bfloat16's 2^-9. Inputs: one in 1e5 to 1e6 rounds the other way, because they
+divide where ModelOpt multiplies by the reciprocal, and from the first such element on the whole model drifts: KL a tenth (FP8) to nearly a half (NVFP4) of
+the quantization's own, as far as our model drifts from itself when its embeddings move in their last bits. In their order of operations our ranges and
+codes give their logits to the bit, in every format (tests/unit/test_compressed_checkpoint.py).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization.utils import calculate_range
+from torch import Tensor
+
+from workers.export.folding import scaled_rows
+from workers.export.schemes import attributes_of
+from workers.quant.block_formats import mx_exponents, nvfp4_scales
+from workers.quant.calibration import fake_quantized, smoothed_weight
+from workers.quant.linear import LinearQuant
+
+_NVFP4_RANGE: Final = 448.0 * 6.0  # largest block scale times largest element
+_UNUSED_SCALE: Final = 0.125  # of blocks of zeros, as the library writes it; 0 would decompress to 0 / 0
+
+
+def packed(weight_OI: Tensor, linear: LinearQuant, scheme: QuantizationScheme, output_scale_O: Tensor | None = None) -> dict[str, Tensor]:
+    """The tensors that a checkpoint holds for one quantized linear.
+
+    Args:
+        weight_OI: [out, in], the checkpoint's.
+        linear: its quantizers.
+        scheme: what `scheme_of` made of its format.
+        output_scale_O: [out], multiplied to its outputs through the scales of its weights, of which each row has its own; codes stay as they are.
+
+    Returns: tensors by local name: `weight_packed` or `weight`, `weight_scale` and what else the format has; scales in float32 unless the
+        format gives them another dtype.
+    """
+    assert scheme.weights is not None  # scheme_of refuses others
+    quantized_OI = fake_quantized(linear, weight_OI)
+    state: dict[str, Tensor | None] = {"weight": quantized_OI, **_weight_scales(quantized_OI, weight_OI, linear, scheme.weights)}
+    compressed = _compressor(scheme).compress(state, scheme)
+    if output_scale_O is not None:
+        assert compressed["weight_scale"] is not None
+        compressed["weight_scale"] = scaled_rows(compressed["weight_scale"], output_scale_O)
+    return {name: tensor.contiguous() for name, tensor in {**compressed, **input_scales(linear, scheme)}.items() if tensor is not None}
+
+
+def unpacked(state: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
+    """The weight that a reader computes with. Args: state: as `packed` returns. Returns: [out, in], bfloat16 or float32."""
+    weight = _compressor(scheme).decompress(dict(state), scheme)["weight"]
+    assert weight is not None
+    return weight
+
+
+def input_scales(linear: LinearQuant, scheme: QuantizationScheme) -> dict[str, Tensor]:
+    """The static scale of a linear's inputs, `[1]` float32, by local name; empty for dynamic ones."""
+    inputs = scheme.input_activations
+    if inputs is None or inputs.dynamic is True:
+        return {}
+    assert linear.input_amax is not None  # a static range was calibrated
+    amax = linear.input_amax.float().reshape(1).cpu()
+    if inputs.strategy == QuantizationStrategy.TENSOR_GROUP:
+        return {"input_global_scale": _NVFP4_RANGE / _positive(amax)}
+    return {"input_scale": _positive(amax / _largest(inputs))}
+
+
+def _weight_scales(quantized_OI: Tensor, weight_OI: Tensor, linear: LinearQuant, args: QuantizationArgs) -> dict[str, Tensor]:
+    original_OI = smoothed_weight(linear, weight_OI)
+    if args.scale_dtype == torch.uint8:
+        exponents = mx_exponents(original_OI, args.group_size or 0, attributes_of(args)["num_bits"])
+        return {"weight_scale": torch.exp2(exponents.squeeze(-1).float())}
+    amax = linear.weight_amax
+    assert amax is not None  # all but the MX formats have a range
+    amax = amax.float().cpu()
+    if args.strategy == QuantizationStrategy.TENSOR_GROUP:
+        block_scales, _ = nvfp4_scales(original_OI, amax, args.group_size or 0)
+        blocks = quantized_OI.unflatten(-1, (-1, args.group_size or 0))
+        scales = torch.where((blocks == 0).all(-1) | (block_scales.squeeze(-1) == 0), _UNUSED_SCALE, block_scales.squeeze(-1))
+        return {"weight_scale": scales, "weight_global_scale": _NVFP4_RANGE / _positive(amax.reshape(1))}
+    return {"weight_scale": _positive(amax.reshape(_scale_shape(weight_OI, args)) / _largest(args))}
+
+
+def _scale_shape(weight_OI: Tensor, args: QuantizationArgs) -> tuple[int, ...]:
+    n_out, n_in = weight_OI.shape
+    if args.strategy == QuantizationStrategy.BLOCK:
+        rows, columns = args.block_structure or (1, 1)
+        return n_out // rows, n_in // columns
+    if args.strategy == QuantizationStrategy.GROUP:
+        return n_out, n_in // (args.group_size or 1)
+    return (n_out, 1) if args.strategy == QuantizationStrategy.CHANNEL else (1,)
+
+
+def _largest(args: QuantizationArgs) -> Tensor:
+    return calculate_range(args, "cpu")[1]
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """Where there is nothing but zeros, any scale will do but 0."""
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def _compressor(scheme: QuantizationScheme) -> type[BaseCompressor]:
+    found: Any = BaseCompressor.get_value_from_registry(str(scheme.format))  # typed as an instance, but a class
+    return found

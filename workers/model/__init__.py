@@ -1,0 +1,1 @@
+"""The model: checkpoint files, loading, forward passes, decoder layers, CUDA graphs, and memory."""

@@ -1,0 +1,127 @@
+"""A checkpoint on disk: what makes it loadable, and the hash that names its content. Imports nothing heavy."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sweep.core import cache
+from sweep.core.errors import SweepError
+from sweep.store.outputs import MANIFEST
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SETTINGS = (".json", ".jinja", ".model", ".txt")  # tokenizer, preprocessor and generation settings
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse a directory that cannot be loaded safely, before anything heavy is imported.
+
+    Raises: SweepError: missing, no config.json, no safetensors, or pickled weights only.
+    """
+    if not path.is_dir():
+        raise SweepError(f"model.path={path} is no directory. Give a local checkpoint directory: model.path=DIR.")
+    if not (path / "config.json").is_file():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise SweepError(f"model.path={path} has no config.json (found: {found}). Give a Hugging Face checkpoint directory.")
+    if not weight_files(path):
+        pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
+        if pickles:
+            raise SweepError(
+                f"model.path={path} holds pickled weights ({', '.join(pickles[:3])}), which can run code when loaded. "
+                "Only safetensors are loaded: save it again with model.save_pretrained(DIR) of a current transformers."
+            )
+        raise SweepError(f"model.path={path} has no *.safetensors file. Download the weights, or give another model.path=DIR.")
+
+
+def check_weights(path: Path) -> None:
+    """Refuse weight files that were cut short or are missing from a sharded checkpoint; reads their headers only.
+
+    Raises: SweepError: names the file.
+    """
+    names = {file.name for file in weight_files(path)}
+    for index in index_files(path):
+        try:
+            missing = sorted({*json.loads(index.read_bytes())["weight_map"].values()} - names)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SweepError(f"{index} is damaged: it names no weight files. Download it again.") from error
+        if missing:
+            raise SweepError(f"{path} lacks {missing[0]} ({len(missing)} such files), which {index.name} names. Download the checkpoint again.")
+    for file in weight_files(path):
+        if not _is_whole(file):
+            raise SweepError(f"{file} is cut short or damaged. Download it again, or compare its checksum with the published one.")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The checkpoint's weight files, sorted by name."""
+    return sorted(path.glob("*.safetensors"))
+
+
+def index_files(path: Path) -> list[Path]:
+    """What says which weight file holds which tensor; a checkpoint of one file needs none."""
+    return sorted(path.glob("*.safetensors.index.json"))
+
+
+def settings_files(path: Path) -> list[Path]:
+    """What a checkpoint holds beside weights, their index and config.json, and takes along when it is written anew."""
+    others = {"config.json", MANIFEST, *(file.name for file in path.glob("*.index.json"))}
+    found = [file for file in path.iterdir() if file.suffix in _SETTINGS and file.name not in others]
+    return sorted(file for file in found if file.is_file())
+
+
+def checkpoint_names(path: Path) -> list[str]:
+    """Names of the files of a checkpoint that is written from this one, quantized."""
+    files = (*weight_files(path), *index_files(path), *settings_files(path))
+    return [*(file.name for file in files), "config.json"]
+
+
+def revision(path: Path) -> str:
+    """SHA-256 over config.json and every weight file: two checkpoints with equal revisions score alike.
+
+    Hashes of files are kept on disk by size, mtime and inode, so that 9 GB are read once, not at every start.
+    """
+    files = [path / "config.json", *weight_files(path)]
+    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+        hashes = list(threads.map(file_hash, files))
+    return hashlib.sha256("".join(f"{file.name}:{found}\n" for file, found in zip(files, hashes, strict=True)).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, remembered by its stat.
+
+    Raises: SweepError: the file cannot be read.
+    """
+    return cache.remember("file-hash", file_key(path), lambda: _sha256(path))
+
+
+def file_key(path: Path) -> list[str | int]:
+    """What tells that a file has not changed: path, size, mtime and inode.
+
+    Raises: SweepError: the file is not there.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise SweepError(f"Cannot read {path}: {error.strerror}. Check the path and its permissions.") from error
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file is as long as its header says: 8 bytes of header length, the header in JSON, the tensors."""
+    try:
+        with file.open("rb") as handle:
+            n_header = int.from_bytes(handle.read(8), "little")
+            n_rest = file.stat().st_size - 8 - n_header
+            header = json.loads(handle.read(n_header) if n_rest >= 0 else b"")
+        return n_rest == max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except OSError as error:
+        raise SweepError(f"Cannot read {file}: {error.strerror}. Check the path and its permissions.") from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SweepError(f"Cannot read {path}: {error.strerror}. Check the path and its permissions.") from error

@@ -1,0 +1,134 @@
+"""A language model's decoder layers, run a range at a time.
+
+One ordinary forward of a batch is recorded: with what arguments each layer was called, and what the model put in between
+layers. From a kept hidden state any range of layers then runs again, with the same bits.
+"""
+
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.model.loading import PACKABLE
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What Qwen3-VL's deepstack adds to a hidden state at an image's positions."""
+
+    positions: Tensor  # [visual tokens] int64, of the flattened batch
+    values: Tensor  # [visual tokens, hidden]
+
+    def added_to(self, hidden_BTH: Tensor) -> Tensor:
+        """A new hidden state; gradients pass through to the old one."""
+        rows = hidden_BTH.flatten(0, 1)
+        return rows.index_put((self.positions,), rows[self.positions] + self.values).view_as(hidden_BTH)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """How one batch went through the decoder layers."""
+
+    hidden: dict[int, Tensor]  # inputs of the layers asked for, [batch, tokens, hidden]; n_layers: what the final norm gets
+    arguments: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])  # keyword arguments of each layer
+    features: dict[int, Features] = field(default_factory=dict[int, Features])  # by the layer after which they are added
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A model of a known type, in parts: base (which ends in layers and norm), then head."""
+
+    base: nn.Module
+    text: nn.Module
+    layers: tuple[nn.Module, ...]
+    norm: nn.Module
+    head: nn.Linear
+    head_name: str
+    prefix: str  # of a layer's modules, without the layer's number: "model.language_model.layers."
+
+    def layer_of(self, module: str) -> int | None:
+        """The decoder layer that a module is in, None outside."""
+        return int(module.removeprefix(self.prefix).split(".")[0]) if module.startswith(self.prefix) else None
+
+    def output(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """An ordinary forward up to the final norm: [batch, tokens, hidden].
+
+        Args:
+            inputs: what workers.model.forward.batch_to gives.
+        """
+        return self.base(**inputs, use_cache=False)[0]
+
+    def run(self, trace: Trace, hidden_BTH: Tensor, start: int, stop: int) -> Tensor:
+        """Run layers `start` to `stop` (exclusive) from the input of the first.
+
+        Returns: the input of layer `stop`, or of the final norm, deepstack features included.
+        """
+        for index in range(start, stop):
+            hidden_BTH = self.layers[index](hidden_BTH, **trace.arguments[index])
+            if (features := trace.features.get(index)) is not None:
+                hidden_BTH = features.added_to(hidden_BTH)
+        return hidden_BTH
+
+    @torch.no_grad()
+    def record(self, inputs: Mapping[str, Tensor], keep: Collection[int]) -> tuple[Trace, Tensor]:
+        """Run a batch once, without gradients.
+
+        Args:
+            inputs: what workers.model.forward.batch_to gives.
+            keep: layers whose input is kept.
+
+        Returns: the trace, and the output of the final norm.
+
+        Raises: RuntimeError: the model does something between two layers that is not known here.
+        """
+        trace = Trace({})
+        with self._watched(trace, keep):
+            output = self.output(inputs)
+        return trace, output
+
+    @contextmanager
+    def _watched(self, trace: Trace, keep: Collection[int]) -> Generator[None]:
+        last_output: Tensor | None = None
+
+        def enter_text(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            mask, values = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+            if mask is not None and values is not None:
+                positions = mask.flatten().nonzero().flatten()
+                trace.features.update({index: Features(positions, value.to(self.norm.weight.dtype)) for index, value in enumerate(values)})
+
+        def enter(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if last_output is not None and args[0] is not last_output and index - 1 not in trace.features:
+                    raise RuntimeError(f"The model changes the hidden state between decoder layers {index - 1} and {index} in an unknown way.")
+                if index < len(self.layers):
+                    trace.arguments.append(kwargs)
+                if index in keep:
+                    trace.hidden[index] = args[0]
+
+            return hook
+
+        def leave(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            nonlocal last_output
+            last_output = output
+
+        handles = [module.register_forward_pre_hook(enter(index), with_kwargs=True) for index, module in enumerate((*self.layers, self.norm))]
+        handles += [layer.register_forward_hook(leave) for layer in self.layers]
+        handles.append(self.text.register_forward_pre_hook(enter_text, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def decoder_of(model: Any) -> Decoder | None:
+    """The parts of a model, None for a type that is not among workers.model.loading.PACKABLE."""
+    if model.config.model_type not in PACKABLE:
+        return None
+    name, text = next((name, module) for name, module in model.named_modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
+    head = model.get_output_embeddings()
+    head_name = next(name for name, module in model.named_modules() if module is head)
+    return Decoder(model.model, text, tuple(text.layers), text.norm, head, head_name, f"{name}.layers.")

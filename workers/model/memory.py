@@ -1,0 +1,95 @@
+"""How much memory scoring takes, and how many decoder layers' inputs and gradients fit at a time. Pure arithmetic, in bytes.
+
+The estimates are for planning; running out of memory all the same halves the window (workers.service.scorer).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from sweep.core.batches import Plan
+from sweep.core.groups import GroupSpec, is_vision
+from workers.task import Task
+
+# One batch's activations that the backward pass needs, over the x and g that one batch adds to the capture: attention, norms and
+# products keep 1.7 times as much (16 GB for 2,048 tokens through the 36 layers of a 4B model, measured).
+_GRAPH_SHARE: Final = 1.7
+_HEAD_ROWS: Final = 512  # rows of logits held at once, see workers.scoring.capture
+_PRODUCTS: Final = 3  # [rows, out] tensors: x dW^T, and at least two of dx Q(W)^T
+_RESERVE: Final = 1.5e9  # a module's weight under two recipes, quantizers, workspaces of cuBLAS, fragments
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What decides how much memory a capture and its scoring take."""
+
+    n_tokens: int  # of all samples
+    n_patches: int  # of all images
+    batch_tokens: int  # of the longest batch
+    itemsize: int  # bytes a value of the model's dtype
+    model_bytes: int
+    vocabulary: int
+    n_inputs: int  # recipes of the inputs that are kept side by side, those of other sizes counted
+
+
+def workload(tasks: Sequence[Task], plan: Plan, n_segments: int, model_bytes: int, vocabulary: int) -> Workload:
+    """What scoring the tasks together takes."""
+    batches = [batch for segment in plan.segments[:n_segments] for batch in segment]
+    inputs = {(repr(task.input_attributes), size if task.calibrates_inputs else None) for task in tasks if task.input_attributes for size in task.cells}
+    return Workload(
+        n_tokens=sum(sum(batch.lengths) for batch in batches),
+        n_patches=sum(sum(batch.patch_counts) for batch in batches),
+        batch_tokens=max(sum(batch.lengths) for batch in batches),
+        itemsize=2 if tasks[0].model.dtype == "bfloat16" else 4,
+        model_bytes=model_bytes,
+        vocabulary=vocabulary,
+        n_inputs=len(inputs),
+    )
+
+
+def capture_bytes(groups: Sequence[GroupSpec], work: Workload) -> int:
+    """X and g of layer groups, and the graph of one batch through them."""
+    graph_rows = _GRAPH_SHARE * min(work.n_tokens, work.batch_tokens)
+    return round(sum((group.n_inputs + group.n_outputs) * (_rows(group, work) + graph_rows) for group in groups) * work.itemsize)
+
+
+def fixed_bytes(groups: Sequence[GroupSpec], work: Workload) -> int:
+    """All else: the model, logits, and the operands of the widest layer group."""
+    logits = min(work.n_tokens, _HEAD_ROWS) * work.vocabulary * (work.itemsize + 3 * 4)
+    operands = max(_rows(group, work) * (group.n_inputs * (work.n_inputs + 1) + group.n_outputs * _PRODUCTS) for group in groups)
+    return round(work.model_bytes + logits + operands * work.itemsize + _RESERVE * min(1.0, work.model_bytes / 1e9))
+
+
+def _rows(group: GroupSpec, work: Workload) -> int:
+    return work.n_patches if is_vision(group.name) else work.n_tokens
+
+
+def needed_bytes(parts: Sequence[Sequence[GroupSpec]], work: Workload) -> int:
+    """The least that a sweep can do with: one part at a time."""
+    groups = [group for part in parts for group in part]
+    return fixed_bytes(groups, work) + max(capture_bytes(part, work) for part in parts)
+
+
+def whole_bytes(groups: Sequence[GroupSpec], work: Workload) -> int:
+    """What a sweep takes that captures everything at once."""
+    return fixed_bytes(groups, work) + capture_bytes(groups, work)
+
+
+def windows(parts: Sequence[T], sizes: Sequence[int], room: float) -> list[list[T]]:
+    """Consecutive parts in windows of at most `room` bytes; a part that is larger gets one of its own.
+
+    Args:
+        parts: in the model's order.
+        sizes: bytes of each.
+        room: bytes.
+    """
+    found: list[list[T]] = []
+    filled = 0.0
+    for part, size in zip(parts, sizes, strict=True):
+        if not found or filled + size > room:
+            found.append([])
+            filled = 0.0
+        found[-1].append(part)
+        filled += size
+    return found

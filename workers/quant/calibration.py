@@ -1,0 +1,163 @@
+"""ModelOpt's calibration algorithms on the linears of one layer group, fed with what those read in the unquantized model.
+
+That is what the algorithms see in a whole model too: max, mse and smoothquant calibrate with every quantizer off, awq_lite hands
+each linear's unquantized output on. So a group calibrates alone and gets the ranges and scales that it would get in its model.
+"""
+
+import io
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # see workers.quant.modelopt
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization import model_calib
+
+from sweep.formats.quantizer import QuantizerSpec
+from workers.quant.linear import LinearQuant
+from workers.quant.modelopt import Attributes, calibrate, new_quantizer, quantized, range_of
+
+Scales = Literal["fused", "private"]
+
+_ALGORITHMS: Final[Mapping[str, Callable[..., None]]] = {
+    "max": model_calib.max_calibrate,
+    "mse": model_calib.mse_calibrate,
+    "awq_lite": model_calib.awq_lite,
+    "smoothquant": model_calib.smoothquant,
+}
+_NEEDS_OUTPUTS: Final = frozenset({"awq_lite"})  # compares outputs; the others look at inputs and weights only
+
+
+@torch.no_grad()
+def calibrated_linears(
+    weights: Mapping[str, Tensor],
+    x_batches: Sequence[Tensor],
+    weight_attributes: Attributes | None,
+    input_attributes: Attributes | None,
+    algorithm: str,
+    scales: Scales,
+) -> dict[str, LinearQuant]:
+    """The ranges and scales that ModelOpt finds for linears of one layer group that read the same tensor, all in float32.
+
+    Args:
+        weights: [out, in], by module name.
+        x_batches: what they read, [rows, in] a batch of the plan: awq_lite gives every batch the same say. May be empty where neither the
+            algorithm nor a static range of the inputs needs them.
+        weight_attributes: a valid QuantizerAttributeConfig; None: left unquantized.
+        input_attributes: the same of the inputs.
+        algorithm: one of sweep.formats.recipe.ALGORITHMS, with a recipe that it can calibrate (sweep.formats.recipe.resolve).
+        scales: "fused": linears share the range of the whole tensor and the scale of the inputs, as runtimes have it; "private": each its own.
+    """
+    linears: Any = _quant_linears(weights, weight_attributes, input_attributes)
+    _run(algorithm, linears, x_batches)
+    found = {
+        name: LinearQuant(
+            weight=weight_attributes,
+            inputs=input_attributes,
+            weight_amax=None if weight_attributes is None else range_of(linear.weight_quantizer),
+            input_amax=None if input_attributes is None else range_of(linear.input_quantizer),
+            pre_quant_scale=linear.input_quantizer.pre_quant_scale,
+        )
+        for name, linear in zip(weights, linears, strict=True)
+    }
+    return _fused(weights, found) if scales == "fused" else found
+
+
+def fake_quantized(quant: LinearQuant, weight_OI: Tensor) -> Tensor:
+    """Q(W') in float32, where W' is the weight with the inputs' scale divided out. Args: weight_OI: [out, in], unquantized."""
+    return _applied(quant.weight, quant.weight_amax, smoothed_weight(quant, weight_OI))
+
+
+def quantized_inputs(quant: LinearQuant, x_TI: Tensor) -> Tensor:
+    """Q(x') in float32, where x' is the input times its scale. Args: x_TI: [..., in], unquantized."""
+    return _applied(quant.inputs, quant.input_amax, smoothed_inputs(quant, x_TI).flatten(0, -2)).view(x_TI.shape)
+
+
+def smoothed_weight(quant: LinearQuant, weight_OI: Tensor) -> Tensor:
+    """W' in float32: the weight with the inputs' scale divided out, by the multiplication that ModelOpt does."""
+    return weight_OI.float() if quant.pre_quant_scale is None else weight_OI.float() * (1.0 / quant.pre_quant_scale)
+
+
+def smoothed_inputs(quant: LinearQuant, x_TI: Tensor) -> Tensor:
+    """X' in float32: the input times its scale."""
+    return x_TI.float() if quant.pre_quant_scale is None else x_TI.float() * quant.pre_quant_scale
+
+
+def _applied(attributes: Attributes | None, amax: Tensor | None, tensor: Tensor) -> Tensor:
+    if attributes is None:
+        return tensor
+    quantizer = new_quantizer(attributes, tensor.device)
+    if amax is not None:
+        quantizer.amax = amax
+    return quantized(quantizer, tensor)
+
+
+def _quant_linears(weights: Mapping[str, Tensor], weight_attributes: Attributes | None, input_attributes: Attributes | None) -> nn.ModuleList:
+    """ModelOpt's quantized linears with these weights, which algorithms may change, and with our quantizers in their places."""
+    linears: Any = nn.ModuleList()  # Any: ModelOpt changes their class
+    for weight_OI in weights.values():
+        linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight_OI.to(torch.float32, copy=True), requires_grad=False)
+        linears.append(linear)
+    with redirect_stdout(io.StringIO()):  # it says how many
+        mtq.replace_quant_module(linears)
+    device = next(iter(weights.values())).device
+    for linear in linears:
+        for place, attributes in (("weight_quantizer", weight_attributes), ("input_quantizer", input_attributes), ("output_quantizer", None)):
+            if attributes is None:
+                getattr(linear, place).disable()
+            else:
+                setattr(linear, place, new_quantizer(attributes, device))
+    return linears
+
+
+def _run(algorithm: str, linears: Any, x_batches: Sequence[Tensor]) -> None:
+    def feed(_: nn.Module) -> None:
+        for x_TI in x_batches:
+            x = x_TI.float()
+            for linear in linears:
+                (linear if algorithm in _NEEDS_OUTPUTS else linear.input_quantizer)(x)
+
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its steps and a bar
+        warnings.simplefilter("ignore")
+        _ALGORITHMS[algorithm](linears, feed)
+
+
+def _fused(weights: Mapping[str, Tensor], quants: Mapping[str, LinearQuant]) -> dict[str, LinearQuant]:
+    """Linears of a group with the scales that runtimes give them.
+
+    Source: `preprocess_linear_fusion` of ModelOpt 0.47's export: the mean of the inputs' scales, under which the weights' ranges are found anew
+    as their largest magnitudes; then the largest of the ranges that cover a whole tensor.
+    """
+    found = dict(quants)
+    own = [quant.pre_quant_scale for quant in found.values() if quant.pre_quant_scale is not None]
+    if own:
+        mean = torch.stack(own).mean(dim=0)
+        found = {name: replace(quant, pre_quant_scale=mean) for name, quant in found.items()}
+        found = {name: replace(quant, weight_amax=_largest(quant.weight, smoothed_weight(quant, weights[name]))) for name, quant in found.items()}
+    weight_amax = _shared([(quant.weight, quant.weight_amax) for quant in found.values()])
+    input_amax = _shared([(quant.inputs, quant.input_amax) for quant in found.values()])
+    return {
+        name: replace(quant, weight_amax=weight_amax.get(i, quant.weight_amax), input_amax=input_amax.get(i, quant.input_amax))
+        for i, (name, quant) in enumerate(found.items())
+    }
+
+
+def _shared(ranges: Sequence[tuple[Attributes | None, Tensor | None]]) -> dict[int, Tensor]:
+    """The largest of the ranges that cover a whole tensor, for each linear that has one."""
+    whole = {i: amax for i, (attributes, amax) in enumerate(ranges) if attributes and amax is not None and QuantizerSpec(attributes=attributes).is_per_tensor}
+    return dict.fromkeys(whole, torch.stack([*whole.values()]).amax(dim=0)) if whole else {}
+
+
+def _largest(attributes: Attributes | None, weight_OI: Tensor) -> Tensor | None:
+    if attributes is None or attributes.get("type") == "dynamic":
+        return None
+    quantizer = new_quantizer(attributes, weight_OI.device)
+    calibrate(quantizer, [weight_OI])
+    return range_of(quantizer)

@@ -1,0 +1,272 @@
+"""ModelOpt's quantizers on captured tensors, its grouping rule, its presets, its own searcher. The home of `modelopt`."""
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # ModelOpt warns that this transformers is newer than those it was tested with
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization import extensions
+    from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+from sweep.core.batches import Batch
+from sweep.core.errors import SweepError, require_known
+from workers.model.forward import batch_to, labels_of, summed_loss
+from workers.quant import block_formats, tensor_formats
+
+Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig
+
+block_formats.register()
+tensor_formats.register()
+
+
+def preset(name: str) -> dict[str, Any]:
+    """A ModelOpt preset as plain data: its ordered `quant_cfg` entries and its `algorithm`.
+
+    Raises: SweepError: ModelOpt has no such preset.
+    """
+    require_known("ModelOpt preset (quant_pair.format_name)", name, mtq.config.choices)
+    found: Any = getattr(mtq, name)
+    return {"quant_cfg": [copy.deepcopy(dict(entry)) for entry in found["quant_cfg"]], "algorithm": found["algorithm"]}
+
+
+def build_extensions(names: Iterable[str]) -> None:
+    """Have ModelOpt build its CUDA extensions, 60-90 s each on a machine that has not built them yet.
+
+    Args:
+        names: "integers", "fp8", "mx".
+    """
+    builders = {"integers": extensions.get_cuda_ext, "fp8": extensions.get_cuda_ext_fp8, "mx": extensions.get_cuda_ext_mx}
+    for name in sorted(names):
+        builders[name](raise_if_failed=False)
+
+
+def layer_groups(linears: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Linears that must share a recipe because runtimes fuse them, by ModelOpt's rules.
+
+    Args:
+        linears: module names in the model's order.
+
+    Returns: modules of each group by the name of its first module, in the model's order.
+    """
+    by_key: dict[str, list[str]] = {}
+    for name in linears:
+        by_key.setdefault(_group_key(name), []).append(name)
+    return {modules[0]: tuple(modules) for modules in by_key.values()}
+
+
+def _group_key(name: str) -> str:
+    for rule in AutoQuantizeGradientSearcher.quant_grouping_rules:
+        match = None if callable(rule) else re.match(rule, name)
+        key = rule(None, name) if callable(rule) else match and match.group(1)
+        if key is not None:
+            return key
+    return name
+
+
+class Quantizers:
+    """ModelOpt's quantizers, made once for each recipe and shape and used again for every module, and the weights' ranges.
+
+    Building one costs the host more than its arithmetic costs a GPU. A quantizer that a method returns is right until the
+    next call with the same attributes.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, tuple[int, ...]], Any] = {}
+        self._weight_ranges: dict[tuple[str, str], Tensor] = {}
+
+    def weight(self, module: str, attributes: Attributes, weight_OI: Tensor, together: Mapping[str, Tensor] | None = None) -> TensorQuantizer:
+        """A quantizer whose range was set on a module's weight by ModelOpt's own `max` calibrator, or is known from an earlier call.
+
+        Args:
+            module: names the weight; an equal name means an equal weight.
+            attributes: a valid QuantizerAttributeConfig.
+            weight_OI: [out, in].
+            together: weights, this one among them, that share the largest of their ranges, each of its whole tensor.
+
+        Raises: AssertionError: ModelOpt's calibrator met a NaN; callers check for it first.
+        """
+        if together is not None and len(together) > 1:
+            shared = (",".join(together), _range_of(attributes))
+            if shared not in self._weight_ranges:
+                ranges = [range_of(self.weight(name, attributes, weight)) for name, weight in together.items()]
+                self._weight_ranges[shared] = torch.stack([amax.clone() for amax in ranges if amax is not None]).amax(dim=0)
+            return self._calibrated(attributes, tuple(weight_OI.shape), [weight_OI], self._weight_ranges[shared])
+        key = (module, _range_of(attributes))
+        known = self._weight_ranges.get(key)
+        quantizer = self._calibrated(attributes, tuple(weight_OI.shape), [weight_OI if known is not None else weight_OI.float()], known)
+        if known is None and (amax := getattr(quantizer, "_amax", None)) is not None:
+            self._weight_ranges[key] = amax.clone()
+        return quantizer
+
+    def inputs(
+        self, attributes: Attributes, x_TI: Tensor, amaxes: Sequence[float], known: MutableMapping[tuple[str, int], Tensor] | None = None
+    ) -> TensorQuantizer:
+        """A quantizer whose range was set on calibration inputs by ModelOpt's own `max` calibrator, or is known.
+
+        Args:
+            attributes: a valid QuantizerAttributeConfig.
+            x_TI: the inputs, [rows, in]: leading rows of one tensor.
+            amaxes: largest magnitudes of parts of `x_TI`, all it takes to calibrate one range for the whole tensor.
+            known: ranges of that tensor, by what decides them and number of rows; receives this one.
+        """
+        known, key = {} if known is None else known, (_range_of(attributes), len(x_TI))
+        if (amax := known.get(key)) is not None:
+            return self._calibrated(attributes, (x_TI.shape[1],), [x_TI], amax)
+        seen = torch.tensor(amaxes, device=x_TI.device) if attributes.get("axis") is None else x_TI.float()
+        quantizer = self._calibrated(attributes, (x_TI.shape[1],), [seen], None)
+        if (amax := getattr(quantizer, "_amax", None)) is not None:
+            known[key] = amax.clone()
+        return quantizer
+
+    def _calibrated(self, attributes: Attributes, shape: tuple[int, ...], tensors: Sequence[Tensor], known: Tensor | None) -> TensorQuantizer:
+        key = (repr(sorted(attributes.items(), key=str)), shape)
+        if key not in self._made:
+            self._made[key] = new_quantizer(attributes, tensors[0].device)
+        quantizer = self._made[key]
+        if not quantizer._dynamic and not quantizer.is_mx_format:
+            quantizer.reset_amax()
+            if known is not None:
+                quantizer.amax = known
+            else:
+                calibrate(quantizer, tensors)
+        return quantizer
+
+
+class _RowBlocks(TensorQuantizer):
+    """Blocks of a row with a range each, found as the row comes, of tensors of any number of rows: ModelOpt's own keeps to the first shape it sees."""
+
+    def __init__(self, config: QuantizerAttributeConfig, block: int) -> None:
+        super().__init__(config)
+        self._block = block
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs.reshape(-1, self._block)).view_as(inputs)
+
+
+def new_quantizer(attributes: Attributes, device: torch.device) -> TensorQuantizer:
+    """One of ModelOpt's quantizers, without a range yet.
+
+    Args:
+        attributes: a valid QuantizerAttributeConfig.
+        device: where it will work; it decides which kernels.
+    """
+    block = _row_block(attributes)
+    plain = {**attributes, "block_sizes": {-1: None}} if block is not None else attributes
+    fast = device.type == "cuda" and tensor_formats.supports(plain)
+    config = QuantizerAttributeConfig(**({**plain, "backend": tensor_formats.BACKEND} if fast else _with_backend(plain)))
+    return (TensorQuantizer(config) if block is None else _RowBlocks(config, block)).to(device)
+
+
+def _row_block(attributes: Attributes) -> int | None:
+    """The block length of a format whose blocks lie along rows and have a range each that is found as they come."""
+    blocks: Mapping[Any, Any] = attributes.get("block_sizes") or {}
+    along_rows = attributes.get("type") == "dynamic" and blocks.get("type", "static") == "static" and [axis for axis in blocks if isinstance(axis, int)] == [-1]
+    return blocks[-1] if along_rows else None
+
+
+def range_of(quantizer: Any) -> Tensor | None:
+    """A calibrated quantizer's range, None where values alone decide."""
+    return None if quantizer._dynamic or quantizer.is_mx_format else getattr(quantizer, "_amax", None)
+
+
+def quantized(quantizer: Any, tensor: Tensor) -> Tensor:
+    """The tensor quantized in float32, whatever its dtype."""
+    result: Tensor = quantizer(tensor if quantizer.backend == tensor_formats.BACKEND else tensor.float())
+    return result
+
+
+def calibrate(quantizer: Any, tensors: Iterable[Tensor]) -> None:
+    """Set a quantizer's range with its own calibrator."""
+    quantizer.disable_quant()
+    quantizer.enable_calib()
+    for tensor in tensors:
+        quantizer(tensor)
+    quantizer.load_calib_amax()
+    quantizer.disable_calib()
+    quantizer.enable_quant()
+
+
+def _with_backend(attributes: Attributes) -> Attributes:
+    """Dynamic blocks go through our backend: exact on a CPU, and ModelOpt's kernels with the block size that the recipe says on a GPU."""
+    dynamic = (attributes.get("block_sizes") or {}).get("type") == "dynamic"
+    return {**attributes, "backend": block_formats.BACKEND} if dynamic else attributes
+
+
+def _range_of(attributes: Attributes) -> str:
+    """What decides a range: recipes of one axis or block size share it, whatever their number of bits."""
+    blocks: Mapping[Any, Any] = attributes.get("block_sizes") or {}
+    static = blocks if blocks.get("type", "static") != "dynamic" else {}
+    return repr((attributes.get("axis"), sorted((axis, length) for axis, length in static.items() if isinstance(axis, int))))
+
+
+@torch.enable_grad()
+def auto_quantize_state(
+    model: nn.Module, recipes: Sequence[Mapping[str, Any]], batches: Sequence[Batch], covered: Sequence[str], *, bits: float, **options: Any
+) -> Mapping[str, Any]:
+    """Stock `mtq.auto_quantize` on a copy of the model, with the loss summed over predictions.
+
+    Args:
+        model: unquantized; it is not touched.
+        recipes: ModelOpt's `quant_cfg` and `algorithm`, to choose among.
+        batches: calibrated and scored on, all of them.
+        covered: names of the modules to choose for; all others, convolutions too, stay unquantized.
+        bits: its `effective_bits` constraint, over all linears of the model, disabled ones too.
+        options: more of its own.
+
+    Returns: its search state.
+    """
+    parameter = next(model.parameters())
+
+    def forward_step(network: nn.Module, batch: Batch) -> Tensor:
+        return network(**batch_to(batch, parameter.device, parameter.dtype), use_cache=False).logits
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, state = mtq.auto_quantize(
+            copy.deepcopy(model).requires_grad_(True),
+            constraints={"effective_bits": bits},
+            quantization_formats=[dict(recipe) for recipe in recipes],
+            data_loader=list(batches),
+            forward_step=forward_step,
+            loss_func=lambda logits, batch: summed_loss(logits, labels_of(batch)),
+            disabled_layers=[name for name, _ in model.named_modules() if name not in covered],
+            num_calib_steps=len(batches),
+            num_score_steps=len(batches),
+            **options,
+        )
+    return state
+
+
+def auto_quantize_scores(
+    model: nn.Module, quant_cfg: Sequence[Mapping[str, Any]], algorithm: str, batches: Sequence[Batch], covered: Sequence[str]
+) -> dict[str, float]:
+    """Stock `mtq.auto_quantize` on a copy of the model: one format a call, so that no score is clamped to another's.
+
+    Args:
+        model: unquantized; it is not touched.
+        quant_cfg: ModelOpt's ordered entries.
+        algorithm: ModelOpt's calibration algorithm.
+        batches: calibrated and scored on, all of them, with the loss summed over predictions.
+        covered: names of the modules to score; all others, convolutions too, stay unquantized.
+
+    Returns: raw score by layer group, in the model's order.
+    """
+    entries = [{**entry, "cfg": _with_backend(entry["cfg"])} if entry.get("cfg") else dict(entry) for entry in quant_cfg]
+    recipe = {"quant_cfg": entries, "algorithm": algorithm}
+    state = auto_quantize_state(model, [recipe], batches, covered, bits=16.0, verbose=False)  # lets any search pass: only the scores are wanted
+    scores: dict[str, float] = {}
+    for name, stats in state["candidate_stats"].items():
+        if len(stats["scores"]) == 2:  # groups that are disabled have the unquantized choice only
+            scores[name.removesuffix(".quant_recipe")] = float(stats["scores"][0])
+    if not scores:
+        raise SweepError("mtq.auto_quantize scored no layer group: every linear is disabled.")
+    return scores

@@ -1,0 +1,1 @@
+"""Scores: captured inputs and gradients, gradient scores, KL divergence, and measured recipes."""

@@ -1,0 +1,198 @@
+"""The unquantized model on calibration data, kept ready to start again at any decoder layer: what KL divergence compares with."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sweep.core.batches import Batch
+from workers.model.decoder import Trace, decoder_of
+from workers.model.forward import batch_to, labels_of
+from workers.model.graphs import LayerGraphs
+from workers.scoring.capture import Segments, layout_of
+from workers.scoring.divergence import divergence
+
+_HEAD_ROWS: Final = 512  # rows whose logits are held in float32 at once
+_CPU_BYTES: Final = 2 << 30  # for the log-probabilities; on a GPU half of the free memory
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One batch under the unquantized model."""
+
+    batch: Batch
+    predictions: Tensor  # [predictions] int64: rows of the flattened batch whose next token is valid
+    output_TH: Tensor  # what the head reads, all rows; for unknown model types the logits, at the predictions
+    trace: Trace | None  # None for unknown model types
+
+
+class Baseline:
+    """One forward pass, and what it takes to measure against it.
+
+    Besides the model it holds two hidden states a token, and the log-probabilities at the predictions where they fit (2.0 GB
+    for 6,600 predictions of 151,936 words in bf16); otherwise they are made again whenever needed, with the same bits.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, segments: Segments, modules: Sequence[str]) -> None:
+        """Run the model.
+
+        Args:
+            model: evaluation mode, no parameter requiring a gradient (workers.model.loading.load).
+            segments: leading segments of the plan.
+            modules: linears whose inputs are looked at.
+        """
+        parameter = next(model.parameters())
+        self.decoder = decoder_of(model)
+        self.inputs = _Inputs(len(segments))
+        self.layout = layout_of(segments, lambda batch: [length - 1 for length in batch.lengths], parameter.device)  # of predictions
+        self._model, self._device, self._dtype = model, parameter.device, parameter.dtype
+        self._batch_ends = [sum(map(len, segments[: index + 1])) for index in range(len(segments))]
+        with self.inputs.watched(model, modules):
+            self._runs = [self._run(segment, batch) for segment, batches in enumerate(segments) for batch in batches]
+        self._layer, self._hidden = 0, self._embedded()
+        self._log_probs: dict[int, Tensor] = {}
+        self._graphs: dict[int, LayerGraphs] = {}
+        self._pool: Any = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._room = torch.cuda.mem_get_info(self._device)[0] // 2 if self._device.type == "cuda" else _CPU_BYTES
+        self.first_broken_sample = self._first_broken_sample()
+
+    def batches(self, n_segments: int) -> range:
+        """Numbers of the batches of leading segments."""
+        return range(self._batch_ends[n_segments - 1])
+
+    def start_at(self, layer: int) -> None:
+        """Bring the kept hidden states to the input of a decoder layer; all layers, in the model's order, cost one forward."""
+        assert self.decoder is not None
+        if layer < self._layer:
+            self._layer, self._hidden = 0, self._embedded()
+        for number, run in enumerate(self._runs):
+            assert run.trace is not None
+            self._hidden[number] = self.decoder.run(run.trace, self._hidden[number], self._layer, layer)
+        self._layer = layer
+
+    def divergence_after(self, number: int, layer: int | None) -> Tensor:
+        """Run a batch again, with whatever has been changed in the model.
+
+        Args:
+            number: of the batch.
+            layer: where `start_at` is; None: run the whole model.
+
+        Returns: KL divergence of each prediction in nats, [predictions] float64.
+        """
+        run, decoder = self._runs[number], self.decoder
+        if decoder is None:
+            change = self._logits(run.batch)[run.predictions] - run.output_TH
+        else:
+            if layer is None or run.trace is None:
+                output = decoder.output(batch_to(run.batch, self._device, self._dtype))
+            else:
+                assert layer == self._layer, "start_at comes first"
+                output = decoder.norm(self._run_from(number, run.trace, layer))
+            change = F.linear(output.flatten(0, 1)[run.predictions] - run.output_TH[run.predictions], decoder.head.weight)
+        return divergence(self.log_probs(number), change)
+
+    def _run_from(self, number: int, trace: Trace, layer: int) -> Tensor:
+        """A batch from the input of `layer` to the final norm's; only that layer may have been changed."""
+        assert self.decoder is not None
+        hidden, n_layers = self._hidden[number], len(self.decoder.layers)
+        if not hidden.is_cuda:
+            return self.decoder.run(trace, hidden, layer, n_layers)
+        if number not in self._graphs:
+            self._graphs[number] = LayerGraphs(self.decoder, trace, self._pool)
+        return self._graphs[number].run(self.decoder.run(trace, hidden, layer, layer + 1), layer + 1)
+
+    def divergence_in_head(self, number: int, change_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """KL divergence of each prediction in nats, [predictions] float64, when the head changes.
+
+        Args:
+            number: of the batch.
+            change_of: from the head's input, [rows, hidden], and the rows at which something is predicted, to the change of
+                the logits, [predictions, words].
+        """
+        run = self._runs[number]
+        return divergence(self.log_probs(number), change_of(run.output_TH, run.predictions))
+
+    def log_probs(self, number: int) -> Tensor:
+        """Log-probabilities at a batch's predictions, [predictions, words] in the model's dtype."""
+        if (known := self._log_probs.get(number)) is not None:
+            return known
+        run = self._runs[number]
+        if self.decoder is None:
+            made = run.output_TH.float().log_softmax(-1).to(self._dtype)
+        else:
+            rows, head = run.output_TH[run.predictions], self.decoder.head
+            made = torch.cat([float_logits(head, part).log_softmax(-1).to(self._dtype) for part in rows.split(_HEAD_ROWS)])
+        if made.nbytes <= self._room:
+            self._room -= made.nbytes
+            self._log_probs[number] = made
+        return made
+
+    def _run(self, segment: int, batch: Batch) -> _Run:
+        self.inputs.segment = segment
+        predictions = (labels_of(batch).flatten() != -100).nonzero().flatten().to(self._device)
+        if self.decoder is None:
+            return _Run(batch, predictions, self._logits(batch)[predictions], None)
+        trace, output = self.decoder.record(batch_to(batch, self._device, self._dtype), (0,))
+        output_TH = output.flatten(0, 1)
+        self.inputs.see(self.decoder.head_name, output_TH)
+        return _Run(batch, predictions, output_TH, trace)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return self._model(**batch_to(batch, self._device, self._dtype), use_cache=False).logits.flatten(0, 1)
+
+    def _embedded(self) -> list[Tensor]:
+        return [run.trace.hidden[0] for run in self._runs if run.trace is not None]
+
+    def _first_broken_sample(self) -> int | None:
+        finite = torch.cat([torch.isfinite(run.output_TH).all(1) for run in self._runs]).tolist()
+        unseen = self.decoder is None  # of each sample, the row that predicts nothing
+        owners = (sample for run in self._runs for sample, length in zip(run.batch.order, run.batch.lengths, strict=True) for _ in range(length - unseen))
+        return min((sample for sample, is_finite in zip(owners, finite, strict=True) if not is_finite), default=None)
+
+
+class _Inputs:
+    """Forward hooks that keep the ranges of what linears read."""
+
+    def __init__(self, n_segments: int) -> None:
+        self.segment = 0
+        self.amaxes: dict[str, Tensor] = {}  # [segments, in] float32 by module: largest |x| of each channel, NaN if there is one
+        self.source: dict[str, str] = {}  # the first module that reads the same tensor
+        self._n_segments = n_segments
+        self._last: tuple[Tensor, str] | None = None
+
+    @contextmanager
+    def watched(self, model: nn.Module, modules: Sequence[str]) -> Generator[None]:
+        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _module, args: self.see(name, args[0])
+
+        handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
+        try:
+            yield
+        finally:
+            self._last = None
+            for handle in handles:
+                handle.remove()
+
+    def see(self, name: str, x: Tensor) -> None:
+        if self._last is not None and self._last[0] is x:
+            self.source[name] = self._last[1]
+            self.amaxes[name] = self.amaxes[self._last[1]]
+            return
+        self._last, self.source[name] = (x, name), name
+        if name not in self.amaxes:
+            self.amaxes[name] = torch.zeros(self._n_segments, x.shape[-1], device=x.device)
+        low, high = torch.aminmax(x.flatten(0, -2), dim=0)
+        known = self.amaxes[name][self.segment]
+        torch.maximum(known, torch.maximum(-low, high).float(), out=known)
+
+
+def float_logits(head: nn.Linear, x_TH: Tensor) -> Tensor:
+    """Logits in float32, accumulated and returned: in bf16 one of 20 is rounded by up to 0.06. No known type's head has a bias."""
+    if x_TH.is_cuda and x_TH.dtype != torch.float32:
+        return torch.mm(x_TH, head.weight.T, out_dtype=torch.float32)
+    return x_TH.float() @ head.weight.float().T

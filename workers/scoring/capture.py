@@ -1,0 +1,243 @@
+"""Capture: one forward and backward pass of the unquantized model, keeping what every linear saw.
+
+For each linear its input x [rows, in] and the gradient g [rows, out] of the summed loss with respect to its output.
+That is all that any recipe's score needs, so the model runs once, not once a recipe.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from sweep.core.batches import Batch
+from sweep.core.errors import SweepError
+from sweep.core.groups import is_vision
+from workers.model.decoder import decoder_of
+from workers.model.forward import batch_to, labels_of, summed_loss
+
+Segments = Sequence[Sequence[Batch]]  # of a plan, up to the largest size wanted
+
+# Rows whose logits are held at once: 2,048 in fp32 with their gradient would be 2.5 GB at 151,936 words. A GEMM's shape decides
+# its bits, so another number is another score version.
+_HEAD_ROWS: Final = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Which rows of a captured tensor belong to which sample: its tokens, or its patches, sample after sample."""
+
+    ends: tuple[int, ...]  # row at which each segment ends
+    samples: tuple[int, ...]  # data set index of each sample, in row order
+    sample_ends: tuple[int, ...]  # number of samples up to the end of each segment
+    batch_ends: tuple[int, ...]  # row at which each batch ends, after a leading 0
+    lengths: Tensor  # [samples] int64 on the device: rows of each sample
+
+    def sample_of(self, row: int) -> int:
+        """Data set index of the sample that a row belongs to."""
+        return self.samples[int(torch.searchsorted(self.lengths.cumsum(0), row, right=True))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """What one linear saw, over all segments."""
+
+    x_TI: Tensor  # [rows, in], model dtype; linears that read the same tensor share it
+    g_TO: Tensor  # [rows, out], dLoss/dy, model dtype
+    y_square_sums: tuple[float, ...]  # by segment: sum of squares of the unquantized output
+    input_amaxes: tuple[float, ...]  # by segment: largest |x|; NaN if there is one
+    layout: Layout
+    input_ranges: dict[tuple[str, int], Tensor]  # that were found so far (workers.quant.modelopt.Quantizers.inputs), shared as x is
+
+
+def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dict[str, Rows]:
+    """Run segments of a plan through the model and keep the named linears' inputs and output gradients.
+
+    Modules below the first named one take no part in the backward pass.
+
+    Args:
+        model: evaluation mode, no parameter requiring a gradient (workers.model.loading.load).
+        segments: leading segments of the plan, in canonical order.
+        modules: names of nn.Linear modules of `model`.
+
+    Returns: by module name; a module that no batch called is absent.
+
+    Raises: SweepError: a module is called on other rows than the batch's tokens or patches, or twice in one pass.
+    """
+    parameter = next(model.parameters())
+    decoder = decoder_of(model)
+    recorder = Recorder(segments, parameter.device)
+    with recorder.attached(model, modules), torch.enable_grad():
+        for batch in recorder.batches():
+            inputs, labels = batch_to(batch, parameter.device, parameter.dtype), labels_of(batch)
+            if decoder is not None:
+                backward_from(decoder.output(inputs), decoder.head, labels)
+            else:
+                _backward(summed_loss(model(**inputs, use_cache=False).logits, labels))
+    return recorder.rows()
+
+
+def backward_from(output_BTH: Tensor, head: nn.Module, labels: Tensor) -> None:
+    """Backward pass of the summed loss through head and model, which never holds the logits of more than 512 rows.
+
+    Args:
+        output_BTH: the final norm's output, with the graph that made it.
+        head: makes logits of it.
+        labels: [batch, tokens], already shifted.
+    """
+    gradient_BTH = output_BTH.new_zeros(output_BTH.shape)
+    pieces = zip(*(tensor.flatten(0, 1).split(_HEAD_ROWS) for tensor in (output_BTH.detach(), labels[..., None], gradient_BTH)), strict=True)
+    for piece_TH, piece_labels, piece_gradient_TH in pieces:
+        leaf_TH = piece_TH.detach().requires_grad_(output_BTH.requires_grad)
+        _backward(summed_loss(head(leaf_TH)[None], piece_labels))
+        if leaf_TH.grad is not None:
+            piece_gradient_TH.copy_(leaf_TH.grad)
+    if output_BTH.requires_grad:
+        output_BTH.backward(gradient_BTH)
+
+
+def _backward(loss: Tensor) -> None:
+    if loss.requires_grad:  # not if no captured module took part
+        loss.backward()
+
+
+def layout_of(segments: Segments, rows_of: Callable[[Batch], Sequence[int]], device: torch.device) -> Layout:
+    """The layout of rows of which each sample of a batch has as many as `rows_of` says."""
+    ends, sample_ends, batch_ends, samples, lengths = list[int](), list[int](), [0], list[int](), list[int]()
+    for batches in segments:
+        for batch in batches:
+            samples += batch.order
+            lengths += rows_of(batch)
+            batch_ends.append(sum(lengths))
+        ends.append(batch_ends[-1])
+        sample_ends.append(len(samples))
+    return Layout(
+        ends=tuple(ends), samples=tuple(samples), sample_ends=tuple(sample_ends), batch_ends=tuple(batch_ends), lengths=torch.tensor(lengths, device=device)
+    )
+
+
+class _Buffer:
+    """Room for all rows of one module; rows that no call fills stay 0 and add nothing to any score."""
+
+    def __init__(self, layout: Layout, in_features: int, y_TO: Tensor, shares: "_Buffer | None") -> None:
+        n_rows = layout.ends[-1]
+        self.layout, self.shares = layout, shares
+        self.x_TI = y_TO.new_zeros(n_rows, in_features) if shares is None else shares.x_TI  # where the module is: its input may come from another GPU
+        self.g_TO = y_TO.new_zeros(n_rows, y_TO.shape[1])
+        self.y_square_sums = torch.zeros(len(layout.ends), dtype=torch.float64, device=y_TO.device)
+        self.batch, self.end = -1, 0  # the last batch that called it, and the rows filled then
+
+
+class Recorder:
+    """Forward hooks that keep x, and put a hook on the output that keeps g."""
+
+    def __init__(self, segments: Segments, device: torch.device) -> None:
+        self._segments, self._device = segments, device
+        self._layouts: dict[int, Layout] = {}  # by patches a row; 0: rows are tokens
+        self._buffers: dict[str, _Buffer] = {}
+        self._n_batch = -1
+        self._seen: dict[int, tuple[_Buffer, Tensor]] = {}  # inputs of this batch by address; held, so that no address is used twice
+
+    @contextmanager
+    def attached(self, model: nn.Module, modules: Sequence[str]) -> Generator[None]:
+        """Listen to the named modules."""
+        handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def batches(self) -> Generator[Batch]:
+        """Every batch in canonical order; each is to be run before the next is taken."""
+        for segment, batches in enumerate(self._segments):
+            for batch in batches:
+                self._segment, self._batch = segment, batch
+                self._n_batch += 1
+                self._seen.clear()
+                yield batch
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()  # the first linears: nothing before them takes a gradient
+            x_TI, y_TO = args[0].detach().flatten(0, -2), output.detach().flatten(0, -2)
+            found = self._seen.get(x_TI.data_ptr())
+            if (buffer := self._buffers.get(name)) is None:
+                buffer = self._buffers[name] = _Buffer(self._layout(name, len(x_TI)), x_TI.shape[1], y_TO, found and found[0])
+            rows = self._rows(name, buffer, len(x_TI))
+            if buffer.shares is None:
+                buffer.x_TI[rows] = x_TI
+                self._seen[x_TI.data_ptr()] = buffer, x_TI
+            elif found is None or found[0] is not buffer.shares:
+                raise RuntimeError(f"{name} shared its input with another linear in the first batch, but not in a later one.")
+            buffer.y_square_sums[self._segment] += square_sum(y_TO)
+
+            def keep_gradient(gradient: Tensor) -> None:
+                buffer.g_TO[rows] = gradient.detach().flatten(0, -2)
+
+            output.register_hook(keep_gradient)
+
+        return keep
+
+    def rows(self) -> dict[str, Rows]:
+        """What was kept, by module name."""
+        amaxes: dict[int, tuple[float, ...]] = {}
+        ranges: dict[int, dict[tuple[str, int], Tensor]] = {}
+        for buffer in self._buffers.values():
+            if buffer.shares is None:
+                parts = buffer.x_TI.split([end - start for start, end in zip((0, *buffer.layout.ends), buffer.layout.ends, strict=False)])
+                amaxes[id(buffer.x_TI)] = tuple(torch.stack([_amax(part) for part in parts]).tolist())
+                ranges[id(buffer.x_TI)] = {}
+        return {
+            name: Rows(
+                x_TI=buffer.x_TI,
+                g_TO=buffer.g_TO,
+                y_square_sums=tuple(buffer.y_square_sums.tolist()),
+                input_amaxes=amaxes[id(buffer.x_TI)],
+                layout=buffer.layout,
+                input_ranges=ranges[id(buffer.x_TI)],
+            )
+            for name, buffer in self._buffers.items()
+        }
+
+    def _layout(self, name: str, n_rows: int) -> Layout:
+        n_patches = sum(self._batch.patch_counts) if is_vision(name) else 0
+        patches_a_row = n_patches // n_rows
+        if patches_a_row not in self._layouts:
+
+            def rows_of(batch: Batch) -> Sequence[int]:
+                return [count // patches_a_row for count in batch.patch_counts] if patches_a_row else batch.lengths
+
+            self._layouts[patches_a_row] = layout_of(self._segments, rows_of, self._device)
+        return self._layouts[patches_a_row]
+
+    def _rows(self, name: str, buffer: _Buffer, n_rows: int) -> slice:
+        """Where a call's rows go. A module may see a batch in several calls, one after another."""
+        first, last = buffer.layout.batch_ends[self._n_batch : self._n_batch + 2]
+        start = buffer.end if buffer.batch == self._n_batch else first
+        if start + n_rows > last:
+            raise SweepError(f"{name} is called on {start + n_rows - first} rows where the batch has {last - first}: it cannot be scored.")
+        buffer.batch, buffer.end = self._n_batch, start + n_rows
+        return slice(start, buffer.end)
+
+
+def row_square_sums(tensor_TO: Tensor) -> Tensor:
+    """Sum of squares of each row, in fp32: [rows]."""
+    values = tensor_TO.float()
+    return torch.linalg.vecdot(values, values)
+
+
+def square_sum(tensor_TO: Tensor) -> Tensor:
+    """Sum of squares of a matrix, a float64 scalar: rows in fp32, over rows in fp64, which costs a seventh of fp64 throughout."""
+    return row_square_sums(tensor_TO).double().sum()
+
+
+def _amax(tensor: Tensor) -> Tensor:
+    """Largest magnitude, NaN if there is one, without a copy of the tensor; 0 of nothing."""
+    if not tensor.numel():
+        return tensor.new_zeros((), dtype=torch.float32)
+    low, high = torch.aminmax(tensor)
+    return torch.maximum(-low, high).float()

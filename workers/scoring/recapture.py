@@ -1,0 +1,121 @@
+"""Scores around a recipe instead of around the unquantized model: layers do not act alone.
+
+A sweep scores each layer group with all others in 16 bits. Once a recipe is chosen, every group reads what quantized layers
+before it give, and its errors pass through quantized layers behind it. So the model is captured again with the recipe applied,
+and every format of every group is scored on what is seen then:
+
+* x is what the group reads in the quantized network, before its own quantizer. Formats calibrate on it.
+* dy is the group's error against its own unquantized linears on this x: what its format adds, the others being what they are.
+* g is the gradient of the same loss at the group's output in the quantized network. The group's own current format is in it, too:
+  one capture then serves all groups, and one group among many moves the gradient little.
+
+The result stands where a sweep's scores stand: sum of (g dy)^2 over 2 n_predictions. Solving again with these numbers, and once more
+from there, is what `sweep solve --recapture N` does.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sweep.core.batches import Plan
+from sweep.core.errors import SweepError
+from sweep.core.groups import part_of
+from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
+from workers.model import memory
+from workers.quant.applied import applied, calibrated_model, output_error
+from workers.quant.calibration import calibrated_linears
+from workers.quant.linear import LinearQuant
+from workers.scoring.capture import Rows, Segments
+from workers.scoring.windows import captures
+
+_CPU_BYTES = 4e9  # for x and g; on a GPU half of the free memory
+_ROWS = 2048  # whose errors are held at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecapturedScore:
+    """One format of one layer group, all others being as the recipe has them."""
+
+    group: str
+    format: str  # label
+    score: float
+    predicted_kl: float  # score / (2 n_predictions), nats per prediction
+    sample_scores: npt.NDArray[np.float64]  # [samples], in data set order; sums to `score`
+
+
+def recaptured_scores(
+    model: Any, recipe: MixedRecipe, formats: Mapping[str, Sequence[GroupFormat]], plan: Plan, room: float | None = None
+) -> list[RecapturedScore]:
+    """Score formats of layer groups on what they see in the model that a recipe makes.
+
+    Args:
+        model: unquantized, evaluation mode, no parameter requiring a gradient (workers.model.loading.load); it is left as it was.
+        recipe: the current choice of every group.
+        formats: those to score, by group.
+        plan: of the recipe's own calibration samples.
+        room: bytes for x and g; where they need more, a window of decoder layers at a time. None: half of what is free on a GPU,
+            4 GB on a CPU.
+
+    Returns: rows in the model's order, formats in the order given; none for a group that no sample reaches.
+
+    Raises: SweepError: a score is NaN or infinite; names the group and the format.
+    """
+    segments = plan.segments[: plan.segments_of(recipe.size)]
+    quants = calibrated_model(model, list(plan.batches(recipe.size)), recipe)
+    wanted = [choice for choice in recipe.groups if formats.get(choice.group)]
+    if not wanted:
+        return []
+    found: dict[str, list[RecapturedScore]] = {}
+    windows = _windows(model, wanted, segments, room)
+    n_predictions = plan.n_predictions(recipe.size)
+    with applied(model, quants):
+        for index, rows in captures(model, segments, [[name for choice in window for name in choice.modules] for window in windows]):
+            for choice in windows[index]:
+                found[choice.group] = list(_scored(model, choice, formats[choice.group], rows, n_predictions))
+    return [row for choice in wanted for row in found[choice.group]]
+
+
+def _scored(model: Any, choice: GroupChoice, formats: Sequence[GroupFormat], rows: Mapping[str, Rows], n_predictions: int) -> Iterator[RecapturedScore]:
+    called = [name for name in choice.modules if name in rows]
+    if not called:
+        return
+    weights = {name: model.get_submodule(name).weight.detach() for name in called}
+    first = rows[called[0]]
+    batches = [part for part in first.x_TI.split(np.diff(first.layout.batch_ends).tolist()) if len(part)]
+    for chosen in formats:
+        quants = calibrated_linears(weights, batches, chosen.weight, chosen.inputs, chosen.algorithm, chosen.scales)
+        samples = sum(_sample_scores(quants[name], weights[name], rows[name]) for name in called)
+        assert isinstance(samples, np.ndarray)
+        if not np.isfinite(samples).all():
+            raise SweepError(f"Layer group {choice.group} under {chosen.label}: its score in the quantized model is NaN or infinite. Exclude the format.")
+        score = float(samples.sum())
+        yield RecapturedScore(group=choice.group, format=chosen.label, score=score, predicted_kl=score / (2 * n_predictions), sample_scores=samples)
+
+
+@torch.no_grad()
+def _sample_scores(quant: LinearQuant, weight_OI: Tensor, rows: Rows) -> npt.NDArray[np.float64]:
+    """Sum of (g dy)^2 of each sample, in data set order."""
+    pieces = zip(rows.x_TI.split(_ROWS), rows.g_TO.split(_ROWS), strict=True)
+    by_row = torch.cat([(output_error(quant, weight_OI, x) * g.float()).double().square().sum(1) for x, g in pieces])
+    by_sample = torch.segment_reduce(by_row, "sum", lengths=rows.layout.lengths, unsafe=True)
+    found = np.zeros(max(rows.layout.samples) + 1)
+    found[list(rows.layout.samples)] = by_sample.cpu().numpy()
+    return found
+
+
+def _windows(model: Any, groups: Sequence[GroupChoice], segments: Segments, room: float | None) -> list[list[GroupChoice]]:
+    """Decoder layers whose x and g fit in memory together; a layer stays whole."""
+    parameter = next(model.parameters())
+    if room is None:
+        room = torch.cuda.mem_get_info(parameter.device)[0] / 2 if parameter.device.type == "cuda" else _CPU_BYTES
+    n_rows = sum(max(sum(batch.lengths), sum(batch.patch_counts)) for batches in segments for batch in batches)
+    parts = [list(members) for _, members in groupby(groups, key=lambda choice: part_of(choice.group)[0])]
+    weights = [[model.get_submodule(name).weight for choice in part for name in choice.modules] for part in parts]
+    sizes = [sum(sum(weight.shape) for weight in part) * n_rows * parameter.element_size() for part in weights]
+    return [[choice for part in window for choice in part] for window in memory.windows(parts, sizes, room)]

@@ -1,0 +1,114 @@
+"""Capture a window of decoder layers at a time, where the inputs and gradients of all linears would not fit in memory.
+
+One forward without gradients keeps each window's hidden input. Then, from the top down, each window's layers alone run again
+with gradients, from that hidden state, and back from the gradient that the window above has left at it. So all windows
+together cost one forward more than one capture, however many they are, and give the same bits.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from workers.model.decoder import Decoder, Trace, decoder_of
+from workers.model.forward import batch_to, labels_of
+from workers.scoring.capture import Recorder, Rows, Segments, backward_from, capture
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    index: int  # in the caller's order
+    start: int  # first decoder layer to run again; n_layers if there is the head alone
+    inside: tuple[str, ...]  # modules of these layers, and the head's in the topmost window
+    outside: tuple[str, ...]  # all others: an ordinary capture
+
+
+def captures(model: nn.Module, segments: Segments, windows: Sequence[Sequence[str]]) -> Iterator[tuple[int, dict[str, Rows]]]:
+    """What `workers.scoring.capture.capture` gives for all modules at once, a window at a time.
+
+    Args:
+        model: as for `capture`.
+        segments: as for `capture`.
+        windows: module names. A window's decoder layers are all below those of another or all above; it may name modules
+            outside the decoder layers too, and those cost a pass of their own, except for the head in the topmost window.
+
+    Yields: a window's index and its rows, from the last decoder layers to the first, then windows without decoder layers.
+        For a model of another type than workers.model.loading.PACKABLE in the order given, each an ordinary capture. A window's
+        dictionary is emptied when the next is asked for, so that it need not be let go of to free its memory.
+
+    Raises: ValueError: two windows share a decoder layer, or reach into each other's.
+    """
+    for index, rows in _captures(model, segments, windows):
+        yield index, rows
+        rows.clear()
+
+
+def _captures(model: nn.Module, segments: Segments, windows: Sequence[Sequence[str]]) -> Iterator[tuple[int, dict[str, Rows]]]:
+    decoder = decoder_of(model)
+    if decoder is None or len(windows) == 1:
+        for index, modules in enumerate(windows):
+            yield index, capture(model, segments, modules)
+        return
+    inner, rest = _arranged(decoder, windows)
+    recorded = _Recorded(model, decoder, segments, [window.start for window in inner])
+    stop = len(decoder.layers)
+    for window in inner:
+        yield window.index, recorded.rows(window, stop, is_lowest=window is inner[-1]) | _ordinary(model, segments, window)
+        stop = window.start
+    del recorded
+    for window in rest:
+        yield window.index, _ordinary(model, segments, window)
+
+
+class _Recorded:
+    """Every batch's way through the decoder, and the gradient at the input of the last window that ran."""
+
+    def __init__(self, model: nn.Module, decoder: Decoder, segments: Segments, starts: Sequence[int]) -> None:
+        parameter = next(model.parameters())
+        self._model, self._decoder, self._segments, self._device = model, decoder, segments, parameter.device
+        self._traces: list[Trace] = []
+        self._gradients: list[Tensor | None] = []  # by batch
+        for batch in (batch for batches in segments for batch in batches) if starts else ():
+            self._traces.append(decoder.record(batch_to(batch, parameter.device, parameter.dtype), starts)[0])
+            self._gradients.append(None)
+
+    def rows(self, window: _Window, stop: int, *, is_lowest: bool) -> dict[str, Rows]:
+        """Run a window's layers, up to the start of the one above."""
+        recorder = Recorder(self._segments, self._device)
+        with recorder.attached(self._model, window.inside), torch.enable_grad():
+            for number, batch in enumerate(recorder.batches()):
+                trace, gradient = self._traces[number], self._gradients[number]
+                hidden = trace.hidden.pop(window.start).requires_grad_(not is_lowest)
+                top = self._decoder.run(trace, hidden, window.start, stop)
+                if gradient is None:
+                    backward_from(self._decoder.norm(top), self._decoder.head, labels_of(batch))
+                else:
+                    top.backward(gradient)
+                self._gradients[number] = hidden.grad
+        return recorder.rows()
+
+
+def _arranged(decoder: Decoder, windows: Sequence[Sequence[str]]) -> tuple[list[_Window], list[_Window]]:
+    """Windows with decoder layers (or the head alone) from the top down, and the others."""
+    inner: list[_Window] = []
+    rest: list[_Window] = []
+    n_layers = len(decoder.layers)
+    layers = [[layer for name in modules if (layer := decoder.layer_of(name)) is not None] for modules in windows]
+    highest = max((max(found, default=-1) for found in layers), default=-1)
+    for index, modules in enumerate(windows):
+        has_top = max(layers[index], default=n_layers) >= highest  # with the topmost layers, or with none
+        inside = [name for name in modules if decoder.layer_of(name) is not None or (name == decoder.head_name and has_top)]
+        outside = tuple(name for name in modules if name not in inside)
+        window = _Window(index, min(layers[index], default=n_layers), tuple(inside), outside)
+        (inner if inside else rest).append(window)
+    inner.sort(key=lambda window: window.start, reverse=True)
+    for upper, lower in pairwise(inner):
+        if max(layers[lower.index], default=n_layers) >= upper.start:
+            raise ValueError(f"Windows {lower.index} and {upper.index} are not apart: one must end below decoder layer {upper.start}.")
+    return inner, rest
+
+
+def _ordinary(model: nn.Module, segments: Segments, window: _Window) -> dict[str, Rows]:
+    return capture(model, segments, window.outside) if window.outside else {}

@@ -1,0 +1,153 @@
+"""Ray's side of a worker. No arithmetic and no file formats live here."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import ray
+
+from sweep.core.batches import Plan
+from sweep.core.errors import WorkerLost
+from workers.service.metrics import WorkerMetrics
+from workers.service.node import check_shared
+from workers.task import Progress, Task
+
+_TELL_SECONDS = 0.2  # between messages; one costs Ray about a millisecond
+
+
+class Worker:
+    """A named actor that holds one loaded model and scores the tasks that it is assigned."""
+
+    def __init__(self, store_uri: str, device: str, memory_gb: float | None, n_workers: int, n_gpus: int, n_halvings: int) -> None:
+        """Import the heavy libraries and prepare an empty worker; see workers.service.scorer.Scorer."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+        from workers.service.scorer import Scorer
+
+        self._metrics = WorkerMetrics(ray.get_runtime_context().get_actor_name() or "")
+        self._scorer = Scorer(store_uri, device, memory_gb=memory_gb, n_workers=n_workers, n_gpus=n_gpus, n_halvings=n_halvings, on_timed=self._metrics.timed)
+        self._parts: dict[int, _Parts] = {}  # by assignment
+
+    def load(self, task: Task, mark: str | None) -> None:
+        """Load the task's model before there is an assignment.
+
+        Args:
+            task: the first one.
+            mark: a file of the store, which must be there; None: this is the driver's machine.
+
+        Raises: Unfit: this node does not see the store or the model.
+        """
+        if mark is not None:
+            check_shared(self._scorer.store, mark, Path(task.model.path))
+        self._scorer.load(task.model)
+
+    def warm_up(self, extensions: frozenset[str]) -> None:
+        """Build CUDA extensions; workers of one machine wait for the one that came first."""
+        from workers.quant.modelopt import build_extensions
+
+        build_extensions(extensions)
+
+    def info(self) -> dict[str, Any]:
+        """Node, process, and what its scorer says of itself."""
+        return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), **self._scorer.info()}
+
+    @ray.method(concurrency_group="parts")
+    def next_parts(self, assignment: int, names: tuple[str, ...] | None) -> bool:
+        """Take over names of parts to score, and wait until more are needed.
+
+        Args:
+            assignment: whose.
+            names: none: there are no more; None: nothing has been asked for yet.
+
+        Returns: whether more are needed; False: `score` has ended.
+        """
+        parts = self._parts.setdefault(assignment, _Parts())
+        if names is not None:
+            parts.given.put(names)
+        if (is_needed := parts.needed.get()) is False:
+            del self._parts[assignment]
+        return is_needed
+
+    def score(self, tasks: Sequence[Task], plan: Plan, assignment: int) -> Iterator[list[Progress]]:
+        """Stream progress, the latest of each task, a few times a second; what it counts is in the store already.
+
+        Raises: WorkerLost: this process cannot go on.
+        """
+        parts = self._parts.setdefault(assignment, _Parts())
+        try:
+            yield from self._score(tasks, plan, assignment, parts.taken())
+        finally:
+            parts.needed.put(False)
+
+    def _score(self, tasks: Sequence[Task], plan: Plan, assignment: int, names: Iterator[str]) -> Iterator[list[Progress]]:
+        latest: dict[str, Progress] = {}
+        told = time.monotonic()
+        meter = _Rows(self._scorer.info, self._metrics)
+        try:
+            for progress in self._scorer.score(tasks, plan, names):
+                latest[progress.task_id] = replace(progress, lease=assignment).after(latest.get(progress.task_id))
+                meter.update(progress)
+                if time.monotonic() - told > _TELL_SECONDS:
+                    self._tell_metrics(meter)
+                    yield list(latest.values())
+                    latest.clear()
+                    told = time.monotonic()
+        except RuntimeError as error:
+            if isinstance(error, BrokenProcessPool):
+                reason = "a process that writes its scores has died"
+            elif self._scorer.is_device_fault(error):  # no later CUDA call of this process would work
+                reason = str(error).splitlines()[0]
+            else:
+                raise
+            raise WorkerLost(reason) from None
+        self._tell_metrics(meter)
+        yield list(latest.values())
+
+    def _tell_metrics(self, rows: "_Rows") -> None:
+        rows.tell()
+        if (memory := self._scorer.gpu_memory()) is not None:
+            self._metrics.gpu_memory(*memory)
+
+
+class _Parts:
+    """Names of parts on their way from the thread that gets them from the driver to the one that scores."""
+
+    def __init__(self) -> None:
+        self.needed: SimpleQueue[bool] = SimpleQueue()
+        self.given: SimpleQueue[tuple[str, ...]] = SimpleQueue()
+
+    def taken(self) -> Iterator[str]:
+        """Names, asked for as they are needed."""
+        self.needed.put(True)
+        while names := self.given.get():
+            yield from names
+            self.needed.put(True)
+
+
+class _Rows:
+    """Rows that one assignment has put into the store, for the metrics."""
+
+    def __init__(self, info: Callable[[], dict[str, Any]], metrics: WorkerMetrics) -> None:
+        self._info, self._metrics = info, metrics
+        self._rows: dict[str, int] = {}  # by task id, those found in the store not counted
+        self._told = 0
+        self._spent = self._busy()
+
+    def update(self, progress: Progress) -> None:
+        self._rows[progress.task_id] = progress.done - progress.found
+
+    def tell(self) -> None:
+        """What has come since this was last told. Loading and capturing are no part of its time."""
+        if (rows := sum(self._rows.values()) - self._told) > 0:
+            spent = self._busy()
+            self._metrics.written(rows, max(spent - self._spent, 1e-6))
+            self._told, self._spent = self._told + rows, spent
+
+    def _busy(self) -> float:
+        info = self._info()
+        return time.monotonic() - info["load_seconds"] - info["capture_seconds"]
