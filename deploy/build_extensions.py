@@ -17,11 +17,15 @@ def main() -> None:
     """
     for name in ("TORCH_CUDA_ARCH_LIST", "TORCH_EXTENSIONS_DIR"):
         if not os.environ.get(name):
-            raise SystemExit(f"{name} is not set: extensions would be built for nobody. Set it here and at run time alike.")
+            raise SystemExit(
+                f"{name} is not set: extensions would be built for nobody. Set it here and at run time alike."
+            )
     import torch
     from modelopt.torch.quantization import extensions
 
-    with patch.object(torch.cuda, "is_available", return_value=True):  # asked for before it compiles; compiling needs no GPU
+    with patch.object(
+        torch.cuda, "is_available", return_value=True
+    ):  # asked for before it compiles; compiling needs no GPU
         for build in (extensions.get_cuda_ext, extensions.get_cuda_ext_fp8, extensions.get_cuda_ext_mx):
             build(raise_if_failed=True)
 

@@ -70,7 +70,11 @@ def _run(options: argparse.Namespace) -> int:
     from sweep.commands.run import run
 
     demo = not overrides and not options.multirun
-    return run(["grid=demo"] if demo else overrides, multirun=options.multirun or demo, console=Console(markup=False, soft_wrap=True))
+    return run(
+        ["grid=demo"] if demo else overrides,
+        multirun=options.multirun or demo,
+        console=Console(markup=False, soft_wrap=True),
+    )
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -123,7 +127,9 @@ def _doctor(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from sweep.commands.export import export
 
-    return export(options.recipe_path, options.overrides, file_format=options.format, out=options.out, overwrite=options.overwrite)
+    return export(
+        options.recipe_path, options.overrides, file_format=options.format, out=options.out, overwrite=options.overwrite
+    )
 
 
 _VERBS = {
@@ -139,7 +145,9 @@ _VERBS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sweep", description="Which layers of a vision-language model suffer under which number format.")
+    parser = argparse.ArgumentParser(
+        prog="sweep", description="Which layers of a vision-language model suffer under which number format."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     run = _verb(verbs, "run", "score one trial, or with -m a grid; the same command again resumes", epilog=_RUN_EPILOG)
     run.add_argument("-m", "--multirun", action="store_true", help="comma lists span a grid")
@@ -152,40 +160,116 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--overwrite", action="store_true", help=replaced)
     doctor = _verb(verbs, "doctor", "check machine, config, model and data before hours are spent")
     doctor.add_argument("-m", "--multirun", action="store_true", help="comma lists span a grid")
-    doctor.add_argument("--store", action="store_true", help="verify every file of the store, repair what can be, name the rest")
+    doctor.add_argument(
+        "--store", action="store_true", help="verify every file of the store, repair what can be, name the rest"
+    )
     export = _verb(verbs, "export", "files that runtimes read, from a recipe that sweep solve wrote", takes_recipe=True)
-    export.add_argument("--format", required=True, choices=["compressed-tensors", "modelopt", "csv"], help="a checkpoint, ModelOpt's recipe YAML, or a table")
-    export.add_argument("--out", required=True, metavar="DIR|FILE", help="a directory for compressed-tensors, else a file")
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=["compressed-tensors", "modelopt", "csv"],
+        help="a checkpoint, ModelOpt's recipe YAML, or a table",
+    )
+    export.add_argument(
+        "--out", required=True, metavar="DIR|FILE", help="a directory for compressed-tensors, else a file"
+    )
     replaced = "replace what an earlier export has put there; files of others stay"
     export.add_argument("--overwrite", action="store_true", help=replaced)
-    solve = _verb(verbs, "solve", "the mixed-precision recipe of least predicted damage under a budget, from the store alone")
-    solve.add_argument("--pin", dest="pins", action="append", default=[], metavar="PATTERN=FORMAT", help="layer groups that get this format; 16: none")
-    solve.add_argument("--exclude", dest="excludes", action="append", default=[], metavar="PATTERN", help="layer groups that stay in 16 bits")
+    solve = _verb(
+        verbs, "solve", "the mixed-precision recipe of least predicted damage under a budget, from the store alone"
+    )
+    solve.add_argument(
+        "--pin",
+        dest="pins",
+        action="append",
+        default=[],
+        metavar="PATTERN=FORMAT",
+        help="layer groups that get this format; 16: none",
+    )
+    solve.add_argument(
+        "--exclude",
+        dest="excludes",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="layer groups that stay in 16 bits",
+    )
     solve.add_argument("--uniform-layer", action="store_true", help="one format for all groups of a decoder layer")
-    solve.add_argument("--recapture", type=int, default=0, metavar="N", help="apply the recipe, capture and score again, solve again; N times")
-    solve.add_argument("--front", dest="n_front", type=int, nargs="?", const=24, metavar="N", help="the Pareto front at N budgets, as table and picture")
+    solve.add_argument(
+        "--recapture",
+        type=int,
+        default=0,
+        metavar="N",
+        help="apply the recipe, capture and score again, solve again; N times",
+    )
+    solve.add_argument(
+        "--front",
+        dest="n_front",
+        type=int,
+        nargs="?",
+        const=24,
+        metavar="N",
+        help="the Pareto front at N budgets, as table and picture",
+    )
     solve.add_argument("--rank", action="store_true", help="layer groups by damage, and by damage per byte saved")
     solve.add_argument("--out", metavar="FILE", help="the recipe file; default outputs/recipes/NAME.yaml")
-    validate = _verb(verbs, "validate", "a recipe's damage measured on samples that it has not seen, beside the predicted one", takes_recipe=True)
-    validate.add_argument("--random", dest="n_random", type=int, default=0, metavar="N", help="measure N random mixes of the store's formats as well")
-    validate.add_argument("--uniform", action="store_true", help="measure one format for all groups, those no larger than the recipe, as well")
-    validate.add_argument("--groups", metavar="PATTERN", help="measure these layer groups alone, under each format, as well")
-    advise = _verb(verbs, "recommend", "doctor, the target's grid, recipes under a budget, their measured damage, files and a page, in one command")
+    validate = _verb(
+        verbs,
+        "validate",
+        "a recipe's damage measured on samples that it has not seen, beside the predicted one",
+        takes_recipe=True,
+    )
+    validate.add_argument(
+        "--random",
+        dest="n_random",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure N random mixes of the store's formats as well",
+    )
+    validate.add_argument(
+        "--uniform",
+        action="store_true",
+        help="measure one format for all groups, those no larger than the recipe, as well",
+    )
+    validate.add_argument(
+        "--groups", metavar="PATTERN", help="measure these layer groups alone, under each format, as well"
+    )
+    advise = _verb(
+        verbs,
+        "recommend",
+        "doctor, the target's grid, recipes under a budget, their measured damage, files and a page, in one command",
+    )
     place = "where everything goes, beside files of others; default outputs/recommended/NAME"
     advise.add_argument("--out", metavar="DIR", help=place)
     for verb in (solve, advise):
-        verb.add_argument("--bits", type=float, metavar="B", help="mean bits a weight of the covered layers, block scales counted")
-        verb.add_argument("--gb", type=float, metavar="G", help="GB (1e9 bytes) of all weights, embeddings and lm_head included")
+        verb.add_argument(
+            "--bits", type=float, metavar="B", help="mean bits a weight of the covered layers, block scales counted"
+        )
+        verb.add_argument(
+            "--gb", type=float, metavar="G", help="GB (1e9 bytes) of all weights, embeddings and lm_head included"
+        )
     for verb in (status, publish, doctor, solve, validate, advise):
         verb.add_argument("--json", dest="as_json", action="store_true", help="print JSON instead of text")
     return parser
 
 
-def _verb(verbs: Any, name: str, summary: str, epilog: str | None = None, *, takes_recipe: bool = False) -> argparse.ArgumentParser:
+def _verb(
+    verbs: Any, name: str, summary: str, epilog: str | None = None, *, takes_recipe: bool = False
+) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(
-        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if takes_recipe:
         verb.add_argument("recipe_path", metavar="RECIPE.yaml", help="what sweep solve wrote")
-    verb.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra override, e.g. quant_pair=wfp8_afp8 or dataset.size=small")
+    verb.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="Hydra override, e.g. quant_pair=wfp8_afp8 or dataset.size=small",
+    )
     return verb

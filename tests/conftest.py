@@ -23,6 +23,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, bytes], list[str]]]:
     """An S3 server that the usual variables lead to: its objects, and the requests that it has had."""
     with s3_server() as (url, objects, requests):
-        for name, value in {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "secret", "REGION": "us-east-1"}.items():
+        for name, value in {
+            "ENDPOINT_URL": url,
+            "ACCESS_KEY_ID": "id",
+            "SECRET_ACCESS_KEY": "secret",
+            "REGION": "us-east-1",
+        }.items():
             monkeypatch.setenv(f"AWS_{name}", value)
         yield objects, requests

@@ -51,16 +51,26 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 
 
 def group_format(
-    name: str, weight: Mapping[str, Any] | None, inputs: Mapping[str, Any] | None, algorithm: str = "max", scales: Literal["fused", "private"] = "private"
+    name: str,
+    weight: Mapping[str, Any] | None,
+    inputs: Mapping[str, Any] | None,
+    algorithm: str = "max",
+    scales: Literal["fused", "private"] = "private",
 ) -> GroupFormat:
-    return GroupFormat(quant_pair=name, quant_granularity="default", algorithm=algorithm, scales=scales, weight=weight, inputs=inputs)
+    return GroupFormat(
+        quant_pair=name, quant_granularity="default", algorithm=algorithm, scales=scales, weight=weight, inputs=inputs
+    )
 
 
 def recipe_of(formats: Sequence[GroupFormat | None], path: Path | None = None) -> MixedRecipe:
     """A recipe in which the language model's groups get the formats in turn."""
     model = Model(bundled_model_dir() if path is None else path)
     sizes = {name: n_in * n_out for name, n_in, n_out in model.structure["linears"]}
-    groups = {first: modules for first, modules in model.structure["groups"].items() if "visual" not in first and "lm_head" not in first}
+    groups = {
+        first: modules
+        for first, modules in model.structure["groups"].items()
+        if "visual" not in first and "lm_head" not in first
+    }
     choices = []
     for i, (first, modules) in enumerate(groups.items()):
         chosen = formats[i % len(formats)]
@@ -98,7 +108,11 @@ def quants_of(recipe: MixedRecipe, model: nn.Module, token_ids: Tensor) -> dict[
     def watch(name: str) -> Any:
         return lambda module, args: largest.__setitem__(name, float(args[0].abs().max()))
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    handles = [
+        module.register_forward_pre_hook(watch(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
     model(input_ids=token_ids, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -213,7 +227,9 @@ def apply(model: nn.Module, quants: Mapping[str, LinearQuant]) -> nn.Module:
     return model
 
 
-def apply_as_reader(model: nn.Module, quants: Mapping[str, LinearQuant], output_scales: Mapping[str, Tensor] | None = None) -> nn.Module:
+def apply_as_reader(
+    model: nn.Module, quants: Mapping[str, LinearQuant], output_scales: Mapping[str, Tensor] | None = None
+) -> nn.Module:
     """The same in the reader's order of operations.
 
     Args:
@@ -240,7 +256,9 @@ def loaded(directory: Path) -> Any:
     """An export as transformers and compressed-tensors load it, in float32."""
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
     for hook in list(model._forward_pre_hooks.values()):
-        hook(model, ())  # the reader decompresses before its first forward pass; NVFP4 and MX weights come out in bfloat16
+        hook(
+            model, ()
+        )  # the reader decompresses before its first forward pass; NVFP4 and MX weights come out in bfloat16
     return nn.Module.float(model).eval()
 
 

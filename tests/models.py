@@ -61,7 +61,9 @@ def random_model(kind: str, **text: Any) -> Any:
     if kind == "qwen3_vl":
         rope = {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True}
         ids = {"vision_start_token_id": 1, "vision_end_token_id": 2, "image_token_id": 3, "video_token_id": 4}
-        config = Qwen3VLConfig(text_config=_TEXT | {"rope_scaling": rope, "rope_theta": 1e4} | text, vision_config=_VISION, **ids)
+        config = Qwen3VLConfig(
+            text_config=_TEXT | {"rope_scaling": rope, "rope_theta": 1e4} | text, vision_config=_VISION, **ids
+        )
         model = Qwen3VLForConditionalGeneration(config)
     else:
         config_class, model_class = classes[kind]
@@ -75,7 +77,9 @@ def random_model(kind: str, **text: Any) -> Any:
 def random_samples(n: int, seed: int = 0, longest: int = 24) -> list[Sample]:
     """Samples of 2 to `longest` random tokens."""
     generator = np.random.default_rng(seed)
-    return [Sample(token_ids=generator.integers(5, VOCABULARY, size=generator.integers(2, longest + 1))) for _ in range(n)]
+    return [
+        Sample(token_ids=generator.integers(5, VOCABULARY, size=generator.integers(2, longest + 1))) for _ in range(n)
+    ]
 
 
 def save_checkpoint(directory: Path, kind: str, **text: Any) -> Path:
@@ -95,7 +99,10 @@ def save_checkpoint(directory: Path, kind: str, **text: Any) -> Path:
 def write_captions(path: Path, n: int) -> Path:
     """A captions file of `n` lines of random words that save_checkpoint's tokenizer knows."""
     generator = np.random.default_rng(1)
-    lines = [" ".join(f"w{i}" for i in generator.integers(0, VOCABULARY - 2, size=generator.integers(3, 20))) for _ in range(n)]
+    lines = [
+        " ".join(f"w{i}" for i in generator.integers(0, VOCABULARY - 2, size=generator.integers(3, 20)))
+        for _ in range(n)
+    ]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -109,4 +116,9 @@ def place_at(path: Path, kind: str = "qwen3_vl", *, n_captions: int = 128, **tex
 
 def overrides_of(place: Path) -> list[str]:
     """What a user types for a place's model and captions."""
-    return ["model=hf_causal_lm", f"model.path={place / 'model'}", "dataset=coco2017_captions", f"dataset.captions_path={place / 'captions.txt'}"]
+    return [
+        "model=hf_causal_lm",
+        f"model.path={place / 'model'}",
+        "dataset=coco2017_captions",
+        f"dataset.captions_path={place / 'captions.txt'}",
+    ]

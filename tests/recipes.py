@@ -25,12 +25,18 @@ FORMATS: Final[dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]]] =
 
 def format_of(name: str, algorithm: str = "max", scales: Any = "private") -> GroupFormat:
     weight, inputs = FORMATS[name]
-    return GroupFormat(quant_pair=name, quant_granularity="default", algorithm=algorithm, scales=scales, weight=weight, inputs=inputs)
+    return GroupFormat(
+        quant_pair=name, quant_granularity="default", algorithm=algorithm, scales=scales, weight=weight, inputs=inputs
+    )
 
 
-def recipe_of(model: nn.Module, formats: Sequence[GroupFormat | None], size: str = "small", covered: str = "") -> MixedRecipe:
+def recipe_of(
+    model: nn.Module, formats: Sequence[GroupFormat | None], size: str = "small", covered: str = ""
+) -> MixedRecipe:
     """The groups of the linears whose name contains `covered` get the formats in turn; None: left in 16 bits."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and covered in name}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and covered in name
+    }
     choices = [
         GroupChoice(
             group=first,

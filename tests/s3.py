@@ -30,7 +30,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _body(self) -> bytes:
-        body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = (
+            self._chunks()
+            if self.headers.get("Transfer-Encoding") == "chunked"
+            else self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        )
         if "aws-chunked" not in self.headers.get("Content-Encoding", ""):
             return body
         content = b""
@@ -83,13 +87,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _listing(self, bucket: str, query: dict[str, list[str]]) -> bytes:
         prefix, delimiter = query.get("prefix", [""])[0], query.get("delimiter", [""])[0]
         contents, prefixes = list[str](), dict[str, None]()
-        for key in sorted(key.removeprefix(f"{bucket}/") for key in self.objects if key.startswith(f"{bucket}/{prefix}")):
+        for key in sorted(
+            key.removeprefix(f"{bucket}/") for key in self.objects if key.startswith(f"{bucket}/{prefix}")
+        ):
             rest = key.removeprefix(prefix)
             if delimiter and delimiter in rest:
                 prefixes[prefix + rest.partition(delimiter)[0] + delimiter] = None
             else:
                 size = len(self.objects[f"{bucket}/{key}"])
-                contents.append(f"<Contents><Key>{escape(key)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><Size>{size}</Size></Contents>")
+                contents.append(
+                    f"<Contents><Key>{escape(key)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><Size>{size}</Size></Contents>"
+                )
         common = [f"<CommonPrefixes><Prefix>{escape(each)}</Prefix></CommonPrefixes>" for each in prefixes]
         n_keys = len(contents) + len(common)
         return f"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>{n_keys}</KeyCount>{''.join(contents + common)}</ListBucketResult>".encode()

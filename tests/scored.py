@@ -22,7 +22,11 @@ GROUPS: Final = (
 )
 N_WEIGHTS: Final = 10_000
 N_PREDICTIONS: Final = 50
-INT4, INT8, FP8 = "wint4_afp16/default", "wint8_aint8/recipe_match_channel_token", "wfp8_afp8/default"  # 4.125, 8 and 8 bits
+INT4, INT8, FP8 = (
+    "wint4_afp16/default",
+    "wint8_aint8/recipe_match_channel_token",
+    "wfp8_afp8/default",
+)  # 4.125, 8 and 8 bits
 DAMAGES: Final[Mapping[str, Sequence[float | None]]] = {  # predicted KL, nats per prediction
     INT4: (0.04, 0.01, 0.02, 0.03, 0.05),
     INT8: (0.004, 0.002, 0.003, 0.002, 0.001),
@@ -36,14 +40,24 @@ def scores(cell_id: str, damages: Sequence[float | None], bits: float = 8.0) -> 
     rows: list[dict[str, Any]] = []
     for (group, modules, layer, elements), kl in zip(GROUPS, damages, strict=True):
         score = None if kl is None else kl * 2 * N_PREDICTIONS
-        row = {"cell_id": cell_id, "group": group, "modules": modules, "layer_index": layer, "weight_elements": elements, "predicted_kl": kl, "score": score}
+        row = {
+            "cell_id": cell_id,
+            "group": group,
+            "modules": modules,
+            "layer_index": layer,
+            "weight_elements": elements,
+            "predicted_kl": kl,
+            "score": score,
+        }
         row["sensitivity"] = None if score is None else score / N_PREDICTIONS
         row |= {"n_predictions": N_PREDICTIONS, "n_samples": 2, "effective_bits": bits}
         rows.append(row | {"sample_scores": None if score is None else [score / 4, score * 3 / 4]})
     return pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)
 
 
-def add(store: Store, recipe: str, damages: Sequence[float | None], *overrides: str, minute: int = 0, **changed: Any) -> str:
+def add(
+    store: Store, recipe: str, damages: Sequence[float | None], *overrides: str, minute: int = 0, **changed: Any
+) -> str:
     """Enter one finished trial; returns its cell. `changed` are columns of its row."""
     pair, granularity = recipe.split("/")
     config = expand([f"quant_pair={pair}", f"quant_granularity={granularity}", *overrides], multirun=False).points[0]
@@ -74,7 +88,9 @@ def add(store: Store, recipe: str, damages: Sequence[float | None], *overrides: 
     return cell_id
 
 
-def store_at(path: Any, damages: Mapping[str, Sequence[float | None]] = DAMAGES, elements: Mapping[str, int] | None = ELEMENTS) -> Store:
+def store_at(
+    path: Any, damages: Mapping[str, Sequence[float | None]] = DAMAGES, elements: Mapping[str, int] | None = ELEMENTS
+) -> Store:
     """The store of these recipes, in size `small`."""
     store = Store(str(path))
     for recipe, each in damages.items():

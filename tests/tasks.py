@@ -5,7 +5,15 @@ from typing import Final
 from sweep.core.groups import GroupSpec
 from workers.task import ModelSpec, Picture, Task
 
-GROUP: Final = GroupSpec(name="layers.0.a", modules=("layers.0.a",), part="layers.0", layer_index=0, weight_elements=4, n_inputs=2, n_outputs=2)
+GROUP: Final = GroupSpec(
+    name="layers.0.a",
+    modules=("layers.0.a",),
+    part="layers.0",
+    layer_index=0,
+    weight_elements=4,
+    n_inputs=2,
+    n_outputs=2,
+)
 TASK: Final = Task(
     task_id="",
     label="",
@@ -23,4 +31,14 @@ TASK: Final = Task(
     groups=(GROUP,),
     cells={"small": "cell"},
 )
-PICTURE: Final = Picture(trials={}, groups_done=0, groups_total=0, groups_scored=0, failed_trials=0, queue=0, models=0, eta_seconds=None, trial_seconds=())
+PICTURE: Final = Picture(
+    trials={},
+    groups_done=0,
+    groups_total=0,
+    groups_scored=0,
+    failed_trials=0,
+    queue=0,
+    models=0,
+    eta_seconds=None,
+    trial_seconds=(),
+)

@@ -59,7 +59,11 @@ class Task:
         needed: set[str] = {"integers", "fp8"} if self.engine == "modelopt" else set()
         for attributes in (self.weight_attributes, self.input_attributes):
             blocks: Mapping[Any, Any] = (attributes or {}).get("block_sizes") or {}
-            if attributes is not None and blocks.get("type") == "dynamic" and (attributes.get("num_bits"), blocks.get("scale_bits")) != ((2, 1), (4, 3)):
+            if (
+                attributes is not None
+                and blocks.get("type") == "dynamic"
+                and (attributes.get("num_bits"), blocks.get("scale_bits")) != ((2, 1), (4, 3))
+            ):
                 needed.add("mx")
         return frozenset(needed)
 

@@ -24,7 +24,15 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 
 from workers.data.scenes import TRAINING_BASE, patches, scene
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 VOCABULARY = 4096
 SHIPPED = 512  # glosses for calibration; as many again measure the held-out loss
 VALIDATION = 128  # of the latter, the first are shipped as well: what recipes are validated on
@@ -58,10 +66,15 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=4096)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=4096
+    )
 
 
 def make_config(ids: dict[str, int]) -> Qwen3VLConfig:
@@ -94,7 +107,12 @@ def make_config(ids: dict[str, int]) -> Qwen3VLConfig:
         "num_position_embeddings": 16,
         "hidden_act": "gelu_pytorch_tanh",
     }
-    names = {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>", "image": "<|image_pad|>", "video": "<|video_pad|>"}
+    names = {
+        "vision_start": "<|vision_start|>",
+        "vision_end": "<|vision_end|>",
+        "image": "<|image_pad|>",
+        "video": "<|video_pad|>",
+    }
     tokens = {f"{key}_token_id": ids[name] for key, name in names.items()}
     return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
 
@@ -115,10 +133,15 @@ def pack(texts: list[list[int]], device: str, row: int = 0) -> dict[str, Tensor]
     n = len(ids) // row * row
     labels[row - 1 : n : row] = -100
     positions[:n].view(-1, row)[:, 0] = 0  # a text that begins in the row before
-    return {key: value[:n].view(-1, row).to(device) for key, value in {"input_ids": ids, "position_ids": positions, "labels": labels}.items()}
+    return {
+        key: value[:n].view(-1, row).to(device)
+        for key, value in {"input_ids": ids, "position_ids": positions, "labels": labels}.items()
+    }
 
 
-def picture_batch(indices: list[int], captions: list[list[int]], images: list[int], ids: dict[str, int], device: str) -> dict[str, Tensor]:
+def picture_batch(
+    indices: list[int], captions: list[list[int]], images: list[int], ids: dict[str, int], device: str
+) -> dict[str, Tensor]:
     """Scenes with captions of one length; `images` says whose picture goes with which caption."""
     head = [ids["<|vision_start|>"], *[ids["<|image_pad|>"]] * IMAGE_TOKENS, ids["<|vision_end|>"]]
     tokens = torch.tensor([head + caption for caption in captions])
@@ -140,7 +163,9 @@ def loss_of(model: Qwen3VLForConditionalGeneration, batch: dict[str, Tensor]) ->
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     logits = model(**inputs, use_cache=False).logits
     labels = batch["labels"]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"), int((labels != -100).sum())
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"), int(
+        (labels != -100).sum()
+    )
 
 
 def scene_lengths(captions: dict[int, list[int]]) -> dict[int, list[int]]:
@@ -153,7 +178,11 @@ def scene_lengths(captions: dict[int, list[int]]) -> dict[int, list[int]]:
 
 @torch.no_grad()
 def evaluate(
-    model: Qwen3VLForConditionalGeneration, texts: list[list[int]], captions: dict[int, list[int]], ids: dict[str, int], device: str
+    model: Qwen3VLForConditionalGeneration,
+    texts: list[list[int]],
+    captions: dict[int, list[int]],
+    ids: dict[str, int],
+    device: str,
 ) -> dict[str, float]:
     """Nats per token on held-out glosses and scenes, and on scenes whose pictures were swapped around."""
     model.eval()
@@ -194,7 +223,10 @@ def train(args: argparse.Namespace) -> None:
     shipped, held_out, training = keep[:SHIPPED], keep[SHIPPED : 2 * SHIPPED], keep[2 * SHIPPED :]
     texts = [tokenized[i] + [end] for i in training]
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    captions = {i: tokenizer(scene(i).caption)["input_ids"] for i in range(TRAINING_BASE, TRAINING_BASE + (SCENES if args.steps > 50 else 400))}
+    captions = {
+        i: tokenizer(scene(i).caption)["input_ids"]
+        for i in range(TRAINING_BASE, TRAINING_BASE + (SCENES if args.steps > 50 else 400))
+    }
     test_captions = {i: tokenizer(scene(i).caption)["input_ids"] for i in range(SHIPPED)}
     lengths = scene_lengths(captions)
 
@@ -205,7 +237,8 @@ def train(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=args.device == "cuda")
     warmup = max(1, args.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1, step / args.steps))) + 0.01)
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1, step / args.steps))) + 0.01),
     )
     queue: list[list[int]] = []
     seen = 0
@@ -224,7 +257,9 @@ def train(args: argparse.Namespace) -> None:
         model.train()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             text_loss, n_text = loss_of(model, pack(chosen, args.device, ROW))
-            scene_loss, n_scene = loss_of(model, picture_batch(pictures, [captions[i] for i in pictures], pictures, ids, args.device))
+            scene_loss, n_scene = loss_of(
+                model, picture_batch(pictures, [captions[i] for i in pictures], pictures, ids, args.device)
+            )
         (text_loss / n_text + 0.5 * scene_loss / n_scene).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -240,7 +275,9 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    (args.out / "wordnet_glosses.txt").write_text("\n".join(glosses[i] for i in [*shipped, *held_out[:VALIDATION]]) + "\n", encoding="utf-8")
+    (args.out / "wordnet_glosses.txt").write_text(
+        "\n".join(glosses[i] for i in [*shipped, *held_out[:VALIDATION]]) + "\n", encoding="utf-8"
+    )
     stored = Qwen3VLForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32).to(args.device)
     sample = random.Random(1).sample(texts, 2000)
     results = {

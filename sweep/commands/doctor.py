@@ -55,7 +55,10 @@ def examine_store(overrides: list[str], *, as_json: bool) -> int:
     else:
         console = Console(soft_wrap=True)
         for finding in findings:
-            console.print(Text(f"{finding.verdict:8}", style=COLOURS[finding.verdict]) + Text(f"{finding.subject}: {finding.text}"))
+            console.print(
+                Text(f"{finding.verdict:8}", style=COLOURS[finding.verdict])
+                + Text(f"{finding.subject}: {finding.text}")
+            )
     return EXIT_WRONG_INPUT if any(finding.verdict == "error" for finding in findings) else EXIT_DONE
 
 
@@ -79,7 +82,9 @@ def _findings(grid: Grid) -> list[Finding]:
 
 
 def _python() -> Finding:
-    return Finding(subject="python", verdict="ok", text=f"{platform.python_version()}, {n_cores()} cores, {n_gpus()} GPUs")
+    return Finding(
+        subject="python", verdict="ok", text=f"{platform.python_version()}, {n_cores()} cores, {n_gpus()} GPUs"
+    )
 
 
 def _packages() -> Finding:
@@ -88,10 +93,18 @@ def _packages() -> Finding:
         try:
             found[name] = version(name)
         except PackageNotFoundError as error:
-            raise SweepError(f"{name} is not installed. Install the project with pip and its constraints file.") from error
-    odd = [f"{name} {found[name]} (tested: {tested}*)" for name, tested in _TESTED.items() if not found[name].startswith(tested)]
+            raise SweepError(
+                f"{name} is not installed. Install the project with pip and its constraints file."
+            ) from error
+    odd = [
+        f"{name} {found[name]} (tested: {tested}*)"
+        for name, tested in _TESTED.items()
+        if not found[name].startswith(tested)
+    ]
     text = ", ".join(f"{name} {number}" for name, number in found.items())
-    return Finding(subject="packages", verdict="warning" if odd else "ok", text=f"untested: {', '.join(odd)}" if odd else text)
+    return Finding(
+        subject="packages", verdict="warning" if odd else "ok", text=f"untested: {', '.join(odd)}" if odd else text
+    )
 
 
 def _workers(config: SweepConfig) -> Finding:
@@ -105,7 +118,11 @@ def _store(config: SweepConfig) -> Finding:
     if "://" in store.uri:
         return Finding(subject="store", verdict="ok", text=f"{store.uri} is writable")
     free_gb = shutil.disk_usage(_existing(Path(store.uri))).free / 1e9
-    return Finding(subject="store", verdict="ok" if free_gb > 1 else "warning", text=f"{store.uri} is writable, {free_gb:.0f} GB free")
+    return Finding(
+        subject="store",
+        verdict="ok" if free_gb > 1 else "warning",
+        text=f"{store.uri} is writable, {free_gb:.0f} GB free",
+    )
 
 
 def _model(config: SweepConfig) -> Finding:
@@ -113,7 +130,9 @@ def _model(config: SweepConfig) -> Finding:
     gb = checkpoint_gb(path)
     here_gb = memory_gb()
     verdict: Literal["ok", "warning"] = "warning" if not n_gpus() and gb * 3 > here_gb else "ok"
-    return Finding(subject="model", verdict=verdict, text=f"{path}: {gb:.2f} GB of safetensors, {here_gb:.0f} GB of memory here")
+    return Finding(
+        subject="model", verdict=verdict, text=f"{path}: {gb:.2f} GB of safetensors, {here_gb:.0f} GB of memory here"
+    )
 
 
 def _grid(grid: Grid) -> Finding:
@@ -126,7 +145,11 @@ def _grid(grid: Grid) -> Finding:
     text = f"{count(len(plan.trials), 'trial')}, {count(len(cells), 'distinct cell')}, {done} in the store already"
     if not skipped:
         return Finding(subject="grid", verdict="ok", text=text)
-    return Finding(subject="grid", verdict="warning", text=f"{text}, {skipped.total()} skipped: " + "; ".join(str(reason) for reason in skipped))
+    return Finding(
+        subject="grid",
+        verdict="warning",
+        text=f"{text}, {skipped.total()} skipped: " + "; ".join(str(reason) for reason in skipped),
+    )
 
 
 def _existing(path: Path) -> Path:

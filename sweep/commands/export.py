@@ -116,7 +116,9 @@ def is_exported(recipe: MixedRecipe, directory: OutputDirectory) -> bool:
 
 
 def _say(recipe: MixedRecipe, file_format: str, target: Path) -> None:
-    lines = [f"{target}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, predicted KL {recipe.predicted_kl:.3g} nats"]
+    lines = [
+        f"{target}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, predicted KL {recipe.predicted_kl:.3g} nats"
+    ]
     if file_format == "compressed-tensors":
         lines += ["read back: every group's format and every weight is the recipe's", f"vllm serve {target}"]
     Console(markup=False, soft_wrap=True).print("\n".join(lines), highlight=False)

@@ -22,15 +22,29 @@ def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -
     """
     config = expand(["output_layout=publish", *overrides], multirun=False).points[0]
     if "{run_id}" in config.output_layout.root:
-        raise SweepError("output_layout=tmp is for the reports of one run. Leave it out, or type output_layout.root=DIR.")
+        raise SweepError(
+            "output_layout=tmp is for the reports of one run. Leave it out, or type output_layout.root=DIR."
+        )
     with opened(config.store.uri) as store:
         rows = finished_trials(store, overrides, [to_plain(config)])
-        finished = [FinishedTrial(trial=row, scores=store.scores(row.cell_id)) for row in rows if row.cell_id is not None]
-    root = config.output_layout.root if "://" in config.output_layout.root else Path(config.output_layout.root).absolute()
+        finished = [
+            FinishedTrial(trial=row, scores=store.scores(row.cell_id)) for row in rows if row.cell_id is not None
+        ]
+    root = (
+        config.output_layout.root if "://" in config.output_layout.root else Path(config.output_layout.root).absolute()
+    )
     result = publish(finished, root, overwrite=overwrite or config.output_layout.overwrite)
     if as_json:
-        counts = {"written": [str(path) for path in result.written], "unchanged": len(result.unchanged), "root": str(root)}
+        counts = {
+            "written": [str(path) for path in result.written],
+            "unchanged": len(result.unchanged),
+            "root": str(root),
+        }
         print(json.dumps(counts, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
-        Console(markup=False).print(f"{len(result.written)} written, {len(result.unchanged)} unchanged, under {root}", highlight=False, soft_wrap=True)
+        Console(markup=False).print(
+            f"{len(result.written)} written, {len(result.unchanged)} unchanged, under {root}",
+            highlight=False,
+            soft_wrap=True,
+        )
     return EXIT_DONE

@@ -73,7 +73,9 @@ def recommend(request: Request, console: Console) -> int:
     checkpoint = checkpoint_at(out / _CHECKPOINT, Model(checkpoint_dir(config.model)), overwrite=True)
     if _reads_checkpoint(target):
         checkpoint.check()
-    checks = 0 if request.as_json else examine(grid, multirun=True, as_json=False)  # a run refuses by itself what would stop it
+    checks = (
+        0 if request.as_json else examine(grid, multirun=True, as_json=False)
+    )  # a run refuses by itself what would stop it
     if code := checks or run(grid, multirun=True, console=console):
         return code
     typed = [*request.overrides, f"dataset.size={config.dataset.size}", "sensitivity.scales=fused"]
@@ -85,17 +87,26 @@ def recommend(request: Request, console: Console) -> int:
     cost = min(asked.cost(options), high)
     weights = float(options.weights.sum())
     budgets = dict(zip(_RECIPES, ((low + cost) / 2, cost, cost + (high - cost) / 4), strict=True))
-    choices = {name: choice if name == "balanced" else solved(options, problem, Budget(bits=each / weights), rules) for name, each in budgets.items()}
+    choices = {
+        name: choice if name == "balanced" else solved(options, problem, Budget(bits=each / weights), rules)
+        for name, each in budgets.items()
+    }
     made = {name: recipe(options, each, name, target.name) for name, each in choices.items()}
     ready = prepared(made["balanced"], config)
     uniform = [each for each in uniform_recipes(options) if rules.allowed(next(iter(each.formats.values())))]
-    rows = validate(ready, [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)], pick_workers(config.cluster).device)
+    rows = validate(
+        ready,
+        [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)],
+        pick_workers(config.cluster).device,
+    )
     summaries = [summary(options, problem, choices[name], each) for name, each in made.items()]
     measured = {row.name: row for row in rows}
     for each in summaries:
         row = measured[each["name"]]
         each |= {"measured_kl": row.measured_kl, "measured_kl_interval": row.measured_kl_interval}
-    picture = front_picture(front_rows(options, problem, _FRONT) if high > low else [], uniform_rows(options, problem), summaries)
+    picture = front_picture(
+        front_rows(options, problem, _FRONT) if high > low else [], uniform_rows(options, problem), summaries
+    )
     files = {f"{name}.yaml": each.to_yaml().encode() for name, each in made.items()}
     files |= {_PICTURE: picture, **_export(ready, target, checkpoint)}
     exported = out / (_CHECKPOINT if _reads_checkpoint(target) else _MODELOPT)
@@ -106,18 +117,33 @@ def recommend(request: Request, console: Console) -> int:
         for name, content in files.items():
             (partial / name).write_bytes(content)
     if request.as_json:
-        document = {"recipes": summaries, "measured": [asdict(row) for row in rows], "page": str(out / "index.html"), "export": str(exported)}
+        document = {
+            "recipes": summaries,
+            "measured": [asdict(row) for row in rows],
+            "page": str(out / "index.html"),
+            "export": str(exported),
+        }
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
     balanced = measured["balanced"]
     bits = f"{made['balanced'].effective_bits:.3f} bits a weight"
-    console.print(f"\nRecommended: balanced, {bits}, KL {balanced.measured_kl:.3g} measured, {balanced.predicted_kl:.3g} predicted.", highlight=False)
+    console.print(
+        f"\nRecommended: balanced, {bits}, KL {balanced.measured_kl:.3g} measured, {balanced.predicted_kl:.3g} predicted.",
+        highlight=False,
+    )
     console.print(f"Page: {out / 'index.html'}", highlight=False, soft_wrap=True)
     console.print(_serve(target, exported), highlight=False, soft_wrap=True, markup=False)
     return EXIT_DONE
 
 
-def render(ready: Prepared, target: Target, asked: Budget, summaries: Sequence[dict[str, Any]], rows: Sequence[Measured], exported: Path) -> str:
+def render(
+    ready: Prepared,
+    target: Target,
+    asked: Budget,
+    summaries: Sequence[dict[str, Any]],
+    rows: Sequence[Measured],
+    exported: Path,
+) -> str:
     """The page, as Markdown."""
     made, first = ready.recipe, rows[0]
     parts = [
@@ -142,13 +168,14 @@ def render(ready: Prepared, target: Target, asked: Budget, summaries: Sequence[d
 def to_html(page: str, title: str) -> str:
     """The page as one HTML file beside its picture."""
     body = MarkdownIt("commonmark").enable("table").render(page)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n'
-    )
+    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n'
 
 
 def _recipe_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["| recipe | bits a weight | GB of weights | predicted KL (90 %) | measured KL (90 %) | layer groups by format |", "|---|---:|---:|---:|---:|---|"]
+    lines = [
+        "| recipe | bits a weight | GB of weights | predicted KL (90 %) | measured KL (90 %) | layer groups by format |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
     for each in summaries:
         formats = ", ".join(f"{n} {label if label != '16' else 'in 16 bits'}" for label, n in each["formats"].items())
         gb = "-" if each["gb"] is None else f"{each['gb']:.4g}"
@@ -163,8 +190,14 @@ def _spread(interval: Sequence[float] | None) -> str:
 
 
 def _names(made: MixedRecipe, target: Target) -> list[str]:
-    found = {label: target.status(each.quant_pair, each.quant_granularity, each.algorithm) for label, each in made.formats.items()}
-    return [f"- {label}: {status.reader_name} ({status.source})" + (f". {status.reason}" if status.reason else "") for label, status in found.items()]
+    found = {
+        label: target.status(each.quant_pair, each.quant_granularity, each.algorithm)
+        for label, each in made.formats.items()
+    }
+    return [
+        f"- {label}: {status.reader_name} ({status.source})" + (f". {status.reason}" if status.reason else "")
+        for label, status in found.items()
+    ]
 
 
 def _refuse_ahead(grid: Sequence[str], asked: Budget, target: Target) -> None:
@@ -231,13 +264,22 @@ def planned_options(plan: SweepPlan) -> Options:
     first = max(trials, key=lambda trial: SIZES[trial.config.dataset.size])
     specs = plan.tasks[first.task_id or ""].groups
     groups = tuple(
-        {"group": spec.name, "modules": list(spec.modules), "layer_index": spec.layer_index, "weight_elements": spec.weight_elements} for spec in specs
+        {
+            "group": spec.name,
+            "modules": list(spec.modules),
+            "layer_index": spec.layer_index,
+            "weight_elements": spec.weight_elements,
+        }
+        for spec in specs
     )
     formats = {found.label: (found, trial.cell_id or "") for trial in trials for found in [format_of(trial.config)]}
     return Options(
         trial=row_of(first, "planned", None, ""),
         config=first.config,
         groups=groups,
-        formats=tuple(Option(format=found, cell_id=cell, predicted_kl=np.zeros(len(groups)), sample_kl=None) for found, cell in formats.values()),
+        formats=tuple(
+            Option(format=found, cell_id=cell, predicted_kl=np.zeros(len(groups)), sample_kl=None)
+            for found, cell in formats.values()
+        ),
         elements=plan.models[first.model_revision],
     )

@@ -99,7 +99,10 @@ def _leave(session: Session, console: Console, why: str) -> int:
     """Record an incomplete run, as far as the store can be written, and say how to go on. Returns the exit code."""
     with contextlib.suppress(StoreFailed):  # that may be why it ends
         session.end(EXIT_INCOMPLETE)
-    console.print(f"{why}: {session.counts()['done']} of {len(session.plan.trials)} trials are done. Type the same command again to resume.", highlight=False)
+    console.print(
+        f"{why}: {session.counts()['done']} of {len(session.plan.trials)} trials are done. Type the same command again to resume.",
+        highlight=False,
+    )
     return EXIT_INCOMPLETE
 
 
@@ -109,7 +112,9 @@ def _say_set_aside(store: Store, known: set[str], console: Console) -> None:
         for name in store.files.names("quarantine"):
             if name not in known:
                 known.add(name)
-                console.print(f"Set aside in {store.uri}/quarantine/{name}: {store.why(name)}", style="yellow", highlight=False)
+                console.print(
+                    f"Set aside in {store.uri}/quarantine/{name}: {store.why(name)}", style="yellow", highlight=False
+                )
 
 
 def _score(session: Session, workers: Workers, console: Console) -> None:
@@ -117,7 +122,11 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
     from sweep.run import driver  # imports Ray: only when there is something to do
 
     work = driver.Work(
-        orders=[driver.TrialOrder(name=trial.name, task_id=trial.task_id) for trial in session.pending_trials() if trial.task_id],
+        orders=[
+            driver.TrialOrder(name=trial.name, task_id=trial.task_id)
+            for trial in session.pending_trials()
+            if trial.task_id
+        ],
         tasks=session.tasks,
         plans=session.plan.plans,
         windowed=session.plan.windowed,
@@ -143,11 +152,17 @@ class _Events:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._beating.close()
 
     def connected(self, connection: "Connection") -> None:
-        self._session.record |= {"ray_address": connection.address, "dashboard_url": connection.dashboard_url, "metrics": connection.metrics}
+        self._session.record |= {
+            "ray_address": connection.address,
+            "dashboard_url": connection.dashboard_url,
+            "metrics": connection.metrics,
+        }
         if connection.dashboard_url is not None:
             self._display.note(f"Ray dashboard: {connection.dashboard_url}")
 
@@ -221,7 +236,11 @@ def _check_folders(plan: SweepPlan, root: str) -> None:
                 "Run them one after the other, each with its own output_layout.root=DIR, or keep the later one's report with output_layout.overwrite=true."
             )
     identities = {
-        folder: {"model_revision": trial.model_revision, "dataset_revision": trial.dataset_revision, "cell_id": trial.cell_id}
+        folder: {
+            "model_revision": trial.model_revision,
+            "dataset_revision": trial.dataset_revision,
+            "cell_id": trial.cell_id,
+        }
         for folder, trial in by_folder.items()
     }
     check_ahead(root, identities)
@@ -252,7 +271,10 @@ def say_grid(session: Session, console: Console) -> None:
     cells = {trial.cell_id for trial in session.plan.trials if trial.cell_id}
     skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
     trials, distinct = count(len(session.plan.trials), "trial"), count(len(cells), "distinct cell")
-    console.print(f"{trials}{skipped}: {distinct}, {len(cells & session.finished)} in the store already ({session.store.uri})", soft_wrap=True)
+    console.print(
+        f"{trials}{skipped}: {distinct}, {len(cells & session.finished)} in the store already ({session.store.uri})",
+        soft_wrap=True,
+    )
     for reason, n in Counter(trial.reason for trial in session.plan.trials if trial.reason).most_common(3):
         console.print(f"  skipped {n}: {reason}", style="dim", highlight=False)
 
@@ -266,7 +288,9 @@ def say_first_result(session: Session, task: Task, display: Display) -> None:
         display.say(f"First result after {session.first_result:.1f} s: {task.label}/{list(task.cells)[-1]}: {ranked}")
 
 
-def say_results(session: Session, finished: Sequence[FinishedTrial], console: Console, root: str, written: int, seconds: float) -> None:
+def say_results(
+    session: Session, finished: Sequence[FinishedTrial], console: Console, root: str, written: int, seconds: float
+) -> None:
     """The most sensitive layers of each recipe, where everything is, and what to type next."""
     counts = session.counts()
     scored = sum(cell in session.finished for task in session.tasks.values() for cell in task.cells.values())
@@ -277,15 +301,26 @@ def say_results(session: Session, finished: Sequence[FinishedTrial], console: Co
         console.print(line, highlight=False, soft_wrap=True)
     if len(shown) > _SUMMARY_RECIPES:
         console.print(f"... and {len(shown) - _SUMMARY_RECIPES} more recipes, in the reports", style="dim")
-    console.print(f"\n{counts['done']} of {len(session.plan.trials)} trials done, {count(scored, 'cell')} scored, in {duration(seconds)}.")
-    for trial, reason in [(trial, session.state(trial)[1]) for trial in session.plan.trials if session.state(trial)[0] == "failed"][:5]:
+    console.print(
+        f"\n{counts['done']} of {len(session.plan.trials)} trials done, {count(scored, 'cell')} scored, in {duration(seconds)}."
+    )
+    for trial, reason in [
+        (trial, session.state(trial)[1]) for trial in session.plan.trials if session.state(trial)[0] == "failed"
+    ][:5]:
         console.print(f"failed: {trial.config.model.name}: {trial.name}: {reason}", style="red", highlight=False)
     if counts["failed"]:
-        console.print("What has failed stays so; type the same command with cluster.retry_failed=true to try again.", highlight=False)
+        console.print(
+            "What has failed stays so; type the same command with cluster.retry_failed=true to try again.",
+            highlight=False,
+        )
     console.print(f"Reports: {root} ({written} written)", highlight=False, soft_wrap=True)
     console.print(f"Scores:  {session.store.uri}/scores/*/*.parquet", highlight=False, soft_wrap=True)
     page = f"{root}/{finished[0].trial.model}/layer-analysis/README.md" if finished else ""
-    console.print(f"Next:    open {page}; sweep publish puts reports into models/" if finished else "Next:    sweep status", highlight=False, soft_wrap=True)
+    console.print(
+        f"Next:    open {page}; sweep publish puts reports into models/" if finished else "Next:    sweep status",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _largest(finished: Sequence[FinishedTrial]) -> dict[tuple[str, ...], FinishedTrial]:
@@ -293,7 +328,15 @@ def _largest(finished: Sequence[FinishedTrial]) -> dict[tuple[str, ...], Finishe
     best: dict[tuple[str, ...], FinishedTrial] = {}
     for one in finished:
         trial = one.trial
-        key = (trial.model, trial.dataset, trial.coverage, trial.method, trial.engine, trial.quant_pair, trial.quant_granularity)
+        key = (
+            trial.model,
+            trial.dataset,
+            trial.coverage,
+            trial.method,
+            trial.engine,
+            trial.quant_pair,
+            trial.quant_granularity,
+        )
         if key not in best or SIZES[best[key].trial.size] < SIZES[trial.size]:
             best[key] = one
     return best

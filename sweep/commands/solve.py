@@ -75,7 +75,12 @@ def solve_command(request: Request) -> int:
         made = recipe(options, choice, name, target.name, damage)
     document: dict[str, Any] = summary(options, problem, choice, made) | {"recipe": str(out)}
     n_usable = sum(rules.allowed(option.format) for option in options.formats)
-    document["scored"] = {"recipes": len(options.formats), "usable": n_usable, "dataset": options.trial.dataset, "size": options.trial.size}
+    document["scored"] = {
+        "recipes": len(options.formats),
+        "usable": n_usable,
+        "dataset": options.trial.dataset,
+        "size": options.trial.size,
+    }
     if request.rank:
         document["rank"] = ranked(options, problem, choice)
     if request.n_front is not None:
@@ -127,14 +132,22 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _size(document: Mapping[str, Any]) -> Iterator[str]:
-    parts = {"covered layers": "gb_covered", "embeddings, in 16 bits": "gb_embeddings", "lm_head, in 16 bits": "gb_lm_head", "all else, in 16 bits": "gb_rest"}
+    parts = {
+        "covered layers": "gb_covered",
+        "embeddings, in 16 bits": "gb_embeddings",
+        "lm_head, in 16 bits": "gb_lm_head",
+        "all else, in 16 bits": "gb_rest",
+    }
     yield f"{document['gb']:.4g} GB of weights; lm_head: {document['lm_head']}"
     yield from (f"  {document[key]:10.4g} GB  {name}" for name, key in parts.items() if document[key] is not None)
 
 
 def _ranks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Both orders side by side: by damage, and by damage for what the format saves."""
-    by_byte = sorted((row for row in rows if row["predicted_kl_per_gb_saved"] is not None), key=lambda row: -row["predicted_kl_per_gb_saved"])
+    by_byte = sorted(
+        (row for row in rows if row["predicted_kl_per_gb_saved"] is not None),
+        key=lambda row: -row["predicted_kl_per_gb_saved"],
+    )
     place = {row["group"]: rank for rank, row in enumerate(by_byte, start=1)}
     table = [("rank", "layer group", "format", "predicted KL", "KL per GB saved", "rank by that")]
     for rank, row in enumerate(rows[:_SHOWN_RANKS], start=1):
@@ -149,7 +162,12 @@ def _ranks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _front(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     table = [("recipe", "bits", "GB", "predicted KL")]
     table += [
-        (row.get("format", "best mix"), f"{row['effective_bits']:.3f}", "-" if row["gb"] is None else f"{row['gb']:.4g}", f"{row['predicted_kl']:.4g}")
+        (
+            row.get("format", "best mix"),
+            f"{row['effective_bits']:.3f}",
+            "-" if row["gb"] is None else f"{row['gb']:.4g}",
+            f"{row['predicted_kl']:.4g}",
+        )
         for row in rows
     ]
     yield from (f"  {line}" for line in aligned(table))

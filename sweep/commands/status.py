@@ -37,7 +37,10 @@ def read_status(store: Store) -> dict[str, Any]:
         states["planned"] += gone
     return {
         "store": store.uri,
-        "trials": {"total": len(trials), **{state: states[state] for state in ("planned", "running", "done", "failed", "skipped")}},
+        "trials": {
+            "total": len(trials),
+            **{state: states[state] for state in ("planned", "running", "done", "failed", "skipped")},
+        },
         "failures": [{"trial": row.trial_id, "reason": row.reason} for row in trials.values() if row.state == "failed"],
         "running": running,
         "last_run": last,
@@ -60,7 +63,9 @@ def print_status(overrides: Sequence[str], *, as_json: bool, watch: bool, ask_ra
     """
     config = expand(overrides, multirun=False).points[0]
     store = Store(config.store.uri, repairs=False)
-    console = Console(markup=False, soft_wrap=True)  # paths and reasons may hold brackets, and are copied from the screen
+    console = Console(
+        markup=False, soft_wrap=True
+    )  # paths and reasons may hold brackets, and are copied from the screen
     while True:
         status = read_status(store)
         if ask_ray:
@@ -81,16 +86,24 @@ def _ask_ray(config: ClusterConfig, status: dict[str, Any]) -> dict[str, Any] | 
 
     Raises: SweepError: nothing names a cluster, or none answers.
     """
-    address = (status["last_run"] or {}).get("ray_address") if config.address == "local" else config.address or os.environ.get("RAY_ADDRESS")
+    address = (
+        (status["last_run"] or {}).get("ray_address")
+        if config.address == "local"
+        else config.address or os.environ.get("RAY_ADDRESS")
+    )
     if config.address == "local" and not status["running"]:
         if status["trials"]["total"]:
             return None
-        raise SweepError("No run is under way that would have a Ray cluster. Type cluster.address=HOST:6379 to ask one.")
+        raise SweepError(
+            "No run is under way that would have a Ray cluster. Type cluster.address=HOST:6379 to ask one."
+        )
     if not address:
         raise SweepError("No Ray cluster is named. Type cluster.address=HOST:6379, or set RAY_ADDRESS.")
     own = config.address == "local" and address.startswith("127.")  # else the run has joined it
     if own:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray turns it on by itself for a cluster that it starts, not for who asks one
+        os.environ.setdefault(
+            "RAY_AUTH_MODE", "token"
+        )  # Ray turns it on by itself for a cluster that it starts, not for who asks one
     from sweep.run.cluster import look  # imports Ray
 
     return look(address, on_loopback=own)
@@ -133,10 +146,14 @@ def _run_line(run: dict[str, Any], *, running: bool) -> str:
     if running:
         eta, url = run.get("eta_seconds"), run.get("dashboard_url")
         left = "" if eta is None else f", about {duration(eta)} left"
-        return f"Running: {groups}, {workers}, {run.get('groups_per_second', 0):.0f}/s{left}" + (f"\nRay dashboard: {url}" if url else "")
+        return f"Running: {groups}, {workers}, {run.get('groups_per_second', 0):.0f}/s{left}" + (
+            f"\nRay dashboard: {url}" if url else ""
+        )
     ended = run.get("ended_at")
     return f"Last run: {groups}, {workers}, " + (
-        f"ended {ended} with exit code {run.get('exit_code')}" if ended else f"no sign of life since {run.get('heartbeat_at')}"
+        f"ended {ended} with exit code {run.get('exit_code')}"
+        if ended
+        else f"no sign of life since {run.get('heartbeat_at')}"
     )
 
 

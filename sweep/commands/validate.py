@@ -74,21 +74,39 @@ def wanted(prepared: Prepared, request: Request) -> list[tuple[str, MixedRecipe]
     """
     recipe = prepared.recipe
     found = [("recipe", recipe)]
-    alone = [choice for choice in recipe.groups if request.groups is not None and is_called([choice.group], request.groups)]
+    alone = [
+        choice for choice in recipe.groups if request.groups is not None and is_called([choice.group], request.groups)
+    ]
     if request.groups is not None and not alone:
-        raise SweepError(f"--groups {request.groups!r} matches no layer group. They are called like {recipe.groups[0].group!r}; * stands for anything.")
+        raise SweepError(
+            f"--groups {request.groups!r} matches no layer group. They are called like {recipe.groups[0].group!r}; * stands for anything."
+        )
     if not (request.uniform or request.n_random or alone):
         return found
     options = _options_of(prepared)
     if request.uniform:
-        found += [("uniform", each) for each in uniform_recipes(options) if each.effective_bits <= recipe.effective_bits + 1e-9]
+        found += [
+            ("uniform", each)
+            for each in uniform_recipes(options)
+            if each.effective_bits <= recipe.effective_bits + 1e-9
+        ]
     found += [("random", each) for each in random_mixes(options, request.n_random)]
     for choice in alone:
         index = [group["group"] for group in options.groups].index(choice.group)
         for number, option in enumerate(options.formats):
             only = np.full(len(options.groups), len(options.formats))
             only[index] = number
-            found.append(("group", recipe_of_choice(options, only, f"{short_group(choice.group, choice.modules)} alone, {option.format.label}", recipe.target)))
+            found.append(
+                (
+                    "group",
+                    recipe_of_choice(
+                        options,
+                        only,
+                        f"{short_group(choice.group, choice.modules)} alone, {option.format.label}",
+                        recipe.target,
+                    ),
+                )
+            )
     return found
 
 
@@ -123,8 +141,15 @@ def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
 def _options_of(prepared: Prepared) -> Options:
     """What the store knows of the recipe's model and samples. Raises: SweepError: nothing."""
     config, recipe = prepared.config, prepared.recipe
-    typed = [f"store.uri={config.store.uri}", f"dataset={recipe.dataset}", f"dataset.size={recipe.size}", f"sensitivity.coverage={recipe.coverage}"]
+    typed = [
+        f"store.uri={config.store.uri}",
+        f"dataset={recipe.dataset}",
+        f"dataset.size={recipe.size}",
+        f"sensitivity.coverage={recipe.coverage}",
+    ]
     options = read_options(Store(config.store.uri), typed)
     if options.trial.model_revision != recipe.model_revision:
-        raise SweepError(f"The store {config.store.uri} holds cells of another revision of {recipe.model} than the recipe's. Type store.uri=DIR.")
+        raise SweepError(
+            f"The store {config.store.uri} holds cells of another revision of {recipe.model} than the recipe's. Type store.uri=DIR."
+        )
     return options

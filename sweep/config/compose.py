@@ -28,9 +28,15 @@ from sweep.core import cache
 from sweep.core.errors import SweepError, require_known
 from sweep.core.paths import bundled_model_dir, conf_dir
 
-_OF_THE_RUN = frozenset({"store", "output_layout", "cluster", "grid", "target", "validation", "sensitivity.memory_gb"})  # not of a trial: they cannot be axes
+_OF_THE_RUN = frozenset(
+    {"store", "output_layout", "cluster", "grid", "target", "validation", "sensitivity.memory_gb"}
+)  # not of a trial: they cannot be axes
 DEFAULT_GRID = "deployable"  # of a multirun that says neither what to span nor which recipe
-_RECIPE_KEYS: tuple[str, ...] = ("quant_pair", "quant_granularity", "sensitivity.quant_algorithm")  # what a point of a target's grid consists of
+_RECIPE_KEYS: tuple[str, ...] = (
+    "quant_pair",
+    "quant_granularity",
+    "sensitivity.quant_algorithm",
+)  # what a point of a target's grid consists of
 
 
 def _refuse_environment(name: str, *default: str) -> str:
@@ -67,7 +73,9 @@ def expand(overrides: Sequence[str], *, multirun: bool, default_grid: str = "non
     except (HydraException, OmegaConfBaseException) as error:
         if isinstance(error.__cause__, SweepError):
             raise error.__cause__ from None
-        raise SweepError(f"{str(error).strip().splitlines()[0]} Overrides are Hydra's: group=option or key=value. See: sweep run --help") from error
+        raise SweepError(
+            f"{str(error).strip().splitlines()[0]} Overrides are Hydra's: group=option or key=value. See: sweep run --help"
+        ) from error
 
 
 def to_yaml(config: SweepConfig) -> str:
@@ -85,7 +93,9 @@ def _expand(overrides: Sequence[str], multirun: bool, default_grid: str) -> Grid
         if not values:
             raise SweepError(f"{key}=... matches nothing. Choose among: {', '.join(options.get(key, ()))}.")
         if len(values) > 1 and (key.split(".")[0] in _OF_THE_RUN or key in _OF_THE_RUN):
-            raise SweepError(f"{key} is one for the whole grid, but {len(values)} values are given. Type one, or run the sweeps one after the other.")
+            raise SweepError(
+                f"{key} is one for the whole grid, but {len(values)} values are given. Type one, or run the sweeps one after the other."
+            )
     _check_groups(given, options)
     _check_keys(given, options)
     if multirun and not any(len(values) > 1 or key in ("grid", *_RECIPE_KEYS) for key, values in given.items()):
@@ -101,7 +111,11 @@ def _expand(overrides: Sequence[str], multirun: bool, default_grid: str) -> Grid
     spanned = {key: tuple(dict.fromkeys(recipe[key] for recipe in recipes)) for key in recipes[0]} | axes
     _check_groups(spanned, options)
     choices = _choices(singles, spanned)
-    products = (recipe | dict(zip(axes, values, strict=True)) for recipe in recipes for values in itertools.product(*axes.values()))
+    products = (
+        recipe | dict(zip(axes, values, strict=True))
+        for recipe in recipes
+        for values in itertools.product(*axes.values())
+    )
     return Grid(points=tuple(_point(base, choices, values, options) for values in products), axes=spanned)
 
 
@@ -113,7 +127,10 @@ def _target_points(base: Mapping[str, Any], given: Mapping[str, tuple[str, ...]]
     target = Target.from_config(TargetConfig.from_node("target", base["target"]))
     pairs, granularities = (given.get(key) for key in _RECIPE_KEYS[:2])
     algorithms = given.get(_RECIPE_KEYS[2], (base["sensitivity"]["quant_algorithm"],))
-    points = [dict(zip(_RECIPE_KEYS, point, strict=True)) for point in target.points(pairs=pairs, granularities=granularities, algorithms=algorithms)]
+    points = [
+        dict(zip(_RECIPE_KEYS, point, strict=True))
+        for point in target.points(pairs=pairs, granularities=granularities, algorithms=algorithms)
+    ]
     if not points:
         asked = "; ".join(f"{key}={','.join(given[key])}" for key in _RECIPE_KEYS if key in given)
         runs = ", ".join(recipe.name for recipe in target.recipes)
@@ -125,9 +142,13 @@ def _target_points(base: Mapping[str, Any], given: Mapping[str, tuple[str, ...]]
 
 
 def _parsed(override: str) -> Override:
-    with_home = re.sub(r"([=,])~(?=/)", lambda found: f"{found[1]}{Path.home()}", override)  # a shell leaves it there, and Hydra's grammar has no ~
+    with_home = re.sub(
+        r"([=,])~(?=/)", lambda found: f"{found[1]}{Path.home()}", override
+    )  # a shell leaves it there, and Hydra's grammar has no ~
     try:
-        return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides([with_home])[0]
+        return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(
+            [with_home]
+        )[0]
     except HydraException as error:
         raise SweepError(
             f"Cannot read the override {override!r}. Type group=option or key=value, as in Hydra; "
@@ -136,16 +157,26 @@ def _parsed(override: str) -> Override:
 
 
 def _group_options() -> dict[str, list[str]]:
-    return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in conf_dir().iterdir() if group.is_dir()}
+    return {
+        group.name: sorted(path.stem for path in group.glob("*.yaml"))
+        for group in conf_dir().iterdir()
+        if group.is_dir()
+    }
 
 
 def _check_form(override: Override, multirun: bool) -> None:
     if override.type is not OverrideType.CHANGE:
-        raise SweepError(f"{override.input_line!r} adds or removes a key; the keys are fixed. Type key=value. All of them: sweep run --cfg job")
+        raise SweepError(
+            f"{override.input_line!r} adds or removes a key; the keys are fixed. Type key=value. All of them: sweep run --cfg job"
+        )
     if override.is_sweep_override() and not multirun:
-        raise SweepError(f"{override.input_line!r} names several values. Add -m for a grid: sweep run -m {override.input_line}")
+        raise SweepError(
+            f"{override.input_line!r} names several values. Add -m for a grid: sweep run -m {override.input_line}"
+        )
     if override.is_sweep_override() and not override.is_discrete_sweep():
-        raise SweepError(f"{override.input_line!r} is no list of values. A grid needs a,b or choice(), range() or glob().")
+        raise SweepError(
+            f"{override.input_line!r} is no list of values. A grid needs a,b or choice(), range() or glob()."
+        )
 
 
 def _values(override: Override) -> Iterator[str]:
@@ -184,7 +215,9 @@ def _choices(singles: Mapping[str, str], axes: Mapping[str, Sequence[str]]) -> d
 
 def _composed(chosen: Mapping[str, str]) -> dict[str, Any]:
     def compute() -> dict[str, Any]:
-        composed: Any = OmegaConf.to_container(compose("config", overrides=[f"{key}={value}" for key, value in chosen.items()]), resolve=True)
+        composed: Any = OmegaConf.to_container(
+            compose("config", overrides=[f"{key}={value}" for key, value in chosen.items()]), resolve=True
+        )
         return composed
 
     return cache.remember("composed", [2, version("hydra-core"), _tree_key(), list(chosen.items())], compute)
@@ -193,7 +226,11 @@ def _composed(chosen: Mapping[str, str]) -> dict[str, Any]:
 @functools.cache
 def _tree_key() -> list[list[str | int]]:
     """What tells that no file of the config tree has changed."""
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path in sorted(conf_dir().rglob("*.yaml")) for stat in [path.stat()]]
+    return [
+        [str(path), stat.st_size, stat.st_mtime_ns]
+        for path in sorted(conf_dir().rglob("*.yaml"))
+        for stat in [path.stat()]
+    ]
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
@@ -213,7 +250,12 @@ def _axes(grid: Mapping[str, Any], given: Mapping[str, tuple[str, ...]], multiru
     return axes | {key: values for key, values in given.items() if len(values) > 1}
 
 
-def _point(base: Mapping[str, Any], choices: Mapping[str, Mapping[str, Any]], values: Mapping[str, str], options: Mapping[str, Sequence[str]]) -> SweepConfig:
+def _point(
+    base: Mapping[str, Any],
+    choices: Mapping[str, Mapping[str, Any]],
+    values: Mapping[str, str],
+    options: Mapping[str, Sequence[str]],
+) -> SweepConfig:
     """The base with each axis' node put in: groups first, single keys after, so that `dataset=a,b dataset.size=...` works."""
     nodes = {section: dict(base[section]) for section in SECTIONS}
     for key, value in values.items():
@@ -226,7 +268,9 @@ def _point(base: Mapping[str, Any], choices: Mapping[str, Mapping[str, Any]], va
             for word in path:
                 found = found[word]
             if len(path) > 1:
-                raise SweepError(f"{key} cannot be an axis: write a new option of group {section!r} instead, conf/{section}/NAME.yaml.")
+                raise SweepError(
+                    f"{key} cannot be an axis: write a new option of group {section!r} instead, conf/{section}/NAME.yaml."
+                )
             nodes[section][path[0]] = found
     _fill_in(nodes)
     return SweepConfig(**{section: kind.from_node(section, nodes[section]) for section, kind in SECTIONS.items()})  # pyright: ignore[reportArgumentType]

@@ -26,7 +26,9 @@ class ModelConfig(Section):
 
     name: str | None  # [a-z0-9_]+, in published paths; None: a slug of the path
     path: str | None  # directory or hub id; None: the bundled model
-    dtype: Literal["auto", "float32", "bfloat16"]  # what the model computes in; auto: float32 on a CPU, bfloat16 on a GPU
+    dtype: Literal[
+        "auto", "float32", "bfloat16"
+    ]  # what the model computes in; auto: float32 on a CPU, bfloat16 on a GPU
 
     def dtype_on(self, device: Literal["cpu", "cuda"]) -> Literal["float32", "bfloat16"]:
         """What it computes in there."""
@@ -40,7 +42,9 @@ class DatasetConfig(Section):
     """Which samples calibrate and score."""
 
     name: str  # [a-z0-9_]+, in published paths
-    kind: Literal["bundled", "scenes", "captions"]  # texts shipped with the bundled model; drawn images; a file or hub data set
+    kind: Literal[
+        "bundled", "scenes", "captions"
+    ]  # texts shipped with the bundled model; drawn images; a file or hub data set
     size: Size  # 16, 128, 512 samples; each a prefix of the next
     max_tokens: int  # tokens; longer samples are cut
     captions_path: str | None  # text file, one caption a line; wins over the hub
@@ -50,22 +54,36 @@ class DatasetConfig(Section):
 
     def __post_init__(self) -> None:
         if self.max_tokens < 2:
-            raise SweepError(f"dataset.max_tokens={self.max_tokens} leaves no token to predict. Type at least 2; 512 is the default.")
-        if self.kind == "captions" and self.captions_path is None and None in (self.hub_id, self.hub_split, self.hub_column):
-            raise SweepError(f"Data set {self.name!r} names no source. Type dataset.captions_path=FILE, or dataset.hub_id, hub_split and hub_column.")
+            raise SweepError(
+                f"dataset.max_tokens={self.max_tokens} leaves no token to predict. Type at least 2; 512 is the default."
+            )
+        if (
+            self.kind == "captions"
+            and self.captions_path is None
+            and None in (self.hub_id, self.hub_split, self.hub_column)
+        ):
+            raise SweepError(
+                f"Data set {self.name!r} names no source. Type dataset.captions_path=FILE, or dataset.hub_id, hub_split and hub_column."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SensitivityConfig(Section):
     """What is measured."""
 
-    method: Literal["gradient", "kl_div"]  # sum of (dLoss/dy * dy)^2; or KL(unquantized || one group quantized), measured
+    method: Literal[
+        "gradient", "kl_div"
+    ]  # sum of (dLoss/dy * dy)^2; or KL(unquantized || one group quantized), measured
     engine: Literal["layerwise", "modelopt"]  # ours, or stock mtq.auto_quantize as a cross-check
     coverage: Coverage
     lm_head: bool  # score lm_head as well
     quant_algorithm: str  # ModelOpt's calibration algorithm
-    scales: Literal["fused", "private"]  # whether the linears of a layer group share what runtimes share (ranges per tensor), or each has its own
-    memory_gb: float | None  # memory a worker may use, 1e9 bytes; None: what is free on its GPU, or its share of the machine's
+    scales: Literal[
+        "fused", "private"
+    ]  # whether the linears of a layer group share what runtimes share (ranges per tensor), or each has its own
+    memory_gb: (
+        float | None
+    )  # memory a worker may use, 1e9 bytes; None: what is free on its GPU, or its share of the machine's
 
     def __post_init__(self) -> None:
         if self.quant_algorithm != "max" and (self.engine != "layerwise" or self.method != "gradient"):
@@ -74,11 +92,17 @@ class SensitivityConfig(Section):
                 "Type sensitivity.quant_algorithm=max, or leave engine and method out."
             )
         if (self.engine, self.method) == ("modelopt", "kl_div"):
-            raise SweepError("sensitivity.engine=modelopt cross-checks method=gradient only. Type sensitivity.method=gradient, or engine=layerwise.")
+            raise SweepError(
+                "sensitivity.engine=modelopt cross-checks method=gradient only. Type sensitivity.method=gradient, or engine=layerwise."
+            )
         if (self.engine, self.scales) == ("modelopt", "fused"):
-            raise SweepError("sensitivity.engine=modelopt gives every linear its own scales. Type sensitivity.scales=private, or engine=layerwise.")
+            raise SweepError(
+                "sensitivity.engine=modelopt gives every linear its own scales. Type sensitivity.scales=private, or engine=layerwise."
+            )
         if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
-            raise SweepError(f"sensitivity.memory_gb={self.memory_gb:g} is not allowed. Type a number of GB above 0, or null.")
+            raise SweepError(
+                f"sensitivity.memory_gb={self.memory_gb:g} is not allowed. Type a number of GB above 0, or null."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,11 +141,17 @@ class OutputConfig(Section):
 class ClusterConfig(Section):
     """What computes."""
 
-    address: str | None  # of a Ray cluster, host:port; local: one of this run's own, on this machine; null: $RAY_ADDRESS
+    address: (
+        str | None
+    )  # of a Ray cluster, host:port; local: one of this run's own, on this machine; null: $RAY_ADDRESS
     dashboard: bool | Literal["auto"]  # of a cluster of this run's own; auto: where there is a GPU
     device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is a GPU
-    workers: int | Literal["auto"]  # auto: one a GPU (or share of one), else one a CPU core; on a cluster more when nodes join
-    gpus_per_worker: float  # a fraction: several workers share a GPU; 2 or more: a worker spreads the model over so many
+    workers: (
+        int | Literal["auto"]
+    )  # auto: one a GPU (or share of one), else one a CPU core; on a cluster more when nodes join
+    gpus_per_worker: (
+        float  # a fraction: several workers share a GPU; 2 or more: a worker spreads the model over so many
+    )
     retry_failed: bool  # try trials again that failed for their own reason
 
     def __post_init__(self) -> None:
@@ -129,7 +159,9 @@ class ClusterConfig(Section):
             raise SweepError(f"cluster.workers={self.workers} leaves nobody to work. Type at least 1, or auto.")
         share = self.gpus_per_worker
         if not (0 < share <= 1 or (1 < share < math.inf and share == int(share))):  # refuses NaN as well
-            raise SweepError(f"cluster.gpus_per_worker={share:g} is not allowed. Type a fraction up to 1, or a whole number.")
+            raise SweepError(
+                f"cluster.gpus_per_worker={share:g} is not allowed. Type a fraction up to 1, or a whole number."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +174,9 @@ class StoreConfig(Section):
         if not self.uri.strip():
             raise SweepError("store.uri is empty. Type store.uri=DIR, or the URL of an object store.")
         if self.uri.startswith("memory:"):
-            raise SweepError(f"store.uri={self.uri} lives in one process only; workers are others. Type a local directory, or the URL of an object store.")
+            raise SweepError(
+                f"store.uri={self.uri} lives in one process only; workers are others. Type a local directory, or the URL of an object store."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,10 +196,16 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         names = {"model.name": self.model.name, "dataset.name": self.dataset.name}
-        names |= {"quant_pair.name": self.quant_pair.name, "quant_granularity.name": self.quant_granularity.name, "target.name": self.target.name}
+        names |= {
+            "quant_pair.name": self.quant_pair.name,
+            "quant_granularity.name": self.quant_granularity.name,
+            "target.name": self.target.name,
+        }
         for key, name in names.items():
             if name is None or not _NAME.fullmatch(name):
-                raise SweepError(f"{key}={name!r} is no name. It becomes part of paths: use lower-case letters, digits and _ only.")
+                raise SweepError(
+                    f"{key}={name!r} is no name. It becomes part of paths: use lower-case letters, digits and _ only."
+                )
         for key, value, other in (("method", "kl_div", "gradient"), ("engine", "modelopt", "layerwise")):
             if self.cluster.gpus_per_worker > 1 and getattr(self.sensitivity, key) == value:
                 raise SweepError(

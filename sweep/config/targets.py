@@ -15,7 +15,12 @@ from sweep.config.schema import TargetConfig
 from sweep.core.errors import SweepError, require_known
 from sweep.core.paths import conf_dir
 
-ALGORITHMS: Final = ("max", "mse", "awq_lite", "smoothquant")  # ModelOpt's calibration algorithms that a target may name
+ALGORITHMS: Final = (
+    "max",
+    "mse",
+    "awq_lite",
+    "smoothquant",
+)  # ModelOpt's calibration algorithms that a target may name
 EXPORTS: Final = ("compressed_tensors", "modelopt")  # checkpoint formats: their `format`, their `quant_algo`
 
 StatusKind = Literal["native", "runs_as", "none"]
@@ -96,7 +101,10 @@ class Target:
             if recipe.quant_pair == quant_pair and quant_granularity in recipe.granularities:
                 if algorithm not in recipe.algorithms:
                     held = ", ".join(recipe.algorithms)
-                    return _none(f"{self.name} runs {recipe.name}, but cannot hold what {algorithm} gives; it can: {held}", recipe.source)
+                    return _none(
+                        f"{self.name} runs {recipe.name}, but cannot hold what {algorithm} gives; it can: {held}",
+                        recipe.source,
+                    )
                 return TargetStatus(
                     kind="native" if recipe.runs_as is None else "runs_as",
                     runs_as=recipe.runs_as,
@@ -108,7 +116,11 @@ class Target:
         return _none(f"{self.name} has nothing that runs {quant_pair}/{quant_granularity}", None)
 
     def points(
-        self, *, pairs: Collection[str] | None = None, granularities: Collection[str] | None = None, algorithms: Collection[str] = ("max",)
+        self,
+        *,
+        pairs: Collection[str] | None = None,
+        granularities: Collection[str] | None = None,
+        algorithms: Collection[str] = ("max",),
     ) -> Iterator[tuple[str, str, str]]:
         """Pair, granularity and algorithm of what runs, each recipe once, under the first of its names that is asked for.
 
@@ -120,7 +132,11 @@ class Target:
         for recipe in self.recipes:
             named = [name for name in recipe.granularities if granularities is None or name in granularities]
             if named and (pairs is None or recipe.quant_pair in pairs):
-                yield from ((recipe.quant_pair, named[0], algorithm) for algorithm in algorithms if algorithm in recipe.algorithms)
+                yield from (
+                    (recipe.quant_pair, named[0], algorithm)
+                    for algorithm in algorithms
+                    if algorithm in recipe.algorithms
+                )
 
 
 @functools.cache
@@ -133,7 +149,10 @@ def all_targets() -> tuple[Target, ...]:
 def served_as(quant_pair: str, quant_granularity: str, algorithm: str) -> dict[str, dict[str, str | None]]:
     """Status, recipe that really runs, and the reader's name of one recipe under every target, as reports state them."""
     found = {target.name: target.status(quant_pair, quant_granularity, algorithm) for target in all_targets()}
-    return {name: {"status": status.kind, "runs_as": status.runs_as, "reader_name": status.reader_name} for name, status in found.items()}
+    return {
+        name: {"status": status.kind, "runs_as": status.runs_as, "reader_name": status.reader_name}
+        for name, status in found.items()
+    }
 
 
 def _none(reason: str, source: str | None) -> TargetStatus:
@@ -141,7 +160,9 @@ def _none(reason: str, source: str | None) -> TargetStatus:
 
 
 _OPTIONAL: Final[Mapping[str, Any]] = {"also": [], "algorithms": ["max"], "runs_as": None, "export": {}, "note": None}
-_KEYS: Final = tuple(field.name for field in fields(TargetRecipe) if field.name not in ("quant_pair", "quant_granularity"))
+_KEYS: Final = tuple(
+    field.name for field in fields(TargetRecipe) if field.name not in ("quant_pair", "quant_granularity")
+)
 
 
 def _recipe(name: str, node: Mapping[str, Any], sources: Mapping[str, str], where: str) -> TargetRecipe:
@@ -162,7 +183,13 @@ def _recipe(name: str, node: Mapping[str, Any], sources: Mapping[str, str], wher
     for one in values["export"]:
         require_known(f"export format in {where}", str(one), EXPORTS)
     require_known(f"source in {where}", str(values["source"]), sources)
-    values |= {"quant_pair": pair, "quant_granularity": granularity, "also": also, "algorithms": algorithms, "source": sources[values["source"]]}
+    values |= {
+        "quant_pair": pair,
+        "quant_granularity": granularity,
+        "also": also,
+        "algorithms": algorithms,
+        "source": sources[values["source"]],
+    }
     return TargetRecipe(**values)
 
 

@@ -55,7 +55,9 @@ class Plan:
         """Hash of every tensor fed to the model for `size`, and of which sample each row is, in canonical order."""
         sha = hashlib.sha256()
         for batch in self.batches(size):
-            sha.update(f"{batch.order}:".encode())  # data sets in other orders may have equal batches, but not equal sample scores
+            sha.update(
+                f"{batch.order}:".encode()
+            )  # data sets in other orders may have equal batches, but not equal sample scores
             for key in sorted(batch.tensors):
                 array = np.ascontiguousarray(batch.tensors[key])
                 sha.update(f"{key}:{array.dtype.str}:{array.shape}:".encode())

@@ -54,7 +54,10 @@ def part_of(module: str) -> tuple[str, int | None]:
 def short_group(group: str, modules: Sequence[str]) -> str:
     """A layer group as people call it: ``layers.6.self_attn.q/k/v_proj``, ``visual.blocks.0.attn.qkv``."""
     parent, _, leaf = group.rpartition(".")
-    parents, leaves = {module.rpartition(".")[0] for module in modules}, [module.rpartition(".")[2] for module in modules]
+    parents, leaves = (
+        {module.rpartition(".")[0] for module in modules},
+        [module.rpartition(".")[2] for module in modules],
+    )
     if len(modules) > 1 and parents == {parent}:
         ending = "_proj" if all(name.endswith("_proj") for name in leaves) else ""
         leaf = "/".join(name.removesuffix(ending) for name in leaves) + ending

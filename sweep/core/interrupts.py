@@ -25,7 +25,9 @@ def interruptible() -> Generator[None]:
             yield
     finally:
         if told is not None:
-            exec("")  # if another exec was interrupted, as dataclasses use, CPython would end the process by SIGINT (3.11)
+            exec(
+                ""
+            )  # if another exec was interrupted, as dataclasses use, CPython would end the process by SIGINT (3.11)
             raise KeyboardInterrupt
 
 

@@ -44,7 +44,12 @@ def first_gpu() -> Gpu | None:
     """The first GPU that this machine shows, None without nvidia-smi or a GPU."""
     if not n_gpus() or (tool := shutil.which("nvidia-smi")) is None:
         return None
-    asked = subprocess.run([tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if asked.returncode or not asked.stdout.strip():
         return None
     name, mib, capability = (field.strip() for field in asked.stdout.splitlines()[0].rsplit(",", 2))

@@ -13,7 +13,10 @@ def aligned(rows: Sequence[Sequence[str]], *, figures: bool = False) -> list[str
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines: list[str] = []
     for row in rows:
-        cells = (text.rjust(width) if figures and column else text.ljust(width) for column, (text, width) in enumerate(zip(row, widths, strict=True)))
+        cells = (
+            text.rjust(width) if figures and column else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
         lines.append("  ".join(cells).rstrip())
     return lines
 

@@ -27,7 +27,9 @@ def check_fields(quantizer: str, fields: Mapping[str, Any], where: str) -> None:
         if not fits(value):
             raise SweepError(f"{field}: {value!r} of {quantizer!r} in {where} is not allowed. Type {allowed}.")
     if fields.get("axis") is not None and fields.get("block_sizes") is not None:
-        raise SweepError(f"{quantizer!r} in {where} has both axis and block_sizes, which exclude each other. Keep one of them.")
+        raise SweepError(
+            f"{quantizer!r} in {where} has both axis and block_sizes, which exclude each other. Keep one of them."
+        )
 
 
 def _is_count(value: object, low: int, high: int) -> bool:
@@ -43,7 +45,9 @@ def _is_axis(value: object) -> bool:
 
 
 def _is_blocks(value: object) -> bool:
-    return value is None or (isinstance(value, Mapping) and bool(value) and all(_is_block_item(key, item) for key, item in value.items()))
+    return value is None or (
+        isinstance(value, Mapping) and bool(value) and all(_is_block_item(key, item) for key, item in value.items())
+    )
 
 
 def _is_block_item(key: object, value: object) -> bool:
@@ -58,7 +62,10 @@ def _is_block_item(key: object, value: object) -> bool:
 _ALLOWED: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "num_bits": (_is_num_bits, "a whole number of bits from 2 to 16, or exponent and mantissa bits such as [4, 3]"),
     "axis": (_is_axis, "null (per tensor), 0 (per output channel) or 1 (per input channel)"),
-    "block_sizes": (_is_blocks, "a mapping such as {-1: 64} (blocks along the inputs), with type and scale_bits beside it if the format has them"),
+    "block_sizes": (
+        _is_blocks,
+        "a mapping such as {-1: 64} (blocks along the inputs), with type and scale_bits beside it if the format has them",
+    ),
     "type": (lambda value: value in ("static", "dynamic"), "static or dynamic"),
     "narrow_range": (lambda value: isinstance(value, bool), "true or false"),
 }

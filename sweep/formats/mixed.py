@@ -37,7 +37,9 @@ class GroupFormat:
     @property
     def label(self) -> str:
         """What files and tables call it: ``wint4_afp16/w_group128/awq_lite``; the algorithm `max` goes without saying."""
-        return "/".join([self.quant_pair, self.quant_granularity, *([] if self.algorithm == "max" else [self.algorithm])])
+        return "/".join(
+            [self.quant_pair, self.quant_granularity, *([] if self.algorithm == "max" else [self.algorithm])]
+        )
 
     @property
     def effective_bits(self) -> float:
@@ -112,25 +114,35 @@ class MixedRecipe:
         try:
             document: Any = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise SweepError(f"{where} is no YAML: {str(error).splitlines()[0]}. Have `sweep solve` write it again.") from error
+            raise SweepError(
+                f"{where} is no YAML: {str(error).splitlines()[0]}. Have `sweep solve` write it again."
+            ) from error
         if not isinstance(document, dict) or "recipe_version" not in document:
             raise SweepError(f"{where} is no recipe file: it has no recipe_version. `sweep solve` writes them.")
         if document["recipe_version"] != RECIPE_VERSION:
             raise SweepError(
                 f"{where} has recipe_version {document['recipe_version']}; this program reads {RECIPE_VERSION}. Have `sweep solve` write it again."
             )
-        nodes: dict[str, Any] = {key: value for key, value in document.items() if key not in ("recipe_version", "totals")}
+        nodes: dict[str, Any] = {
+            key: value for key, value in document.items() if key not in ("recipe_version", "totals")
+        }
         _check_keys(nodes, cls, where)
         formats: dict[str, GroupFormat] = {}
         for label, node in _mapping(nodes["formats"], f"{where}: formats").items():
             formats[label] = _format(node, f"{where}: format {label!r}")
             if formats[label].label != label:
-                raise SweepError(f"{where}: format {label!r} describes {formats[label].label!r}. Give it the name of what it describes.")
+                raise SweepError(
+                    f"{where}: format {label!r} describes {formats[label].label!r}. Give it the name of what it describes."
+                )
         if not isinstance(nodes["groups"], list) or not nodes["groups"]:
             raise SweepError(f"{where} names no layer groups.")
         groups = tuple(_choice(node, formats, where) for node in nodes["groups"])
         modules = [module for choice in groups for module in choice.modules]
-        if doubled := sorted({module for module in modules if modules.count(module) > 1}) if len(modules) != len(set(modules)) else []:
+        if (
+            doubled := sorted({module for module in modules if modules.count(module) > 1})
+            if len(modules) != len(set(modules))
+            else []
+        ):
             raise SweepError(f"{where}: {doubled[0]} is in two layer groups. A linear has one format.")
         nodes |= {"formats": formats, "groups": groups}
         return cls(**nodes)
@@ -155,7 +167,9 @@ def _choice(node: Any, formats: Mapping[str, GroupFormat], where: str) -> GroupC
     name = node.get("group", "?") if isinstance(node, dict) else "?"
     _check_keys(_mapping(node, f"{where}: group {name!r}"), GroupChoice, f"{where}: group {name!r}")
     if not 0 <= node["predicted_kl"] < float("inf"):
-        raise SweepError(f"{where}: group {name!r}: predicted_kl is {node['predicted_kl']}. It is a number of 0 or more. Have `sweep solve` write it again.")
+        raise SweepError(
+            f"{where}: group {name!r}: predicted_kl is {node['predicted_kl']}. It is a number of 0 or more. Have `sweep solve` write it again."
+        )
     fields_: dict[str, Any] = {**node, "modules": tuple(node["modules"])}
     choice = GroupChoice(**fields_)
     if choice.format is not None:
@@ -172,7 +186,9 @@ def _check_keys(node: Mapping[str, Any], kind: type, where: str) -> None:
         raise SweepError(f"{where} lacks {missing[0]!r}. Have `sweep solve` write it again.")
     for key, value in node.items():
         if key not in _NESTED and not fits(value, hints[key]):
-            raise SweepError(f"{where}: {key} is {value!r}. Allowed: {describe(hints[key])}. Have `sweep solve` write it again.")
+            raise SweepError(
+                f"{where}: {key} is {value!r}. Allowed: {describe(hints[key])}. Have `sweep solve` write it again."
+            )
 
 
 def _mapping(node: Any, where: str) -> dict[str, Any]:

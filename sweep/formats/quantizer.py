@@ -95,7 +95,9 @@ class QuantizerSpec:
         """What identifies the quantizer: every field, defaults filled in, in one order."""
         fields = {**ATTRIBUTE_DEFAULTS, **{key: value for key, value in self.attributes.items() if key != COST_HINT}}
         if fields["block_sizes"] is not None:
-            fields["block_sizes"] = {key: value for key, value in fields["block_sizes"].items() if (key, value) != ("type", "static")}
+            fields["block_sizes"] = {
+                key: value for key, value in fields["block_sizes"].items() if (key, value) != ("type", "static")
+            }
         return canonical_value(fields)
 
 
@@ -111,11 +113,17 @@ def check_format(name: str, spec: QuantizerSpec) -> None:
     if spec.attributes.get("axis") is not None and spec.block_sizes:
         raise InvalidRecipe(f"The {name} have both axis and block_sizes, which exclude each other.")
     if spec.num_bits == _FP4 and not spec.block_elements:
-        raise InvalidRecipe(f"FP4 {name} need blocks: ModelOpt has no FP4 per tensor or per channel. Choose a granularity that keeps or sets block_sizes.")
+        raise InvalidRecipe(
+            f"FP4 {name} need blocks: ModelOpt has no FP4 per tensor or per channel. Choose a granularity that keeps or sets block_sizes."
+        )
     if isinstance(spec.num_bits, tuple) and spec.num_bits != _FP8 and not spec.has_dynamic_blocks:
-        raise InvalidRecipe(f"ModelOpt has E{spec.num_bits[0]}M{spec.num_bits[1]} {name} in dynamic blocks only. Give block_sizes type: dynamic.")
+        raise InvalidRecipe(
+            f"ModelOpt has E{spec.num_bits[0]}M{spec.num_bits[1]} {name} in dynamic blocks only. Give block_sizes type: dynamic."
+        )
     if spec.has_dynamic_blocks and isinstance(spec.num_bits, int) and spec.num_bits != _MX_INTEGER_BITS:
-        raise InvalidRecipe(f"ModelOpt's kernel for dynamic blocks has no {spec.num_bits}-bit integers ({name}). Choose static blocks, or 8 bits.")
+        raise InvalidRecipe(
+            f"ModelOpt's kernel for dynamic blocks has no {spec.num_bits}-bit integers ({name}). Choose static blocks, or 8 bits."
+        )
     n = spec.block_elements
     if spec.has_dynamic_blocks and n and not (n & (n - 1) == 0 if spec.is_nvfp4 else n in _KERNEL_BLOCKS):
         allowed = "powers of two" if spec.is_nvfp4 else ", ".join(map(str, _KERNEL_BLOCKS))

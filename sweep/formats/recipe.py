@@ -16,14 +16,32 @@ from sweep.core.pairs import GranularityConfig, PairConfig
 from sweep.formats.fields import QUANTIZERS, check_fields
 from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, QuantizerSpec, check_format, tupled
 
-ALGORITHMS: Final = ("max", "mse", "awq_lite", "smoothquant")  # calibration algorithms that have a parity test against ModelOpt
+ALGORITHMS: Final = (
+    "max",
+    "mse",
+    "awq_lite",
+    "smoothquant",
+)  # calibration algorithms that have a parity test against ModelOpt
 
-SCALES_INPUTS: Final = frozenset({"awq_lite", "smoothquant"})  # those that multiply the inputs by a scale, found on samples
+SCALES_INPUTS: Final = frozenset(
+    {"awq_lite", "smoothquant"}
+)  # those that multiply the inputs by a scale, found on samples
 
-_ALGORITHM_DEFAULTS: Final[Mapping[str, object]] = {"alpha_step": 0.1, "alpha": 1.0}  # ModelOpt 0.47's, of awq_lite and of smoothquant
-_VISION_PATTERNS = frozenset({"*visual*", "*vision_tower*", "*vision_model*", "*embed_vision*", "*multi_modal_projector*"})
+_ALGORITHM_DEFAULTS: Final[Mapping[str, object]] = {
+    "alpha_step": 0.1,
+    "alpha": 1.0,
+}  # ModelOpt 0.47's, of awq_lite and of smoothquant
+_VISION_PATTERNS = frozenset(
+    {"*visual*", "*vision_tower*", "*vision_model*", "*embed_vision*", "*multi_modal_projector*"}
+)
 _LM_HEAD_PATTERNS = frozenset({"*lm_head*", "*output_layer*"})
-_NUM_BITS: Final[Mapping[str, int | tuple[int, int] | None]] = {"int4": 4, "int8": 8, "fp4": (2, 1), "fp8": (4, 3), "fp16": None}
+_NUM_BITS: Final[Mapping[str, int | tuple[int, int] | None]] = {
+    "int4": 4,
+    "int8": 8,
+    "fp4": (2, 1),
+    "fp8": (4, 3),
+    "fp16": None,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +62,14 @@ class Recipe:
     @property
     def _switches(self) -> list[tuple[str, str | None, bool]]:
         """Entries that only switch quantizers on or off, but for the first, which every recipe has."""
-        entries = [entry for entry in self.quant_cfg if entry.get("cfg") is None and entry["quantizer_name"] not in ("*", *QUANTIZERS)]
-        return sorted((entry["quantizer_name"], entry.get("parent_class"), bool(entry.get("enable"))) for entry in entries)
+        entries = [
+            entry
+            for entry in self.quant_cfg
+            if entry.get("cfg") is None and entry["quantizer_name"] not in ("*", *QUANTIZERS)
+        ]
+        return sorted(
+            (entry["quantizer_name"], entry.get("parent_class"), bool(entry.get("enable"))) for entry in entries
+        )
 
     @property
     def calibrates_activations(self) -> bool:
@@ -79,7 +103,15 @@ class Recipe:
         return self.weight.block_sizes.get(-2) if self.weight is not None else None
 
 
-def resolve(pair: PairConfig, granularity: GranularityConfig, preset: Mapping[str, Any], *, coverage: str, lm_head: bool, algorithm: str) -> Recipe:
+def resolve(
+    pair: PairConfig,
+    granularity: GranularityConfig,
+    preset: Mapping[str, Any],
+    *,
+    coverage: str,
+    lm_head: bool,
+    algorithm: str,
+) -> Recipe:
     """The recipe of one pair under one granularity.
 
     Args:
@@ -95,15 +127,26 @@ def resolve(pair: PairConfig, granularity: GranularityConfig, preset: Mapping[st
         SweepError: an override that is wrong whatever it is combined with, or an algorithm without a parity test.
     """
     if algorithm not in ALGORITHMS:
-        raise SweepError(f"sensitivity.quant_algorithm={algorithm} has no parity test against ModelOpt yet. Choose one of: {', '.join(ALGORITHMS)}.")
+        raise SweepError(
+            f"sensitivity.quant_algorithm={algorithm} has no parity test against ModelOpt yet. Choose one of: {', '.join(ALGORITHMS)}."
+        )
     entries = _own_entries(pair, [tupled(entry) for entry in preset["quant_cfg"]], preset.get("algorithm"), algorithm)
     for quantizer, fields in pair.quant_cfg_overrides.items():
-        check_fields(quantizer, {key: value for key, value in fields.items() if key != "enable"}, f"quant_cfg_overrides of quant_pair {pair.name!r}")
+        check_fields(
+            quantizer,
+            {key: value for key, value in fields.items() if key != "enable"},
+            f"quant_cfg_overrides of quant_pair {pair.name!r}",
+        )
         entries = [_replaced(entry, fields) if entry["quantizer_name"] == quantizer else entry for entry in entries]
     for quantizer, fields in granularity.quant_cfg_overrides.items():
         check_fields(quantizer, fields, f"quant_cfg_overrides of quant_granularity {granularity.name!r}")
-        entries = [_overlaid(entry, fields) if entry["quantizer_name"] == quantizer and entry.get("cfg") else entry for entry in entries]
-    dropped = (_VISION_PATTERNS if coverage == "all_layers" else frozenset[str]()) | (_LM_HEAD_PATTERNS if lm_head else frozenset[str]())
+        entries = [
+            _overlaid(entry, fields) if entry["quantizer_name"] == quantizer and entry.get("cfg") else entry
+            for entry in entries
+        ]
+    dropped = (_VISION_PATTERNS if coverage == "all_layers" else frozenset[str]()) | (
+        _LM_HEAD_PATTERNS if lm_head else frozenset[str]()
+    )
     entries = [entry for entry in entries if entry["quantizer_name"] not in dropped]
     weight, activation = (_spec(entries, quantizer) for quantizer in QUANTIZERS)
     recipe = Recipe(quant_cfg=entries, algorithm=algorithm, weight=weight, activation=activation)
@@ -113,7 +156,9 @@ def resolve(pair: PairConfig, granularity: GranularityConfig, preset: Mapping[st
     return recipe
 
 
-def attributes_for(quant_cfg: Sequence[Mapping[str, Any]], module: str, quantizer: str, parent_class: str) -> Mapping[str, Any] | None:
+def attributes_for(
+    quant_cfg: Sequence[Mapping[str, Any]], module: str, quantizer: str, parent_class: str
+) -> Mapping[str, Any] | None:
     """The attributes that ModelOpt would give one quantizer of one module; None if it stays disabled.
 
     Args:
@@ -125,21 +170,27 @@ def attributes_for(quant_cfg: Sequence[Mapping[str, Any]], module: str, quantize
     attributes: Mapping[str, Any] = {}
     enabled = True
     for entry in quant_cfg:
-        if entry.get("parent_class") not in (None, parent_class) or not fnmatch(f"{module}.{quantizer}", entry["quantizer_name"]):
+        if entry.get("parent_class") not in (None, parent_class) or not fnmatch(
+            f"{module}.{quantizer}", entry["quantizer_name"]
+        ):
             continue
         attributes = entry.get("cfg") or attributes
         enabled = entry.get("enable", True)
     return attributes if enabled else None
 
 
-def _own_entries(pair: PairConfig, entries: list[dict[str, Any]], preset_algorithm: object, algorithm: str) -> list[dict[str, Any]]:
+def _own_entries(
+    pair: PairConfig, entries: list[dict[str, Any]], preset_algorithm: object, algorithm: str
+) -> list[dict[str, Any]]:
     """The preset's entries, with one for each of our two quantizers.
 
     Raises: InvalidRecipe: the preset is more than one number format for the weights and one for the inputs of every linear.
     """
     preset = f"format_name={pair.format_name} of quant_pair {pair.name!r}"
     own = preset_algorithm if isinstance(preset_algorithm, Mapping) else {"method": preset_algorithm}
-    if own["method"] not in (None, "max", algorithm) or any(_ALGORITHM_DEFAULTS.get(key) != value for key, value in own.items() if key != "method"):
+    if own["method"] not in (None, "max", algorithm) or any(
+        _ALGORITHM_DEFAULTS.get(key) != value for key, value in own.items() if key != "method"
+    ):
         raise InvalidRecipe(
             f"{preset} calibrates with {preset_algorithm!r}, not {algorithm!r}: its scores would be another format's. "
             f"Choose another preset, or one of sensitivity.quant_algorithm={','.join(ALGORITHMS)} that is the preset's."
@@ -147,7 +198,9 @@ def _own_entries(pair: PairConfig, entries: list[dict[str, Any]], preset_algorit
     for entry in entries:
         enables = entry.get("cfg") is not None or entry.get("enable") is True
         if enables and (entry["quantizer_name"] not in QUANTIZERS or not isinstance(entry.get("cfg"), Mapping)):
-            raise InvalidRecipe(f"{preset} is more than one format for weights and one for inputs (entry {entry['quantizer_name']!r}). Choose another preset.")
+            raise InvalidRecipe(
+                f"{preset} is more than one format for weights and one for inputs (entry {entry['quantizer_name']!r}). Choose another preset."
+            )
     named = {entry["quantizer_name"] for entry in entries}
     missing = [{"quantizer_name": quantizer, "enable": False} for quantizer in QUANTIZERS if quantizer not in named]
     return [*entries[:1], *missing, *entries[1:]]
@@ -192,11 +245,17 @@ def _check_formats(recipe: Recipe) -> None:
             "Rows of activations are tokens: axis 0 or 1 means nothing there. Choose axis -1, or per token: type dynamic, block_sizes {-1: null}."
         )
     if inputs.attributes.get("type") == "dynamic" and -1 not in inputs.block_sizes:
-        raise InvalidRecipe("A dynamic range of the whole input depends on how samples are batched. Choose per token: type dynamic, block_sizes {-1: null}.")
+        raise InvalidRecipe(
+            "A dynamic range of the whole input depends on how samples are batched. Choose per token: type dynamic, block_sizes {-1: null}."
+        )
     if inputs.block_sizes.get(-2) is not None:
-        raise InvalidRecipe("Blocks of activations lie within one token: axis -2 would mix tokens. Leave it out of the inputs' block_sizes.")
+        raise InvalidRecipe(
+            "Blocks of activations lie within one token: axis -2 would mix tokens. Leave it out of the inputs' block_sizes."
+        )
     if inputs.block_sizes and inputs.is_calibrated and not inputs.has_dynamic_blocks:
-        raise InvalidRecipe("Static blocks of activations need inputs of one fixed shape. Choose type: dynamic, or no block_sizes for the inputs.")
+        raise InvalidRecipe(
+            "Static blocks of activations need inputs of one fixed shape. Choose type: dynamic, or no block_sizes for the inputs."
+        )
 
 
 def _check_algorithm(recipe: Recipe) -> None:
@@ -205,15 +264,32 @@ def _check_algorithm(recipe: Recipe) -> None:
     if algorithm == "max":
         return
     if algorithm == "mse" and (weight is None or not weight.is_calibrated or weight.has_dynamic_blocks):
-        raise InvalidRecipe("quant_algorithm=mse searches ranges of weights; these have none to search. Choose max, or a format with static ranges.")
-    if algorithm == "awq_lite" and (weight is None or weight.attributes.get("type") == "dynamic" or not weight.block_elements or -1 not in weight.block_sizes):
-        raise InvalidRecipe("quant_algorithm=awq_lite needs weights in groups along the inputs, as INT4 under w_group128 or NVFP4. Choose max, or these.")
-    if algorithm == "awq_lite" and inputs is not None and not (inputs.is_per_tensor or inputs.has_dynamic_blocks):
-        raise InvalidRecipe("quant_algorithm=awq_lite needs inputs in 16 bits, under one static range, or in NVFP4 or MX. Choose max, or another granularity.")
-    if algorithm == "smoothquant" and not (
-        weight is not None and weight.num_bits == 8 and weight.is_calibrated and inputs is not None and _is_int8_tensor(inputs)
+        raise InvalidRecipe(
+            "quant_algorithm=mse searches ranges of weights; these have none to search. Choose max, or a format with static ranges."
+        )
+    if algorithm == "awq_lite" and (
+        weight is None
+        or weight.attributes.get("type") == "dynamic"
+        or not weight.block_elements
+        or -1 not in weight.block_sizes
     ):
-        raise InvalidRecipe("quant_algorithm=smoothquant is for INT8 weights and INT8 inputs under one static range: wint8_aint8/default. Choose max, or that.")
+        raise InvalidRecipe(
+            "quant_algorithm=awq_lite needs weights in groups along the inputs, as INT4 under w_group128 or NVFP4. Choose max, or these."
+        )
+    if algorithm == "awq_lite" and inputs is not None and not (inputs.is_per_tensor or inputs.has_dynamic_blocks):
+        raise InvalidRecipe(
+            "quant_algorithm=awq_lite needs inputs in 16 bits, under one static range, or in NVFP4 or MX. Choose max, or another granularity."
+        )
+    if algorithm == "smoothquant" and not (
+        weight is not None
+        and weight.num_bits == 8
+        and weight.is_calibrated
+        and inputs is not None
+        and _is_int8_tensor(inputs)
+    ):
+        raise InvalidRecipe(
+            "quant_algorithm=smoothquant is for INT8 weights and INT8 inputs under one static range: wint8_aint8/default. Choose max, or that."
+        )
 
 
 def _is_int8_tensor(spec: QuantizerSpec) -> bool:
@@ -222,7 +298,10 @@ def _is_int8_tensor(spec: QuantizerSpec) -> bool:
 
 def _check_labels(pair: PairConfig, recipe: Recipe) -> None:
     """Refuse a pair whose words are not its numbers: scores would be published under another format's name."""
-    for key, label, spec in (("weight", pair.weight, recipe.weight), ("activation", pair.activation, recipe.activation)):
+    for key, label, spec in (
+        ("weight", pair.weight, recipe.weight),
+        ("activation", pair.activation, recipe.activation),
+    ):
         found = spec and spec.num_bits
         if found != _NUM_BITS[label]:
             raise InvalidRecipe(

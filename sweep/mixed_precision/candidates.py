@@ -58,7 +58,11 @@ class Options:
                 f"The store does not know the size of {self.trial.model}: an earlier version swept it. Type --bits instead of --gb, or sweep again."
             )
         # A tied lm_head that is quantized is a copy: the embeddings are still there in 16 bits.
-        copied = sum(group["weight_elements"] for group in self.groups if _is_lm_head(group)) if not self.elements["lm_head"] else 0
+        copied = (
+            sum(group["weight_elements"] for group in self.groups if _is_lm_head(group))
+            if not self.elements["lm_head"]
+            else 0
+        )
         return (self.elements["parameters"] + copied - float(self.weights.sum())) * UNQUANTIZED_BITS / 8
 
     def gb(self, cost: float) -> float:
@@ -117,8 +121,21 @@ def read_options(store: Store, overrides: Sequence[str]) -> Options:
         option = _option(row.cell_id, configs[row.trial_id], table)
         options[option.format.label] = option  # the latest, where another version of something scored it before
     records = store.runs().values()
-    elements = next((record["models"][rows[0].model_revision] for record in records if rows[0].model_revision in record.get("models", {})), None)
-    return Options(trial=rows[0], config=configs[rows[0].trial_id], groups=groups, formats=tuple(options.values()), elements=elements)
+    elements = next(
+        (
+            record["models"][rows[0].model_revision]
+            for record in records
+            if rows[0].model_revision in record.get("models", {})
+        ),
+        None,
+    )
+    return Options(
+        trial=rows[0],
+        config=configs[rows[0].trial_id],
+        groups=groups,
+        formats=tuple(options.values()),
+        elements=elements,
+    )
 
 
 def _option(cell_id: str, config: SweepConfig, table: pa.Table) -> Option:
@@ -127,7 +144,9 @@ def _option(cell_id: str, config: SweepConfig, table: pa.Table) -> Option:
     if samples is not None:
         with np.errstate(invalid="ignore", divide="ignore"):
             samples = np.nan_to_num(samples * np.where(score > 0, kl / score, 0.0)[:, None])
-    return Option(format=format_of(config), cell_id=cell_id, predicted_kl=np.where(np.isfinite(kl), kl, np.inf), sample_kl=samples)
+    return Option(
+        format=format_of(config), cell_id=cell_id, predicted_kl=np.where(np.isfinite(kl), kl, np.inf), sample_kl=samples
+    )
 
 
 def format_of(config: SweepConfig) -> GroupFormat:

@@ -29,10 +29,14 @@ def check_recipe(recipe: MixedRecipe, model: Model) -> None:
             require_known("module in the recipe", module, shapes)
         require_known("layer group in the recipe", choice.group, groups)
         if sorted(choice.modules) != sorted(groups[choice.group]):
-            raise SweepError(f"Layer group {choice.group} is {', '.join(groups[choice.group])}, which runtimes fuse; the recipe has {choice.modules}.")
+            raise SweepError(
+                f"Layer group {choice.group} is {', '.join(groups[choice.group])}, which runtimes fuse; the recipe has {choice.modules}."
+            )
         elements = sum(n_in * n_out for n_in, n_out in (shapes[module] for module in choice.modules))
         if choice.weight_elements != elements:
-            raise SweepError(f"Layer group {choice.group} has {elements} weights; the recipe says {choice.weight_elements}. Have `sweep solve` write it again.")
+            raise SweepError(
+                f"Layer group {choice.group} has {elements} weights; the recipe says {choice.weight_elements}. Have `sweep solve` write it again."
+            )
     for label, chosen in recipe.formats.items():
         _check_quantizers(label, chosen)
     for choice in recipe.groups:
@@ -77,4 +81,6 @@ def _check_blocks(label: str, chosen: GroupFormat | None, module: str, shape: tu
         for axis, size, word in ((-1, n_in, "inputs"), (-2, n_out, "outputs")):
             length = blocks.get(axis)
             if length is not None and size % length:
-                raise SweepError(f"Blocks of {length} (format {label!r}) do not divide the {size} {word} of {module}. Choose another format for its group.")
+                raise SweepError(
+                    f"Blocks of {length} (format {label!r}) do not divide the {size} {word} of {module}. Choose another format for its group."
+                )

@@ -45,7 +45,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         if not (self.damage.shape == self.cost.shape and self.together.shape == self.damage.shape[:1]):
-            raise ValueError(f"shapes differ: damage {self.damage.shape}, cost {self.cost.shape}, together {self.together.shape}")
+            raise ValueError(
+                f"shapes differ: damage {self.damage.shape}, cost {self.cost.shape}, together {self.together.shape}"
+            )
         if np.isnan(self.damage).any() or (self.damage < 0).any() or not np.isfinite(self.cost).all():
             raise ValueError("damage must be 0 or more, and cost finite")
 
@@ -61,7 +63,11 @@ def solve(problem: Problem, budget: float) -> IntArray:
     Raises: Infeasible: not even the cheapest choices fit.
     """
     blocks, of_group = np.unique(problem.together, return_inverse=True)
-    joint = Problem(damage=_summed(problem.damage, of_group, len(blocks)), cost=_summed(problem.cost, of_group, len(blocks)), together=np.arange(len(blocks)))
+    joint = Problem(
+        damage=_summed(problem.damage, of_group, len(blocks)),
+        cost=_summed(problem.cost, of_group, len(blocks)),
+        together=np.arange(len(blocks)),
+    )
     return _solve_apart(joint, budget)[of_group]
 
 
@@ -175,7 +181,9 @@ def _priced(damage: FloatArray, share: FloatArray) -> tuple[float, IntArray]:
     return high, chosen
 
 
-def _exact(damage: FloatArray, cost: FloatArray, groups: IntArray, room: float, reached: float) -> npt.NDArray[np.bool_]:
+def _exact(
+    damage: FloatArray, cost: FloatArray, groups: IntArray, room: float, reached: float
+) -> npt.NDArray[np.bool_]:
     """Which of the options that are left are chosen; none, if HiGHS finds nothing.
 
     Args:
@@ -203,7 +211,11 @@ def _exact(damage: FloatArray, cost: FloatArray, groups: IntArray, room: float, 
                 options={"mip_rel_gap": _GAP, "time_limit": max(0.0, end - time.monotonic())},
             )
         if found.status == _TIME_IS_UP:
-            _log.warning("No proof of the best choice after %g s: it may be better than the one given by up to %.2g %%.", _SECONDS, _left_open(found))
+            _log.warning(
+                "No proof of the best choice after %g s: it may be better than the one given by up to %.2g %%.",
+                _SECONDS,
+                _left_open(found),
+            )
         if found.x is None:
             return np.zeros(len(damage), dtype=np.bool_)
         chosen = found.x > 0.5

@@ -63,13 +63,20 @@ def random_mixes(options: Options, n_mixes: int) -> list[MixedRecipe]:
     mixes: list[MixedRecipe] = []
     for number in range(n_mixes):
         choice = rng.integers(0, len(options.formats) + 1, len(options.groups))
-        choice = np.where(np.append(measured, np.ones((len(choice), 1), dtype=bool), axis=1)[np.arange(len(choice)), choice], choice, len(options.formats))
+        choice = np.where(
+            np.append(measured, np.ones((len(choice), 1), dtype=bool), axis=1)[np.arange(len(choice)), choice],
+            choice,
+            len(options.formats),
+        )
         mixes.append(recipe_of_choice(options, choice, f"random {number + 1}", None))
     return mixes
 
 
 def validate(
-    prepared: Prepared, recipes: Sequence[tuple[str, MixedRecipe]], device: Device, on_measured: Callable[[Measured], None] = lambda _: None
+    prepared: Prepared,
+    recipes: Sequence[tuple[str, MixedRecipe]],
+    device: Device,
+    on_measured: Callable[[Measured], None] = lambda _: None,
 ) -> list[Measured]:
     """Measure recipes of one model on samples that none of them has seen; what the store has measured before is read from there.
 
@@ -118,7 +125,11 @@ def held_out(prepared: Prepared) -> tuple[Plan, str]:
                 "Type validation.captions_path=FILE, a smaller validation.n_samples=N, or validate a recipe of a smaller dataset.size."
             ) from error
     seen = {sample.token_ids.tobytes() for sample in prepared.samples}
-    if again := [number for number, sample in enumerate(samples) if sample.token_ids.tobytes() in seen and sample.pixel_values is None]:
+    if again := [
+        number
+        for number, sample in enumerate(samples)
+        if sample.token_ids.tobytes() in seen and sample.pixel_values is None
+    ]:
         raise SweepError(
             f"{len(again)} of the {len(samples)} samples to validate on calibrated the recipe, the first is number {again[0] + 1}: measured there, the damage "
             "would look smaller than it is. Give samples of their own: validation.captions_path=FILE."
@@ -129,7 +140,10 @@ def held_out(prepared: Prepared) -> tuple[Plan, str]:
 
 def markdown_table(rows: Sequence[Measured]) -> str:
     """Predicted beside measured damage, for pages."""
-    lines = ["| recipe | bits a weight | predicted KL | measured KL | measured / predicted | loss change |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| recipe | bits a weight | predicted KL | measured KL | measured / predicted | loss change |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
         low, high = row.measured_kl_interval
         ratio = f"{row.measured_kl / row.predicted_kl:.2f}" if row.predicted_kl else "-"
@@ -140,11 +154,19 @@ def markdown_table(rows: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def _measurer(prepared: Prepared, recipes: Sequence[MixedRecipe], plan: Plan, device: Device) -> "Callable[[MixedRecipe], Damage]":
+def _measurer(
+    prepared: Prepared, recipes: Sequence[MixedRecipe], plan: Plan, device: Device
+) -> "Callable[[MixedRecipe], Damage]":
     from workers.scoring.validation import measurer
 
     calibration = list(prepared.plan.batches(prepared.recipe.size))
-    return measurer(loaded(prepared, device), prepared.recipe.groups, recipes, calibration, list(plan.batches(list(SIZES)[len(plan.segments) - 1])))
+    return measurer(
+        loaded(prepared, device),
+        prepared.recipe.groups,
+        recipes,
+        calibration,
+        list(plan.batches(list(SIZES)[len(plan.segments) - 1])),
+    )
 
 
 def _table(damage: "Damage", recipe: MixedRecipe, held_out: str, dtype: str) -> pa.Table:
@@ -188,7 +210,16 @@ def _interval(samples: FloatArray, n_predictions: int, recipe: MixedRecipe) -> t
 
 
 def _identity(recipe: MixedRecipe, held_out: str, dtype: str, device: str) -> str:
-    words = [VALIDATION_VERSION, recipe.model_revision, _content(recipe), recipe.dataset_revision, held_out, dtype, device, version("nvidia-modelopt")]
+    words = [
+        VALIDATION_VERSION,
+        recipe.model_revision,
+        _content(recipe),
+        recipe.dataset_revision,
+        held_out,
+        dtype,
+        device,
+        version("nvidia-modelopt"),
+    ]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:20]
 
 
@@ -198,7 +229,11 @@ def _content(recipe: MixedRecipe) -> str:
     def words(choice: GroupChoice, chosen: GroupFormat | None) -> list[object]:
         if chosen is None:
             return [list(choice.modules), None]
-        quantizers = [repr(sorted((attributes or {}).items(), key=str)) for attributes in (chosen.weight, chosen.inputs)]
+        quantizers = [
+            repr(sorted((attributes or {}).items(), key=str)) for attributes in (chosen.weight, chosen.inputs)
+        ]
         return [list(choice.modules), chosen.algorithm, chosen.scales, *quantizers]
 
-    return hashlib.sha256(json.dumps([words(choice, recipe.format_of(choice)) for choice in recipe.groups]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([words(choice, recipe.format_of(choice)) for choice in recipe.groups]).encode()
+    ).hexdigest()

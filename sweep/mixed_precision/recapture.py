@@ -26,7 +26,10 @@ def recaptured_damage(prepared: Prepared, recipe: MixedRecipe, options: Options,
 
     places = {group["group"]: index for index, group in enumerate(options.groups)}
     columns = {option.format.label: number for number, option in enumerate(options.formats)}
-    wanted = {group: [option.format for option in options.formats if np.isfinite(option.predicted_kl[index])] for group, index in places.items()}
+    wanted = {
+        group: [option.format for option in options.formats if np.isfinite(option.predicted_kl[index])]
+        for group, index in places.items()
+    }
     found = np.full((len(places), len(columns)), np.inf)
     for row in recaptured_scores(loaded(prepared, device), recipe, wanted, prepared.plan):
         found[places[row.group], columns[row.format]] = row.predicted_kl

@@ -26,7 +26,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.gb is None):
-            raise SweepError("A budget is --bits B (mean bits a weight of the covered layers) or --gb G (GB of all weights). Type one of the two.")
+            raise SweepError(
+                "A budget is --bits B (mean bits a weight of the covered layers) or --gb G (GB of all weights). Type one of the two."
+            )
         if not 0 < (self.bits or self.gb or 0) < float("inf"):
             raise SweepError(f"{self} is no budget. Type a number above 0.")
 
@@ -48,7 +50,11 @@ class Budget:
     def say(self, options: Options, cost: float) -> str:
         """A cost in the unit of this budget, rounded up: what to type instead."""
         value = cost / float(options.weights.sum()) if self.bits is not None else options.gb(cost)
-        return f"--bits {np.ceil(value * 1e4) / 1e4:g}" if self.bits is not None else f"--gb {np.ceil(value * 1e5) / 1e5:g}"
+        return (
+            f"--bits {np.ceil(value * 1e4) / 1e4:g}"
+            if self.bits is not None
+            else f"--gb {np.ceil(value * 1e5) / 1e5:g}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +86,15 @@ def problem_of(options: Options, rules: Rules, damage: FloatArray | None = None)
     table[:, ruled_out] = np.inf
     for pattern, label in [*rules.pins.items(), *((pattern, SIXTEEN) for pattern in rules.excludes)]:
         require_known("format", label, labels)
-        matching = [index for index, group in enumerate(options.groups) if is_called([group["group"], *group["modules"]], pattern)]
+        matching = [
+            index
+            for index, group in enumerate(options.groups)
+            if is_called([group["group"], *group["modules"]], pattern)
+        ]
         if not matching:
-            raise SweepError(f"{pattern!r} matches no layer group. Groups are called like {options.groups[0]['group']!r}; * stands for anything.")
+            raise SweepError(
+                f"{pattern!r} matches no layer group. Groups are called like {options.groups[0]['group']!r}; * stands for anything."
+            )
         column = labels.index(label)
         for index in matching:
             keep = table[index, column]
@@ -93,7 +105,9 @@ def problem_of(options: Options, rules: Rules, damage: FloatArray | None = None)
                     f"{options.groups[index]['group']} cannot be {label}: the target does not run it, another rule forbids it, or it was not measured."
                 )
     layers = [group["layer_index"] for group in options.groups]
-    together = np.array([n + layer if rules.uniform_layer and layer is not None else index for index, layer in enumerate(layers)])
+    together = np.array(
+        [n + layer if rules.uniform_layer and layer is not None else index for index, layer in enumerate(layers)]
+    )
     return Problem(damage=table, cost=options.weights[:, None] * bits[None, :], together=together)
 
 
@@ -112,12 +126,23 @@ def solved(options: Options, problem: Problem, budget: Budget, rules: Rules) -> 
         return solve(problem, budget.cost(options))
     except Infeasible as error:
         if not np.isfinite(error.least_cost):
-            raise SweepError("The rules leave some layer group no format that was measured. Loosen --pin, --exclude or --uniform-layer.") from error
+            raise SweepError(
+                "The rules leave some layer group no format that was measured. Loosen --pin, --exclude or --uniform-layer."
+            ) from error
         least = budget.say(options, error.least_cost)
-        binding = [f"{budget.say(options, cost)} without {name}" for name, cost in least_costs_without(options, rules).items() if cost < error.least_cost]
-        smallest = min((option.format for option in options.formats if rules.allowed(option.format)), key=lambda each: each.effective_bits)
+        binding = [
+            f"{budget.say(options, cost)} without {name}"
+            for name, cost in least_costs_without(options, rules).items()
+            if cost < error.least_cost
+        ]
+        smallest = min(
+            (option.format for option in options.formats if rules.allowed(option.format)),
+            key=lambda each: each.effective_bits,
+        )
         allowed = f"the smallest format that may be used is {smallest.label}, {smallest.effective_bits:g} bits"
-        raise SweepError(f"{budget} is too little. The nearest that works: {least}; {'; '.join([*binding, allowed])}.") from error
+        raise SweepError(
+            f"{budget} is too little. The nearest that works: {least}; {'; '.join([*binding, allowed])}."
+        ) from error
 
 
 def least_costs_without(options: Options, rules: Rules) -> dict[str, float]:
@@ -131,7 +156,9 @@ def least_costs_without(options: Options, rules: Rules) -> dict[str, float]:
     return {name: cost_range(problem_of(options, without))[0] for name, without in loosened.items() if without != rules}
 
 
-def recipe(options: Options, choice: IntArray, name: str, target: str | None, damage: FloatArray | None = None) -> MixedRecipe:
+def recipe(
+    options: Options, choice: IntArray, name: str, target: str | None, damage: FloatArray | None = None
+) -> MixedRecipe:
     """The recipe that choices make up. Args: choice: [groups], the last index standing for 16 bits; damage: as for `problem_of`."""
     row, config = options.trial, options.config
     used = sorted({int(index) for index in choice if index < len(options.formats)})
@@ -195,22 +222,31 @@ def uniform_choices(options: Options, problem: Problem) -> dict[str, tuple[float
     return found
 
 
-def rules_of(typed_pins: Sequence[str], excludes: Sequence[str], uniform_layer: bool, target: Target, options: Options) -> Rules:
+def rules_of(
+    typed_pins: Sequence[str], excludes: Sequence[str], uniform_layer: bool, target: Target, options: Options
+) -> Rules:
     """The rules that were typed. Raises: SweepError: a pin without a label, or a target that runs none of the formats."""
     pins: dict[str, str] = {}
     for pin in typed_pins:
         pattern, sign, label = pin.rpartition("=")
         if not sign or not pattern:
-            raise SweepError(f"--pin {pin!r} is not PATTERN=FORMAT. Type for example --pin '*.down_proj=wfp8_afp8/default', or =16 for 16 bits.")
+            raise SweepError(
+                f"--pin {pin!r} is not PATTERN=FORMAT. Type for example --pin '*.down_proj=wfp8_afp8/default', or =16 for 16 bits."
+            )
         pins[pattern] = label
     formats = [option.format for option in options.formats]
     if not any(runs_natively(target, each) for each in formats):
-        found = "; ".join(f"{each.label}: {target.status(each.quant_pair, each.quant_granularity, each.algorithm).words}" for each in formats[:6])
+        found = "; ".join(
+            f"{each.label}: {target.status(each.quant_pair, each.quant_granularity, each.algorithm).words}"
+            for each in formats[:6]
+        )
         raise SweepError(
             f"target={target.name} runs none of the {len(formats)} recipes as they are scored ({found}). "
             f"Score what it runs: sweep run -m grid=deployable target={target.name}"
         )
-    return Rules(pins=pins, excludes=excludes, uniform_layer=uniform_layer, allowed=lambda each: runs_natively(target, each))
+    return Rules(
+        pins=pins, excludes=excludes, uniform_layer=uniform_layer, allowed=lambda each: runs_natively(target, each)
+    )
 
 
 def runs_natively(target: Target, chosen: GroupFormat) -> bool:

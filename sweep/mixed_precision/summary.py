@@ -20,7 +20,13 @@ def summary(options: Options, problem: Problem, choice: IntArray, made: MixedRec
     sizes: dict[str, float | None] = dict.fromkeys(("gb", "gb_covered", "gb_embeddings", "gb_lm_head", "gb_rest"))
     if options.elements is not None:
         sizes = sizes_gb(options, made)
-        head = "covered" if options.covers_lm_head else "16 bits" if options.elements["lm_head"] else "tied to the embeddings"
+        head = (
+            "covered"
+            if options.covers_lm_head
+            else "16 bits"
+            if options.elements["lm_head"]
+            else "tied to the embeddings"
+        )
     return {
         "name": made.name,
         "target": made.target,
@@ -30,7 +36,9 @@ def summary(options: Options, problem: Problem, choice: IntArray, made: MixedRec
         "predicted_kl": total(problem.damage, choice),
         "predicted_kl_interval": interval(options, choice),
         "formats": dict(sorted(counts.items(), key=lambda item: -item[1])),
-        "most_bits": [short_group(group.group, list(group.modules)) for group in made.groups if made.bits_of(group) == highest],
+        "most_bits": [
+            short_group(group.group, list(group.modules)) for group in made.groups if made.bits_of(group) == highest
+        ],
     }
 
 
@@ -76,12 +84,18 @@ def front_rows(options: Options, problem: Problem, n_budgets: int) -> list[dict[
     low, high = cost_range(problem)
     if high <= low:
         raise SweepError("One recipe is the smallest and the best: there is no front. Score more formats.")
-    return [_point(options, total(problem.cost, choice), total(problem.damage, choice)) for _, choice in front(problem, n_budgets)]
+    return [
+        _point(options, total(problem.cost, choice), total(problem.damage, choice))
+        for _, choice in front(problem, n_budgets)
+    ]
 
 
 def uniform_rows(options: Options, problem: Problem) -> list[dict[str, Any]]:
     """One format for all groups, each."""
-    return [{"format": label, **_point(options, cost, damage)} for label, (cost, damage) in uniform_choices(options, problem).items()]
+    return [
+        {"format": label, **_point(options, cost, damage)}
+        for label, (cost, damage) in uniform_choices(options, problem).items()
+    ]
 
 
 def _point(options: Options, cost: float, damage: float) -> dict[str, Any]:

@@ -41,7 +41,10 @@ def to_csv(recipe: MixedRecipe) -> str:
     writer.writeheader()
     for choice in recipe.groups:
         chosen = recipe.format_of(choice)
-        row: dict[str, Any] = {name: getattr(choice, name) for name in ("group", "layer_index", "weight_elements", "predicted_kl", "cell_id")}
+        row: dict[str, Any] = {
+            name: getattr(choice, name)
+            for name in ("group", "layer_index", "weight_elements", "predicted_kl", "cell_id")
+        }
         row |= {"modules": " ".join(choice.modules), "effective_bits": recipe.bits_of(choice)}
         if chosen is not None:
             row |= {name: getattr(chosen, name) for name in ("quant_pair", "quant_granularity", "algorithm", "scales")}
@@ -66,7 +69,9 @@ def quant_cfg(recipe: MixedRecipe) -> list[dict[str, Any]]:
     for choice in recipe.groups:
         chosen = recipe.format_of(choice)
         for module in choice.modules if chosen is not None else ():
-            for quantizer, attributes in zip(_QUANTIZERS, (chosen.weight, chosen.inputs) if chosen is not None else (), strict=True):
+            for quantizer, attributes in zip(
+                _QUANTIZERS, (chosen.weight, chosen.inputs) if chosen is not None else (), strict=True
+            ):
                 if attributes is not None:
                     entries.append({"quantizer_name": f"{module}.{quantizer}", "cfg": dict(attributes)})
     return entries
@@ -81,7 +86,11 @@ def to_modelopt(recipe: MixedRecipe) -> str:
     used = {choice.format for choice in recipe.groups if choice.format is not None}
     algorithms = sorted({recipe.formats[label].algorithm for label in used}) or ["max"]
     if len(algorithms) > 1:
-        others = [choice for choice in recipe.groups if choice.format is not None and recipe.formats[choice.format].algorithm == algorithms[1]]
+        others = [
+            choice
+            for choice in recipe.groups
+            if choice.format is not None and recipe.formats[choice.format].algorithm == algorithms[1]
+        ]
         raise SweepError(
             f"A ModelOpt recipe can't express several calibration algorithms ({', '.join(algorithms)}): it has one for the whole model. "
             f"{others[0].group} has algorithm {algorithms[1]!r}. Solve again among formats of one algorithm."
@@ -94,7 +103,9 @@ def to_modelopt(recipe: MixedRecipe) -> str:
     return yaml.safe_dump(document, sort_keys=False, width=1000)
 
 
-def check_modelopt(entries: Sequence[Mapping[str, Any]], algorithm: object, recipe: MixedRecipe, modules: Sequence[str]) -> None:
+def check_modelopt(
+    entries: Sequence[Mapping[str, Any]], algorithm: object, recipe: MixedRecipe, modules: Sequence[str]
+) -> None:
     """Compare what ModelOpt would do to every module with the recipe.
 
     Args:
@@ -108,11 +119,17 @@ def check_modelopt(entries: Sequence[Mapping[str, Any]], algorithm: object, reci
     for choice in recipe.groups:
         chosen = recipe.format_of(choice)
         if chosen is not None and chosen.algorithm != algorithm:
-            raise SweepError(f"{choice.group}: a ModelOpt recipe can't express algorithm {chosen.algorithm!r}, it comes back as {algorithm!r}.")
+            raise SweepError(
+                f"{choice.group}: a ModelOpt recipe can't express algorithm {chosen.algorithm!r}, it comes back as {algorithm!r}."
+            )
     chosen_of = {module: recipe.format_of(choice) for choice in recipe.groups for module in choice.modules}
     for module in modules:
         chosen = chosen_of.get(module)
-        for quantizer, wanted in zip(_QUANTIZERS, (None, None) if chosen is None else (chosen.weight, chosen.inputs), strict=True):
+        for quantizer, wanted in zip(
+            _QUANTIZERS, (None, None) if chosen is None else (chosen.weight, chosen.inputs), strict=True
+        ):
             found = attributes_for(entries, module, quantizer, "nn.Linear")
             if canonical_attributes(found) != canonical_attributes(wanted):
-                raise SweepError(f"{module}.{quantizer}: a ModelOpt recipe can't express {wanted}, it comes back as {found}.")
+                raise SweepError(
+                    f"{module}.{quantizer}: a ModelOpt recipe can't express {wanted}, it comes back as {found}."
+                )

@@ -58,8 +58,14 @@ class Model:
 
             return loading.tokenize(self.path, texts)
 
-        files = sorted(path for path in self.path.glob("*") if "token" in path.name or "vocab" in path.name or path.suffix in {".txt", ".model", ".jinja"})
-        return cache.remember("token-ids", [source, [file_key(file) for file in files], version("transformers")], compute)
+        files = sorted(
+            path
+            for path in self.path.glob("*")
+            if "token" in path.name or "vocab" in path.name or path.suffix in {".txt", ".model", ".jinja"}
+        )
+        return cache.remember(
+            "token-ids", [source, [file_key(file) for file in files], version("transformers")], compute
+        )
 
     def image_tokens(self) -> dict[str, int]:
         def compute() -> dict[str, int]:
@@ -90,7 +96,12 @@ def checkpoint_dir(config: ModelConfig) -> Path:
     Raises: SweepError: there is none, or it cannot be loaded safely.
     """
     path = bundled_model_dir() if config.path is None else Path(config.path).expanduser()
-    if not path.exists() and config.path is not None and config.path.count("/") == 1 and not config.path.startswith((".", "~")):
+    if (
+        not path.exists()
+        and config.path is not None
+        and config.path.count("/") == 1
+        and not config.path.startswith((".", "~"))
+    ):
         from workers.model import loading
 
         path = loading.local_checkpoint(config.path)
@@ -120,7 +131,11 @@ def _read(dataset: DatasetConfig, model: Model, n_samples: int) -> list[Sample]:
         source: object = ["scenes", n_samples, hashlib.sha256("\n".join(captions).encode()).hexdigest()]
         return with_scenes(text_samples(model.tokenize(source, captions), dataset.max_tokens), **model.image_tokens())
     if dataset.kind == "bundled" or dataset.captions_path is not None:
-        path = Path(dataset.captions_path).expanduser() if dataset.captions_path is not None else bundled_model_dir() / f"{dataset.name}.txt"
+        path = (
+            Path(dataset.captions_path).expanduser()
+            if dataset.captions_path is not None
+            else bundled_model_dir() / f"{dataset.name}.txt"
+        )
         texts = read_captions(path, n_samples)
         return text_samples(model.tokenize([file_key(path), n_samples], texts), dataset.max_tokens)
     assert dataset.hub_id is not None  # DatasetConfig has checked

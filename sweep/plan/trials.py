@@ -58,12 +58,17 @@ class SweepPlan:
     tasks: Mapping[str, Task]  # by task id, with the cells of every size asked for
     plans: Mapping[str, Plan]  # by Task.plan_id
     windowed: frozenset[str]  # plans whose capture does not fit in a worker's memory at once
-    models: Mapping[str, Mapping[str, int]]  # elements of each model, by revision: all `parameters`, of them `embeddings` and an untied `lm_head`
+    models: Mapping[
+        str, Mapping[str, int]
+    ]  # elements of each model, by revision: all `parameters`, of them `embeddings` and an untied `lm_head`
 
     def pending(self, finished: Iterable[str]) -> dict[str, Task]:
         """Tasks that still lack cells, each with only those."""
         done = set(finished)
-        left = {task_id: {size: cell for size, cell in task.cells.items() if cell not in done} for task_id, task in self.tasks.items()}
+        left = {
+            task_id: {size: cell for size, cell in task.cells.items() if cell not in done}
+            for task_id, task in self.tasks.items()
+        }
         return {task_id: replace(self.tasks[task_id], cells=cells) for task_id, cells in left.items() if cells}
 
 
@@ -80,8 +85,18 @@ def plan_sweep(points: Sequence[SweepConfig], device: Device) -> SweepPlan:
     trials = tuple(planner.trial(point) for point in points)
     if all(trial.cell_id is None for trial in trials):
         reasons = list(dict.fromkeys(f"{trial.name}: {trial.reason}" for trial in trials))
-        raise SweepError("Nothing can be scored.\n" + "\n".join(reasons[:10]) + (f"\nand {len(reasons) - 10} more" if len(reasons) > 10 else ""))
-    return SweepPlan(trials=trials, tasks=planner.tasks, plans=planner.plans, windowed=frozenset(planner.windowed), models=planner.elements())
+        raise SweepError(
+            "Nothing can be scored.\n"
+            + "\n".join(reasons[:10])
+            + (f"\nand {len(reasons) - 10} more" if len(reasons) > 10 else "")
+        )
+    return SweepPlan(
+        trials=trials,
+        tasks=planner.tasks,
+        plans=planner.plans,
+        windowed=frozenset(planner.windowed),
+        models=planner.elements(),
+    )
 
 
 @cached  # reading a package's metadata takes a millisecond
@@ -92,7 +107,9 @@ def version(package: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what can change a score."""
-    return {name: version(name) for name in ("nvidia-modelopt", "torch", "transformers", "ray", "pyarrow")} | {"score": str(SCORE_VERSION)}
+    return {name: version(name) for name in ("nvidia-modelopt", "torch", "transformers", "ray", "pyarrow")} | {
+        "score": str(SCORE_VERSION)
+    }
 
 
 class _Planner:
@@ -122,9 +139,24 @@ class _Planner:
             cell_id, task_id = self._enter(point, model, plan_id, digest)
         except InvalidRecipe as error:
             reason = str(error)
-        asked = [point.model.name, model.revision, digest, point.dataset.name, point.dataset.size, point.quant_pair.name, point.quant_granularity.name]
+        asked = [
+            point.model.name,
+            model.revision,
+            digest,
+            point.dataset.name,
+            point.dataset.size,
+            point.quant_pair.name,
+            point.quant_granularity.name,
+        ]
         sensitivity = point.sensitivity
-        asked += [sensitivity.coverage, sensitivity.lm_head, sensitivity.method, sensitivity.engine, point.model.dtype_on(self.device), cell_id]
+        asked += [
+            sensitivity.coverage,
+            sensitivity.lm_head,
+            sensitivity.method,
+            sensitivity.engine,
+            point.model.dtype_on(self.device),
+            cell_id,
+        ]
         asked += _variant(point)
         name = f"{point.quant_pair.name}-{point.quant_granularity.name}-{point.dataset.size}"
         return PlannedTrial(
@@ -198,7 +230,9 @@ class _Planner:
         plan = self.plans[task.plan_id]
         parts = [part.groups for part in parts_of(task.groups)]
         model_bytes = model.structure["parameters"] * (2 if task.model.dtype == "bfloat16" else 4)
-        work = memory.workload([task], plan, plan.segments_of(point.dataset.size), model_bytes, model.structure["vocabulary"])
+        work = memory.workload(
+            [task], plan, plan.segments_of(point.dataset.size), model_bytes, model.structure["vocabulary"]
+        )
         if memory.whole_bytes(task.groups, work) > budget_gb * 1e9:
             self.windowed.add(task.plan_id)
         needed_gb = memory.needed_bytes(parts, work) / 1e9
@@ -216,7 +250,9 @@ class _Planner:
     def _plan(self, point: SweepConfig, model: Model) -> tuple[str, Plan]:
         key = _data_key(point)
         if key not in self._data:
-            packable = model.structure["packable"]  # before the tokenizer, which would blame itself for a broken config.json
+            packable = model.structure[
+                "packable"
+            ]  # before the tokenizer, which would blame itself for a broken config.json
             samples = samples_of(point.dataset, model, self._largest[key])
             plan = make_plan(samples, packed=packable)
             largest = next(size for size, n in SIZES.items() if n == self._largest[key])
@@ -232,7 +268,10 @@ class _Planner:
 
     def _covered(self, model: Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
         """Groups that the recipe quantizes; decided by its patterns, not by its formats."""
-        skeleton = [[entry["quantizer_name"], entry.get("parent_class"), entry.get("enable"), "cfg" in entry] for entry in recipe.quant_cfg]
+        skeleton = [
+            [entry["quantizer_name"], entry.get("parent_class"), entry.get("enable"), "cfg" in entry]
+            for entry in recipe.quant_cfg
+        ]
         key = _hash([model.revision, skeleton])
         if key not in self._coverage:
             self._coverage[key] = _covered_groups(model, recipe)
@@ -260,7 +299,11 @@ def recipe_of(point: SweepConfig) -> Recipe:
 
 def _variant(point: SweepConfig) -> list[str]:
     """Algorithm and scales, where they are not those that go without saying."""
-    return [value for value, usual in ((point.sensitivity.quant_algorithm, "max"), (point.sensitivity.scales, "private")) if value != usual]
+    return [
+        value
+        for value, usual in ((point.sensitivity.quant_algorithm, "max"), (point.sensitivity.scales, "private"))
+        if value != usual
+    ]
 
 
 def _label(point: SweepConfig) -> str:
@@ -269,7 +312,10 @@ def _label(point: SweepConfig) -> str:
 
 def _covered_groups(model: Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
     def is_covered(module: str) -> bool:
-        found = (attributes_for(recipe.quant_cfg, module, quantizer, "nn.Linear") for quantizer in ("weight_quantizer", "input_quantizer"))
+        found = (
+            attributes_for(recipe.quant_cfg, module, quantizer, "nn.Linear")
+            for quantizer in ("weight_quantizer", "input_quantizer")
+        )
         return any(attributes is not None for attributes in found)
 
     outputs = {name: n_outputs for name, _, n_outputs in model.structure["linears"]}
@@ -292,7 +338,9 @@ def _covered_groups(model: Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
             )
         )
     if not groups:
-        raise SweepError(f"{model.path} has no linear that the recipe covers. Choose sensitivity.coverage=all_layers, or another model.")
+        raise SweepError(
+            f"{model.path} has no linear that the recipe covers. Choose sensitivity.coverage=all_layers, or another model."
+        )
     return tuple(groups)
 
 
@@ -301,8 +349,14 @@ def _check_block_size(recipe: Recipe, model: Model, groups: Sequence[GroupSpec])
     for block in recipe.block_lengths:
         bad = [module for module in modules if model.inputs[module] % block]
         if bad:
-            allowed = [str(size) for size in (16, 32, 64, 128) if not any(model.inputs[module] % size for module in modules)]
-            advice = f"Sizes that divide every layer: {', '.join(allowed)}." if allowed else "Choose a granularity without groups."
+            allowed = [
+                str(size) for size in (16, 32, 64, 128) if not any(model.inputs[module] % size for module in modules)
+            ]
+            advice = (
+                f"Sizes that divide every layer: {', '.join(allowed)}."
+                if allowed
+                else "Choose a granularity without groups."
+            )
             raise InvalidRecipe(
                 f"Groups of {block} do not divide the {model.inputs[bad[0]]} inputs of {bad[0]} ({len(bad)} such layers): ModelOpt would pad silently. {advice}"
             )

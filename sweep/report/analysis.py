@@ -133,7 +133,9 @@ def sample_matrix(scores: pa.Table) -> FloatArray | None:
     return matrix
 
 
-def bootstrap_interval(samples: FloatArray, n_predictions: int, cell_id: str, level: float = 0.9, draws: int = 1000) -> FloatArray:
+def bootstrap_interval(
+    samples: FloatArray, n_predictions: int, cell_id: str, level: float = 0.9, draws: int = 1000
+) -> FloatArray:
     """Interval of each group's sensitivity if other samples of the same kind had been drawn.
 
     Percentile bootstrap over samples; the number of predictions stays what it was, so differing sample lengths widen it.

@@ -22,10 +22,19 @@ from sweep.store.records import SCHEMA_VERSION, SCORES_SCHEMA, FinishedTrial
 LAYOUT_VERSION = 2
 MANIFEST = "quant-manifest.json"
 STATE = "autoquant-state.pt"  # the only file that git ignores
-FILES = ("per-layer-sensitivity.md", "per-layer-sensitivity.json", "composed-config.yaml", "scores.parquet", STATE, MANIFEST)
+FILES = (
+    "per-layer-sensitivity.md",
+    "per-layer-sensitivity.json",
+    "composed-config.yaml",
+    "scores.parquet",
+    STATE,
+    MANIFEST,
+)
 _RECIPE = ("quant_pair", "quant_granularity", "coverage", "method", "engine")
 _IDENTITY = ("trial_id", "cell_id", "model", "model_revision", "dataset", "dataset_revision", "size", *_RECIPE)
-_PUBLISHED_SCHEMA = pa.schema([field for field in SCORES_SCHEMA if field.name != "sample_scores"], metadata=SCORES_SCHEMA.metadata)
+_PUBLISHED_SCHEMA = pa.schema(
+    [field for field in SCORES_SCHEMA if field.name != "sample_scores"], metadata=SCORES_SCHEMA.metadata
+)
 
 
 def render_files(finished: FinishedTrial) -> dict[str, bytes]:
@@ -70,7 +79,16 @@ def checksums(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
 
 
 def folder_of(
-    model: str, pair: Mapping[str, Any], granularity: str, coverage: str, dataset: str, size: str, method: str, *, algorithm: str, scales: str
+    model: str,
+    pair: Mapping[str, Any],
+    granularity: str,
+    coverage: str,
+    dataset: str,
+    size: str,
+    method: str,
+    *,
+    algorithm: str,
+    scales: str,
 ) -> tuple[str, ...]:
     """Where a trial's reports lie under the models directory: the path's parts, unchecked.
 
@@ -86,7 +104,13 @@ def folder_of(
         scales: sensitivity.scales; `private` goes without saying.
     """
     variant = "".join(f"-{value}" for value, usual in ((algorithm, "max"), (scales, "private")) if value != usual)
-    return model, "layer-analysis", f"weight-{pair['weight']}-act-{pair['activation']}", granularity, f"{coverage}-{dataset}-{size}-{method}{variant}"
+    return (
+        model,
+        "layer-analysis",
+        f"weight-{pair['weight']}-act-{pair['activation']}",
+        granularity,
+        f"{coverage}-{dataset}-{size}-{method}{variant}",
+    )
 
 
 def folder_of_finished(finished: FinishedTrial) -> tuple[str, ...]:
@@ -98,7 +122,9 @@ def folder_of_finished(finished: FinishedTrial) -> tuple[str, ...]:
     config = json.loads(trial.config)
     pair, sensitivity = config.get("quant_pair", {}), config.get("sensitivity", {})
     if "weight" not in pair or "activation" not in pair:
-        raise SweepError(f"Trial {trial.trial_id} names no quant_pair.weight and .activation in its config. Run it again to publish it.")
+        raise SweepError(
+            f"Trial {trial.trial_id} names no quant_pair.weight and .activation in its config. Run it again to publish it."
+        )
     return folder_of(
         trial.model,
         pair,

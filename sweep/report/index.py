@@ -43,14 +43,27 @@ def _children(below: Mapping[str, Manifest]) -> str:
     children: dict[str, dict[str, Manifest]] = {}
     for folder, manifest in below.items():
         children.setdefault(folder.split("/")[0], {})[folder] = manifest
-    lines = ["| directory | reports | bits | least KL | in | most sensitive group there | served by |", "|---|---:|---:|---:|---|---|---|"]
+    lines = [
+        "| directory | reports | bits | least KL | in | most sensitive group there | served by |",
+        "|---|---:|---:|---:|---|---|---|",
+    ]
     for child, folders in children.items():
         most = max(manifest["summary"]["n_samples"] for manifest in folders.values())
-        candidates = {folder: manifest for folder, manifest in folders.items() if manifest["summary"]["n_samples"] == most}
+        candidates = {
+            folder: manifest for folder, manifest in folders.items() if manifest["summary"]["n_samples"] == most
+        }
         best = min(candidates, key=lambda folder: _order(candidates[folder]))
         where = f"[{best.partition('/')[2]}]({best}/{_REPORT})"
         summary = folders[best]["summary"]
-        row = [f"[{child}]({child}/README.md)", str(len(folders)), _bits(folders.values()), _kl(summary), where, _worst(summary), _served(folders.values())]
+        row = [
+            f"[{child}]({child}/README.md)",
+            str(len(folders)),
+            _bits(folders.values()),
+            _kl(summary),
+            where,
+            _worst(summary),
+            _served(folders.values()),
+        ]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -62,7 +75,9 @@ def _grids(below: Mapping[str, Manifest]) -> list[str]:
         pair, granularity, run = folder.split("/")
         runs.setdefault(run, {})[pair, granularity] = (folder, manifest)
     parts: list[str] = []
-    for run, cells in sorted(runs.items(), key=lambda item: (-max(m["summary"]["n_samples"] for _, m in item[1].values()), item[0])):
+    for run, cells in sorted(
+        runs.items(), key=lambda item: (-max(m["summary"]["n_samples"] for _, m in item[1].values()), item[0])
+    ):
         pairs, granularities = (
             sorted({pair for pair, _ in cells}),
             sorted({granularity for _, granularity in cells}, key=lambda g: (g != "default", g)),
@@ -77,8 +92,13 @@ def _grids(below: Mapping[str, Manifest]) -> list[str]:
 
 
 def _reports(below: Mapping[str, Manifest]) -> str:
-    lines = ["| report | samples | bits | KL | half of it in | most sensitive group | served by |", "|---|---:|---:|---:|---:|---|---|"]
-    for folder, manifest in sorted(below.items(), key=lambda item: (item[0].rpartition("/")[0], item[1]["summary"]["n_samples"], item[0])):
+    lines = [
+        "| report | samples | bits | KL | half of it in | most sensitive group | served by |",
+        "|---|---:|---:|---:|---:|---|---|",
+    ]
+    for folder, manifest in sorted(
+        below.items(), key=lambda item: (item[0].rpartition("/")[0], item[1]["summary"]["n_samples"], item[0])
+    ):
         summary = manifest["summary"]
         half = count(summary["n_groups_half"], "group")
         link = f"[{folder}]({folder}/{_REPORT})"
@@ -110,7 +130,10 @@ def _served(manifests: Iterable[Manifest]) -> str:
     for manifest in manifests:
         for target, status in manifest.get("served_as", {}).items():  # a folder of an older layout has none
             kinds[status["status"]].add(target)
-    return ", ".join([*sorted(kinds["native"]), *(f"({target})" for target in sorted(kinds["runs_as"] - kinds["native"]))]) or "none"
+    return (
+        ", ".join([*sorted(kinds["native"]), *(f"({target})" for target in sorted(kinds["runs_as"] - kinds["native"]))])
+        or "none"
+    )
 
 
 def _bits(manifests: Any) -> str:

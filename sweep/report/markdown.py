@@ -36,7 +36,9 @@ def facts_table(report: Report) -> str:
 
 
 def _served(status: Mapping[str, str | None]) -> str:
-    words = {"native": "runs as it is", "runs_as": f"runs as `{status['runs_as']}`", "none": "nothing runs it"}[status["status"] or "none"]
+    words = {"native": "runs as it is", "runs_as": f"runs as `{status['runs_as']}`", "none": "nothing runs it"}[
+        status["status"] or "none"
+    ]
     return f"{words}: `{status['reader_name']}`" if status["reader_name"] else words
 
 
@@ -55,9 +57,13 @@ def sentences(report: Report) -> list[str]:
     )
     sentences = [f"**Total predicted KL: {total:.3g} nats per prediction**{interval}. {meaning}"]
     if total > 1 and report.trial.method == "gradient":
-        sentences.append("A total above 1 nat is outside the range of a small-perturbation estimate: trust the ranking, not the size.")
+        sentences.append(
+            "A total above 1 nat is outside the range of a small-perturbation estimate: trust the ranking, not the size."
+        )
     if half := summary.n_groups_half:
-        names = [f"`{short_group(row['layer'], row['modules'])}` {row['share']:.1%}" for row in report.rows[: min(half, 8)]]
+        names = [
+            f"`{short_group(row['layer'], row['modules'])}` {row['share']:.1%}" for row in report.rows[: min(half, 8)]
+        ]
         more = f" and {half - len(names)} more" if half > len(names) else ""
         verb = "carries" if half == 1 else "carry"
         sentences.append(f"**{half} of {summary.n_measured} groups {verb} half of it**: {', '.join(names)}{more}.")
@@ -112,7 +118,9 @@ def kinds_table(report: Report) -> str:
 def groups_table(report: Report) -> str:
     """Every measured layer group, most sensitive first."""
     largest = max((row["predicted_kl"] or 0.0) for row in report.rows)
-    scale, unit = next(((scale, unit) for scale, unit in _UNITS if largest >= scale), _UNITS[-1] if largest > 0 else _UNITS[0])
+    scale, unit = next(
+        ((scale, unit) for scale, unit in _UNITS if largest >= scale), _UNITS[-1] if largest > 0 else _UNITS[0]
+    )
     top_share = max(row["share"] for row in report.rows)
     header = [
         "#",
@@ -151,7 +159,11 @@ def groups_table(report: Report) -> str:
 
 def columns_text(method: str) -> str:
     """What the columns mean."""
-    score = "sum over tokens and outputs of (dLoss/dy · error of y)²" if method == "gradient" else "sum over predictions of KL(original ‖ quantized)"
+    score = (
+        "sum over tokens and outputs of (dLoss/dy · error of y)²"
+        if method == "gradient"
+        else "sum over predictions of KL(original ‖ quantized)"
+    )
     return "\n".join(
         [
             "- **predicted KL**: nats per prediction with this group alone quantized; **interval**: 90% bootstrap over samples.",

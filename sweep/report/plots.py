@@ -14,7 +14,9 @@ _LINE: Final = 7.0  # height
 _GAP: Final = 6.0  # between a point and its name
 
 
-def front_picture(front: Sequence[Mapping[str, Any]], uniform: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Any]]) -> bytes:
+def front_picture(
+    front: Sequence[Mapping[str, Any]], uniform: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Any]]
+) -> bytes:
     """Predicted damage over size: the front, one format for all, and recipes that were chosen; with measured damages where there are any.
 
     Args:
@@ -35,18 +37,46 @@ def front_picture(front: Sequence[Mapping[str, Any]], uniform: Sequence[Mapping[
         FigureCanvasSVG(figure)
         axes = figure.subplots()
         shown = [point for point in front if point["predicted_kl"] > 0]  # the axis is logarithmic
-        axes.plot([point[x] for point in shown], [point["predicted_kl"] for point in shown], color="tab:blue", marker=".", label="best mix, predicted")
+        axes.plot(
+            [point[x] for point in shown],
+            [point["predicted_kl"] for point in shown],
+            color="tab:blue",
+            marker=".",
+            label="best mix, predicted",
+        )
         for index, point in enumerate(uniform):
-            axes.plot(point[x], point["predicted_kl"], "o", color="0.6", label="one format for all, predicted" if index == 0 else None)
+            axes.plot(
+                point[x],
+                point["predicted_kl"],
+                "o",
+                color="0.6",
+                label="one format for all, predicted" if index == 0 else None,
+            )
         for index, point in enumerate(point for point in chosen if point["predicted_kl"] > 0):
-            axes.plot(point[x], point["predicted_kl"], "D", color="tab:orange", label="recipe, predicted" if index == 0 else None)
+            axes.plot(
+                point[x],
+                point["predicted_kl"],
+                "D",
+                color="tab:orange",
+                label="recipe, predicted" if index == 0 else None,
+            )
         measured = [point for point in chosen if point.get("measured_kl")]
         if measured:
-            axes.plot([point[x] for point in measured], [point["measured_kl"] for point in measured], "x", color="tab:red", label="recipe, measured")
+            axes.plot(
+                [point[x] for point in measured],
+                [point["measured_kl"] for point in measured],
+                "x",
+                color="tab:red",
+                label="recipe, measured",
+            )
         axes.set(xlabel=label, ylabel=_DAMAGE, yscale="log")
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=7)
-        named = [(point[x], point["predicted_kl"], point.get("name") or point["format"]) for point in [*uniform, *chosen] if point["predicted_kl"] > 0]
+        named = [
+            (point[x], point["predicted_kl"], point.get("name") or point["format"])
+            for point in [*uniform, *chosen]
+            if point["predicted_kl"] > 0
+        ]
         _annotate(axes, named)
         data = io.BytesIO()
         figure.savefig(data, format="svg", metadata={"Date": None})
@@ -59,11 +89,15 @@ def _annotate(axes: Any, named: Sequence[tuple[float, float, str]]) -> None:
     scale = 72 / axes.figure.dpi
     right_edge = axes.get_window_extent().x1 * scale
     anchors = [tuple(float(at) * scale for at in axes.transData.transform((x, y))) for x, y, _ in named]
-    boxes = spread([(x, y, len(text) * _LETTER) for (x, y), (_, _, text) in zip(anchors, named, strict=True)], right_edge)
+    boxes = spread(
+        [(x, y, len(text) * _LETTER) for (x, y), (_, _, text) in zip(anchors, named, strict=True)], right_edge
+    )
     for (x, y, text), anchor, (left, bottom) in zip(named, anchors, boxes, strict=True):
         line = {"arrowstyle": "-", "lw": 0.4, "color": "0.6", "shrinkA": 0, "shrinkB": 2}
         offset = left - anchor[0], bottom - anchor[1]
-        axes.annotate(text, (x, y), fontsize=_FONT, color="0.3", xytext=offset, textcoords="offset points", arrowprops=line)
+        axes.annotate(
+            text, (x, y), fontsize=_FONT, color="0.3", xytext=offset, textcoords="offset points", arrowprops=line
+        )
 
 
 def spread(labels: Sequence[tuple[float, float, float]], right_edge: float) -> list[tuple[float, float]]:

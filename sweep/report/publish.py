@@ -22,7 +22,16 @@ import pyarrow.parquet as pq
 
 from sweep.core.errors import StoreFailed, SweepError
 from sweep.core.machine import n_cores
-from sweep.report.files import FILES, LAYOUT_VERSION, MANIFEST, checksums, folder_of_finished, manifest_identity, published_scores, render_files
+from sweep.report.files import (
+    FILES,
+    LAYOUT_VERSION,
+    MANIFEST,
+    checksums,
+    folder_of_finished,
+    manifest_identity,
+    published_scores,
+    render_files,
+)
 from sweep.report.index import GENERATED, render_index
 from sweep.store.files import Files
 from sweep.store.outputs import locked, sync
@@ -65,7 +74,9 @@ def publish(finished: Iterable[FinishedTrial], root: Path | str, *, overwrite: b
         _refuse_links(url, wanted)
         leftovers = _repair(url)
         published = dict(_published(files))
-        changed = {folder: one for folder, one in wanted.items() if not _is_current(files, folder, one, published.get(folder))}
+        changed = {
+            folder: one for folder, one in wanted.items() if not _is_current(files, folder, one, published.get(folder))
+        }
         pages = _page_paths({*wanted, *published})
         foreign = [*_foreign_files(files, changed), *_foreign_pages(files, pages)]
         conflicts = [] if overwrite else [*_conflicts(changed, published)]
@@ -96,7 +107,9 @@ def _rendered(changed: Mapping[str, FinishedTrial]) -> Iterator[tuple[str, dict[
     if n_processes < 2:
         yield from ((folder, render_files(one)) for folder, one in changed.items())
         return
-    with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn"), initializer=_leave_signals) as pool:  # a fork would copy locks
+    with ProcessPoolExecutor(
+        n_processes, multiprocessing.get_context("spawn"), initializer=_leave_signals
+    ) as pool:  # a fork would copy locks
         yield from zip(changed, pool.map(render_files, changed.values(), chunksize=4), strict=True)
 
 
@@ -120,10 +133,14 @@ def check_ahead(root: str, wanted: Mapping[str, Mapping[str, object]]) -> None:
         if (there := _manifest(files, folder)) is None:
             continue
         conflicts += [
-            f"{folder} holds other content: {key} {there.get(key)} there, {value} here" for key, value in identity.items() if there.get(key) != value
+            f"{folder} holds other content: {key} {there.get(key)} there, {value} here"
+            for key, value in identity.items()
+            if there.get(key) != value
         ][:1]
     if conflicts:
-        raise SweepError("\n".join([f"{len(conflicts)} in the way under {root}:", *(f"  {line}" for line in conflicts[:10]), _HOW]))
+        raise SweepError(
+            "\n".join([f"{len(conflicts)} in the way under {root}:", *(f"  {line}" for line in conflicts[:10]), _HOW])
+        )
 
 
 def _by_folder(finished: Iterable[FinishedTrial], *, overwrite: bool) -> dict[str, FinishedTrial]:
@@ -132,16 +149,22 @@ def _by_folder(finished: Iterable[FinishedTrial], *, overwrite: bool) -> dict[st
     for one in finished:
         trial = one.trial
         if trial.state != "done":
-            raise SweepError(f"Trial {trial.trial_id} is {trial.state}; only finished trials are published. Run the sweep again to finish it.")
+            raise SweepError(
+                f"Trial {trial.trial_id} is {trial.state}; only finished trials are published. Run the sweep again to finish it."
+            )
         parts = folder_of_finished(one)
         for part in parts:
             if not re.fullmatch(r"[a-z0-9_-][a-z0-9_.-]*", part) or ".." in part:
-                raise SweepError(f"{part!r} cannot be part of a published path. Use lower-case letters, digits, _ and - in the names of the config.")
+                raise SweepError(
+                    f"{part!r} cannot be part of a published path. Use lower-case letters, digits, _ and - in the names of the config."
+                )
         folder = "/".join(parts)
         other = wanted.get(folder, one)
         if other.trial.cell_id != trial.cell_id and not overwrite:
             found = "; ".join(_differences(manifest_identity(other), manifest_identity(one)))
-            raise SweepError(f"Two trials of this call belong in {folder}: {found}. Publish one of them, or the later one with overwrite. {_HOW}")
+            raise SweepError(
+                f"Two trials of this call belong in {folder}: {found}. Publish one of them, or the later one with overwrite. {_HOW}"
+            )
         wanted[folder] = max(other, one, key=lambda candidate: candidate.trial.created_at)
     return wanted
 
@@ -227,7 +250,9 @@ def _directories(files: Files) -> Iterator[str]:
         level = [f"{model}/layer-analysis"]
         for _ in range(4):
             yield from level
-            level = [f"{directory}/{name}" for directory in level for name in files.names(directory) if name != "README.md"]
+            level = [
+                f"{directory}/{name}" for directory in level for name in files.names(directory) if name != "README.md"
+            ]
 
 
 def _published(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -238,7 +263,9 @@ def _published(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
         if (manifest := _manifest(files, directory)) is None:
             continue
         if manifest["layout_version"] > LAYOUT_VERSION:
-            raise SweepError(f"{files.uri}/{directory} was published by a newer version of this program. Upgrade, or publish elsewhere.")
+            raise SweepError(
+                f"{files.uri}/{directory} was published by a newer version of this program. Upgrade, or publish elsewhere."
+            )
         yield directory, manifest
 
 
@@ -265,11 +292,15 @@ def _is_current(files: Files, folder: str, one: FinishedTrial, manifest: Mapping
                 content[name] = files.read(f"{folder}/{name}")
             except FileNotFoundError:
                 return False
-    return manifest.get("files") == checksums(content) and _rows(content["scores.parquet"]).equals(published_scores(one))
+    return manifest.get("files") == checksums(content) and _rows(content["scores.parquet"]).equals(
+        published_scores(one)
+    )
 
 
 def _rows(data: bytes) -> pa.Table:
-    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)  # pq.read_table takes four times as long for a small file
+    return pq.ParquetFile(pa.BufferReader(data)).read(
+        use_threads=False
+    )  # pq.read_table takes four times as long for a small file
 
 
 def _conflicts(changed: Mapping[str, FinishedTrial], published: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -295,7 +326,11 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     """What a reader needs to see why two contents differ: ``model_revision 0a1b there, 2c3d here``."""
     keys = ("model_revision", "dataset_revision", "engine", "quant_pair", "config", "versions", "schema_version")
     old, new = (_flat({key: side.get(key) for key in keys}) for side in (there, here))
-    found = [f"{key} {str(old.get(key))[:40]} there, {str(new.get(key))[:40]} here" for key in {**old, **new} if old.get(key) != new.get(key)]
+    found = [
+        f"{key} {str(old.get(key))[:40]} there, {str(new.get(key))[:40]} here"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
     return found[:4] or [f"cell {there.get('cell_id')} there, {here['cell_id']} here"]
 
 
@@ -351,7 +386,10 @@ def _write_pages(files: Files, published: Mapping[str, Mapping[str, Any]]) -> li
     """Write the index pages whose text changes. Returns their paths."""
     written: list[str] = []
     for directory in _page_paths(published):
-        text = render_index(directory, {folder: manifest for folder, manifest in published.items() if folder.startswith(f"{directory}/")})
+        text = render_index(
+            directory,
+            {folder: manifest for folder, manifest in published.items() if folder.startswith(f"{directory}/")},
+        )
         if text != _page(files, directory):
             files.write(f"{directory}/README.md", text.encode())
             written.append(f"{directory}/README.md")
@@ -361,7 +399,11 @@ def _write_pages(files: Files, published: Mapping[str, Mapping[str, Any]]) -> li
 def _remove_stale_pages(files: Files, pages: Iterable[str]) -> list[str]:
     """Remove our index pages that have no published folder below them any more. Returns their paths."""
     kept = set(pages)
-    stale = [path for path in _directories(files) if path.count("/") < 4 and path not in kept and (_page(files, path) or "").startswith(GENERATED)]
+    stale = [
+        path
+        for path in _directories(files)
+        if path.count("/") < 4 and path not in kept and (_page(files, path) or "").startswith(GENERATED)
+    ]
     for path in reversed(stale):
         files.remove(f"{path}/README.md")
     return [f"{path}/README.md" for path in stale]

@@ -36,7 +36,10 @@ def render_markdown(report: Report) -> str:
         ]
     if report.not_measured:
         names = "\n".join(f"- `{short_group(row['layer'], row['modules'])}`" for row in report.not_measured)
-        parts += ["## Not measured", f"Never called on these samples, so nothing is known about them; they are not counted as 0.\n\n{names}"]
+        parts += [
+            "## Not measured",
+            f"Never called on these samples, so nothing is known about them; they are not counted as 0.\n\n{names}",
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -73,7 +76,9 @@ def render_json(report: Report) -> str:
         },
         "trial": {"trial_id": trial.trial_id, "cell_id": trial.cell_id, "versions": report.versions},
         "units": {
-            "score": "nats squared, summed over tokens and outputs" if trial.method == "gradient" else "nats, summed over predictions",
+            "score": "nats squared, summed over tokens and outputs"
+            if trial.method == "gradient"
+            else "nats, summed over predictions",
             "sensitivity": "score per prediction",
             "predicted_kl": "nats per prediction",
             "intervals": "90% bootstrap over samples, 6 digits" if report.total_interval else None,
@@ -101,13 +106,30 @@ def render_json(report: Report) -> str:
 
 def summary_lines(finished: Sequence[FinishedTrial], top: int, target: Target) -> list[str]:
     """A table for the end of a run: a heading, then one line a trial with its `top` most sensitive layer groups, and what the target makes of it."""
-    cells = [("pair", "granularity", "size", "bits", "KL/pred.", f"on {target.name}", "most sensitive layer groups (share of the total)")]
+    cells = [
+        (
+            "pair",
+            "granularity",
+            "size",
+            "bits",
+            "KL/pred.",
+            f"on {target.name}",
+            "most sensitive layer groups (share of the total)",
+        )
+    ]
     for one in finished:
         summary = summarize(one.scores)
         served = target.status(one.trial.quant_pair, one.trial.quant_granularity, algorithm_of(one.trial)).words
         groups = ", ".join(most_sensitive(one.scores, top))
         kl = "-" if summary.total_predicted_kl is None else f"{summary.total_predicted_kl:.3g}"
-        facts = (one.trial.quant_pair, one.trial.quant_granularity, one.trial.size, f"{summary.effective_bits:.2f}", kl, served)
+        facts = (
+            one.trial.quant_pair,
+            one.trial.quant_granularity,
+            one.trial.size,
+            f"{summary.effective_bits:.2f}",
+            kl,
+            served,
+        )
         cells.append((*facts, groups or "nothing measured"))
     return aligned(cells)
 
@@ -116,4 +138,7 @@ def most_sensitive(scores: pa.Table, top: int) -> list[str]:
     """The `top` most sensitive layer groups of one cell, each with its share of the total."""
     summary = summarize(scores)
     modules = dict(zip(scores["group"].to_pylist(), scores["modules"].to_pylist(), strict=True))
-    return [f"{short_group(group, modules[group])} {share:.0%}" for group, share in zip(summary.top_groups[:top], summary.top_shares, strict=False)]
+    return [
+        f"{short_group(group, modules[group])} {share:.0%}"
+        for group, share in zip(summary.top_groups[:top], summary.top_shares, strict=False)
+    ]

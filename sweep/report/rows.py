@@ -48,12 +48,16 @@ def analyse(finished: FinishedTrial) -> Report:
     if samples is not None and summary.n_predictions > 0:
         with_total = np.vstack([samples, np.nansum(samples, axis=0)])
         interval = bootstrap_interval(with_total, summary.n_predictions, finished.trial.cell_id or "")
-        kl_per_sensitivity = ratio(np.nansum(float_column(scores, "predicted_kl")), np.nansum(float_column(scores, "sensitivity")))
+        kl_per_sensitivity = ratio(
+            np.nansum(float_column(scores, "predicted_kl")), np.nansum(float_column(scores, "sensitivity"))
+        )
         total_interval = _rounded(interval[:, -1] * kl_per_sensitivity)
     shares = score_shares(score)
     rows: list[dict[str, Any]] = []
     not_measured: list[dict[str, Any]] = []
-    table: list[dict[str, Any]] = scores.drop_columns([name for name in ("sample_scores",) if name in scores.column_names]).to_pylist()
+    table: list[dict[str, Any]] = scores.drop_columns(
+        [name for name in ("sample_scores",) if name in scores.column_names]
+    ).to_pylist()
     for i in ranking(score).tolist():
         row = {key: _finite(value) for key, value in table[i].items()}
         if row["score"] is None:
@@ -112,7 +116,11 @@ def portable_config(trial: TrialRow) -> dict[str, Any]:
     JSON turned into text (``block_sizes: {-1: 64}``), are numbers again.
     """
     config = json.loads(trial.config)
-    return {key: _portable(value) for key, value in config.items() if key not in ("store", "cluster", "output_layout", "target")}
+    return {
+        key: _portable(value)
+        for key, value in config.items()
+        if key not in ("store", "cluster", "output_layout", "target")
+    }
 
 
 def _portable(value: Any) -> Any:
@@ -131,7 +139,9 @@ def ratio(part: float, whole: float) -> float:
 
 
 def _rounded(values: FloatArray) -> list[float]:
-    return [float(f"{value:.6g}") for value in values.tolist()]  # the last digits of a matrix product differ between machines
+    return [
+        float(f"{value:.6g}") for value in values.tolist()
+    ]  # the last digits of a matrix product differ between machines
 
 
 def _finite(value: Any) -> Any:

@@ -90,11 +90,15 @@ def connect(workers: Workers, watcher: ClusterWatcher) -> Connection:
         else:
             _init(address=workers.address)
     with _starting():
-        context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)  # what the first call has returned
+        context: Any = ray.init(
+            ignore_reinit_error=True, logging_level=logging.ERROR
+        )  # what the first call has returned
     return Connection(
         address=context.address_info["gcs_address"],
         dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
-        metrics=tuple(f"{node['NodeManagerAddress']}:{port}" for node in _alive_nodes() if (port := node["MetricsExportPort"]) > 0),
+        metrics=tuple(
+            f"{node['NodeManagerAddress']}:{port}" for node in _alive_nodes() if (port := node["MetricsExportPort"]) > 0
+        ),
         trial_resources={_SLOT: 1} if workers.address is None else {_HEAD: 0.001},
         essential={} if workers.address is None else _essential(context.address_info),
     )
@@ -116,11 +120,19 @@ def join(config: ClusterConfig) -> Workers:
             "ray job submit --working-dir . -- sweep run cluster=auto ..."
         )
     _join(address, "type cluster=local")
-    device = config.device if config.device != "auto" else "cuda" if any(node["Resources"].get("GPU") for node in _alive_nodes()) else "cpu"
+    device = (
+        config.device
+        if config.device != "auto"
+        else "cuda"
+        if any(node["Resources"].get("GPU") for node in _alive_nodes())
+        else "cpu"
+    )
     rooms = _rooms(device, config.gpus_per_worker)
     if config.workers == "auto" and not sum(rooms):
         what = f"GPU for cluster.gpus_per_worker={config.gpus_per_worker:g}" if device == "cuda" else "CPU"
-        raise SweepError(f"The cluster at {address} has no {what}. Type cluster.workers=N to wait until N have been added, or cluster.device=cpu.")
+        raise SweepError(
+            f"The cluster at {address} has no {what}. Type cluster.workers=N to wait until N have been added, or cluster.device=cpu."
+        )
     return Workers(
         device=device,
         count=sum(rooms) if config.workers == "auto" else config.workers,
@@ -175,10 +187,21 @@ def look(address: str, *, on_loopback: bool = False) -> dict[str, Any]:
         if actor["namespace"].startswith(_SPACE) and actor["name"].startswith(WORKER):
             workers.setdefault(actor["namespace"], []).append(actor["name"])
     nodes = [
-        {"host": node["NodeManagerHostname"], "cpus": node["Resources"].get("CPU", 0.0), "gpus": node["Resources"].get("GPU", 0.0)} for node in _alive_nodes()
+        {
+            "host": node["NodeManagerHostname"],
+            "cpus": node["Resources"].get("CPU", 0.0),
+            "gpus": node["Resources"].get("GPU", 0.0),
+        }
+        for node in _alive_nodes()
     ]
     gpus_free = ray.available_resources().get("GPU", 0.0)
-    return {"address": address, "nodes": nodes, "gpus": sum(node["gpus"] for node in nodes), "gpus_free": gpus_free, "workers": workers}
+    return {
+        "address": address,
+        "nodes": nodes,
+        "gpus": sum(node["gpus"] for node in nodes),
+        "gpus_free": gpus_free,
+        "workers": workers,
+    }
 
 
 def _start(workers: Workers, watcher: ClusterWatcher) -> None:
@@ -195,7 +218,9 @@ def _start(workers: Workers, watcher: ClusterWatcher) -> None:
                     num_cpus=workers.count + 1,
                     num_gpus=None if workers.device == "cuda" else 0,
                     resources={_SLOT: workers.count},
-                    include_dashboard=None if workers.dashboard else False,  # True would end the run if it does not start
+                    include_dashboard=None
+                    if workers.dashboard
+                    else False,  # True would end the run if it does not start
                     _node_ip_address=_LOOPBACK,
                 )
             return
@@ -285,7 +310,10 @@ def _essential(address_info: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
     """Of a cluster that exists: its control service, and the raylet of this node."""
     host, _, port = address_info["gcs_address"].rpartition(":")
     own = next(node for node in _alive_nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
-    return {"Ray's control service (GCS)": (host, int(port)), "Ray's raylet": (own["NodeManagerAddress"], own["NodeManagerPort"])}
+    return {
+        "Ray's control service (GCS)": (host, int(port)),
+        "Ray's raylet": (own["NodeManagerAddress"], own["NodeManagerPort"]),
+    }
 
 
 def _join(address: str, otherwise: str) -> None:
@@ -295,12 +323,16 @@ def _join(address: str, otherwise: str) -> None:
         _init(address=address)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SweepError(f"No Ray cluster answers at {address}: {reason} Check `ray status --address {address}`, or {otherwise}.") from error
+        raise SweepError(
+            f"No Ray cluster answers at {address}: {reason} Check `ray status --address {address}`, or {otherwise}."
+        ) from error
 
 
 def _init(**options: Any) -> None:
     with _starting():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace=f"{_SPACE}{secrets.token_hex(4)}", **options)
+        ray.init(
+            log_to_driver=False, logging_level=logging.ERROR, namespace=f"{_SPACE}{secrets.token_hex(4)}", **options
+        )
 
 
 @contextmanager

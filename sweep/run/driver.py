@@ -35,7 +35,10 @@ from sweep.store.files import Files
 from workers.task import Picture, Task
 
 _RUNNERS: Final = 4  # processes of Tune, at most: each costs seconds of a core to start
-_POLL_SECONDS: Final = (0.02, 0.5)  # between reports of a trial: at first, and at most; a report costs the driver a few milliseconds
+_POLL_SECONDS: Final = (
+    0.02,
+    0.5,
+)  # between reports of a trial: at first, and at most; a report costs the driver a few milliseconds
 
 # Tune copies AWS_* and more of the environment into the runtime environment of each trial, which Ray's agents log for everybody to
 # read (2.60). Our trials read nothing of it.
@@ -129,10 +132,14 @@ def run_trials(work: Work, workers: Workers, events: RunEvents) -> Outcome:
             events.connected(connection)
             extensions = work.extensions if workers.device == "cuda" else frozenset[str]()
             if extensions:
-                events.stage(f"ModelOpt builds its CUDA extensions ({', '.join(sorted(extensions))}): a minute or two, once a machine ...")
+                events.stage(
+                    f"ModelOpt builds its CUDA extensions ({', '.join(sorted(extensions))}): a minute or two, once a machine ..."
+                )
             with _shared_mark(workers, work.store_uri) as mark:
                 first = next(iter(work.tasks.values()))
-                spec = WorkerSpec(store_uri=work.store_uri, memory_gb=work.memory_gb, first=first, mark=mark, extensions=extensions)
+                spec = WorkerSpec(
+                    store_uri=work.store_uri, memory_gb=work.memory_gb, first=first, mark=mark, extensions=extensions
+                )
                 return _scored(work, workers, spec, connection, scratch, events)
         finally:
             watchdog.stopping()
@@ -140,7 +147,9 @@ def run_trials(work: Work, workers: Workers, events: RunEvents) -> Outcome:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _scored(work: Work, workers: Workers, spec: WorkerSpec, connection: cluster.Connection, scratch: str, events: RunEvents) -> Outcome:
+def _scored(
+    work: Work, workers: Workers, spec: WorkerSpec, connection: cluster.Connection, scratch: str, events: RunEvents
+) -> Outcome:
     """Have workers score everything while Tune runs its experiment; raises what `run_trials` does."""
     queue = TaskQueue(workers.count, work.tasks.values(), work.windowed)
     plan_refs = {plan_id: ray.put(plan) for plan_id, plan in work.plans.items()}
@@ -169,7 +178,13 @@ def _shared_mark(workers: Workers, store_uri: str) -> Generator[str | None]:
         files.remove(mark)
 
 
-def _tuner(orders: Sequence[TrialOrder], n_runners: int, resources: Mapping[str, float], scratch: str, stop: tune.Stopper | None = None) -> tune.Tuner:
+def _tuner(
+    orders: Sequence[TrialOrder],
+    n_runners: int,
+    resources: Mapping[str, float],
+    scratch: str,
+    stop: tune.Stopper | None = None,
+) -> tune.Tuner:
     # Tune asks for placement groups 200 trials ahead, all but a few of them in vain.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(math.ceil(n_runners / 8))
 
@@ -179,7 +194,12 @@ def _tuner(orders: Sequence[TrialOrder], n_runners: int, resources: Mapping[str,
     return tune.Tuner(
         tune.with_resources(Trial, {"cpu": 0, **resources}),
         param_space={"order": tune.grid_search([str(order) for order in orders])},
-        tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=n_runners, trial_name_creator=name_of, trial_dirname_creator=name_of),
+        tune_config=tune.TuneConfig(
+            reuse_actors=True,
+            max_concurrent_trials=n_runners,
+            trial_name_creator=name_of,
+            trial_dirname_creator=name_of,
+        ),
         run_config=tune.RunConfig(
             name="sweep",
             storage_path=str(Path(scratch) / "tune"),

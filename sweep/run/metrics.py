@@ -41,7 +41,9 @@ class Meter:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._left.set()
         self._thread.join()
         if error is None:
@@ -49,7 +51,9 @@ class Meter:
 
     def show(self) -> None:
         """Set every metric to how it is now."""
-        self._metrics.show(self._picture(), self._pool.counts(), deaths=self._pool.n_deaths, replacements=self._pool.n_replaced)
+        self._metrics.show(
+            self._picture(), self._pool.counts(), deaths=self._pool.n_deaths, replacements=self._pool.n_replaced
+        )
 
     def _run(self) -> None:
         while not self._left.wait(_SECONDS):

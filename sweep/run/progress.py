@@ -54,7 +54,9 @@ class Tally:
         self._begun.setdefault(task_id, now)
         if progress.failure is not None:
             self._failed.add(task_id)
-        if task_id not in self._ended and (task_id in self._failed or self.done_of(task_id) == self.tasks[task_id].n_steps):
+        if task_id not in self._ended and (
+            task_id in self._failed or self.done_of(task_id) == self.tasks[task_id].n_steps
+        ):
             self._ended.add(task_id)
             self._trial_seconds += [now - self._begun[task_id]] * self._trials_of[task_id]
 
@@ -62,7 +64,15 @@ class Tally:
         """Trials of this run that are planned, running, done or failed."""
         states: Counter[str] = Counter(planned=0, running=0, done=0, failed=0)
         for task_id, n in self._trials_of.items():
-            state = "failed" if task_id in self._failed else "done" if task_id in self._ended else "running" if task_id in self._begun else "planned"
+            state = (
+                "failed"
+                if task_id in self._failed
+                else "done"
+                if task_id in self._ended
+                else "running"
+                if task_id in self._begun
+                else "planned"
+            )
             states[state] += n
         return states
 
@@ -73,7 +83,9 @@ class Tally:
 
     def done_of(self, task_id: str) -> int:
         """Layer groups done of one task, over all its cells."""
-        return min(sum(list(self._done[task_id].values())), self.tasks[task_id].n_steps)  # a dead worker's are found again
+        return min(
+            sum(list(self._done[task_id].values())), self.tasks[task_id].n_steps
+        )  # a dead worker's are found again
 
     @property
     def done_groups(self) -> int:
@@ -88,7 +100,9 @@ class Tally:
     @property
     def done_trials(self) -> int:
         """Trials that need nothing more."""
-        left = sum(self._trials_of[task_id] for task_id, task in self.tasks.items() if self.done_of(task_id) < task.n_steps)
+        left = sum(
+            self._trials_of[task_id] for task_id, task in self.tasks.items() if self.done_of(task_id) < task.n_steps
+        )
         return self.n_trials - left
 
     @property
@@ -123,14 +137,20 @@ class Display:
         self._console, self._tally = console, tally
         self._stage = "starting"
         self._last_line = time.monotonic()
-        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._live = (
+            Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
+            if console.is_terminal
+            else None
+        )
 
     def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._live.stop()
 
@@ -158,19 +178,23 @@ class Display:
         tally = self._tally
         eta = tally.eta_seconds
         left = "" if eta is None else f", about {duration(eta)} left"
-        return (
-            f"{tally.done_trials} of {tally.n_trials} trials, {tally.done_groups} of {tally.total_groups} layer groups, {tally.groups_per_second:.0f}/s{left}"
-        )
+        return f"{tally.done_trials} of {tally.n_trials} trials, {tally.done_groups} of {tally.total_groups} layer groups, {tally.groups_per_second:.0f}/s{left}"
 
     def _render(self) -> Any:
         tally = self._tally
         table = Table.grid(padding=(0, 2))
-        table.add_row(Text("sweep", style="bold"), ProgressBar(total=max(tally.total_groups, 1), completed=tally.done_groups, width=40), self._totals())
+        table.add_row(
+            Text("sweep", style="bold"),
+            ProgressBar(total=max(tally.total_groups, 1), completed=tally.done_groups, width=40),
+            self._totals(),
+        )
         running = tally.running
         for task, done in running[:_SHOWN_TASKS]:
             sizes = ", ".join(task.cells)
             table.add_row(
-                Text(task.label, style="cyan"), ProgressBar(total=task.n_steps, completed=done, width=40), f"{done} of {task.n_steps} layer groups ({sizes})"
+                Text(task.label, style="cyan"),
+                ProgressBar(total=task.n_steps, completed=done, width=40),
+                f"{done} of {task.n_steps} layer groups ({sizes})",
             )
         if not running:
             return Group(table, Text(self._stage, style="dim"))

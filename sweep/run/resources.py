@@ -17,13 +17,19 @@ def pick_workers(cluster: ClusterConfig) -> Workers:
     gpus = n_gpus()
     device = cluster.device if cluster.device != "auto" else "cuda" if gpus else "cpu"
     if device == "cuda" and not gpus:
-        raise SweepError("cluster.device=cuda, but no NVIDIA GPU is visible here. Type cluster.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES.")
+        raise SweepError(
+            "cluster.device=cuda, but no NVIDIA GPU is visible here. Type cluster.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
+        )
     share = cluster.gpus_per_worker
     room = n_cores() if device == "cpu" else fit(gpus, share)
     if room < 1:
-        raise SweepError(f"cluster.gpus_per_worker={share:g}, but only {gpus} GPU(s) are visible here. Type cluster.gpus_per_worker={gpus} or less.")
+        raise SweepError(
+            f"cluster.gpus_per_worker={share:g}, but only {gpus} GPU(s) are visible here. Type cluster.gpus_per_worker={gpus} or less."
+        )
     count = room if cluster.workers == "auto" else cluster.workers
     if device == "cuda" and count > room:
-        raise SweepError(f"cluster.workers={count} at {cluster.gpus_per_worker:g} GPU(s) each do not fit {gpus} GPU(s). Type cluster.workers={room} or less.")
+        raise SweepError(
+            f"cluster.workers={count} at {cluster.gpus_per_worker:g} GPU(s) each do not fit {gpus} GPU(s). Type cluster.workers={room} or less."
+        )
     dashboard = device == "cuda" if cluster.dashboard == "auto" else cluster.dashboard
     return Workers(device=device, count=count, gpus_each=cluster.gpus_per_worker, dashboard=dashboard)

@@ -42,7 +42,9 @@ class Session:
         self.finished = set(self.scores)
         given_up: set[str] = set()
         if not grid.points[0].cluster.retry_failed:
-            given_up = {trial.cell_id for trial in plan.trials if trial.cell_id is not None and self._failed_before(trial)}
+            given_up = {
+                trial.cell_id for trial in plan.trials if trial.cell_id is not None and self._failed_before(trial)
+            }
         self._given_up = given_up - self.finished
         self.tasks = plan.pending(self.finished | self._given_up)
         self.record: dict[str, Any] = {
@@ -54,11 +56,17 @@ class Session:
             "models": plan.models,
         }
         self._at_first = self.counts()
-        self.tally = Tally(self.tasks, Counter(trial.task_id for trial in self.pending_trials() if trial.task_id), len(plan.trials))
+        self.tally = Tally(
+            self.tasks, Counter(trial.task_id for trial in self.pending_trials() if trial.task_id), len(plan.trials)
+        )
 
     def pending_trials(self) -> list[PlannedTrial]:
         """Trials that still lack scores, in the order asked for."""
-        return [trial for trial in self.plan.trials if trial.task_id in self.tasks and trial.cell_id in self.tasks[trial.task_id].cells.values()]
+        return [
+            trial
+            for trial in self.plan.trials
+            if trial.task_id in self.tasks and trial.cell_id in self.tasks[trial.task_id].cells.values()
+        ]
 
     def state(self, trial: PlannedTrial) -> tuple[TrialState, str | None]:
         """A trial's state as the store has it, and why."""
@@ -69,9 +77,12 @@ class Session:
         if trial.task_id in self.failures:
             return "failed", self.failures[trial.task_id]
         if trial.cell_id in self._given_up:
-            return "failed", self._before[
-                trial.trial_id
-            ].reason if trial.trial_id in self._before else "its cell failed before; cluster.retry_failed=true tries again"
+            return (
+                "failed",
+                self._before[trial.trial_id].reason
+                if trial.trial_id in self._before
+                else "its cell failed before; cluster.retry_failed=true tries again",
+            )
         return "planned", None
 
     def counts(self) -> Counter[str]:
@@ -84,7 +95,10 @@ class Session:
         live = tally.trials_by_state()
         at_first = {state: n for state, n in self._at_first.items() if state in ("done", "failed", "skipped")}
         return Picture(
-            trials={state: live[state] + at_first.get(state, 0) for state in ("planned", "running", "done", "failed", "skipped")},
+            trials={
+                state: live[state] + at_first.get(state, 0)
+                for state in ("planned", "running", "done", "failed", "skipped")
+            },
             groups_done=tally.done_groups,
             groups_total=tally.total_groups,
             groups_scored=tally.scored_groups,

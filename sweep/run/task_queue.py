@@ -148,7 +148,9 @@ class TaskQueue:
             if not waiting:
                 return None
             # One that nobody is at, of the model that is loaded, if there is one; of these the one that was wanted first.
-            batch = min(waiting, key=lambda batch: (batch.n_out, batch.first.model.revision != holds, self._rank_of(batch)))
+            batch = min(
+                waiting, key=lambda batch: (batch.n_out, batch.first.model.revision != holds, self._rank_of(batch))
+            )
             first = min(batch.tasks.values(), key=lambda task: self._rank[task.task_id])
             if not self._given and not self._ended and len(batch.tasks) > 1 and first.plan_id not in self._windowed:
                 batch = self._split_off(batch, first)  # a result to look at while the others are scored
@@ -209,7 +211,11 @@ class TaskQueue:
 
     def _possible(self, worker: str) -> list[_Batch]:
         """Batches with parts to take, whose model the worker is not known to be unable to load."""
-        return [batch for batch in self._batches if batch.parts and worker not in self._unfit.get(batch.first.model.revision, {})]
+        return [
+            batch
+            for batch in self._batches
+            if batch.parts and worker not in self._unfit.get(batch.first.model.revision, {})
+        ]
 
     def _check_loadable(self, revision: str) -> None:
         """Tasks of a model that no worker can load have failed."""
@@ -267,7 +273,9 @@ def _families(tasks: Iterable[Task]) -> list[list[Task]]:
     """Tasks that share a capture; those of kl_div, which share nothing that counts, stay alone."""
     families: list[list[Task]] = []
     for task in tasks:
-        family = next((each for each in families if task.method != "kl_div" and task.shares_capture_with(each[0])), None)
+        family = next(
+            (each for each in families if task.method != "kl_div" and task.shares_capture_with(each[0])), None
+        )
         if family is None:
             families.append([task])
         else:

@@ -21,7 +21,9 @@ import psutil
 _LOOK_SECONDS: Final = 0.5
 _SHUTDOWN_SECONDS: Final = 60.0  # Ray takes 1 to 5
 _PROBE_SECONDS: Final = 5.0  # between looks at what is on other machines, and until it must have answered
-_SILENT_SECONDS: Final = 45.0  # a control service that is started anew is back by then; after 60 Ray ends this process without a word
+_SILENT_SECONDS: Final = (
+    45.0  # a control service that is started anew is back by then; after 60 Ray ends this process without a word
+)
 _MARK: Final = "SWEEP_DRIVER"  # in the environment of every process that a driver has started
 _ESSENTIAL: Final = {"raylet": "Ray's raylet", "gcs_server": "Ray's control service (GCS)"}
 
@@ -57,7 +59,9 @@ class Watchdog:
         self._remote: dict[str, tuple[str, int]] = {}
         self._answered: dict[str, float] = {}  # when what is remote last did
         self._probed = 0.0
-        self._watched: dict[int, str] = {}  # of the cluster's head: children of this process, from the moment that they are there
+        self._watched: dict[
+            int, str
+        ] = {}  # of the cluster's head: children of this process, from the moment that they are there
         self._is_started = False
         self._given_up: set[int] = set()  # children of a cluster that did not come up
 
@@ -66,12 +70,16 @@ class Watchdog:
             os.environ[_MARK] = self._mark
         root = str(Path(__file__).resolve().parents[2])
         # A session of its own: Ctrl-C in a terminal would end it first.
-        self._reaper = subprocess.Popen([sys.executable, "-c", _REAPER, root, self._mark], stdin=subprocess.PIPE, start_new_session=True)
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-c", _REAPER, root, self._mark], stdin=subprocess.PIPE, start_new_session=True
+        )
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._left.set()
         self._thread.join()
         self._tell(ENDED)
@@ -114,7 +122,9 @@ class Watchdog:
         self._on_dead(why)
 
     def _check(self) -> None:
-        dead = next((name for pid, name in self._watched.items() if pid not in self._given_up and not _is_alive(pid)), None)
+        dead = next(
+            (name for pid, name in self._watched.items() if pid not in self._given_up and not _is_alive(pid)), None
+        )
         if dead is not None and self._stopping is None:  # it was not told to end meanwhile
             self._end(f"{dead} has died")
 
@@ -160,7 +170,11 @@ def kill_cluster(mark: str, sessions: Collection[str]) -> None:
     """
     spared = {os.getpid(), int(mark.partition("-")[0])}
     for _ in range(100):  # what is killed may just have started another
-        found = [process for process in psutil.process_iter() if process.pid not in spared and _belongs(process, mark, sessions)]
+        found = [
+            process
+            for process in psutil.process_iter()
+            if process.pid not in spared and _belongs(process, mark, sessions)
+        ]
         if not found:
             return
         for process in found:

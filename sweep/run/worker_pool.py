@@ -25,7 +25,9 @@ _LOOK_SECONDS: Final = 1.0  # between looks at whether nodes have joined, or the
 _REST_SECONDS: Final = 1.0  # of a worker after its second death; each further one doubles it
 _MAX_REST_SECONDS: Final = 60.0
 _MAX_RESTARTS: Final = 20  # of a worker, over a whole sweep
-_MAX_SHORTAGES: Final = 3  # kills in a row for want of memory, with nothing scored between them, until a worker stays away
+_MAX_SHORTAGES: Final = (
+    3  # kills in a row for want of memory, with nothing scored between them, until a worker stays away
+)
 _NAME_SECONDS: Final = 0.2  # between attempts to take a dead worker's name
 _INFO_SECONDS: Final = 10.0  # until a worker that does not answer is left out of the record
 _STOP_SECONDS: Final = 5.0  # until a thread whose worker has been stopped is left behind
@@ -83,7 +85,9 @@ class _Member:
 class WorkerPool:
     """Workers at a queue, until it is over or none of them is left."""
 
-    def __init__(self, workers: Workers, spec: WorkerSpec, queue: TaskQueue, plan_refs: Mapping[str, Any], events: PoolEvents) -> None:
+    def __init__(
+        self, workers: Workers, spec: WorkerSpec, queue: TaskQueue, plan_refs: Mapping[str, Any], events: PoolEvents
+    ) -> None:
         """Prepare an empty pool; enter it to start the workers.
 
         Args:
@@ -101,7 +105,9 @@ class WorkerPool:
         self._telling = threading.Lock()
         self._stopped = threading.Event()
         self._is_ready = False
-        self._unsaid: list[str] = []  # why workers stay away, until one is ready: the last of them ends the run with its own reason
+        self._unsaid: list[
+            str
+        ] = []  # why workers stay away, until one is ready: the last of them ends the run with its own reason
         self._n_present = 0
         self._error: BaseException | None = None
         self.n_deaths = 0  # of workers that had an assignment
@@ -113,7 +119,9 @@ class WorkerPool:
             self._start_thread(self._grow)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stopped.set()
         self._queue.give_up("the run is being stopped")
         for member in self._members:
@@ -222,7 +230,12 @@ class WorkerPool:
         while True:
             try:
                 return self._class.options(**options).remote(
-                    spec.store_uri, workers.device, spec.memory_gb, workers.per_node or workers.count, n_gpus, member.n_halvings
+                    spec.store_uri,
+                    workers.device,
+                    spec.memory_gb,
+                    workers.per_node or workers.count,
+                    n_gpus,
+                    member.n_halvings,
                 )
             except ActorAlreadyExistsError:  # Ray has not buried the dead one yet
                 if self._stopped.wait(_NAME_SECONDS):
@@ -257,7 +270,9 @@ class WorkerPool:
         else:
             self._queue.finish(assignment, dict.fromkeys(task.task_id for task in assignment.tasks) | ended)
 
-    def _take_failure(self, member: _Member, assignment: Assignment, ended: dict[str, str | None], error: RayTaskError) -> None:
+    def _take_failure(
+        self, member: _Member, assignment: Assignment, ended: dict[str, str | None], error: RayTaskError
+    ) -> None:
         """What a worker's own error means for its assignment. Raises: _WorkerDied: the process is of no use any more."""
         reason = str(error.cause).strip() or type(error.cause).__name__
         if isinstance(error.cause, StoreFailed):
@@ -322,7 +337,9 @@ class WorkerPool:
             if member.n_shortages == _MAX_SHORTAGES:
                 self._lose(member, MemoryShort(f"{member.name} was killed {_MAX_SHORTAGES} times: {death}."))
                 return False
-            self._warn(f"{member.name} was killed: {death}. It starts again with 1/{2**member.n_halvings} of its memory for captures.")
+            self._warn(
+                f"{member.name} was killed: {death}. It starts again with 1/{2**member.n_halvings} of its memory for captures."
+            )
         elif member.n_deaths > _MAX_RESTARTS:
             self._lose(member, SweepError(f"{member.name} has died for good: {death}"))
             return False
@@ -353,7 +370,9 @@ def rest_seconds(n_deaths: int) -> float:
 def _died(error: RayError) -> _WorkerDied:
     """What an error of Ray says of a worker's death, in a line."""
     text = str(error)
-    short = isinstance(error, OutOfMemoryError) or "due to memory pressure" in text or "node running low on memory" in text
+    short = (
+        isinstance(error, OutOfMemoryError) or "due to memory pressure" in text or "node running low on memory" in text
+    )
     if not short:
         return _WorkerDied((text.strip().splitlines() or [type(error).__name__])[0])
     return _WorkerDied(_shortage(text), short_of_memory=True)
@@ -362,7 +381,11 @@ def _died(error: RayError) -> _WorkerDied:
 def _shortage(text: str) -> str:
     """How much memory is there and in use, from Ray's account of a kill (2.60)."""
     found = _SHORTAGE.search(text)
-    return f"its machine is short of memory ({found[1]} used of {found[2]}, Ray kills above {found[3]} %)" if found else "its machine is short of memory"
+    return (
+        f"its machine is short of memory ({found[1]} used of {found[2]}, Ray kills above {found[3]} %)"
+        if found
+        else "its machine is short of memory"
+    )
 
 
 def _unless_dead(answer: Any) -> dict[str, Any] | None:

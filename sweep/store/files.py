@@ -42,9 +42,13 @@ class Files:
                 if uri.startswith("s3://"):
                     self._fs, self._root = _s3(), uri.removeprefix("s3://").rstrip("/")
                 else:
-                    self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)  # other processes write here, too
+                    self._fs, self._root = fsspec.core.url_to_fs(
+                        uri, use_listings_cache=False
+                    )  # other processes write here, too
             except (ImportError, ValueError) as error:
-                raise SweepError(f"Cannot open {uri!r}: {error}. Give a local path, or install the driver for that protocol.") from error
+                raise SweepError(
+                    f"Cannot open {uri!r}: {error}. Give a local path, or install the driver for that protocol."
+                ) from error
 
     def check_writable(self, key: str) -> None:
         """Write and remove a small file, so that hours of work are not lost for want of a place to keep them. Leaves no trace.
@@ -60,7 +64,9 @@ class Files:
             self.write(name, b"")
             self.remove(name)
         except OSError as error:
-            raise SweepError(f"Cannot write to {self.uri}: {error.strerror or error}. Choose a writable place: {key}=DIR.") from error
+            raise SweepError(
+                f"Cannot write to {self.uri}: {error.strerror or error}. Choose a writable place: {key}=DIR."
+            ) from error
         with contextlib.suppress(OSError):  # another process has put something there
             for path in missing:
                 path.rmdir()
@@ -227,7 +233,9 @@ def _s3() -> Any:
     from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow.fs import S3FileSystem
 
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")  # which pyarrow does not look at
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get(
+        "AWS_ENDPOINT_URL"
+    )  # which pyarrow does not look at
     return ArrowFSWrapper(S3FileSystem(allow_delayed_open=True, endpoint_override=endpoint))
 
 

@@ -46,12 +46,20 @@ def check_store(store: Store) -> list[Finding]:
     except SweepError as error:
         found.append(Finding(subject="store", verdict="error", text=str(error)))
     except OSError as error:
-        found.append(Finding(subject="store", verdict="error", text=f"Cannot write to the store {store.uri}: {error.strerror or error}."))
+        found.append(
+            Finding(
+                subject="store",
+                verdict="error",
+                text=f"Cannot write to the store {store.uri}: {error.strerror or error}.",
+            )
+        )
     return found
 
 
 def _findings(store: Store) -> Iterator[Finding]:
-    paths = [path for path in store.files.walk() if not path.startswith("quarantine/")]  # first: whoever writes parts has named their trials before
+    paths = [
+        path for path in store.files.walk() if not path.startswith("quarantine/")
+    ]  # first: whoever writes parts has named their trials before
     counts: Counter[str] = Counter()
     sound: set[str] = set()
     for path in paths:
@@ -67,7 +75,11 @@ def _findings(store: Store) -> Iterator[Finding]:
     yield from revisions(trials)
     n_aside = len(store.files.names("quarantine"))
     text = f"{counts['scores']} cells, {counts['parts']} parts, {len(trials)} trials, {counts['validations']} validations, {counts['runs']} runs verified"
-    yield Finding(subject="store", verdict="ok", text=text + (f"; {count(n_aside, 'file')} in {store.uri}/quarantine" if n_aside else ""))
+    yield Finding(
+        subject="store",
+        verdict="ok",
+        text=text + (f"; {count(n_aside, 'file')} in {store.uri}/quarantine" if n_aside else ""),
+    )
 
 
 def _look(store: Store, path: str) -> Finding | None:
@@ -80,7 +92,9 @@ def _look(store: Store, path: str) -> Finding | None:
         store.files.remove(path)
         return Finding(subject=path, verdict="warning", text="dropped: a killed writer left it half written")
     if path.partition("/")[0] not in _FOLDERS or "/" not in path:
-        return Finding(subject=path, verdict="warning", text="not a file of this program; left where it is, nobody reads it")
+        return Finding(
+            subject=path, verdict="warning", text="not a file of this program; left where it is, nobody reads it"
+        )
     if (read := _reader(store, path)) is None:
         return _aside(store, path, "not a file of this program")
     try:
@@ -122,8 +136,16 @@ def _join_trials(store: Store) -> Iterator[Finding]:
     """Finish the compaction that killed runs never came to."""
     silent = datetime.now(UTC) - _SILENT
     runs = store.runs()
-    alive = {name for name, run in runs.items() if "ended_at" not in run and datetime.fromisoformat(run.get("heartbeat_at", "0001-01-01T00:00+00:00")) > silent}
-    names = {name.removeprefix("run-").removesuffix(".parquet") for name in store.files.names("trials") if name.startswith("run-")}
+    alive = {
+        name
+        for name, run in runs.items()
+        if "ended_at" not in run and datetime.fromisoformat(run.get("heartbeat_at", "0001-01-01T00:00+00:00")) > silent
+    }
+    names = {
+        name.removeprefix("run-").removesuffix(".parquet")
+        for name in store.files.names("trials")
+        if name.startswith("run-")
+    }
     before = len(store.files.names("trials"))
     store.compact_trials(names - alive)
     if (joined := before - len(store.files.names("trials"))) > 0:
@@ -147,7 +169,11 @@ def _missing(sound: set[str], trials: dict[str, TrialRow]) -> Iterator[Finding]:
     finished = {found[1] for path in sound if (found := _SCORES.fullmatch(path))}
     for row in trials.values():
         if row.state == "done" and row.cell_id not in finished:
-            yield Finding(subject=row.trial_id, verdict="warning", text=f"its cell {row.cell_id} has no scores; the same sweep run again scores it")
+            yield Finding(
+                subject=row.trial_id,
+                verdict="warning",
+                text=f"its cell {row.cell_id} has no scores; the same sweep run again scores it",
+            )
 
 
 def revisions(trials: dict[str, TrialRow]) -> Iterator[Finding]:
@@ -155,15 +181,25 @@ def revisions(trials: dict[str, TrialRow]) -> Iterator[Finding]:
     by_name: dict[str, Counter[str]] = {}
     for (model, revision), n in Counter((row.model, row.model_revision) for row in trials.values()).items():
         by_name.setdefault(f"model {model}", Counter())[revision] += n
-    for (dataset, size, model, revision), n in Counter((row.dataset, row.size, row.model, row.dataset_revision) for row in trials.values()).items():
+    for (dataset, size, model, revision), n in Counter(
+        (row.dataset, row.size, row.model, row.dataset_revision) for row in trials.values()
+    ).items():
         by_name.setdefault(f"dataset {dataset}/{size} as {model} reads it", Counter())[revision] += n
     for name, found in by_name.items():
         if len(found) > 1:
             listed = ", ".join(f"{revision[:12]} ({count(n, 'trial')})" for revision, n in found.most_common())
-            yield Finding(subject=name, verdict="warning", text=f"the store holds {len(found)} revisions: {listed}; they are never mixed")
+            yield Finding(
+                subject=name,
+                verdict="warning",
+                text=f"the store holds {len(found)} revisions: {listed}; they are never mixed",
+            )
     versions: Counter[str] = Counter()
     for text, n in Counter(row.versions for row in trials.values() if row.versions.startswith("{")).items():
         versions[str(json.loads(text).get("score"))] += n
     if len(versions) > 1:
         listed = ", ".join(f"{version} ({count(n, 'trial')})" for version, n in versions.most_common())
-        yield Finding(subject="score version", verdict="warning", text=f"the store holds {len(versions)}: {listed}; they are never mixed")
+        yield Finding(
+            subject="score version",
+            verdict="warning",
+            text=f"the store holds {len(versions)}: {listed}; they are never mixed",
+        )

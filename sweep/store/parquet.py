@@ -62,7 +62,9 @@ def decode(data: bytes, path: str, where: str, schema: pa.Schema) -> pa.Table:
             raise Damaged(f"{where} is damaged: its rows were changed, or belong elsewhere, after they were written.")
         for step in range(version, records.SCHEMA_VERSION):
             if step not in records.UPGRADES:
-                raise Damaged(f"{where} is damaged: schema version {version} is older than any that this program upgrades.")
+                raise Damaged(
+                    f"{where} is damaged: schema version {version} is older than any that this program upgrades."
+                )
             table = records.UPGRADES[step](table)
         return table.cast(schema)  # pyarrow calls a list's items otherwise once they have been in a file
     except (pa.ArrowException, ValueError, OSError) as error:
@@ -75,7 +77,9 @@ def _version(metadata: Mapping[bytes, bytes], where: str) -> int:
         raise Damaged(f"{where} is damaged: it has no schema version, so that this program did not write it.")
     if int(text) > records.SCHEMA_VERSION:
         known = records.SCHEMA_VERSION
-        raise SweepError(f"{where} has schema version {text}; this program reads {known}. Use the program that wrote it, or another store.uri.")
+        raise SweepError(
+            f"{where} has schema version {text}; this program reads {known}. Use the program that wrote it, or another store.uri."
+        )
     return int(text)
 
 
@@ -98,7 +102,11 @@ def _plain(values: pa.Array) -> list[bytes | memoryview]:
         return [missing, *_plain(present.value_lengths()), *_plain(present.flatten())]
     if pa.types.is_string(values.type):
         _, offsets, content = present.buffers()
-        ends = np.frombuffer(offsets, np.int32)[present.offset : present.offset + len(present) + 1] if offsets else np.zeros(1, np.int32)
+        ends = (
+            np.frombuffer(offsets, np.int32)[present.offset : present.offset + len(present) + 1]
+            if offsets
+            else np.zeros(1, np.int32)
+        )
         return [missing, np.diff(ends).tobytes(), memoryview(content)[ends[0] : ends[-1]] if content else b""]
     return [missing, _numbers(present.cast(pa.int64()) if pa.types.is_timestamp(values.type) else present)]
 

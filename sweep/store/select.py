@@ -36,14 +36,20 @@ def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[Map
     """
     keys = [override.partition("=")[0].strip() for override in overrides]
     wanted = {key: [_value(point, key) for point in points] for key in keys if key.split(".")[0] not in _NOT_OF_A_TRIAL}
-    done = [(row, json.loads(row.config)) for row in store.trials().values() if row.state == "done" and row.cell_id is not None]
+    done = [
+        (row, json.loads(row.config))
+        for row in store.trials().values()
+        if row.state == "done" and row.cell_id is not None
+    ]
     if not done:
         raise SweepError(f"The store {store.uri} holds no finished trial. Type `sweep run` first, or store.uri=DIR.")
     found = [row for row, config in done if all(_value(config, key) in values for key, values in wanted.items())]
     if not found:
         there = {key: sorted({str(_value(config, key)) for _, config in done}) for key in wanted}
         raise SweepError(
-            f"The store {store.uri} holds no finished trial of that kind. It has " + "; ".join(f"{key}={','.join(there[key])}" for key in there) + "."
+            f"The store {store.uri} holds no finished trial of that kind. It has "
+            + "; ".join(f"{key}={','.join(there[key])}" for key in there)
+            + "."
         )
     return found
 

@@ -57,7 +57,11 @@ class Store:
 
     def part_names(self, cell_id: str) -> set[str]:
         """Names of the parts of an unfinished cell, readable or not."""
-        return {name.removesuffix(".parquet") for name in self.files.names(f"parts/cell={cell_id}") if name.endswith(".parquet")}
+        return {
+            name.removesuffix(".parquet")
+            for name in self.files.names(f"parts/cell={cell_id}")
+            if name.endswith(".parquet")
+        }
 
     def has_part(self, cell_id: str, part: str) -> bool:
         """Whether a part of an unfinished cell is there and needs no scoring again; a damaged one is set aside.
@@ -86,7 +90,10 @@ class Store:
         """
         path = _scores_path(cell_id)
         try:
-            found = [self._read_rows(_part_path(cell_id, part), cell_id) if rows is None else rows for part, rows in parts.items()]
+            found = [
+                self._read_rows(_part_path(cell_id, part), cell_id) if rows is None else rows
+                for part, rows in parts.items()
+            ]
             self._write(path, encode(pa.concat_tables(found).combine_chunks(), path, _SCORES))
         except FileNotFoundError:
             if not self.is_finished(cell_id):  # else another writer of the same bytes was faster, and dropped the parts
@@ -113,7 +120,9 @@ class Store:
         try:
             return self._read_rows(path, cell_id)
         except FileNotFoundError as error:
-            raise SweepError(f"{self.uri}/{path} is missing, though its trial is done. Type the same sweep run again: it is scored again.") from error
+            raise SweepError(
+                f"{self.uri}/{path} is missing, though its trial is done. Type the same sweep run again: it is scored again."
+            ) from error
 
     def whole_scores(self, cell_id: str) -> pa.Table | None:
         """A cell's rows if it is finished, else None; a damaged file is set aside, so that the cell is scored again.
@@ -175,7 +184,9 @@ class Store:
                 raise StoreFailed(f"Cannot read {self.uri}/{path}: {error.strerror or error}.") from error
             reason, cause = f"{self.uri}/{path} is damaged: {error.strerror}.", error
         self.set_aside(path, reason)
-        raise Damaged(f"{reason} It is set aside; type the same sweep run again, and what it held is scored again.") from cause
+        raise Damaged(
+            f"{reason} It is set aside; type the same sweep run again, and what it held is scored again."
+        ) from cause
 
     def _write(self, path: str, data: bytes) -> None:
         try:
@@ -222,16 +233,26 @@ class Store:
         """One file's rows; none if it is damaged."""
         path = f"trials/{name}"
         try:
-            table = self._guarded(path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", TRIALS_SCHEMA))
+            table = self._guarded(
+                path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", TRIALS_SCHEMA)
+            )
         except Damaged:
             return []
         at = table.schema.get_field_index("created_at")
         microseconds = table.column(at).cast(pa.int64())  # times as Python's would import pandas: a quarter of a second
         rows = table.set_column(at, "created_at", microseconds).to_pylist()
-        return [TrialRow.from_mapping(row | {"created_at": _EPOCH + timedelta(microseconds=row["created_at"])}) for row in rows]
+        return [
+            TrialRow.from_mapping(row | {"created_at": _EPOCH + timedelta(microseconds=row["created_at"])})
+            for row in rows
+        ]
 
     def _write_trials(self, path: str, rows: Iterable[TrialRow]) -> None:
-        self._write(path, encode(pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA), path, {"compression": "zstd"}))
+        self._write(
+            path,
+            encode(
+                pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA), path, {"compression": "zstd"}
+            ),
+        )
 
     # Validations
 
@@ -244,7 +265,9 @@ class Store:
         """A validation's rows; None: not measured yet, or damaged and set aside. Raises: SweepError: of a newer schema version."""
         path = _validation_path(validation_id)
         try:
-            return self._guarded(path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", VALIDATIONS_SCHEMA))
+            return self._guarded(
+                path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", VALIDATIONS_SCHEMA)
+            )
         except (Damaged, FileNotFoundError):
             return None
 

@@ -22,7 +22,9 @@ CHECKED = (
 
 
 @torch.no_grad()
-def reference_score(task: Task, weights: dict[str, Tensor], rows: dict[str, Rows], quantizers: Quantizers) -> tuple[float, float]:
+def reference_score(
+    task: Task, weights: dict[str, Tensor], rows: dict[str, Rows], quantizers: Quantizers
+) -> tuple[float, float]:
     """The score with float32 products (TF32 off) of the float32 quantized tensors; and as stock bf16 scoring computes it."""
     exact = stock = 0.0
     for name, weight in weights.items():
@@ -52,7 +54,11 @@ def worst_against_fp32(bench: Subject, engine: Engine, rows: dict[str, Rows]) ->
             ours.append(found[0]["large"].score)  # type: ignore[index]
             reference, stock = reference_score(task, weights, rows, quantizers)
             exact.append(reference)
-            figures["stock_bf16_worst_relative_difference"] = max(figures["stock_bf16_worst_relative_difference"], abs(stock / reference - 1))
-            figures["worst_relative_difference"] = max(figures["worst_relative_difference"], abs(ours[-1] / reference - 1))
+            figures["stock_bf16_worst_relative_difference"] = max(
+                figures["stock_bf16_worst_relative_difference"], abs(stock / reference - 1)
+            )
+            figures["worst_relative_difference"] = max(
+                figures["worst_relative_difference"], abs(ours[-1] / reference - 1)
+            )
         figures["least_spearman"] = min(figures["least_spearman"], spearman(ours, exact))
     return figures

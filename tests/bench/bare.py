@@ -19,7 +19,11 @@ from workers.task import Picture, Progress, Task
 
 
 def run_bare(
-    worker: type[Any], tasks: Mapping[str, Task], workers: Workers, store: str, on_ready: Callable[[], None] = lambda: None
+    worker: type[Any],
+    tasks: Mapping[str, Task],
+    workers: Workers,
+    store: str,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> tuple[Mapping[str, str], Sequence[Mapping[str, Any]], float, float]:
     """One trial a task.
 

@@ -51,11 +51,18 @@ def quantize_config(chosen: GroupFormat, effective_bits: float | None) -> dict[s
         if attributes is not None:
             dynamic = (attributes.get("block_sizes") or {}).get("type") == "dynamic"
             entries.append({"quantizer_name": name, "cfg": {**attributes, **({"backend": BACKEND} if dynamic else {})}})
-    return {"quant_cfg": entries, "algorithm": chosen.algorithm} | ({} if effective_bits is None else {"effective_bits": effective_bits})
+    return {"quant_cfg": entries, "algorithm": chosen.algorithm} | (
+        {} if effective_bits is None else {"effective_bits": effective_bits}
+    )
 
 
 def auto_quantize(
-    model: nn.Module, candidates: Sequence[Mapping[str, Any]], batches: Sequence[Batch], covered: Sequence[str], bits: float, checkpoint: Path
+    model: nn.Module,
+    candidates: Sequence[Mapping[str, Any]],
+    batches: Sequence[Batch],
+    covered: Sequence[str],
+    bits: float,
+    checkpoint: Path,
 ) -> Mapping[str, Any]:
     """What `mtq.auto_quantize` finds.
 
@@ -100,7 +107,10 @@ def read(typed: Sequence[str], target: Target) -> Options:
     """What the store has of the formats that the target runs as they were scored and that `mtq.auto_quantize` can run, too."""
     options = read_options(Store(expand(typed, multirun=True).points[0].store.uri), typed)
     allowed = rules_of((), (), False, target, options).allowed
-    return replace(options, formats=tuple(each for each in options.formats if allowed(each.format) and not needs_one_shape(each.format)))
+    return replace(
+        options,
+        formats=tuple(each for each in options.formats if allowed(each.format) and not needs_one_shape(each.format)),
+    )
 
 
 def needs_one_shape(chosen: GroupFormat) -> bool:
@@ -129,9 +139,16 @@ class Comparison:
         groups = [group["group"] for group in self.options.groups]
         theirs = recipe(self.options, np.array([numbers[group] for group in groups]), "mtq.auto_quantize", None)
         budget = theirs.effective_bits if bits is None else bits
-        ours = recipe(self.options, solved(self.options, self.problem, Budget(bits=budget), self.rules), f"solved {budget:g}", None)
+        ours = recipe(
+            self.options,
+            solved(self.options, self.problem, Budget(bits=budget), self.rules),
+            f"solved {budget:g}",
+            None,
+        )
         mine, other = self.measured([("recipe", ours), ("recipe", theirs)])
-        best = min((row for row in self.uniform if row.effective_bits <= budget + 1e-9), key=lambda row: row.measured_kl)
+        best = min(
+            (row for row in self.uniform if row.effective_bits <= budget + 1e-9), key=lambda row: row.measured_kl
+        )
         low, high = mine.measured_kl_interval
         return {
             "budget_bits": budget,
@@ -157,7 +174,9 @@ def main() -> None:
     parser.add_argument("--store", required=True)
     parser.add_argument("--target", default="vllm_sm100")
     parser.add_argument("--bits", default="4.5,5,6")
-    parser.add_argument("--overrides", nargs="*", default=[], help="which of its trials, e.g. quant_pair=wint4_afp16,wint8_afp16")
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], help="which of its trials, e.g. quant_pair=wint4_afp16,wint8_afp16"
+    )
     args = parser.parse_args()
     typed = [f"store.uri={args.store}", "dataset.size=large", f"target={args.target}"]
     target = Target.from_config(expand(typed, multirun=False).points[0].target)
@@ -177,7 +196,11 @@ def main() -> None:
             for bits in map(float, args.bits.split(",")):
                 numbers = choice_of(search(bits=constraint(scored, bits)), candidates)
                 figures = {"sizes": sizes, "bits": bits, "formats": len(formats), "modelopt_seconds": seconds}
-                report("budgets", torch.device("cpu"), figures | comparison.figures(numbers, bits if sizes == "ours" else None))
+                report(
+                    "budgets",
+                    torch.device("cpu"),
+                    figures | comparison.figures(numbers, bits if sizes == "ours" else None),
+                )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,10 @@ def main() -> None:
     groups, segments = bench.tasks[0].groups, bench.plan.segments
     parts = list(dict.fromkeys(group.part for group in groups))
     share = -(-len(parts) // args.windows)
-    windows = [[name for group in groups if group.part in parts[start : start + share] for name in group.modules] for start in range(0, len(parts), share)]
+    windows = [
+        [name for group in groups if group.part in parts[start : start + share] for name in group.modules]
+        for start in range(0, len(parts), share)
+    ]
     everything = [name for window in windows for name in window]
 
     def windowed() -> None:
@@ -34,7 +37,13 @@ def main() -> None:
         whole_seconds = seconds(lambda: capture(bench.model, segments, everything), bench.device)
     with peak_gb(bench.device) as windows_peak:
         windowed_seconds = seconds(windowed, bench.device)
-    figures = {"model": args.model, "seconds": whole_seconds, **whole, "windows": len(windows), "windowed_seconds": windowed_seconds}
+    figures = {
+        "model": args.model,
+        "seconds": whole_seconds,
+        **whole,
+        "windows": len(windows),
+        "windowed_seconds": windowed_seconds,
+    }
     report("capture", bench.device, {**figures, "windowed_peak_gb": windows_peak["peak_gb"]})
 
 

@@ -17,12 +17,27 @@ _SHOWN_STAGES = 8
 
 def sweep_command(grid: Sequence[str], model: Path, captions: Path, device: str, out: Path) -> list[str]:
     """The command of a sweep of a checkpoint over captions; store and reports go into `out`."""
-    command = [sys.executable, "-m", "sweep", "run", "-m", *grid, "model=hf_causal_lm", f"model.path={model}", "model.name=bench"]
+    command = [
+        sys.executable,
+        "-m",
+        "sweep",
+        "run",
+        "-m",
+        *grid,
+        "model=hf_causal_lm",
+        f"model.path={model}",
+        "model.name=bench",
+    ]
     command += ["dataset=coco2017_captions", f"dataset.captions_path={captions}", f"cluster.device={device}"]
     return [*command, f"store.uri={out}/store", "output_layout=publish", f"output_layout.root={out}/models"]
 
 
-def run_sweep(command: Sequence[str], out: Path, environment: Mapping[str, str], on_line: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def run_sweep(
+    command: Sequence[str],
+    out: Path,
+    environment: Mapping[str, str],
+    on_line: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
     """Run it to its end.
 
     Args:
@@ -35,7 +50,9 @@ def run_sweep(command: Sequence[str], out: Path, environment: Mapping[str, str],
     """
     started = time.perf_counter()
     stages: list[tuple[float, str]] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             stages.append((round(time.perf_counter() - started, 1), line.rstrip()))
@@ -51,5 +68,7 @@ def run_sweep(command: Sequence[str], out: Path, environment: Mapping[str, str],
         "scoring_seconds": run.get("scoring_seconds"),
         "layer_groups": run.get("groups_done"),
         "workers": run.get("worker_info"),
-        "stages": [(at, line[:120]) for at, line in (stages[:_SHOWN_STAGES] if process.returncode == 0 else stages[-20:])],
+        "stages": [
+            (at, line[:120]) for at, line in (stages[:_SHOWN_STAGES] if process.returncode == 0 else stages[-20:])
+        ],
     }

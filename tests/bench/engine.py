@@ -26,12 +26,20 @@ from workers.scoring.gradient import Engine, Job, Scores
 from workers.task import Task
 
 _ALONE = "wint8_aint8/default"
-_CHECKED = ("wfp8_afp8/default", "wint8_aint8/default", "wint4_afp16/default", "wint8_aint8/a_per_token_dynamic", "wint4_aint8/w_group64")
+_CHECKED = (
+    "wfp8_afp8/default",
+    "wint8_aint8/default",
+    "wint4_afp16/default",
+    "wint8_aint8/a_per_token_dynamic",
+    "wint4_aint8/w_group64",
+)
 _AHEAD = 6  # layer groups
 _EIGHT = (*_CHECKED, "wfp8_afp16/default", "wint8_afp16/default", "wint4_afp8/default")
 
 
-def score(bench: Subject, engine: Engine, rows: dict[str, Rows], tasks: Sequence[Task], *sizes: str) -> dict[str, list[Scores] | None]:
+def score(
+    bench: Subject, engine: Engine, rows: dict[str, Rows], tasks: Sequence[Task], *sizes: str
+) -> dict[str, list[Scores] | None]:
     """Every layer group under the tasks' recipes, one group waited for after the next few have been started, as a worker does."""
     jobs: list[Job] = [job(task, bench.plan, *sizes) for task in tasks]
     waiting: deque[tuple[str, Callable[[], list[Scores] | None]]] = deque()
@@ -65,10 +73,14 @@ def references(bench: Subject, sizes: Sequence[int]) -> dict[str, float]:
     for size in sizes:
         batches = padded_batches(bench.samples, size, bench.device)
         step = max(1, len(batches) // 8) if bench.device.type == "cuda" else 1
-        found[f"batch_{size}"] = step * seconds(partial(auto_quantize, bench.model, [entries[_ALONE]], batches[::step]), bench.device)
+        found[f"batch_{size}"] = step * seconds(
+            partial(auto_quantize, bench.model, [entries[_ALONE]], batches[::step]), bench.device
+        )
     best = min(sizes, key=lambda size: found[f"batch_{size}"])
     batches = padded_batches(bench.samples, best, bench.device)
-    found["eight_a_call"] = seconds(partial(auto_quantize, bench.model, [entries[name] for name in _EIGHT], batches), bench.device) / len(_EIGHT)
+    found["eight_a_call"] = seconds(
+        partial(auto_quantize, bench.model, [entries[name] for name in _EIGHT], batches), bench.device
+    ) / len(_EIGHT)
     return found
 
 
@@ -78,7 +90,9 @@ def differences(bench: Subject, engine: Engine, rows: dict[str, Rows], checked: 
     for task in bench.tasks:
         if task.label in checked:
             covered = [name for group in task.groups for name in group.modules]
-            theirs = auto_quantize_scores(bench.model, task.quant_cfg, task.algorithm, list(bench.plan.batches("large")), covered)
+            theirs = auto_quantize_scores(
+                bench.model, task.quant_cfg, task.algorithm, list(bench.plan.batches("large")), covered
+            )
             for name, found in score(bench, engine, rows, [task], "large").items():
                 assert found is not None
                 ours = found[0]["large"].score  # type: ignore[index]
@@ -101,7 +115,9 @@ def main() -> None:
         capture_seconds = seconds(lambda: capture(bench.model, segments, modules), bench.device)
         rows = capture(bench.model, segments, modules)
         alone = next(task for task in bench.tasks if task.label == _ALONE)
-        score(bench, engine, rows, bench.tasks if args.device == "cuda" else [alone], "large")  # warm: kernels, quantizers, ranges
+        score(
+            bench, engine, rows, bench.tasks if args.device == "cuda" else [alone], "large"
+        )  # warm: kernels, quantizers, ranges
         figures: dict[str, Any] = {
             "model": args.model,
             "tokens": bench.plan.n_predictions("large") + len(bench.samples),
@@ -110,7 +126,8 @@ def main() -> None:
             "capture_seconds": capture_seconds,
             "floor_seconds": floor(bench, rows),
             "alone_seconds": seconds(lambda: score(bench, engine, rows, [alone], "large"), bench.device),
-            "seconds_per_trial": seconds(lambda: score(bench, engine, rows, bench.tasks, "large"), bench.device) / len(bench.tasks),
+            "seconds_per_trial": seconds(lambda: score(bench, engine, rows, bench.tasks, "large"), bench.device)
+            / len(bench.tasks),
         }
     if bench.device.type == "cpu":
         figures["worst_relative_difference"] = differences(bench, engine, rows, _CHECKED)

@@ -34,9 +34,24 @@ from tests.bench.counted import SCORED
 from tests.bench.setup import report
 
 ROOT = Path(__file__).resolve().parents[2]
-GRID = ["-m", "quant_pair=wfp8_afp8,wint8_aint8,wint4_afp16", "quant_granularity=default,w_group64", "dataset.size=small,medium"]
+GRID = [
+    "-m",
+    "quant_pair=wfp8_afp8,wint8_aint8,wint4_afp16",
+    "quant_granularity=default,w_group64",
+    "dataset.size=small,medium",
+]
 # Kinds of faults, with the exit code that a run ends with if it was not finished before.
-KINDS = {"SIGINT": 75, "SIGTERM": 75, "driver": -9, "worker": 0, "writer": 0, "raylet": 75, "gcs": 75, "node": 0, "disk": 75}
+KINDS = {
+    "SIGINT": 75,
+    "SIGTERM": 75,
+    "driver": -9,
+    "worker": 0,
+    "writer": 0,
+    "raylet": 75,
+    "gcs": 75,
+    "node": 0,
+    "disk": 75,
+}
 SECONDS = 300.0  # a run that takes longer hangs
 DISK = "64M"
 
@@ -76,7 +91,9 @@ def start(store: Path, workers: int, *overrides: str, mark: str = "", **environm
     ]
     with log_of(store).open("ab") as log:
         env = os.environ | {"SWEEP_FAULTS": mark, SCORED: str(scored_of(store))} | environment
-        return subprocess.Popen([*command, *MORE, *overrides], cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=env)
+        return subprocess.Popen(
+            [*command, *MORE, *overrides], cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=env
+        )
 
 
 def log_of(store: Path) -> Path:
@@ -95,7 +112,9 @@ def processes(mark: str, session: int | None = None) -> dict[int, str]:
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             state, _, _, own, *_ = (path / "stat").read_text().rpartition(")")[2].split()
-            marked = f"SWEEP_FAULTS={mark}".encode() in (path / "environ").read_bytes().split(b"\0")  # Ray's agents write their titles over it
+            marked = f"SWEEP_FAULTS={mark}".encode() in (path / "environ").read_bytes().split(
+                b"\0"
+            )  # Ray's agents write their titles over it
             if (marked or int(own) == session) and state != "Z":
                 found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return found
@@ -106,7 +125,11 @@ def target(kind: str, driver: int, mark: str, generator: random.Random) -> int |
     if kind in ("SIGINT", "SIGTERM", "driver"):
         return driver
     parts = {"worker": "ray::Worker", "raylet": "raylet/raylet", "gcs": "gcs_server", "writer": "ray::score"}
-    found = [pid for pid, name in processes(mark).items() if parts[kind] in name or (kind == "worker" and "ray::score" in name)]
+    found = [
+        pid
+        for pid, name in processes(mark).items()
+        if parts[kind] in name or (kind == "worker" and "ray::score" in name)
+    ]
     return generator.choice(found) if found else None
 
 
@@ -133,7 +156,9 @@ def two_nodes(mark: str) -> Iterator[tuple[list[str], dict[str, str]]]:
             log = folder / f"{name}.log"
             env = os.environ | environment | {"SWEEP_FAULTS": f"{mark}-{name}"}
             with log.open("wb") as output:
-                node = subprocess.Popen([*command, *options], stdout=output, stderr=output, start_new_session=True, env=env)
+                node = subprocess.Popen(
+                    [*command, *options], stdout=output, stderr=output, start_new_session=True, env=env
+                )
             nodes.append((f"{mark}-{name}", node.pid))
             deadline = time.monotonic() + 120
             while b"Ray runtime started" not in log.read_bytes():
@@ -152,7 +177,11 @@ def small_disk(place: Path) -> Iterator[None]:
     """A file system of its own, in a file."""
     image = place.with_suffix(".img")
     place.mkdir()
-    for command in (["truncate", "-s", DISK, image], ["mkfs.ext4", "-q", "-m", "0", image], ["mount", "-o", "loop", image, place]):
+    for command in (
+        ["truncate", "-s", DISK, image],
+        ["mkfs.ext4", "-q", "-m", "0", image],
+        ["mount", "-o", "loop", image, place],
+    ):
         subprocess.run(command, check=True)
     try:
         yield
@@ -274,7 +303,15 @@ def disturb(kind: str, store: Path, workers: int, seconds: float, generator: ran
     return process.returncode == 0
 
 
-def watch_with_fault(kind: str, store: Path, process: "subprocess.Popen[bytes]", seconds: float, generator: random.Random, found: Found, mark: str) -> None:
+def watch_with_fault(
+    kind: str,
+    store: Path,
+    process: "subprocess.Popen[bytes]",
+    seconds: float,
+    generator: random.Random,
+    found: Found,
+    mark: str,
+) -> None:
     """One run, just started, until it ends."""
     scored = Scored(store)
     n_logged = log_of(store).stat().st_size
@@ -300,7 +337,11 @@ def watch_with_fault(kind: str, store: Path, process: "subprocess.Popen[bytes]",
             found.slowest_end = max(found.slowest_end, time.monotonic() - at)
     if code not in (0, KINDS[kind]):
         found.unexpected += 1
-        print(f"exit code {code} after {kind}:\n{log_of(store).read_bytes()[n_logged:].decode(errors='replace')}", file=sys.stderr, flush=True)
+        print(
+            f"exit code {code} after {kind}:\n{log_of(store).read_bytes()[n_logged:].decode(errors='replace')}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def end_orphans(kind: str, mark: str, driver: int, found: Found) -> None:
@@ -309,7 +350,11 @@ def end_orphans(kind: str, mark: str, driver: int, found: Found) -> None:
     def left() -> dict[int, str]:
         own = processes(mark, driver)
         joined = {pid: name for pid, name in processes(f"{mark}-head").items() if name.startswith("ray::")}
-        return own | {pid: name for pid, name in joined.items() if not name.startswith(("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent"))}
+        return own | {
+            pid: name
+            for pid, name in joined.items()
+            if not name.startswith(("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent"))
+        }
 
     deadline = time.monotonic() + 10
     while (orphans := left()) and time.monotonic() < deadline:
@@ -321,7 +366,9 @@ def end_orphans(kind: str, mark: str, driver: int, found: Found) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def campaign(rounds: int, workers: int, seed: int, place: Path, budget: float, kinds: Sequence[str]) -> tuple[Found, dict[str, Any]]:
+def campaign(
+    rounds: int, workers: int, seed: int, place: Path, budget: float, kinds: Sequence[str]
+) -> tuple[Found, dict[str, Any]]:
     """Sweeps, each with faults until it is complete, until there were enough faults or the time is up."""
     generator, found, started = random.Random(seed), Found(), time.monotonic()
     undisturbed = place / "undisturbed" / "store"
@@ -342,8 +389,19 @@ def campaign(rounds: int, workers: int, seed: int, place: Path, budget: float, k
                 complete = False
                 while not complete and not is_over():
                     kind = kinds[found.injected.total() % len(kinds)]
-                    complete = disturb(kind, store, workers, generator.choice([-generator.uniform(3, 12), generator.uniform(0, 3)]), generator, found)
-                    print(f"{time.monotonic() - started:.0f} s, {found.injected.total()} faults: {dict(found.ended)}", file=sys.stderr, flush=True)
+                    complete = disturb(
+                        kind,
+                        store,
+                        workers,
+                        generator.choice([-generator.uniform(3, 12), generator.uniform(0, 3)]),
+                        generator,
+                        found,
+                    )
+                    print(
+                        f"{time.monotonic() - started:.0f} s, {found.injected.total()} faults: {dict(found.ended)}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 if not complete and start(store, workers).wait() != 0:
                     raise SystemExit(log_of(store).read_text())
             compare(store, expected, found)
@@ -356,7 +414,11 @@ def compare(store: Path, expected: dict[str, bytes], found: Found) -> None:
     got = cells(store)
     found.lost += len(expected.keys() - got.keys())
     found.different += sum(got[cell] != data for cell, data in expected.items() if cell in got)
-    rows = Counter((row["cell_id"], row["group"]) for path in listed(store, "scores/*/*.parquet") for row in pq.ParquetFile(path).read().to_pylist())
+    rows = Counter(
+        (row["cell_id"], row["group"])
+        for path in listed(store, "scores/*/*.parquet")
+        for row in pq.ParquetFile(path).read().to_pylist()
+    )
     found.duplicate += sum(n - 1 for n in rows.values())
     if left := [*store.glob("parts/*/*"), *store.glob("quarantine/*")]:
         print(f"left: {left}", file=sys.stderr)
@@ -367,18 +429,42 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100, help="faults to inject")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="of faults, all by default; node is for CPUs")
-    parser.add_argument("--minutes", type=float, default=1000.0, help="stop after so many, however many faults that were")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="of faults, all by default; node is for CPUs"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=1000.0, help="stop after so many, however many faults that were"
+    )
     parser.add_argument("overrides", nargs="*", help="of every run, e.g. model.path=DIR")
     options = parser.parse_intermixed_args()
     MORE.extend(options.overrides)
     with TemporaryDirectory(prefix="faults-") as place:
-        found, figures = campaign(options.rounds, options.workers, options.seed, Path(place), 60 * options.minutes, options.kinds)
+        found, figures = campaign(
+            options.rounds, options.workers, options.seed, Path(place), 60 * options.minutes, options.kinds
+        )
     again = found.scored_again
-    figures |= {"faults": found.injected.total(), "kinds": dict(found.injected), "exit_codes": dict(sorted(found.ended.items()))}
-    figures |= {"rows_lost": found.lost, "rows_duplicate": found.duplicate, "cells_different": found.different, "torn": found.torn, "reads": found.reads}
-    figures |= {"hung": found.hung, "ended_unexpectedly": found.unexpected, "orphans": found.orphans, "slowest_end_seconds": found.slowest_end}
-    figures |= {"layers_a_worker_again_mean": sum(again) / max(len(again), 1), "layers_a_worker_again_max": max(again, default=0)}
+    figures |= {
+        "faults": found.injected.total(),
+        "kinds": dict(found.injected),
+        "exit_codes": dict(sorted(found.ended.items())),
+    }
+    figures |= {
+        "rows_lost": found.lost,
+        "rows_duplicate": found.duplicate,
+        "cells_different": found.different,
+        "torn": found.torn,
+        "reads": found.reads,
+    }
+    figures |= {
+        "hung": found.hung,
+        "ended_unexpectedly": found.unexpected,
+        "orphans": found.orphans,
+        "slowest_end_seconds": found.slowest_end,
+    }
+    figures |= {
+        "layers_a_worker_again_mean": sum(again) / max(len(again), 1),
+        "layers_a_worker_again_max": max(again, default=0),
+    }
     report("faults", torch.device("cuda" if torch.cuda.is_available() else "cpu"), json.loads(json.dumps(figures)))
 
 

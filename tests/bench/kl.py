@@ -37,19 +37,32 @@ def main() -> None:
 
     engines: list[KlEngine] = []
     with peak_gb(bench.device) as memory:
-        first = seconds(lambda: engines.append(KlEngine(bench.model, bench.plan.segments, modules)) or trial(engines[0]), bench.device)
+        first = seconds(
+            lambda: engines.append(KlEngine(bench.model, bench.plan.segments, modules)) or trial(engines[0]),
+            bench.device,
+        )
         ours = seconds(lambda: trial(engines[0]), bench.device)
-    figures: dict[str, object] = {"model": args.model, "groups": len(task.groups), "seconds_per_trial": ours, "first_trial_seconds": first, **memory}
+    figures: dict[str, object] = {
+        "model": args.model,
+        "groups": len(task.groups),
+        "seconds_per_trial": ours,
+        "first_trial_seconds": first,
+        **memory,
+    }
     if not args.no_reference:
         batches = padded_batches(bench.samples, _BATCH, bench.device)
         middle = batches[len(batches) // 2 : len(batches) // 2 + 1]
         theirs: dict[str, list[float]] = {}
-        one = seconds(lambda: theirs.update(auto_quantize(bench.model, [task.quant_cfg], middle, method="kl_div")), bench.device)
+        one = seconds(
+            lambda: theirs.update(auto_quantize(bench.model, [task.quant_cfg], middle, method="kl_div")), bench.device
+        )
         ranked = [found[name][0]["large"].score for name in found]  # type: ignore[index]
         figures |= {
             "reference_seconds_per_trial": one * len(batches),
             "speedup": one * len(batches) / ours,
-            "spearman_to_reference_on_an_eighth": spearman(ranked, [theirs[f"{name}.quant_recipe"][0] for name in found]),
+            "spearman_to_reference_on_an_eighth": spearman(
+                ranked, [theirs[f"{name}.quant_recipe"][0] for name in found]
+            ),
         }
     report("kl_div", bench.device, figures)
 

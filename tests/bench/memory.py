@@ -27,12 +27,18 @@ from workers.service.scorer import Scorer
 from workers.task import ModelSpec, Task
 
 
-def measured(budget: float, spec: ModelSpec, tasks: Sequence[Task], plan: Plan, store: Path, device: torch.device) -> dict[str, Any]:
+def measured(
+    budget: float, spec: ModelSpec, tasks: Sequence[Task], plan: Plan, store: Path, device: torch.device
+) -> dict[str, Any]:
     """Score the tasks in a worker with this budget."""
     scorer = Scorer(str(store), device.type, memory_gb=budget)
     scorer.load(spec)
     for task in tasks[:: max(1, len(tasks) // 8)]:  # kernels are compiled at their first use
-        list(scorer.score([replace(task, task_id="warm", groups=task.groups[:8], cells={"small": f"warm-{task.task_id}"})], plan))
+        list(
+            scorer.score(
+                [replace(task, task_id="warm", groups=task.groups[:8], cells={"small": f"warm-{task.task_id}"})], plan
+            )
+        )
     warnings: list[str] = []
 
     def score() -> None:
@@ -41,7 +47,13 @@ def measured(budget: float, spec: ModelSpec, tasks: Sequence[Task], plan: Plan, 
     before = scorer.info()["capture_seconds"]
     with peak_gb(device) as peak:
         time = seconds(score, device)
-    return {"budget_gb": budget, "seconds": time, "capture_seconds": scorer.info()["capture_seconds"] - before, "warnings": warnings, **peak}
+    return {
+        "budget_gb": budget,
+        "seconds": time,
+        "capture_seconds": scorer.info()["capture_seconds"] - before,
+        "warnings": warnings,
+        **peak,
+    }
 
 
 def main() -> None:
@@ -56,18 +68,37 @@ def main() -> None:
         path = make_checkpoint((args.scratch or Path(fresh)) / "model", args.model, args.device)
         spec = ModelSpec(path=str(path), revision="bench", dtype="float32" if args.device == "cpu" else "bfloat16")
         texts = read_captions(bundled_model_dir() / "wordnet_glosses.txt", 512)
-        samples = text_samples(loading.tokenize(bundled_model_dir(), texts), 512) if args.model == "tiny" else random_captions(512)
+        samples = (
+            text_samples(loading.tokenize(bundled_model_dir(), texts), 512)
+            if args.model == "tiny"
+            else random_captions(512)
+        )
         plan = make_plan(samples, packed=True)
         network = loading.load(path, dtype=torch.float32, device="cpu") if args.model == "tiny" else random_4b("meta")
         tasks = [
-            replace(task, task_id=f"task-{number}", model=spec, plan_id="plan", cells={size: f"{number}-{size}" for size in SIZES})
+            replace(
+                task,
+                task_id=f"task-{number}",
+                model=spec,
+                plan_id="plan",
+                cells={size: f"{number}-{size}" for size in SIZES},
+            )
             for number, task in enumerate(grid_tasks(network, args.device))
         ]
         reference: float | None = None
         for budget in map(float, args.budgets.split(",")):
             figures = measured(budget, spec, tasks, plan, Path(fresh) / f"store-{budget:g}", device)
             reference = reference or figures["seconds"]
-            report("memory", device, {"model": args.model, "recipes": len(tasks), **figures, "times_reference": figures["seconds"] / reference})
+            report(
+                "memory",
+                device,
+                {
+                    "model": args.model,
+                    "recipes": len(tasks),
+                    **figures,
+                    "times_reference": figures["seconds"] / reference,
+                },
+            )
 
 
 if __name__ == "__main__":

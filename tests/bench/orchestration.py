@@ -38,7 +38,9 @@ class InstantWorker(actor.Worker):
     def info(self) -> dict[str, Any]:
         return {"model_loads": self._loads}
 
-    def _score(self, tasks: Sequence[Task], plan: Plan, assignment: int, names: Iterator[str]) -> Iterator[list[Progress]]:
+    def _score(
+        self, tasks: Sequence[Task], plan: Plan, assignment: int, names: Iterator[str]
+    ) -> Iterator[list[Progress]]:
         for _ in names:
             yield [Progress(task_id=task.task_id, done=1, found=0) for task in tasks]
 
@@ -89,7 +91,9 @@ def main() -> None:
 
     tasks = {f"task-{i}": replace(TASK, task_id=f"task-{i}") for i in range(_N_TRIALS)}
     orders = [driver.TrialOrder(name=name, task_id=name) for name in tasks]
-    _, infos, seconds, stop_seconds = run_bare(InstantWorker, tasks, Workers(device="cpu", count=2, gpus_each=1.0), "none")
+    _, infos, seconds, stop_seconds = run_bare(
+        InstantWorker, tasks, Workers(device="cpu", count=2, gpus_each=1.0), "none"
+    )
     tune_alone = tune_seconds(orders)
     figures = {
         "trials": _N_TRIALS,

@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--store", required=True)
     parser.add_argument("--bits", default="4.25,4.5,5,6")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--overrides", nargs="*", default=[], help="which of its trials, e.g. quant_pair=wfp4_afp4,wfp8_afp8")
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], help="which of its trials, e.g. quant_pair=wfp4_afp4,wfp8_afp8"
+    )
     args = parser.parse_args()
     typed = [f"store.uri={args.store}", "dataset.size=large", *args.overrides]
     device = torch.device("cpu")
@@ -39,11 +41,25 @@ def main() -> None:
         for round_ in range(args.rounds + 1):
             started = time.perf_counter()
             problem = problem_of(options, rules, damage)
-            made = recipe(options, solved(options, problem, Budget(bits=bits), rules), f"{bits:g} bits, round {round_}", None, damage)
+            made = recipe(
+                options,
+                solved(options, problem, Budget(bits=bits), rules),
+                f"{bits:g} bits, round {round_}",
+                None,
+                damage,
+            )
             ready = prepared(made, config_of(made, [f"store.uri={args.store}", "cluster.device=cpu"]))
-            asked = [("recipe", made), *(("uniform", each) for each in uniform if each.effective_bits <= bits and not round_)]
+            asked = [
+                ("recipe", made),
+                *(("uniform", each) for each in uniform if each.effective_bits <= bits and not round_),
+            ]
             found, *others = validate(ready, asked, "cpu")
-            figures: dict[str, object] = {"bits": bits, "round": round_, "predicted_kl": found.predicted_kl, "held_out_kl": found.measured_kl}
+            figures: dict[str, object] = {
+                "bits": bits,
+                "round": round_,
+                "predicted_kl": found.predicted_kl,
+                "held_out_kl": found.measured_kl,
+            }
             if others:
                 best = min(others, key=lambda row: row.measured_kl)
                 figures |= {"best_uniform": best.name, "best_uniform_kl": best.measured_kl}

@@ -24,14 +24,19 @@ def padded_batches(samples: Sequence[Sample], batch_size: int, device: torch.dev
     for start in range(0, len(ordered), batch_size):
         tokens = [torch.from_numpy(sample.token_ids) for sample in ordered[start : start + batch_size]]
         ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-        labels = nn.utils.rnn.pad_sequence([F.pad(t[1:], (0, 1), value=-100) for t in tokens], batch_first=True, padding_value=-100)
+        labels = nn.utils.rnn.pad_sequence(
+            [F.pad(t[1:], (0, 1), value=-100) for t in tokens], batch_first=True, padding_value=-100
+        )
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
         batches.append({"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)})
     return batches
 
 
 def auto_quantize(
-    model: nn.Module, formats: Sequence[Sequence[Mapping[str, Any]]], batches: Sequence[PaddedBatch], method: str = "gradient"
+    model: nn.Module,
+    formats: Sequence[Sequence[Mapping[str, Any]]],
+    batches: Sequence[PaddedBatch],
+    method: str = "gradient",
 ) -> dict[str, list[float]]:
     """Score every language-model group under `formats` in one call; with several of them the scores are clamped."""
     clone = copy.deepcopy(model).requires_grad_(True)
@@ -40,14 +45,18 @@ def auto_quantize(
         return network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
 
     def loss(logits: Tensor, batch: PaddedBatch) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
+        )
 
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         _, state = mtq.auto_quantize(
             clone,
             constraints={"effective_bits": 16.0},
-            quantization_formats=[{"quant_cfg": [dict(entry) for entry in entries], "algorithm": "max"} for entries in formats],
+            quantization_formats=[
+                {"quant_cfg": [dict(entry) for entry in entries], "algorithm": "max"} for entries in formats
+            ],
             data_loader=list(batches),
             forward_step=forward_step,
             loss_func=loss if method == "gradient" else None,
@@ -57,4 +66,8 @@ def auto_quantize(
             num_score_steps=len(batches),
             verbose=False,
         )
-    return {name: [float(score) for score in stats["scores"]] for name, stats in state["candidate_stats"].items() if len(stats["scores"]) > 1}
+    return {
+        name: [float(score) for score in stats["scores"]]
+        for name, stats in state["candidate_stats"].items()
+        if len(stats["scores"]) > 1
+    }

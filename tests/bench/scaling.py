@@ -44,7 +44,9 @@ class Watch:
 
     def __init__(self) -> None:
         """Nothing seen yet."""
-        self.samples: list[tuple[float, list[float], float]] = []  # seconds since 1970, percent of each GPU's time, free host memory in GB
+        self.samples: list[
+            tuple[float, list[float], float]
+        ] = []  # seconds since 1970, percent of each GPU's time, free host memory in GB
 
     @contextmanager
     def watching(self, device: str) -> Generator[None]:
@@ -77,7 +79,12 @@ class Watch:
 
 
 def _utilization() -> list[float]:
-    asked = subprocess.run(["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True)
+    asked = subprocess.run(
+        ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return [float(line) for line in asked.stdout.split()]
 
 
@@ -104,7 +111,9 @@ def scores_of(store: Path) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float
     }
 
 
-def point(args: argparse.Namespace, n_gpus: int, state: str, out: Path, model: Path, captions: Path, cache: Path) -> dict[str, Any]:
+def point(
+    args: argparse.Namespace, n_gpus: int, state: str, out: Path, model: Path, captions: Path, cache: Path
+) -> dict[str, Any]:
     """One run; `state` is "cold" or "warm"."""
     n_workers = n_gpus * args.workers_per_gpu
     command = sweep_command(args.overrides or ["grid=origin"], model, captions, args.device, out)
@@ -147,7 +156,9 @@ def point(args: argparse.Namespace, n_gpus: int, state: str, out: Path, model: P
 def compared(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     """Rows of a store, and how far their scores are from those of the first store."""
     differing = [
-        float(np.nanmax(np.abs(found[cell] / reference[cell] - 1))) for cell in reference if not np.array_equal(found[cell], reference[cell], equal_nan=True)
+        float(np.nanmax(np.abs(found[cell] / reference[cell] - 1)))
+        for cell in reference
+        if not np.array_equal(found[cell], reference[cell], equal_nan=True)
     ]
     return {
         "rows": sum(len(scores) for scores in found.values()),
@@ -175,7 +186,9 @@ def plot(lines: Path, picture: Path) -> None:
         ("cold", "seconds", "command to published, cold"),
     ):
         series = sorted((point["gpus"], point[key]) for point in points if point["state"] == state)
-        axes.plot([gpus for gpus, _ in series], [series[0][1] / seconds for _, seconds in series], marker="o", label=label)
+        axes.plot(
+            [gpus for gpus, _ in series], [series[0][1] / seconds for _, seconds in series], marker="o", label=label
+        )
     axes.set(
         xlabel="GPUs",
         ylabel="times one GPU",
@@ -192,7 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=["tiny", "qwen3_vl_4b_shape"], default="qwen3_vl_4b_shape")
     parser.add_argument("--gpus", default="1,2,4,8", help="points; on a CPU, numbers of workers")
     parser.add_argument("--workers-per-gpu", type=int, default=1, help="more than one share a GPU")
-    parser.add_argument("--kill", action="store_true", help="kill one worker in the middle of each run; only one a point")
+    parser.add_argument(
+        "--kill", action="store_true", help="kill one worker in the middle of each run; only one a point"
+    )
     parser.add_argument("--scratch", type=Path, help="where the checkpoint is kept between runs")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("LINES", "PICTURE"))
     parser.add_argument("overrides", nargs="*", help="of the sweep, instead of the whole grid")
@@ -216,7 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     one = first.setdefault(f"{state} {key}", figures[key] * n_gpus)
                     figures[name] = one / (n_gpus * figures[key])
                 figures["times_first_wall"] = figures["seconds"] / first.setdefault(f"{state} wall", figures["seconds"])
-                report("scaling", torch.device(args.device), {"model": args.model, **figures, **compared(found, reference)})
+                report(
+                    "scaling", torch.device(args.device), {"model": args.model, **figures, **compared(found, reference)}
+                )
 
 
 if __name__ == "__main__":

@@ -81,7 +81,12 @@ def subject(model: str, device: str) -> Subject:
     else:
         samples = random_captions(512)
     return Subject(
-        name=model, model=network, samples=samples, plan=make_plan(samples, packed=True), tasks=grid_tasks(network, device), device=torch.device(device)
+        name=model,
+        model=network,
+        samples=samples,
+        plan=make_plan(samples, packed=True),
+        tasks=grid_tasks(network, device),
+        device=torch.device(device),
     )
 
 
@@ -120,13 +125,25 @@ def grid_tasks(network: Any, device: str, overrides: tuple[str, ...] = ("dataset
 
     points = expand(["grid=origin", *overrides], multirun=True).points
     tasks = list(plan_sweep(points, "cpu" if device == "cpu" else "cuda").tasks.values())
-    linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear) and "language_model" in name}
+    linears = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and "language_model" in name
+    }
     groups: list[GroupSpec] = []
     for first, modules in layer_groups(linears).items():
         part, index = part_of(first)
         n_inputs, n_outputs = linears[first].in_features, sum(linears[name].out_features for name in modules)
         groups.append(
-            GroupSpec(name=first, modules=modules, part=part, layer_index=index, weight_elements=n_inputs * n_outputs, n_inputs=n_inputs, n_outputs=n_outputs)
+            GroupSpec(
+                name=first,
+                modules=modules,
+                part=part,
+                layer_index=index,
+                weight_elements=n_inputs * n_outputs,
+                n_inputs=n_inputs,
+                n_outputs=n_outputs,
+            )
         )
     return [replace(task, groups=tuple(groups)) for task in tasks]
 
@@ -134,7 +151,13 @@ def grid_tasks(network: Any, device: str, overrides: tuple[str, ...] = ("dataset
 def job(task: Task, plan: Plan, *sizes: str) -> Job:
     """What the engine does for a task."""
     wanted = {size: plan.segments_of(size) for size in sizes or SIZES}
-    return Job(name=task.label, weight=task.weight_attributes, inputs=task.input_attributes, calibrates_inputs=task.calibrates_inputs, sizes=wanted)
+    return Job(
+        name=task.label,
+        weight=task.weight_attributes,
+        inputs=task.input_attributes,
+        calibrates_inputs=task.calibrates_inputs,
+        sizes=wanted,
+    )
 
 
 def seconds(function: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
@@ -155,9 +178,20 @@ def sync(device: torch.device) -> None:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Where the figures are from."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    return {"device": where, "torch": torch.__version__, "python": platform.python_version(), "commit": commit or "unknown"}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    ).stdout.strip()
+    where = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    )
+    return {
+        "device": where,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit or "unknown",
+    }
 
 
 def report(benchmark: str, device: torch.device, figures: dict[str, Any]) -> None:

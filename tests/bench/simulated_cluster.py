@@ -50,20 +50,34 @@ class SleepingWorker(Worker):
     def info(self) -> dict[str, Any]:
         return {"node": self._node}
 
-    def _score(self, tasks: Sequence[Task], plan: Any, assignment: int, names: Iterator[str]) -> Iterator[list[Progress]]:
+    def _score(
+        self, tasks: Sequence[Task], plan: Any, assignment: int, names: Iterator[str]
+    ) -> Iterator[list[Progress]]:
         for done, name in enumerate(names, 1):
             time.sleep(self._step_seconds * len(tasks))
-            with (self._folder / f"scored-{self._node}").open("a") as file:  # one write: workers of a node do not tear each other's lines
+            with (self._folder / f"scored-{self._node}").open(
+                "a"
+            ) as file:  # one write: workers of a node do not tear each other's lines
                 file.write("".join(f"{task.task_id} {name}\n" for task in tasks))
             yield [Progress(task_id=task.task_id, done=done, found=0, lease=assignment) for task in tasks]
 
 
 def grid() -> dict[str, Task]:
     """Tasks of several models, by id."""
-    groups = tuple(replace(GROUP, name=f"layers.{i}.a", modules=(f"layers.{i}.a",), part=f"layers.{i}", layer_index=i) for i in range(_LAYERS))
+    groups = tuple(
+        replace(GROUP, name=f"layers.{i}.a", modules=(f"layers.{i}.a",), part=f"layers.{i}", layer_index=i)
+        for i in range(_LAYERS)
+    )
     names = [(family, f"model{family}-recipe{recipe}") for family in range(_FAMILIES) for recipe in range(_RECIPES)]
     return {
-        name: replace(TASK, task_id=name, label=name, groups=groups, model=replace(TASK.model, revision=f"model{family}"), cells={"small": name})
+        name: replace(
+            TASK,
+            task_id=name,
+            label=name,
+            groups=groups,
+            model=replace(TASK.model, revision=f"model{family}"),
+            cells={"small": name},
+        )
         for family, name in names
     }
 
@@ -74,15 +88,28 @@ def drive(address: str, n_workers: int, elastic: bool, folder: Path) -> None:
     from tests.bench.bare import run_bare
 
     workers = Workers(device="cuda", count=n_workers, gpus_each=1.0, address=address, elastic=elastic)
-    failures, infos, seconds, _ = run_bare(SleepingWorker, grid(), workers, str(folder / "store"), (folder / "ready").touch)
+    failures, infos, seconds, _ = run_bare(
+        SleepingWorker, grid(), workers, str(folder / "store"), (folder / "ready").touch
+    )
     print(json.dumps({"seconds": seconds, "failures": failures, "workers": len(infos)}))
 
 
-def start_driver(address: str, n_workers: int, folder: Path, ideal_seconds: float, *, elastic: bool = False) -> "subprocess.Popen[str]":
+def start_driver(
+    address: str, n_workers: int, folder: Path, ideal_seconds: float, *, elastic: bool = False
+) -> "subprocess.Popen[str]":
     """Begin a sweep that would take so many seconds if all of the workers slept all the time."""
     (folder / "n_workers").write_text(str(n_workers))
     (folder / "step_seconds").write_text(str(ideal_seconds * n_workers / (_FAMILIES * _RECIPES * _LAYERS)))
-    command = [sys.executable, "-m", "tests.bench.simulated_cluster", "--drive", address, "--workers", str(n_workers), *(["--elastic"] if elastic else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.simulated_cluster",
+        "--drive",
+        address,
+        "--workers",
+        str(n_workers),
+        *(["--elastic"] if elastic else []),
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, _FOLDER: str(folder)})
 
 

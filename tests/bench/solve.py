@@ -33,7 +33,11 @@ def made_up(seed: int) -> Problem:
     rng = np.random.default_rng(seed)
     elements = np.resize(np.array(ELEMENTS, dtype=np.float64), N_GROUPS)
     bits = np.append(rng.choice(BITS, N_FORMATS), 16.0)
-    damage = 10 ** rng.normal(-4, 0.8, (N_GROUPS, 1)) * 4.0 ** (4 - bits) * 10 ** rng.normal(0, 0.2, (N_GROUPS, N_FORMATS + 1))
+    damage = (
+        10 ** rng.normal(-4, 0.8, (N_GROUPS, 1))
+        * 4.0 ** (4 - bits)
+        * 10 ** rng.normal(0, 0.2, (N_GROUPS, N_FORMATS + 1))
+    )
     damage[:, -1] = 0.0
     return Problem(damage=damage, cost=elements[:, None] * bits, together=np.arange(N_GROUPS))
 

@@ -34,9 +34,28 @@ def finished_grid(store: Store, overrides: list[str]) -> SweepPlan:
         for size, cell in task.cells.items():
             n_samples = {"small": 16, "medium": 128, "large": 512}[size]
             rows = [
-                {"cell_id": cell, "group": group.name, "modules": list(group.modules), "layer_index": group.layer_index, "score": 1.0, "sensitivity": 0.5}
-                | {"predicted_kl": 0.25, "n_predictions": 2, "n_samples": n_samples, "weight_elements": group.weight_elements, "effective_bits": 8.0}
-                | {"output_rel_error": 0.1, "output_sqnr_db": 20.0, "weight_rel_error": 0.1, "input_amax": 1.0, "sample_scores": [1.0 / n_samples] * n_samples}
+                {
+                    "cell_id": cell,
+                    "group": group.name,
+                    "modules": list(group.modules),
+                    "layer_index": group.layer_index,
+                    "score": 1.0,
+                    "sensitivity": 0.5,
+                }
+                | {
+                    "predicted_kl": 0.25,
+                    "n_predictions": 2,
+                    "n_samples": n_samples,
+                    "weight_elements": group.weight_elements,
+                    "effective_bits": 8.0,
+                }
+                | {
+                    "output_rel_error": 0.1,
+                    "output_sqnr_db": 20.0,
+                    "weight_rel_error": 0.1,
+                    "input_amax": 1.0,
+                    "sample_scores": [1.0 / n_samples] * n_samples,
+                }
                 for group in task.groups
             ]
             store.write_part(cell, "all", pa.Table.from_pylist(rows, schema=SCORES_SCHEMA))
@@ -53,11 +72,24 @@ def many_cells(store: Store, n_cells: int, like: Store) -> None:
     started = datetime(2026, 1, 1, tzinfo=UTC)
     for run in range(100):
         rows = [
-            replace(known, trial_id=f"t{cell}", cell_id=f"{cell:020x}", created_at=started + timedelta(seconds=cell), run_id=f"r{run:03}")
+            replace(
+                known,
+                trial_id=f"t{cell}",
+                cell_id=f"{cell:020x}",
+                created_at=started + timedelta(seconds=cell),
+                run_id=f"r{run:03}",
+            )
             for cell in range(run, n_cells, 100)
         ]
         store.write_trials(f"r{run:03}", rows)
-        store.write_run(f"r{run:03}", {"run_id": f"r{run:03}", "heartbeat_at": "2026-01-01T00:00:00+00:00", "ended_at": "2026-01-01T00:00:00+00:00"})
+        store.write_run(
+            f"r{run:03}",
+            {
+                "run_id": f"r{run:03}",
+                "heartbeat_at": "2026-01-01T00:00:00+00:00",
+                "ended_at": "2026-01-01T00:00:00+00:00",
+            },
+        )
     for cell in range(n_cells):
         directory = Path(store.uri) / f"scores/cell={cell:020x}"
         directory.mkdir(parents=True)
@@ -69,9 +101,13 @@ def seconds_of(name: str, *words: str) -> dict[str, float]:
     times: list[tuple[float, float]] = []
     for _ in range(3):
         started, before = time.perf_counter(), getrusage(RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-m", "sweep", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "sweep", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )
         after = getrusage(RUSAGE_CHILDREN)
-        times.append((time.perf_counter() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+        times.append(
+            (time.perf_counter() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        )
         if done.returncode:
             raise SystemExit(done.stdout + done.stderr)
     return {f"{name}_seconds": min(wall for wall, _ in times), f"{name}_cpu_seconds": min(cpu for _, cpu in times)}
@@ -85,7 +121,9 @@ def main() -> None:
         overrides = ["grid=origin", f"store.uri={place}/grid", f"output_layout.root={place}/published"]
         grid, large = Store(f"{place}/grid"), Store(f"{place}/large")
         plan = finished_grid(grid, overrides)
-        subprocess.run([sys.executable, "-m", "sweep", "run", "-m", *overrides], cwd=ROOT, capture_output=True, check=False)  # publishes
+        subprocess.run(
+            [sys.executable, "-m", "sweep", "run", "-m", *overrides], cwd=ROOT, capture_output=True, check=False
+        )  # publishes
         figures: dict[str, float] = {"trials": len(plan.trials), "cells": len(grid.files.names("scores"))}
         figures |= seconds_of("run_again", "run", "-m", *overrides)
         figures |= seconds_of("status", "status", f"store.uri={place}/grid")

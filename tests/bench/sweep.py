@@ -28,10 +28,22 @@ _LONG_GRID = [
 
 def floor(n_rows: int, shape: dict[str, Any]) -> float:
     """Seconds of the GEMMs of one recipe in bf16: every linear of the decoder once."""
-    hidden, inner, heads = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"] * shape["num_attention_heads"]
+    hidden, inner, heads = (
+        shape["hidden_size"],
+        shape["intermediate_size"],
+        shape["head_dim"] * shape["num_attention_heads"],
+    )
     keys = shape["head_dim"] * shape["num_key_value_heads"]
     total = 0.0
-    for n_in, n_out in [(hidden, heads), (hidden, keys), (hidden, keys), (heads, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]:
+    for n_in, n_out in [
+        (hidden, heads),
+        (hidden, keys),
+        (hidden, keys),
+        (heads, hidden),
+        (hidden, inner),
+        (hidden, inner),
+        (inner, hidden),
+    ]:
         x_TI = torch.randn(n_rows, n_in, dtype=torch.bfloat16, device="cuda")
         weight_OI = torch.randn(n_out, n_in, dtype=torch.bfloat16, device="cuda")
         total += seconds(lambda x=x_TI, weight=weight_OI: x @ weight.T, x_TI.device, repeats=10)
@@ -55,7 +67,12 @@ def main() -> None:
         command = sweep_command(grid, model, captions, args.device, Path(fresh))
         command += [f"sensitivity.memory_gb={args.memory_gb}"] if args.memory_gb else []
         cache = {"SWEEP_CACHE_DIR": f"{fresh}/cache"}  # hashes and token ids are found anew, as on a first run
-        figures = {"model": args.model, "grid": " ".join(grid), "memory_gb": args.memory_gb, **run_sweep(command, Path(fresh), cache)}
+        figures = {
+            "model": args.model,
+            "grid": " ".join(grid),
+            "memory_gb": args.memory_gb,
+            **run_sweep(command, Path(fresh), cache),
+        }
         if args.long and args.device == "cuda":
             figures |= {"floor_seconds": floor(128 * 512, TEXT_4B), "recipes": 16}
             figures["times_floor"] = figures["scoring_seconds"] / (16 * figures["floor_seconds"])

@@ -44,13 +44,19 @@ _HELD_OUT = 128
 _MIXES = 20
 
 
-def one_group(bench: Subject, tasks: list[Task], groups: tuple[GroupSpec, ...], size: str) -> tuple[np.ndarray, np.ndarray]:
+def one_group(
+    bench: Subject, tasks: list[Task], groups: tuple[GroupSpec, ...], size: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Predicted and measured KL of each group under each recipe: [groups, recipes] each, nats per prediction."""
     n_predictions = bench.plan.n_predictions(size)
     segments = bench.plan.segments[: bench.plan.segments_of(size)]
     modules = [name for group in groups for name in group.modules]
     jobs = [job(task, bench.plan, size) for task in tasks]
-    rows, scorer, measurer = capture(bench.model, segments, modules), Engine(bench.device), KlEngine(bench.model, segments, modules)
+    rows, scorer, measurer = (
+        capture(bench.model, segments, modules),
+        Engine(bench.device),
+        KlEngine(bench.model, segments, modules),
+    )
 
     def scores(found: list[Scores] | None) -> list[float]:
         assert found is not None
@@ -62,11 +68,18 @@ def one_group(bench: Subject, tasks: list[Task], groups: tuple[GroupSpec, ...], 
     return np.array(predicted) / (2 * n_predictions), np.array(measured) / n_predictions
 
 
-def mixes(bench: Subject, tasks: list[Task], groups: tuple[GroupSpec, ...], size: str, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mixes(
+    bench: Subject, tasks: list[Task], groups: tuple[GroupSpec, ...], size: str, predicted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Predicted KL of random mixes, and measured on the samples that scored and on held-out ones: [mixes] each."""
     formats = [
         GroupFormat(
-            quant_pair=task.label, quant_granularity="default", algorithm="max", scales="private", weight=task.weight_attributes, inputs=task.input_attributes
+            quant_pair=task.label,
+            quant_granularity="default",
+            algorithm="max",
+            scales="private",
+            weight=task.weight_attributes,
+            inputs=task.input_attributes,
         )
         for task in tasks
     ]
@@ -82,10 +95,14 @@ def mixes(bench: Subject, tasks: list[Task], groups: tuple[GroupSpec, ...], size
         )
         for group in groups
     ]
-    quants = calibrated_groups(bench.model, list(bench.plan.batches(size)), choices, {group.name: formats for group in groups})
+    quants = calibrated_groups(
+        bench.model, list(bench.plan.batches(size)), choices, {group.name: formats for group in groups}
+    )
     texts = read_captions(bundled_model_dir() / "wordnet_glosses.txt", 512 + _HELD_OUT)[512:]
     others: Plan = make_plan(text_samples(loading.tokenize(bundled_model_dir(), texts), 512), packed=True)
-    validators = [Validator(bench.model, list(plan.batches(name))) for plan, name in ((bench.plan, size), (others, "medium"))]
+    validators = [
+        Validator(bench.model, list(plan.batches(name))) for plan, name in ((bench.plan, size), (others, "medium"))
+    ]
     rng = np.random.default_rng(0)
     sums: list[float] = []
     damages: list[list[Damage]] = []
@@ -93,7 +110,9 @@ def mixes(bench: Subject, tasks: list[Task], groups: tuple[GroupSpec, ...], size
         chosen = rng.integers(0, len(formats) + 1, len(groups))  # the last stands for 16 bits
         picked = [(index, number) for index, number in enumerate(chosen.tolist()) if number < len(formats)]
         sums.append(float(sum(predicted[index, number] for index, number in picked)))
-        applied = {name: quant for index, number in picked for name, quant in quants[groups[index].name][number].items()}
+        applied = {
+            name: quant for index, number in picked for name, quant in quants[groups[index].name][number].items()
+        }
         damages.append([validator.measure(applied) for validator in validators])
     same, other = np.array([[damage.mean_kl for damage in pair] for pair in damages]).T
     return np.array(sums), same, other
@@ -111,8 +130,17 @@ def main() -> None:
     for index, task in enumerate(tasks):
         ratios = predicted[:, index] / measured[:, index]
         rank = spearman(predicted[:, index], measured[:, index])
-        figures = {"spearman": rank, "median_ratio": float(np.median(ratios)), "least_ratio": float(ratios.min()), "largest_ratio": float(ratios.max())}
-        report("one_group_kl", bench.device, {"recipe": task.label, "groups": len(groups), **figures, "summed_kl": float(measured[:, index].sum())})
+        figures = {
+            "spearman": rank,
+            "median_ratio": float(np.median(ratios)),
+            "least_ratio": float(ratios.min()),
+            "largest_ratio": float(ratios.max()),
+        }
+        report(
+            "one_group_kl",
+            bench.device,
+            {"recipe": task.label, "groups": len(groups), **figures, "summed_kl": float(measured[:, index].sum())},
+        )
     ratios = predicted / measured
     overall = {
         "groups_x_recipes": int(ratios.size),

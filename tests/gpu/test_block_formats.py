@@ -25,7 +25,12 @@ ELEMENTS = {"e2m1": (2, 1), "e4m3": E4M3, "e5m2": (5, 2), "e3m2": (3, 2), "e2m3"
 FORMATS: dict[str, tuple[Any, tuple[int, int], int]] = {
     **{f"nvfp4_{block}": ((2, 1), E4M3, block) for block in (16, 32, 64, 128)},
     **{f"mx_{name}_{block}": (bits, E8M0, block) for name, bits in ELEMENTS.items() for block in (8, 16, 32)},
-    **{f"e4m3_scaled_{name}_{block}": (bits, E4M3, block) for name, bits in ELEMENTS.items() if name != "e2m1" for block in (16, 32)},
+    **{
+        f"e4m3_scaled_{name}_{block}": (bits, E4M3, block)
+        for name, bits in ELEMENTS.items()
+        if name != "e2m1"
+        for block in (16, 32)
+    },
 }
 SHAPE = (1024, 1024)  # 30 inputs of 1M elements a format
 
@@ -61,7 +66,11 @@ def inputs() -> Iterator[tuple[str, Tensor]]:
 def quantized(x: Tensor, name: str, backend: str | None = BACKEND) -> Tensor:
     register()
     num_bits, scale_bits, block = FORMATS[name]
-    attributes = {"num_bits": num_bits, "block_sizes": {-1: block, "type": "dynamic", "scale_bits": scale_bits}, "backend": backend}
+    attributes = {
+        "num_bits": num_bits,
+        "block_sizes": {-1: block, "type": "dynamic", "scale_bits": scale_bits},
+        "backend": backend,
+    }
     quantizer = TensorQuantizer(QuantizerAttributeConfig(**attributes))
     if scale_bits != E8M0:
         quantizer.amax = x.abs().amax()
@@ -78,7 +87,9 @@ def n_different(left: Tensor, right: Tensor, signed_zeros: bool) -> int:
 def test_cpu_equals_cuda_to_the_bit(name: str) -> None:
     # Other than NVFP4's kernel, the MX extension leaves the sign of a zero input undefined: there zeros of either sign are equal.
     signed_zeros = name.startswith("nvfp4")
-    counts = {label: n_different(quantized(x, name), quantized(x.cuda(), name).cpu(), signed_zeros) for label, x in inputs()}
+    counts = {
+        label: n_different(quantized(x, name), quantized(x.cuda(), name).cpu(), signed_zeros) for label, x in inputs()
+    }
     assert {label: count for label, count in counts.items() if count} == {}
 
 
@@ -88,7 +99,10 @@ def test_on_a_gpu_the_backend_is_modelopts_own_kernel(name: str) -> None:
     assert n_different(quantized(x, name), quantized(x, name, backend=None), signed_zeros=False) == 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="a fault of the kernel for 8.9 and above")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+    reason="a fault of the kernel for 8.9 and above",
+)
 def test_stock_modelopt_runs_nvfp4_in_blocks_of_16_whatever_is_asked() -> None:
     """Why the backend calls the kernel itself; once this fails, ModelOpt is mended and `_quantize` can drop its special case."""
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5)).cuda()

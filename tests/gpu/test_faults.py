@@ -41,7 +41,11 @@ def test_a_failed_device_assertion_retires_the_process_and_loses_nothing(tmp_pat
     (tmp_path / "sitecustomize.py").write_text(FAILING_GPU)
     fault = tmp_path / "fault"
     fault.touch()
-    environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "FAULT": str(fault), "STORE": str(tmp_path / "store")}
+    environment = {
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+        "FAULT": str(fault),
+        "STORE": str(tmp_path / "store"),
+    }
     code, output = end(start(tmp_path / "store", "failing", slow, **environment))
     assert Path(f"{fault}.done").exists()
     assert (code, "sweep-worker-0 starts anew: CUDA error: device-side assert triggered" in output) == (0, True), output

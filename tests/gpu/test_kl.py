@@ -27,7 +27,9 @@ def test_the_kernel_is_the_cpu_s_arithmetic(scale: float, dtype: torch.dtype) ->
     torch.manual_seed(0)
     log_probs = (torch.randn(6, 20_001) * 4).log_softmax(-1).to(dtype)
     change = (torch.randn(6, 20_001) * scale).to(dtype)
-    torch.testing.assert_close(divergence(log_probs.cuda(), change.cuda()).cpu(), divergence(log_probs, change), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(
+        divergence(log_probs.cuda(), change.cuda()).cpu(), divergence(log_probs, change), rtol=1e-5, atol=0.0
+    )
 
 
 def test_the_kernel_keeps_what_is_not_finite_and_cuts_what_is_too_large() -> None:
@@ -63,7 +65,9 @@ def apart(found: Scores, expected: Scores) -> float:
 @pytest.mark.parametrize("inputs", [None, {"num_bits": 8, "axis": None}], ids=["weight_only", "static"])
 def test_scores_in_float32_are_the_cpu_s(inputs: dict[str, Any] | None) -> None:
     """To 1e-5; where inputs round, to twice what the CPU's own scores move by with the last bit of its embeddings."""
-    recipe = Job(name="int8", weight=INT8, inputs=inputs, calibrates_inputs=inputs is not None, sizes={"small": 1, "medium": 2})
+    recipe = Job(
+        name="int8", weight=INT8, inputs=inputs, calibrates_inputs=inputs is not None, sizes={"small": 1, "medium": 2}
+    )
     model = random_model("qwen3_vl")
     expected = scores(model, recipe, "small", "medium")
     tolerance = 1e-5
@@ -75,6 +79,9 @@ def test_scores_in_float32_are_the_cpu_s(inputs: dict[str, Any] | None) -> None:
 def test_bfloat16_rows_repeat_bit_for_bit() -> None:
     model = random_model("qwen3_vl").to("cuda", torch.bfloat16)
     both, small = ({"small": 1, "medium": 2}, {"small": 1})
-    first, second = (scores(model, Job(name="int8", weight=INT8, inputs=None, calibrates_inputs=False, sizes=sizes), "small") for sizes in (both, small))
+    first, second = (
+        scores(model, Job(name="int8", weight=INT8, inputs=None, calibrates_inputs=False, sizes=sizes), "small")
+        for sizes in (both, small)
+    )
     for group, by_size in first.items():
         assert np.array_equal(by_size["small"], second[group]["small"])

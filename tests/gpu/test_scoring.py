@@ -25,7 +25,9 @@ def captured(request: pytest.FixtureRequest) -> Any:
     from workers.scoring.capture import capture
 
     model = random_model("qwen3_vl").to("cuda", request.param)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "language_model" in name]
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "language_model" in name
+    ]
     plan = make_plan(random_samples(128), packed=True)
     return model, capture(model, plan.segments, linears), plan
 
@@ -37,7 +39,15 @@ def jobs(recipes: list[Any], *sizes: str) -> list[Any]:
     made = []
     for weight, inputs in recipes:
         static = inputs is STATIC
-        made.append(Job(name="job", weight=weight, inputs=inputs, calibrates_inputs=static, sizes={size: segments[size] for size in sizes}))
+        made.append(
+            Job(
+                name="job",
+                weight=weight,
+                inputs=inputs,
+                calibrates_inputs=static,
+                sizes={size: segments[size] for size in sizes},
+            )
+        )
     return made
 
 
@@ -47,7 +57,9 @@ def scores(captured: Any, recipes: list[Any], *sizes: str) -> list[Any]:
     model, rows, _ = captured
     name = next(name for name in rows if name.endswith("gate_proj"))
     names = (name, name.replace("gate_proj", "up_proj"))
-    found = Engine(torch.device("cuda")).score_group({n: model.get_submodule(n).weight for n in names}, rows, jobs(recipes, *sizes))()
+    found = Engine(torch.device("cuda")).score_group(
+        {n: model.get_submodule(n).weight for n in names}, rows, jobs(recipes, *sizes)
+    )()
     assert found is not None
     return found
 
@@ -77,6 +89,10 @@ def test_scores_are_within_half_a_percent_of_float32(captured: Any) -> None:
     w, x, g = weight.double(), seen.x_TI.double(), seen.g_TO.double()
     for (weights, inputs), score in zip(RECIPES, found, strict=True):
         wq = quantized(quantizers.weight(name, weights, weight), weight).double()
-        xq = x if inputs is None else quantized(quantizers.inputs(inputs, seen.x_TI, seen.input_amaxes), seen.x_TI).double()
+        xq = (
+            x
+            if inputs is None
+            else quantized(quantizers.inputs(inputs, seen.x_TI, seen.input_amaxes), seen.x_TI).double()
+        )
         exact = (g * (xq @ wq.T - x @ w.T)).square().sum().item()
         assert score["medium"].score == pytest.approx(exact, rel=5e-3)

@@ -15,7 +15,11 @@ from workers.scoring.capture import capture
 from workers.service.scorer import Scorer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
-GRID = ["quant_pair=wfp8_afp8,wint8_aint8,wint4_afp16,wfp4_afp16", "quant_granularity=default,recipe_match_channel_token", "dataset.size=small,medium"]
+GRID = [
+    "quant_pair=wfp8_afp8,wint8_aint8,wint4_afp16,wfp4_afp16",
+    "quant_granularity=default,recipe_match_channel_token",
+    "dataset.size=small,medium",
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +39,16 @@ def scores(place: Path, root: Path, n_gpus: int, *, windows: bool = False) -> di
     if windows:
         scorer._halvings = 30  # of the room: a window a layer
     ((plan_id, samples),) = plan.plans.items()
-    assert {progress.failure for progress in scorer.score([task for task in plan.tasks.values() if task.plan_id == plan_id], samples)} == {None}
+    assert {
+        progress.failure
+        for progress in scorer.score([task for task in plan.tasks.values() if task.plan_id == plan_id], samples)
+    } == {None}
     store = Store(str(root))
-    return {cell: store.files.read(f"scores/cell={cell}/scores.parquet") for task in plan.tasks.values() for cell in task.cells.values()}
+    return {
+        cell: store.files.read(f"scores/cell={cell}/scores.parquet")
+        for task in plan.tasks.values()
+        for cell in task.cells.values()
+    }
 
 
 @pytest.fixture(scope="module")

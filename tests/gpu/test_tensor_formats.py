@@ -49,11 +49,15 @@ def test_bits_are_those_of_modelopts_kernels(name: str, family: str) -> None:
     assert supports(FORMATS[name])
     for dtype in (torch.float32, torch.bfloat16):
         given = values(family, dtype)
-        stock, ours = (TensorQuantizer(QuantizerAttributeConfig(**FORMATS[name], **own)) for own in ({}, {"backend": BACKEND}))
+        stock, ours = (
+            TensorQuantizer(QuantizerAttributeConfig(**FORMATS[name], **own)) for own in ({}, {"backend": BACKEND})
+        )
         if FORMATS[name].get("type") != "dynamic":
             calibrate(stock, [given.float()])
             calibrate(ours, [given.float()])
         expected, found = stock(given.float()), ours(given)
         assert found.dtype == torch.float32
         unequal = (expected.view(torch.int32) != found.view(torch.int32)) & ~((expected == 0) & (found == 0))
-        assert not unequal.any(), f"{int(unequal.sum())} of {unequal.numel()} differ, e.g. {expected[unequal][:3]} and {found[unequal][:3]}"
+        assert not unequal.any(), (
+            f"{int(unequal.sum())} of {unequal.numel()} differ, e.g. {expected[unequal][:3]} and {found[unequal][:3]}"
+        )

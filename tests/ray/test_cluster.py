@@ -64,7 +64,9 @@ class Head:
 
     def asked(self, path: str) -> Any:
         """What the dashboard answers, as its pages and `ray list` read it."""
-        request = urllib.request.Request(f"{self.dashboard}/api/{path}", headers={"Authorization": f"Bearer {self.token}"})
+        request = urllib.request.Request(
+            f"{self.dashboard}/api/{path}", headers={"Authorization": f"Bearer {self.token}"}
+        )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
@@ -78,18 +80,33 @@ class Head:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A head node with ports and a folder of its own, beside whatever else runs here."""
-    ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")}
+    ports = {
+        name: free_port()
+        for name in (
+            "port",
+            "dashboard-port",
+            "dashboard-agent-listen-port",
+            "metrics-export-port",
+            "ray-client-server-port",
+        )
+    }
     folder = tempfile.mkdtemp(prefix="ray-")  # short: a socket's path has 107 characters at most
     options = [f"--{name}={port}" for name, port in ports.items()]
     Path(folder, "token").write_text(token := secrets.token_hex(32), encoding="ascii")
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{folder}/token", "RAY_metrics_report_interval_ms": "500"}
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
+        "RAY_metrics_report_interval_ms": "500",
+    }
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0", f"--temp-dir={folder}", *options]
     with pytest.MonkeyPatch.context() as patch, Path(folder, "head.log").open("wb") as log:
         for name, value in environment.items():
             patch.setenv(name, value)
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         dashboard = f"http://127.0.0.1:{ports['dashboard-port']}"
-        found = Head(process, f"127.0.0.1:{ports['port']}", dashboard, f"127.0.0.1:{ports['metrics-export-port']}", token)
+        found = Head(
+            process, f"127.0.0.1:{ports['port']}", dashboard, f"127.0.0.1:{ports['metrics-export-port']}", token
+        )
         wait_for(lambda: b"Ray runtime started" in Path(folder, "head.log").read_bytes())
         yield found
         process.terminate()
@@ -105,10 +122,22 @@ def run_command(store: Path, *overrides: str) -> list[str]:
 def test_a_job_is_submitted_watched_stopped_resubmitted_and_completes(head: Head, tmp_path: Path) -> None:
     """`ray job submit`; its actors, tasks and workers by name; `ray job stop` leaves a sweep to resume; the same command again completes it."""
     store = tmp_path / "store"
-    environment = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}, "excludes": ["models/*/layer-analysis", "tests"]})
+    environment = json.dumps(
+        {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}, "excludes": ["models/*/layer-analysis", "tests"]}
+    )
 
     def submit(job: str) -> None:
-        options = ["--address", head.dashboard, "--submission-id", job, "--no-wait", "--working-dir", str(ROOT), "--runtime-env-json", environment]
+        options = [
+            "--address",
+            head.dashboard,
+            "--submission-id",
+            job,
+            "--no-wait",
+            "--working-dir",
+            str(ROOT),
+            "--runtime-env-json",
+            environment,
+        ]
         submission = [RAY, "job", "submit", *options, "--", *run_command(store)]
 
         def accepted() -> bool:
@@ -120,10 +149,25 @@ def test_a_job_is_submitted_watched_stopped_resubmitted_and_completes(head: Head
 
     submit("first")
     wait_for(lambda: set(store.glob("parts/*/*")) or head.state_of("first") in ("FAILED", "SUCCEEDED"))
-    assert {actor["name"] for actor in head.listed("actors") if actor["state"] == "ALIVE"} >= {"sweep-worker-0", "sweep-worker-1", "sweep-pool"}
-    wait_for(lambda: any(re.match(r"score w\w+/\w+", task["name"]) for task in head.listed("tasks")), 20.0)  # Ray tells of tasks with some delay
+    assert {actor["name"] for actor in head.listed("actors") if actor["state"] == "ALIVE"} >= {
+        "sweep-worker-0",
+        "sweep-worker-1",
+        "sweep-pool",
+    }
+    wait_for(
+        lambda: any(re.match(r"score w\w+/\w+", task["name"]) for task in head.listed("tasks")), 20.0
+    )  # Ray tells of tasks with some delay
     asked = subprocess.run(
-        [sys.executable, "-m", "sweep", "status", "--cluster", "--json", f"store.uri={store}", f"cluster.address={head.address}"],
+        [
+            sys.executable,
+            "-m",
+            "sweep",
+            "status",
+            "--cluster",
+            "--json",
+            f"store.uri={store}",
+            f"cluster.address={head.address}",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -163,9 +207,16 @@ def prometheus(head: Head, tmp_path: Path) -> Iterator[str]:
     if (program := shutil.which("prometheus")) is None:
         pytest.skip("needs Debian's package prometheus")
     config = tmp_path / "prometheus.yml"
-    config.write_text(f"{{global: {{scrape_interval: 1s}}, scrape_configs: [{{job_name: ray, static_configs: [{{targets: ['{head.metrics}']}}]}}]}}")
+    config.write_text(
+        f"{{global: {{scrape_interval: 1s}}, scrape_configs: [{{job_name: ray, static_configs: [{{targets: ['{head.metrics}']}}]}}]}}"
+    )
     address = f"127.0.0.1:{free_port()}"
-    command = [program, f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}", f"--web.listen-address={address}"]
+    command = [
+        program,
+        f"--config.file={config}",
+        f"--storage.tsdb.path={tmp_path / 'data'}",
+        f"--web.listen-address={address}",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: is_ready(address))
@@ -192,22 +243,35 @@ def test_prometheus_sees_every_metric_of_a_sweep(head: Head, tmp_path: Path, pro
     weights[name][3, 4] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     command = run_command(store, f"model.path={bundled_model_dir()},{broken}", f"cluster.address={head.address}")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    wait_for(lambda: process.poll() is not None or (most(prometheus, "ray_sweep_rows_written_total") and at_work(head.process.pid)))
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    wait_for(
+        lambda: (
+            process.poll() is not None
+            or (most(prometheus, "ray_sweep_rows_written_total") and at_work(head.process.pid))
+        )
+    )
     assert process.poll() is None, finish(process)
     os.kill(at_work(head.process.pid)[0], signal.SIGKILL)
     code, output = finish(process)
     assert code == 3, output
     time.sleep(3)
-    names = set(re.findall(r'"(sweep_[a-z_]+)"', (ROOT / "workers" / "metrics.py").read_text(encoding="utf-8"))) - {"sweep_gpu_memory_bytes"}
+    names = set(re.findall(r'"(sweep_[a-z_]+)"', (ROOT / "workers" / "metrics.py").read_text(encoding="utf-8"))) - {
+        "sweep_gpu_memory_bytes"
+    }
     assert len(names) == 15
     histograms = {name for name in names if name.endswith("_seconds") and name != "sweep_eta_seconds"}
-    unseen = [name for name in names if most(prometheus, f"ray_{name}_count" if name in histograms else f"ray_{name}") is None]
+    unseen = [
+        name for name in names if most(prometheus, f"ray_{name}_count" if name in histograms else f"ray_{name}") is None
+    ]
     assert unseen == []
     dashboard = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "sweep.json").read_text(encoding="utf-8"))
     queries = {target["expr"] for panel in dashboard["panels"] for target in panel["targets"]}
     asked = {query: most(prometheus, query.replace("$__rate_interval", "30s")) for query in queries}
-    assert [query for query, found in asked.items() if found is None and "gpu" not in query] == []  # a CPU has no GPU memory
+    assert [
+        query for query, found in asked.items() if found is None and "gpu" not in query
+    ] == []  # a CPU has no GPU memory
     (run,) = Store(str(store)).runs().values()
     assert most(prometheus, 'sum(ray_sweep_groups{state="total"})') == run["groups_total"]
     assert most(prometheus, "sum(ray_sweep_workers)") == 2

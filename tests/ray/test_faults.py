@@ -17,10 +17,24 @@ from ray._common.utils import get_default_ray_temp_dir
 
 from tests.bench.faults import ROOT, cells, processes, target
 
-GRID = ["-m", "quant_pair=wfp8_afp8,wint8_aint8", "quant_granularity=default,w_group64", "dataset.size=medium", "cluster.workers=1"]
+GRID = [
+    "-m",
+    "quant_pair=wfp8_afp8,wint8_aint8",
+    "quant_granularity=default,w_group64",
+    "dataset.size=medium",
+    "cluster.workers=1",
+]
 SECRET = "hf_tokenThatMustNotBeWritten"
 # What Ray Tune takes from the environment of a driver, and what people keep secrets in.
-SECRETS = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN", "NCCL_RAS_ADDR", "HF_TOKEN", "DB_PASSWORD"]
+SECRETS = [
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SECURITY_TOKEN",
+    "AWS_SESSION_TOKEN",
+    "NCCL_RAS_ADDR",
+    "HF_TOKEN",
+    "DB_PASSWORD",
+]
 
 # Found by every Python process of the run: while a file is there, the disk is full.
 FULL_DISK = """
@@ -35,9 +49,20 @@ os.fsync = full
 
 
 def start(store: Path, mark: str, *overrides: str, **environment: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "sweep", "run", *GRID, f"store.uri={store}", f"output_layout.root={store}-published", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "sweep",
+        "run",
+        *GRID,
+        f"store.uri={store}",
+        f"output_layout.root={store}-published",
+        *overrides,
+    ]
     env = os.environ | {"SWEEP_FAULTS": mark, "HF_TOKEN": SECRET} | environment
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=env)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=env
+    )
 
 
 def end(process: "subprocess.Popen[str]") -> tuple[int, str]:
@@ -94,7 +119,9 @@ def test_what_ray_logs_is_for_nobody_else_to_read(undisturbed: tuple[Path, Path]
     assert undisturbed[1].stat().st_mode & 0o777 == 0o700
 
 
-def test_a_sweep_that_loses_its_cluster_its_driver_and_its_disk_is_whole_in_the_end(whole: Path, tmp_path: Path) -> None:
+def test_a_sweep_that_loses_its_cluster_its_driver_and_its_disk_is_whole_in_the_end(
+    whole: Path, tmp_path: Path
+) -> None:
     store = tmp_path / "store"
     for kind, what in (("raylet", "Ray's raylet has died"), ("gcs", "Ray"), ("driver", None)):
         process = start(store, kind)
@@ -107,7 +134,12 @@ def test_a_sweep_that_loses_its_cluster_its_driver_and_its_disk_is_whole_in_the_
         code, output = end(process)
         assert gone(kind, process)
         if what is not None:
-            assert (code, what in output, "Type the same command again to resume." in output, "Traceback" in output) == (75, True, True, False), output
+            assert (
+                code,
+                what in output,
+                "Type the same command again to resume." in output,
+                "Traceback" in output,
+            ) == (75, True, True, False), output
     (tmp_path / "sitecustomize.py").write_text(FULL_DISK)
     full = tmp_path / "full"
     process = start(store, "disk", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", DISK_IS_FULL=str(full))
@@ -120,14 +152,21 @@ def test_a_sweep_that_loses_its_cluster_its_driver_and_its_disk_is_whole_in_the_
     assert code == 0, output
     assert cells(store) == cells(whole)
     assert not list(store.glob("parts/*"))
-    done = subprocess.run([sys.executable, "-m", "sweep", "doctor", "--store", "--json", f"store.uri={store}"], cwd=ROOT, capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "sweep", "doctor", "--store", "--json", f"store.uri={store}"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
     assert [finding["subject"] for finding in json.loads(done.stdout) if finding["verdict"] == "error"] == []
 
 
 def two_drivers(tmp_path: Path, uri: str) -> None:
     """At once, on one store: three of the four cells, one of them wanted by both."""
     one = start(tmp_path, "one", "quant_pair=wfp8_afp8", f"store.uri={uri}", f"output_layout.root={tmp_path}/one")
-    two = start(tmp_path, "two", "quant_granularity=w_group64", f"store.uri={uri}", f"output_layout.root={tmp_path}/two")
+    two = start(
+        tmp_path, "two", "quant_granularity=w_group64", f"store.uri={uri}", f"output_layout.root={tmp_path}/two"
+    )
     for process in (one, two):
         code, output = end(process)
         assert code == 0, output
@@ -140,7 +179,11 @@ def test_two_drivers_on_one_store_at_once_give_the_union_each_row_once(whole: Pa
     found = cells(store)
     assert len(found) == 3
     assert found == {cell: expected[cell] for cell in found}
-    rows = Counter((row["cell_id"], row["group"]) for path in store.glob("scores/*/*.parquet") for row in pq.read_table(path, partitioning=None).to_pylist())
+    rows = Counter(
+        (row["cell_id"], row["group"])
+        for path in store.glob("scores/*/*.parquet")
+        for row in pq.read_table(path, partitioning=None).to_pylist()
+    )
     assert set(rows.values()) == {1}
     assert not list(store.glob("parts/*"))
 
@@ -152,7 +195,9 @@ class Bucket:
         self._objects = objects
 
     def names(self, kind: str) -> list[str]:
-        return [name for name in [*self._objects] if name.startswith(f"bucket/store/{kind}/") and not name.endswith("/")]  # pyarrow marks directories
+        return [
+            name for name in [*self._objects] if name.startswith(f"bucket/store/{kind}/") and not name.endswith("/")
+        ]  # pyarrow marks directories
 
     def cells(self) -> dict[str, bytes]:
         return {name.split("/")[3]: self._objects[name] for name in self.names("scores")}
@@ -176,12 +221,19 @@ def test_a_sweep_on_s3_that_loses_its_cluster_its_driver_and_a_worker_gives_the_
         assert gone(f"s3 {kind}", process)
     assert bucket.cells() == cells(whole)
     assert bucket.names("parts") == []
-    done = subprocess.run([sys.executable, "-m", "sweep", "doctor", "--store", "--json", there[0]], cwd=ROOT, capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "sweep", "doctor", "--store", "--json", there[0]],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
     (finding,) = [found for found in json.loads(done.stdout) if found["subject"] == "store"]
     assert finding["text"].startswith("4 cells, 0 parts, 4 trials, 0 validations, ")
 
 
-def test_two_drivers_on_s3_at_once_give_the_union(whole: Path, tmp_path: Path, s3: tuple[dict[str, bytes], list[str]]) -> None:
+def test_two_drivers_on_s3_at_once_give_the_union(
+    whole: Path, tmp_path: Path, s3: tuple[dict[str, bytes], list[str]]
+) -> None:
     two_drivers(tmp_path, "s3://bucket/store")
     found = Bucket(s3[0]).cells()
     assert len(found) == 3
@@ -193,7 +245,9 @@ def test_the_cluster_of_a_run_listens_on_loopback_alone(whole: Path, tmp_path: P
     process = start(tmp_path / "store", "bound", "sensitivity.method=kl_div")  # which takes long enough to be looked at
     wait_for(lambda: has_begun(tmp_path / "store"), process)
     pids = [*processes("bound"), process.pid]
-    sockets = {os.readlink(handle) for pid in pids for handle in Path(f"/proc/{pid}/fd").iterdir() if os.path.lexists(handle)}
+    sockets = {
+        os.readlink(handle) for pid in pids for handle in Path(f"/proc/{pid}/fd").iterdir() if os.path.lexists(handle)
+    }
     addresses: set[str] = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
@@ -201,7 +255,9 @@ def test_the_cluster_of_a_run_listens_on_loopback_alone(whole: Path, tmp_path: P
             if state == "0A" and f"socket:[{inode}]" in sockets:
                 addresses.add(local.split(":")[0])
     asked = [sys.executable, "-m", "sweep", "status", "--cluster", "--json", f"store.uri={tmp_path / 'store'}"]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)  # from outside, with the token of whoever started it
+    done = subprocess.run(
+        asked, cwd=ROOT, capture_output=True, text=True, check=True
+    )  # from outside, with the token of whoever started it
     assert [*json.loads(done.stdout)["cluster"]["workers"].values()] == [["sweep-worker-0"]]
     process.terminate()
     assert end(process)[0] == 75

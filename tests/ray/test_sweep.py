@@ -19,15 +19,26 @@ from sweep.store.store import Store
 from tests.models import overrides_of, place_at
 
 ROOT = Path(__file__).resolve().parents[2]
-PAIRS, GRANULARITIES = ["wint8_aint8", "wfp8_afp8", "wint4_afp16", "wint8_afp16", "wfp8_aint8"], ["default", "w_group64", "recipe_match_channel_token"]
-N_TRIALS, N_CELLS = 5 * 3 * 2, 5 * 3 * 2 - 2  # w8a16 is per channel already, so that the last granularity shares its cells
+PAIRS, GRANULARITIES = (
+    ["wint8_aint8", "wfp8_afp8", "wint4_afp16", "wint8_afp16", "wfp8_aint8"],
+    ["default", "w_group64", "recipe_match_channel_token"],
+)
+N_TRIALS, N_CELLS = (
+    5 * 3 * 2,
+    5 * 3 * 2 - 2,
+)  # w8a16 is per channel already, so that the last granularity shares its cells
 
 
 BROKEN = "model.layers.1.mlp.down_proj"
 
 
 def grid(pairs: list[str], granularities: list[str]) -> list[str]:
-    return ["-m", f"quant_pair={','.join(pairs)}", f"quant_granularity={','.join(granularities)}", "dataset.size=small,medium"]
+    return [
+        "-m",
+        f"quant_pair={','.join(pairs)}",
+        f"quant_granularity={','.join(granularities)}",
+        "dataset.size=small,medium",
+    ]
 
 
 GRID = grid(PAIRS, GRANULARITIES)
@@ -43,7 +54,9 @@ def start(verb: str, place: Path, store: Path, *overrides: str, workers: int = 1
     own = overrides_of(place)
     own += [f"store.uri={store}", f"output_layout.root={store}-published", f"cluster.workers={workers}"]
     command = [sys.executable, "-m", "sweep", verb, *own, *overrides]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
@@ -111,13 +124,24 @@ def test_a_grid_is_scored_and_published_with_one_model_load_a_worker(swept: Path
     (run,) = Store(str(swept)).runs().values()
     assert [worker["model_loads"] for worker in run["worker_info"]] == [1, 1]
     assert (run["exit_code"], run["groups_done"], run["groups_total"]) == (0, N_CELLS * 4 * 4, N_CELLS * 4 * 4)
-    assert status(swept)["trials"] == {"total": N_TRIALS, "planned": 0, "running": 0, "done": N_TRIALS, "failed": 0, "skipped": 0}
+    assert status(swept)["trials"] == {
+        "total": N_TRIALS,
+        "planned": 0,
+        "running": 0,
+        "done": N_TRIALS,
+        "failed": 0,
+        "skipped": 0,
+    }
 
 
 def test_the_same_command_again_scores_and_writes_nothing(place: Path, swept: Path) -> None:
     before = modified(place)
     code, output = finish(start("run", place, swept, *GRID, workers=2))
-    assert (code, f"{N_TRIALS} of {N_TRIALS} trials done, 0 cells scored" in output, "(0 written)" in output) == (0, True, True)
+    assert (code, f"{N_TRIALS} of {N_TRIALS} trials done, 0 cells scored" in output, "(0 written)" in output) == (
+        0,
+        True,
+        True,
+    )
     assert "Ray" not in output
     assert modified(place) == before
 
@@ -152,8 +176,14 @@ def test_a_run_that_is_interrupted_and_loses_a_worker_ends_with_the_same_bits(pl
     assert f"{N_TRIALS} of {N_TRIALS} trials done, {N_CELLS - len(kept)} cells scored" in output
     assert cells(store) == cells(swept)
     assert not list(store.glob("parts/*/[!.]*"))  # a killed writer may leave a hidden file that nobody reads
-    published = {path.relative_to(f"{store}-published"): path.read_bytes() for path in Path(f"{store}-published").rglob("scores.parquet")}
-    assert published == {path.relative_to(f"{swept}-published"): path.read_bytes() for path in Path(f"{swept}-published").rglob("scores.parquet")}
+    published = {
+        path.relative_to(f"{store}-published"): path.read_bytes()
+        for path in Path(f"{store}-published").rglob("scores.parquet")
+    }
+    assert published == {
+        path.relative_to(f"{swept}-published"): path.read_bytes()
+        for path in Path(f"{swept}-published").rglob("scores.parquet")
+    }
 
 
 def test_an_extended_grid_scores_only_what_is_new_and_a_broken_model_fails_alone(place: Path, swept: Path) -> None:

@@ -97,7 +97,9 @@ def test_every_verb_refuses_wrong_overrides(verb: str, refused: Callable[..., st
 
 
 @pytest.mark.parametrize("key", ["store.uri", "output_layout.root"])
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_scored(key: str, refused: Callable[..., str], tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_scored(
+    key: str, refused: Callable[..., str], tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     message = refused("run", f"{key}={tmp_path / 'file' / 'x'}")
     assert f"Cannot write to {tmp_path / 'file' / 'x'}: Not a directory. Choose a writable place: {key}=DIR." in message
@@ -114,31 +116,59 @@ def in_half(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "pickled weights": (lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"), "holds pickled weights (pytorch_model.bin)"),
+    "pickled weights": (
+        lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
+        "holds pickled weights (pytorch_model.bin)",
+    ),
     "no weights": (lambda model: (model / "model.safetensors").unlink(), "no *.safetensors"),
     "a shard that is not there": (
-        lambda model: (model / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-2.safetensors"}}'),
+        lambda model: (model / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"lm_head.weight": "model-2.safetensors"}}'
+        ),
         "lacks model-2.safetensors",
     ),
-    "weights cut short": (lambda model: in_half(model / "model.safetensors"), "model.safetensors is cut short or damaged. Download it again"),
-    "an empty weight file": (lambda model: os.truncate(model / "model.safetensors", 0), "model.safetensors is cut short or damaged"),
+    "weights cut short": (
+        lambda model: in_half(model / "model.safetensors"),
+        "model.safetensors is cut short or damaged. Download it again",
+    ),
+    "an empty weight file": (
+        lambda model: os.truncate(model / "model.safetensors", 0),
+        "model.safetensors is cut short or damaged",
+    ),
     "config.json cut short": (lambda model: in_half(model / "config.json"), "config.json is no model"),
-    "config.json that is no mapping": (lambda model: (model / "config.json").write_text("[]"), "config.json is no model"),
+    "config.json that is no mapping": (
+        lambda model: (model / "config.json").write_text("[]"),
+        "config.json is no model",
+    ),
     "config.json of an unknown model": (lambda model: in_text(model / "config.json", '"qwen3"', '"qwen99"'), "qwen99"),
-    "config.json with text for a number": (lambda model: in_text(model / "config.json", '"hidden_size": 96', '"hidden_size": "96"'), "hidden_size"),
-    "config.json with a size below 0": (lambda model: in_text(model / "config.json", '"hidden_size": 96', '"hidden_size": -96'), "config.json is no model"),
+    "config.json with text for a number": (
+        lambda model: in_text(model / "config.json", '"hidden_size": 96', '"hidden_size": "96"'),
+        "hidden_size",
+    ),
+    "config.json with a size below 0": (
+        lambda model: in_text(model / "config.json", '"hidden_size": 96', '"hidden_size": -96'),
+        "config.json is no model",
+    ),
     "a tokenizer cut short": (lambda model: in_half(model / "tokenizer.json"), "has no tokenizer that loads"),
     "no tokenizer": (lambda model: [path.unlink() for path in model.glob("tok*")], "has no tokenizer"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_refused_naming_the_file(damage: str, checkpoint: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_naming_the_file(
+    damage: str, checkpoint: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     act, expected = DAMAGES[damage]
     act(model)
     captions = write_captions(tmp_path / "captions.txt", 16)
-    message = refused("run", "model=hf_causal_lm", f"model.path={model}", "dataset=coco2017_captions", f"dataset.captions_path={captions}")
+    message = refused(
+        "run",
+        "model=hf_causal_lm",
+        f"model.path={model}",
+        "dataset=coco2017_captions",
+        f"dataset.captions_path={captions}",
+    )
     assert expected in message
     assert str(model) in message
 
@@ -156,30 +186,56 @@ def test_captions_that_cannot_be_scored_are_refused(
     lines: Sequence[str], size: str, expected: str, checkpoint: Path, refused: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "captions.txt").write_text("\n".join(lines))
-    own = ["model=hf_causal_lm", f"model.path={checkpoint}", "dataset=coco2017_captions", f"dataset.captions_path={tmp_path / 'captions.txt'}"]
+    own = [
+        "model=hf_causal_lm",
+        f"model.path={checkpoint}",
+        "dataset=coco2017_captions",
+        f"dataset.captions_path={tmp_path / 'captions.txt'}",
+    ]
     assert expected in refused("run", *own, f"dataset.size={size}")
 
 
-def test_groups_that_do_not_divide_a_layers_inputs_are_refused(checkpoint: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+def test_groups_that_do_not_divide_a_layers_inputs_are_refused(
+    checkpoint: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
     captions = write_captions(tmp_path / "captions.txt", 16)
-    own = ["model=hf_causal_lm", f"model.path={checkpoint}", "dataset=coco2017_captions", f"dataset.captions_path={captions}"]
+    own = [
+        "model=hf_causal_lm",
+        f"model.path={checkpoint}",
+        "dataset=coco2017_captions",
+        f"dataset.captions_path={captions}",
+    ]
     message = refused("run", *own, "quant_granularity=w_group64")
     assert "Groups of 64 do not divide the 96 inputs of model.layers.0.self_attn.q_proj" in message
     assert "16, 32" in message
 
 
-def test_an_overlay_with_axis_and_blocks_is_refused(refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overlay_with_axis_and_blocks_is_refused(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree = Path(shutil.copytree(conf_dir(), tmp_path / "conf"))
     (tree / "quant_granularity" / "own.yaml").write_text(BOTH)
     monkeypatch.setattr(compose, "conf_dir", lambda: tree)
     monkeypatch.setattr(compose, "_tree_key", lambda: str(tree))
-    assert "has both axis and block_sizes, which exclude each other. Keep one of them." in refused("run", "quant_granularity=own")
+    assert "has both axis and block_sizes, which exclude each other. Keep one of them." in refused(
+        "run", "quant_granularity=own"
+    )
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["rnu"], ["run", "--nope"], ["run", "quant_pair=wfp8_afp8", "-x"], ["run", "--cfg", "hydra"], ["status", "--multirun"]]
+    "arguments",
+    [
+        [],
+        ["rnu"],
+        ["run", "--nope"],
+        ["run", "quant_pair=wfp8_afp8", "-x"],
+        ["run", "--cfg", "hydra"],
+        ["status", "--multirun"],
+    ],
 )
-def test_an_unknown_verb_or_option_exits_with_2(arguments: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_verb_or_option_exits_with_2(
+    arguments: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
@@ -213,7 +269,9 @@ def test_an_empty_store_says_what_to_type(here: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("verb", "within"), [("run", "sweep.commands.run.plan_sweep"), ("status", "sweep.commands.status.print_status")])
+@pytest.mark.parametrize(
+    ("verb", "within"), [("run", "sweep.commands.run.plan_sweep"), ("status", "sweep.commands.status.print_status")]
+)
 def test_an_interrupted_command_is_no_traceback(
     verb: str, within: str, number: int, monkeypatch: pytest.MonkeyPatch, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,15 +284,25 @@ def test_an_interrupted_command_is_no_traceback(
 @pytest.mark.parametrize(
     ("failing", "why"),
     [
-        ("sweep.report.publish._swap_folder", "Cannot publish into {root}: No space left on device. Make room, or mend what is wrong with it. Stopped"),
-        ("sweep.run.session.Session.end", "Cannot write to the store {store}: No space left on device. Make room, or mend what is wrong with it. Stopped"),
+        (
+            "sweep.report.publish._swap_folder",
+            "Cannot publish into {root}: No space left on device. Make room, or mend what is wrong with it. Stopped",
+        ),
+        (
+            "sweep.run.session.Session.end",
+            "Cannot write to the store {store}: No space left on device. Make room, or mend what is wrong with it. Stopped",
+        ),
     ],
 )
 def test_a_disk_that_is_full_when_reports_are_made_leaves_a_run_to_resume(
     failing: str, why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A grid whose cells are all there, without a report yet."""
-    overrides = ["dataset.size=small", f"store.uri={tmp_path / 'store'}", f"output_layout.root={tmp_path / 'published'}"]
+    overrides = [
+        "dataset.size=small",
+        f"store.uri={tmp_path / 'store'}",
+        f"output_layout.root={tmp_path / 'published'}",
+    ]
     (trial,) = plan_sweep(expand(overrides, multirun=False).points, "cpu").trials
     assert trial.cell_id is not None
     store = Store(str(tmp_path / "store"))
@@ -256,7 +324,9 @@ def test_a_disk_that_is_full_when_reports_are_made_leaves_a_run_to_resume(
     assert len(list(tmp_path.glob("published/*/layer-analysis/*/*/*/quant-manifest.json"))) == 1
 
 
-def test_a_store_of_a_newer_program_is_refused_and_kept(here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_store_of_a_newer_program_is_refused_and_kept(
+    here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """The last check before anything is written."""
     from tests.unit.store.test_store import SCHEMA_VERSION, TRIALS_SCHEMA, of_version
 

@@ -20,8 +20,14 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 KUBERAY = DEPLOY / "kuberay"
-CRDS = Path(os.environ.get("KUBERAY_CRDS", ROOT.parent / "shared" / "reference" / "kuberay"))  # KubeRay's own, not part of the project
-RAY_VERSION = next(line.removeprefix("ray==") for line in (DEPLOY / "constraints.txt").read_text().splitlines() if line.startswith("ray=="))
+CRDS = Path(
+    os.environ.get("KUBERAY_CRDS", ROOT.parent / "shared" / "reference" / "kuberay")
+)  # KubeRay's own, not part of the project
+RAY_VERSION = next(
+    line.removeprefix("ray==")
+    for line in (DEPLOY / "constraints.txt").read_text().splitlines()
+    if line.startswith("ray==")
+)
 
 
 def tool(name: str) -> str:
@@ -40,7 +46,9 @@ def check(*command: str | Path) -> str:
 
 
 def documents(path: Path) -> list[Any]:
-    return list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader))  # the CRDs take Python's own loader ten seconds
+    return list(
+        yaml.load_all(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    )  # the CRDs take Python's own loader ten seconds
 
 
 def document(path: Path) -> Any:
@@ -58,7 +66,11 @@ def strict(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     made = {key: strict(value) for key, value in schema.items()}
-    if isinstance(made.get("properties"), dict) and "additionalProperties" not in made and not made.get("x-kubernetes-preserve-unknown-fields"):
+    if (
+        isinstance(made.get("properties"), dict)
+        and "additionalProperties" not in made
+        and not made.get("x-kubernetes-preserve-unknown-fields")
+    ):
         made["additionalProperties"] = False
     if made.pop("x-kubernetes-int-or-string", False):
         made.pop("type", None)
@@ -72,7 +84,11 @@ def crd_schema(kind: str) -> Any:
         pytest.skip("KubeRay's CRDs are not here")
     (version,) = [each for each in document(path)["spec"]["versions"] if each["name"] == "v1"]
     schema = version["schema"]["openAPIV3Schema"]
-    schema["properties"]["metadata"] = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    schema["properties"]["metadata"] = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}},
+        "required": ["name"],
+    }
     return strict(schema)
 
 
@@ -119,7 +135,11 @@ def test_pods_mount_what_they_have_and_export_what_is_scraped() -> None:
         (container,) = pod["containers"]
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
-        assert {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume} <= claims
+        assert {
+            volume["persistentVolumeClaim"]["claimName"]
+            for volume in volumes.values()
+            if "persistentVolumeClaim" in volume
+        } <= claims
         assert endpoint["port"] in {port["name"] for port in container["ports"]}
         assert pod["securityContext"]["runAsNonRoot"] is True
     assert policy["spec"]["ingress"][-1]["ports"] == [{"port": endpoint["port"]}]
@@ -144,7 +164,11 @@ def commands() -> Iterator[list[str]]:
     """Overrides of every `sweep run` in the folder's files."""
     for path in sorted(DEPLOY.rglob("*")):
         if path.suffix in (".md", ".yaml", ".sbatch"):
-            text = document(path)["spec"]["entrypoint"] if path.name == "rayjob.yaml" else path.read_text(encoding="utf-8").replace("\\\n", " ")
+            text = (
+                document(path)["spec"]["entrypoint"]
+                if path.name == "rayjob.yaml"
+                else path.read_text(encoding="utf-8").replace("\\\n", " ")
+            )
             for match in re.finditer(r"(?:sweep run|sweep\.sbatch|sweep:latest run) (-m [^`\n'\"]*)", text):
                 yield [word for word in shlex.split(match[1], comments=True) if word != "-m"]
 
@@ -156,7 +180,9 @@ def test_documented_commands_compose() -> None:
     assert len(found) >= 4
     for words in found:
         assert "grid=origin" in words
-        small = ["quant_pair=wfp8_afp8,wint4_aint8" if word == "grid=origin" else word for word in words]  # its 432 points: tests/unit/test_config.py
+        small = [
+            "quant_pair=wfp8_afp8,wint4_aint8" if word == "grid=origin" else word for word in words
+        ]  # its 432 points: tests/unit/test_config.py
         assert len(expand(small, multirun=True).points) == 2
 
 
@@ -178,7 +204,12 @@ def test_the_cluster_launcher_takes_the_yaml(tmp_path: Path) -> None:
 
 def test_every_node_of_the_launcher_asks_for_the_token() -> None:
     config = document(DEPLOY / "ray-cluster.yaml")
-    starts = [command for key in ("head", "worker") for command in config[f"{key}_start_ray_commands"] if "ray start" in command]
+    starts = [
+        command
+        for key in ("head", "worker")
+        for command in config[f"{key}_start_ray_commands"]
+        if "ray start" in command
+    ]
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token" in command and "--metrics-export-port=8080" in command for command in starts)
     assert "--dashboard-host=127.0.0.1" in starts[0]
@@ -188,7 +219,9 @@ def test_every_node_of_the_launcher_asks_for_the_token() -> None:
 
 
 def test_shell_scripts_pass_shellcheck() -> None:
-    scripts = [path for path in DEPLOY.rglob("*") if path.is_file() and path.read_bytes().startswith(b"#!/usr/bin/env bash")]
+    scripts = [
+        path for path in DEPLOY.rglob("*") if path.is_file() and path.read_bytes().startswith(b"#!/usr/bin/env bash")
+    ]
     assert scripts
     check(tool("shellcheck"), *scripts, ROOT / ".ci" / "run")
 
@@ -203,7 +236,9 @@ def test_the_image_is_pinned_unprivileged_and_copies_what_is_there() -> None:
     assert re.fullmatch(r"FROM nvidia/cuda:\d+\.\d+\.\d+-devel-ubuntu24\.04", base)
     assert [line for line in lines if line.startswith("USER ")] == ["USER 10001:10001"]
     assert 'ENTRYPOINT ["sweep"]' in lines
-    allowed = {line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
+    allowed = {
+        line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")
+    }
     for line in lines:
         if line.startswith("COPY "):
             for source in line.split()[1:-1]:
@@ -214,7 +249,9 @@ def test_the_image_is_pinned_unprivileged_and_copies_what_is_there() -> None:
 def test_extensions_are_built_for_somebody(tmp_path: Path) -> None:
     """Without a compiler for CUDA nothing can be built here; what is built for nobody is refused before."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_")}
-    done = subprocess.run([sys.executable, DEPLOY / "build_extensions.py"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, DEPLOY / "build_extensions.py"], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert "TORCH_CUDA_ARCH_LIST is not set" in done.stderr
 
@@ -226,9 +263,13 @@ METRIC = re.compile(r"\bray_(sweep_[a-z_]+)")
 
 def known_metrics() -> set[str]:
     """The table of deploy/README.md; histograms have the series that Prometheus reads."""
-    rows = re.findall(r"^\| `(sweep_[a-z_]+)` \| (\w+) \|", (DEPLOY / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(sweep_[a-z_]+)` \| (\w+) \|", (DEPLOY / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     series = {name for name, kind in rows if kind != "histogram"}
-    return series | {f"{name}_{part}" for name, kind in rows if kind == "histogram" for part in ("bucket", "sum", "count")}
+    return series | {
+        f"{name}_{part}" for name, kind in rows if kind == "histogram" for part in ("bucket", "sum", "count")
+    }
 
 
 def dashboard() -> Any:
@@ -251,7 +292,9 @@ def test_prometheus_takes_its_files() -> None:
 
 def test_every_alert_fires_and_only_then() -> None:
     check(tool("promtool"), "test", "rules", DEPLOY / "prometheus" / "rules_test.yml")
-    cases = [case for test in document(DEPLOY / "prometheus" / "rules_test.yml")["tests"] for case in test["alert_rule_test"]]
+    cases = [
+        case for test in document(DEPLOY / "prometheus" / "rules_test.yml")["tests"] for case in test["alert_rule_test"]
+    ]
     assert {case["alertname"] for case in cases if case.get("exp_alerts")} == {rule["alert"] for rule in rules()}
 
 
@@ -269,7 +312,10 @@ def test_panels_and_alerts_ask_for_known_metrics_only() -> None:
 
 def test_queries_are_promql(tmp_path: Path) -> None:
     """As recording rules, with Grafana's variable filled in, promtool parses them."""
-    made = [{"record": f"panel:{number}", "expr": query.replace("$__rate_interval", "1m")} for number, query in enumerate(queries())]
+    made = [
+        {"record": f"panel:{number}", "expr": query.replace("$__rate_interval", "1m")}
+        for number, query in enumerate(queries())
+    ]
     file = tmp_path / "panels.yml"
     file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": made}]}))
     check(tool("promtool"), "check", "rules", file)
@@ -281,7 +327,12 @@ def test_grafana_finds_the_dashboard_and_its_data() -> None:
     panels = dashboard()["panels"]
     assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
     assert len({panel["id"] for panel in panels}) == len(panels)
-    cells = [(p["gridPos"]["x"] + i, p["gridPos"]["y"] + j) for p in panels for i in range(p["gridPos"]["w"]) for j in range(p["gridPos"]["h"])]
+    cells = [
+        (p["gridPos"]["x"] + i, p["gridPos"]["y"] + j)
+        for p in panels
+        for i in range(p["gridPos"]["w"])
+        for j in range(p["gridPos"]["h"])
+    ]
     assert len(set(cells)) == len(cells), "panels overlap"
     assert max(x for x, _ in cells) < 24
     assert provider["options"]["path"] in (DEPLOY / "README.md").read_text(encoding="utf-8")
@@ -290,7 +341,9 @@ def test_grafana_finds_the_dashboard_and_its_data() -> None:
 
 def test_the_table_of_metrics_is_what_the_code_exports() -> None:
     code = (ROOT / "workers" / "metrics.py").read_text(encoding="utf-8")
-    table = re.findall(r"^\| `(sweep_[a-z_]+)` \|", (DEPLOY / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    table = re.findall(
+        r"^\| `(sweep_[a-z_]+)` \|", (DEPLOY / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert sorted(table) == sorted(re.findall(r'"(sweep_[a-z_]+)"', code))
 
 
@@ -317,7 +370,13 @@ def batch(tmp_path: Path, sweep: str, *arguments: str) -> subprocess.Popen[str]:
         (stubs / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "16"}
     environment = {**os.environ, **slurm, "PATH": f"{stubs}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
-    return subprocess.Popen([DEPLOY / "slurm" / "sweep.sbatch", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [DEPLOY / "slurm" / "sweep.sbatch", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for(path: Path) -> None:

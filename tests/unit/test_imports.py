@@ -26,7 +26,8 @@ HOMES = {
     "scipy": {"sweep/mixed_precision/knapsack.py"},
     "hydra": {"sweep/config/compose.py"},
     "omegaconf": {"sweep/config/compose.py"},
-    "ray": {f"sweep/run/{name}.py" for name in ("cluster", "driver", "worker_pool", "ray_worker")} | {"workers/service/actor.py", "workers/service/metrics.py"},
+    "ray": {f"sweep/run/{name}.py" for name in ("cluster", "driver", "worker_pool", "ray_worker")}
+    | {"workers/service/actor.py", "workers/service/metrics.py"},
 }
 # All that lies directly in sweep/ and workers/, from the bottom up. Neighbours in one line do not know each other,
 # and what reports see lies below all of workers.
@@ -105,7 +106,9 @@ def test_imports_go_downward_only() -> None:
     """So there is no circle between packages, either."""
     found: list[str] = []
     for path in product():
-        found += [f"{path}: {breach}" for breach in breaches(thing_of(path), ast.parse(path.read_text(encoding="utf-8")))]
+        found += [
+            f"{path}: {breach}" for breach in breaches(thing_of(path), ast.parse(path.read_text(encoding="utf-8")))
+        ]
     assert found == []
 
 
@@ -136,7 +139,10 @@ def test_an_import_that_must_not_be_is_named(thing: str, source: str, words: str
 @pytest.mark.parametrize(
     ("thing", "source"),
     [
-        ("workers.scoring", "from sweep.formats.mixed import MixedRecipe\nfrom workers.scoring.capture import capture\nimport torch"),
+        (
+            "workers.scoring",
+            "from sweep.formats.mixed import MixedRecipe\nfrom workers.scoring.capture import capture\nimport torch",
+        ),
         ("sweep.commands", "def run():\n    from sweep.run import driver\n    from workers import task"),
     ],
 )
@@ -152,7 +158,11 @@ def test_imports_are_found_wherever_they_stand() -> None:
 @pytest.mark.parametrize("library", HOMES)
 def test_a_heavy_library_has_one_home(library: str) -> None:
     files = [path for room in ("sweep", "workers") for path in (ROOT / room).rglob("*.py")]
-    users = {str(path.relative_to(ROOT)) for path in files if library in imported(ast.parse(path.read_text(encoding="utf-8")))}
+    users = {
+        str(path.relative_to(ROOT))
+        for path in files
+        if library in imported(ast.parse(path.read_text(encoding="utf-8")))
+    }
     assert users, f"nobody imports {library}: its line here is out of date"
     assert users <= HOMES[library]
 
@@ -203,5 +213,7 @@ def test_what_plans_and_lists_imports_nothing_heavy(module: str) -> None:
 
 def test_exporting_imports_without_a_word() -> None:
     """ModelOpt warns of this transformers where it is imported first."""
-    done = subprocess.run([sys.executable, "-c", "import workers.export.checkpoint"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import workers.export.checkpoint"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stderr == ""

@@ -33,7 +33,12 @@ def make_plan(samples: Sequence[Sample], *, packed: bool) -> Plan:
         if start >= len(samples):
             break
         indices = sorted(range(start, min(boundary, len(samples))), key=lambda i: (len(samples[i].token_ids), i))
-        segments.append(tuple(_packed(samples, chunk) if packed else _stacked(samples, chunk) for chunk in _chunks(samples, indices, packed=packed)))
+        segments.append(
+            tuple(
+                _packed(samples, chunk) if packed else _stacked(samples, chunk)
+                for chunk in _chunks(samples, indices, packed=packed)
+            )
+        )
         start = boundary
     return Plan(segments=tuple(segments))
 
@@ -67,7 +72,9 @@ def _stacked(samples: Sequence[Sample], indices: Sequence[int]) -> Batch:
     pixels = [p for i in indices if (p := samples[i].pixel_values) is not None]
     if pixels:
         tensors["pixel_values"] = np.concatenate(pixels)
-        tensors["image_grid_thw"] = np.array([samples[i].image_grid_thw for i in indices if samples[i].image_grid_thw], dtype=np.int64)
+        tensors["image_grid_thw"] = np.array(
+            [samples[i].image_grid_thw for i in indices if samples[i].image_grid_thw], dtype=np.int64
+        )
         tensors["mm_token_type_ids"] = (input_ids == samples[indices[0]].image_token).astype(np.int64)
     else:
         tensors["position_ids"] = np.broadcast_to(np.arange(input_ids.shape[1], dtype=np.int64), input_ids.shape).copy()

@@ -54,7 +54,11 @@ def first_texts(texts: Sequence[str], n_samples: int, source: str) -> list[str]:
         texts = texts[:-1]
     fitting = [f"dataset.size={size}" for size, n in SIZES.items() if n <= len(texts)]
     if len(texts) < n_samples:
-        advice = f"Choose {' or '.join(fitting)}, or give more captions." if fitting else f"The smallest size needs {min(SIZES.values())}: give more captions."
+        advice = (
+            f"Choose {' or '.join(fitting)}, or give more captions."
+            if fitting
+            else f"The smallest size needs {min(SIZES.values())}: give more captions."
+        )
         raise SweepError(f"The {source} holds {len(texts)} captions; {n_samples} are needed. {advice}")
     for number, text in enumerate(texts[:n_samples], start=1):
         if not text:
@@ -69,7 +73,9 @@ def text_samples(token_ids: Sequence[Sequence[int]], max_tokens: int) -> list[Sa
     """
     for number, ids in enumerate(token_ids, start=1):
         if len(ids) < 2:
-            raise SweepError(f"Sample {number} has {len(ids)} token(s); at least 2 are needed to predict one. Remove or lengthen that caption.")
+            raise SweepError(
+                f"Sample {number} has {len(ids)} token(s); at least 2 are needed to predict one. Remove or lengthen that caption."
+            )
     return [Sample(token_ids=np.array(ids[:max_tokens], dtype=np.int64)) for ids in token_ids]
 
 
@@ -78,7 +84,9 @@ def scene_captions(n_samples: int) -> list[str]:
     return [scene(i).caption for i in range(n_samples)]
 
 
-def with_scenes(captions: Sequence[Sample], *, vision_start: int, vision_end: int, image_token: int, merge: int) -> list[Sample]:
+def with_scenes(
+    captions: Sequence[Sample], *, vision_start: int, vision_end: int, image_token: int, merge: int
+) -> list[Sample]:
     """Put the drawn image of each scene before its tokenized caption.
 
     Args:
@@ -94,6 +102,12 @@ def with_scenes(captions: Sequence[Sample], *, vision_start: int, vision_end: in
         n_image_tokens = int(np.prod(grid)) // merge**2
         image = np.array([vision_start, *[image_token] * n_image_tokens, vision_end], dtype=np.int64)
         samples.append(
-            replace(caption, token_ids=np.concatenate([image, caption.token_ids]), pixel_values=pixel_values, image_grid_thw=grid, image_token=image_token)
+            replace(
+                caption,
+                token_ids=np.concatenate([image, caption.token_ids]),
+                pixel_values=pixel_values,
+                image_grid_thw=grid,
+                image_token=image_token,
+            )
         )
     return samples

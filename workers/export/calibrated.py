@@ -13,7 +13,9 @@ from workers.quant.applied import calibrated_model
 from workers.quant.linear import LinearQuant
 
 
-def calibrated(path: Path, dtype: str, recipe: MixedRecipe, linears: Linears, batches: Sequence[Batch]) -> dict[str, LinearQuant]:
+def calibrated(
+    path: Path, dtype: str, recipe: MixedRecipe, linears: Linears, batches: Sequence[Batch]
+) -> dict[str, LinearQuant]:
     """ModelOpt's ranges and scales by module name, of a recipe whose scales of inputs can be folded.
 
     Args:

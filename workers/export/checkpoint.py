@@ -37,14 +37,19 @@ def quantization_config(recipe: MixedRecipe, linears: Linears) -> dict[str, Any]
     Raises: Inexpressible: a format that compressed-tensors has no words for.
     """
     schemes = schemes_of(recipe)
-    targets = {label: [m for choice in recipe.groups if choice.format == label for m in choice.modules] for label in schemes}
+    targets = {
+        label: [m for choice in recipe.groups if choice.format == label for m in choice.modules] for label in schemes
+    }
     formats = {scheme.format for scheme in schemes.values()}
     quantized = {module for modules in targets.values() for module in modules}
     ignored = [name for name, _, _ in linears if name not in quantized]
     if not any(_VISION in module for module in quantized) and any(_VISION in name for name in ignored):
         ignored.append(f"re:.*{_VISION}.*")  # its convolution, which some runtimes hold as a linear
     config = QuantizationConfig(
-        config_groups={f"group_{i}": scheme.model_copy(update={"targets": targets[label]}) for i, (label, scheme) in enumerate(schemes.items())},
+        config_groups={
+            f"group_{i}": scheme.model_copy(update={"targets": targets[label]})
+            for i, (label, scheme) in enumerate(schemes.items())
+        },
         format=formats.pop() if len(formats) == 1 else "mixed-precision",  # pyright: ignore[reportArgumentType] -- enum by value
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=ignored,
@@ -67,7 +72,9 @@ def schemes_of(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
     return schemes
 
 
-def write_checkpoint(source: Path, directory: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears) -> None:
+def write_checkpoint(
+    source: Path, directory: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears
+) -> None:
     """Write the quantized checkpoint, with files of `checkpoint_names`, one shard of the source in memory at a time.
 
     Args:
@@ -83,7 +90,11 @@ def write_checkpoint(source: Path, directory: Path, recipe: MixedRecipe, quants:
         OSError: the directory cannot be written.
     """
     check_expressible(source, recipe, linears)
-    schemes, config, scales = _by_module(recipe), quantization_config(recipe, linears), output_scales(recipe, quants, linears)
+    schemes, config, scales = (
+        _by_module(recipe),
+        quantization_config(recipe, linears),
+        output_scales(recipe, quants, linears),
+    )
     weight_map: dict[str, str] = {}
     n_bytes = 0
     for shard in weight_files(source):
@@ -104,7 +115,10 @@ def write_checkpoint(source: Path, directory: Path, recipe: MixedRecipe, quants:
         weight_map |= dict.fromkeys(tensors, shard.name)
         n_bytes += sum(tensor.nbytes for tensor in tensors.values())
     for index in index_files(source):
-        _write_json(directory / index.name, {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))})
+        _write_json(
+            directory / index.name,
+            {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))},
+        )
     document: dict[str, Any] = json.loads((source / "config.json").read_bytes())
     _write_json(directory / "config.json", {**document, "quantization_config": config})
     for path in settings_files(source):
@@ -129,8 +143,12 @@ def check_expressible(source: Path, recipe: MixedRecipe, linears: Linears) -> No
                     "and compressed-tensors can't express that. Leave that group in 16 bits (format: null)."
                 )
         weights = {provider: held.get(f"{provider}.weight") for provider in providers(recipe, linears)}
-        slices = {provider: file.get_slice(f"{provider}.weight") for provider, file in weights.items() if file is not None}
-        check_weights_take({name: (each.get_dtype(), each.get_shape()[0]) for name, each in slices.items()}, recipe, linears)
+        slices = {
+            provider: file.get_slice(f"{provider}.weight") for provider, file in weights.items() if file is not None
+        }
+        check_weights_take(
+            {name: (each.get_dtype(), each.get_shape()[0]) for name, each in slices.items()}, recipe, linears
+        )
 
 
 def held_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
@@ -144,7 +162,12 @@ def held_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
 
 def _by_module(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
     schemes = schemes_of(recipe)
-    return {module: schemes[choice.format] for choice in recipe.groups if choice.format is not None for module in choice.modules}
+    return {
+        module: schemes[choice.format]
+        for choice in recipe.groups
+        if choice.format is not None
+        for module in choice.modules
+    }
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -50,7 +50,9 @@ def providers(recipe: MixedRecipe, linears: Linears) -> dict[str, GroupChoice]:
     Raises: Inexpressible: a group whose scale nothing takes exactly, with the way out.
     """
     shapes = {name: (n_in, n_out) for name, n_in, n_out in linears}
-    formats = {module: chosen for choice in recipe.groups if (chosen := recipe.format_of(choice)) for module in choice.modules}
+    formats = {
+        module: chosen for choice in recipe.groups if (chosen := recipe.format_of(choice)) for module in choice.modules
+    }
     found: dict[str, GroupChoice] = {}
     for choice in recipe.groups:
         chosen = recipe.format_of(choice)
@@ -58,7 +60,11 @@ def providers(recipe: MixedRecipe, linears: Linears) -> dict[str, GroupChoice]:
             continue
         provider, n_in = _provider(choice.group), shapes[choice.group][0]
         if provider is None:
-            raise _refuse(choice, chosen, "nothing before it is known to take a scale: there is attention or an activation function between")
+            raise _refuse(
+                choice,
+                chosen,
+                "nothing before it is known to take a scale: there is attention or an activation function between",
+            )
         if chosen.scales == "private" and len(choice.modules) > 1:
             raise Inexpressible(
                 f"{choice.group}: compressed-tensors has no scale of a linear's inputs. That of {chosen.algorithm} goes into {provider}, which "
@@ -81,15 +87,25 @@ def check_weights_take(held: Mapping[str, tuple[str, int]], recipe: MixedRecipe,
     Raises: Inexpressible: a provider without a weight, of another width, or a linear that is left in 16 bits, which a product does not fit.
     """
     widths = {name: n_in for name, n_in, _ in linears}
-    matrices = widths.keys() - {module for choice in recipe.groups if choice.format is not None for module in choice.modules}
+    matrices = widths.keys() - {
+        module for choice in recipe.groups if choice.format is not None for module in choice.modules
+    }
     for provider, choice in providers(recipe, linears).items():
         chosen, n_in = recipe.format_of(choice), widths[choice.group]
         assert chosen is not None  # providers names groups with a format only
         dtype, n_out = held.get(provider, ("", 0))
         if n_out != n_in:
-            raise _refuse(choice, chosen, f"the checkpoint has no {provider}.weight of {n_in} channels" + (f", but of {n_out}" if n_out else ""))
+            raise _refuse(
+                choice,
+                chosen,
+                f"the checkpoint has no {provider}.weight of {n_in} channels" + (f", but of {n_out}" if n_out else ""),
+            )
         if provider in matrices and dtype != "F32":
-            raise _refuse(choice, chosen, f"rows of {provider} would be multiplied, which is left in 16 bits, and the products need more (or give it a format)")
+            raise _refuse(
+                choice,
+                chosen,
+                f"rows of {provider} would be multiplied, which is left in 16 bits, and the products need more (or give it a format)",
+            )
 
 
 def output_scales(recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears) -> dict[str, Tensor]:
@@ -112,7 +128,9 @@ def output_scales(recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linear
         if provider is None or provider not in known:
             raise ValueError(f"{module} has a scale of its inputs, which the recipe's algorithm does not give")
         if not torch.equal(found.setdefault(provider, scale), scale):
-            raise ValueError(f"{module} has another scale of its inputs than the linears beside it, which read the same")
+            raise ValueError(
+                f"{module} has another scale of its inputs than the linears beside it, which read the same"
+            )
     return found
 
 
@@ -142,7 +160,9 @@ def check_folds(model: nn.Module, scales: Mapping[str, Tensor], linears: Linears
         if not missing:
             return
     if missing:
-        raise Inexpressible(f"{min(missing)}: no sample reaches it, so nothing shows that its inputs can be scaled. Choose a data set that does.")
+        raise Inexpressible(
+            f"{min(missing)}: no sample reaches it, so nothing shows that its inputs can be scaled. Choose a data set that does."
+        )
 
 
 def _tried(model: nn.Module, scales: Mapping[str, Tensor], readers: Mapping[str, Tensor], batch: Batch) -> set[str]:
@@ -150,7 +170,9 @@ def _tried(model: nn.Module, scales: Mapping[str, Tensor], readers: Mapping[str,
     plain, plain_logits = _rows_read(model, batch, readers, divided=False)
     with _folded(model, scales):
         folded, folded_logits = _rows_read(model, batch, readers, divided=True)
-    tolerance = torch.finfo(next(model.parameters()).dtype).eps ** 0.5  # 3e-4 in float32; rounding alone gives 1e-6, a wrong fold some tenths
+    tolerance = (
+        torch.finfo(next(model.parameters()).dtype).eps ** 0.5
+    )  # 3e-4 in float32; rounding alone gives 1e-6, a wrong fold some tenths
     for name, rows in plain.items():
         if _differ(folded[name], rows, tolerance):
             raise Inexpressible(
@@ -170,13 +192,21 @@ def _provider(module: str) -> str | None:
     return next((match.expand(before) for pattern, before in _BEFORE if (match := re.fullmatch(pattern, module))), None)
 
 
-def _check_linear_takes(choice: GroupChoice, chosen: GroupFormat, provider: str, n_out: int, n_in: int, format_: GroupFormat | None) -> None:
+def _check_linear_takes(
+    choice: GroupChoice, chosen: GroupFormat, provider: str, n_out: int, n_in: int, format_: GroupFormat | None
+) -> None:
     if n_out != n_in:
-        raise _refuse(choice, chosen, f"{provider} has {n_out} outputs for its {n_in} inputs: query heads share a value head, but not a scale")
+        raise _refuse(
+            choice,
+            chosen,
+            f"{provider} has {n_out} outputs for its {n_in} inputs: query heads share a value head, but not a scale",
+        )
     if format_ is None or format_.weight is None:
         return  # whether the checkpoint's precision holds the product is seen there
     spec = QuantizerSpec(attributes=format_.weight)
-    along_rows = spec.attributes.get("axis") == 0 or {axis for axis in spec.block_sizes if isinstance(axis, int)} == {-1}
+    along_rows = spec.attributes.get("axis") == 0 or {axis for axis in spec.block_sizes if isinstance(axis, int)} == {
+        -1
+    }
     if spec.has_dynamic_blocks or not along_rows:
         reason = f"rows of {provider} would be multiplied, and its format {format_.label!r} has no scale a row (a channel, or groups along the inputs)"
         raise _refuse(choice, chosen, reason)
@@ -205,7 +235,9 @@ def _folded(model: nn.Module, scales: Mapping[str, Tensor]) -> Generator[None]:
             parameter.data = data
 
 
-def _rows_read(model: nn.Module, batch: Batch, readers: Mapping[str, Tensor], *, divided: bool) -> tuple[dict[str, Tensor], Tensor]:
+def _rows_read(
+    model: nn.Module, batch: Batch, readers: Mapping[str, Tensor], *, divided: bool
+) -> tuple[dict[str, Tensor], Tensor]:
     """The first rows of what each linear reads, and of the logits; before it reads, its input is divided by its scale or left alone."""
     found: dict[str, Tensor] = {}
 

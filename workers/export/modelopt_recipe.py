@@ -21,13 +21,17 @@ def read_modelopt(path: Path) -> tuple[list[dict[str, Any]], object]:
     """
     with redirect_stdout(io.StringIO()):  # it says what it loads
         recipe: Any = load_recipe(path)
-    return [_entry(entry.model_dump(exclude_unset=True)) for entry in recipe.quantize.quant_cfg], recipe.quantize.algorithm
+    return [
+        _entry(entry.model_dump(exclude_unset=True)) for entry in recipe.quantize.quant_cfg
+    ], recipe.quantize.algorithm
 
 
 def _entry(entry: dict[str, Any]) -> dict[str, Any]:
     """Blocks' axes are written as numbers, and read by ModelOpt as numbers or as text."""
     cfg = entry.get("cfg")
     if cfg and cfg.get("block_sizes"):
-        blocks = {int(key) if str(key).lstrip("-").isdigit() else key: value for key, value in cfg["block_sizes"].items()}
+        blocks = {
+            int(key) if str(key).lstrip("-").isdigit() else key: value for key, value in cfg["block_sizes"].items()
+        }
         entry["cfg"] = {**cfg, "block_sizes": blocks}
     return entry

@@ -24,7 +24,9 @@ from workers.quant.linear import LinearQuant
 _TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 
-def check_export(directory: Path, source: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears) -> None:
+def check_export(
+    directory: Path, source: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears
+) -> None:
     """Read an export back with the reader's own library and compare all of it with what was meant.
 
     A linear whose inputs have a scale holds W / scale, quantized, and what computes its inputs must hold its own weight times that scale:
@@ -50,10 +52,16 @@ def check_export(directory: Path, source: Path, recipe: MixedRecipe, quants: Map
                 found = tensors[name].get_tensor(name) if name in tensors else None
                 if found is None or found.dtype != meant.dtype or not torch.equal(found, meant):
                     times = ", times the scale of the inputs that it gives" if module in scales else ""
-                    raise SweepError(f"{directory}: {name} is not what {source} holds{times}, though the recipe leaves it in 16 bits. Export again.")
+                    raise SweepError(
+                        f"{directory}: {name} is not what {source} holds{times}, though the recipe leaves it in 16 bits. Export again."
+                    )
                 continue
             prefix = f"{module}."
-            state = {key.removeprefix(prefix): tensors[key].get_tensor(key) for key in tensors if key.startswith(prefix) and key != f"{module}.bias"}
+            state = {
+                key.removeprefix(prefix): tensors[key].get_tensor(key)
+                for key in tensors
+                if key.startswith(prefix) and key != f"{module}.bias"
+            }
             expected |= {f"{module}.{local}" for local in state}
             _check_linear(f"{directory}: {module}", state, original, quants[module], scheme, scales.get(module))
         if surplus := sorted(tensors.keys() - expected):
@@ -85,15 +93,26 @@ def _check_formats(read: Mapping[str, QuantizationScheme], recipe: MixedRecipe, 
         choice = meant.get(name)
         chosen = None if choice is None else recipe.format_of(choice)
         scheme = read.get(name)
-        wanted = (None, None) if chosen is None else (canonical_attributes(chosen.weight), canonical_attributes(chosen.inputs))
+        wanted = (
+            (None, None)
+            if chosen is None
+            else (canonical_attributes(chosen.weight), canonical_attributes(chosen.inputs))
+        )
         args = (None, None) if scheme is None else (scheme.weights, scheme.input_activations)
         found = tuple(None if item is None else canonical_attributes(attributes_of(item)) for item in args)
         if found != wanted:
-            raise Inexpressible(f"{_group(choice, name)}: compressed-tensors can't express this: module {name} would be read as {found}, not {wanted}.")
+            raise Inexpressible(
+                f"{_group(choice, name)}: compressed-tensors can't express this: module {name} would be read as {found}, not {wanted}."
+            )
 
 
 def _check_linear(
-    where: str, state: Mapping[str, Tensor], weight_OI: Tensor, linear: LinearQuant, scheme: QuantizationScheme, output_scale_O: Tensor | None
+    where: str,
+    state: Mapping[str, Tensor],
+    weight_OI: Tensor,
+    linear: LinearQuant,
+    scheme: QuantizationScheme,
+    output_scale_O: Tensor | None,
 ) -> None:
     meant = fake_quantized(linear, weight_OI)
     if output_scale_O is not None:
@@ -101,7 +120,9 @@ def _check_linear(
     try:
         found = unpacked(state, scheme)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise SweepError(f"{where} does not decompress: {type(error).__name__}: {str(error).splitlines()[0]}. Export again.") from error
+        raise SweepError(
+            f"{where} does not decompress: {type(error).__name__}: {str(error).splitlines()[0]}. Export again."
+        ) from error
     tolerance = _TOLERANCE[found.dtype]
     off = (found.float() - meant).abs() - tolerance * meant.abs()
     if found.shape != meant.shape or not bool((off <= 0).all()):  # a NaN is not <= 0

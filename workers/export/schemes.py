@@ -51,7 +51,9 @@ def scheme_of(label: str, chosen: GroupFormat) -> QuantizationScheme:
     Raises: Inexpressible: names the format and the field.
     """
     if chosen.weight is None:
-        raise _Where(label=label, quantizer="weight").refuse("num_bits", 16, "quantized inputs under quantized weights only")
+        raise _Where(label=label, quantizer="weight").refuse(
+            "num_bits", 16, "quantized inputs under quantized weights only"
+        )
     weights = _weight_args(chosen.weight, _Where(label=label, quantizer="weight"))
     inputs = None if chosen.inputs is None else _input_args(chosen.inputs, _Where(label=label, quantizer="inputs"))
     if inputs is not None:
@@ -70,7 +72,9 @@ def attributes_of(args: QuantizationArgs) -> dict[str, Any]:
         args: of weights or of inputs, symmetric.
     """
     is_float = args.type == QuantizationType.FLOAT
-    found: dict[str, Any] = {"num_bits": {bits: name for name, bits in _FLOAT_BITS.items()}[args.num_bits] if is_float else args.num_bits}
+    found: dict[str, Any] = {
+        "num_bits": {bits: name for name, bits in _FLOAT_BITS.items()}[args.num_bits] if is_float else args.num_bits
+    }
     group, strategy = args.group_size, args.strategy
     if strategy == QuantizationStrategy.CHANNEL:
         return {**found, "axis": 0}
@@ -99,12 +103,18 @@ def _weight_args(attributes: Mapping[str, Any], where: _Where) -> QuantizationAr
     if not blocks:
         if axis not in (None, 0):
             raise where.refuse("axis", axis, "one scale a tensor (null) or one an output channel (0)")
-        return QuantizationArgs(**common, strategy=QuantizationStrategy.TENSOR if axis is None else QuantizationStrategy.CHANNEL)
+        return QuantizationArgs(
+            **common, strategy=QuantizationStrategy.TENSOR if axis is None else QuantizationStrategy.CHANNEL
+        )
     if set(blocks) == {-1} and spec.num_bits != _E2M1:
         return QuantizationArgs(**common, strategy=QuantizationStrategy.GROUP, group_size=blocks[-1])
     if set(blocks) == {-1, -2} and spec.num_bits == _E4M3:
         return QuantizationArgs(**common, strategy=QuantizationStrategy.BLOCK, block_structure=[blocks[-2], blocks[-1]])
-    raise where.refuse("block_sizes", dict(spec.block_sizes), "groups along the inputs for integers and FP8, two-dimensional blocks for FP8")
+    raise where.refuse(
+        "block_sizes",
+        dict(spec.block_sizes),
+        "groups along the inputs for integers and FP8, two-dimensional blocks for FP8",
+    )
 
 
 def _input_args(attributes: Mapping[str, Any], where: _Where) -> QuantizationArgs:
@@ -113,22 +123,36 @@ def _input_args(attributes: Mapping[str, Any], where: _Where) -> QuantizationArg
     if spec.has_dynamic_blocks:
         if not spec.is_nvfp4 and spec.num_bits == _E2M1:
             # generate_mx_scales rounds a block's range to the nearest power of two and saturates, ModelOpt rounds up: other numbers.
-            raise where.refuse("num_bits", spec.num_bits, "another rule for the scale of MXFP4 inputs than ModelOpt, so it would compute other numbers")
-        return QuantizationArgs(**common, **_scaled_blocks(spec, where), dynamic=DynamicType.LOCAL if spec.is_nvfp4 else True)
+            raise where.refuse(
+                "num_bits",
+                spec.num_bits,
+                "another rule for the scale of MXFP4 inputs than ModelOpt, so it would compute other numbers",
+            )
+        return QuantizationArgs(
+            **common, **_scaled_blocks(spec, where), dynamic=DynamicType.LOCAL if spec.is_nvfp4 else True
+        )
     if attributes.get("axis") is not None:
-        raise where.refuse("axis", attributes["axis"], "inputs in one static scale, or in dynamic ones a token or a group")
+        raise where.refuse(
+            "axis", attributes["axis"], "inputs in one static scale, or in dynamic ones a token or a group"
+        )
     blocks = {key: length for key, length in spec.block_sizes.items() if key != "type"}
     if attributes.get("type", "static") == "static":
         if blocks:
             raise where.refuse("block_sizes", dict(spec.block_sizes), "no static blocks of inputs")
         return QuantizationArgs(**common, strategy=QuantizationStrategy.TENSOR, dynamic=False)
     if spec.num_bits == 4:
-        raise where.refuse("num_bits", 4, "a range of amax / 7.5 for dynamic INT4 where ModelOpt's is amax / 7, so it would compute other numbers")
+        raise where.refuse(
+            "num_bits",
+            4,
+            "a range of amax / 7.5 for dynamic INT4 where ModelOpt's is amax / 7, so it would compute other numbers",
+        )
     if blocks == {-1: None}:
         return QuantizationArgs(**common, strategy=QuantizationStrategy.TOKEN, dynamic=True)
     if set(blocks) == {-1}:
         return QuantizationArgs(**common, strategy=QuantizationStrategy.GROUP, group_size=blocks[-1], dynamic=True)
-    raise where.refuse("block_sizes", dict(spec.block_sizes), "dynamic scales of inputs a token or a group along the inputs")
+    raise where.refuse(
+        "block_sizes", dict(spec.block_sizes), "dynamic scales of inputs a token or a group along the inputs"
+    )
 
 
 def _number(spec: QuantizerSpec, where: _Where) -> dict[str, Any]:
@@ -150,15 +174,28 @@ def _scaled_blocks(spec: QuantizerSpec, where: _Where) -> dict[str, Any]:
             raise where.refuse("block_sizes", dict(spec.block_sizes), f"NVFP4 in blocks of {_NVFP4_BLOCK} only")
         return {"strategy": QuantizationStrategy.TENSOR_GROUP, "group_size": length, "scale_dtype": torch.float8_e4m3fn}
     if scale_bits != _E8M0 or isinstance(spec.num_bits, int) or length != _MX_BLOCK:
-        raise where.refuse("block_sizes", dict(spec.block_sizes), f"blocks of {_MX_BLOCK} with scale_bits (8, 0) of E2M1 and E4M3, beside NVFP4")
+        raise where.refuse(
+            "block_sizes",
+            dict(spec.block_sizes),
+            f"blocks of {_MX_BLOCK} with scale_bits (8, 0) of E2M1 and E4M3, beside NVFP4",
+        )
     return {"strategy": QuantizationStrategy.GROUP, "group_size": length, "scale_dtype": torch.uint8}
 
 
 def _check_pair(weights: QuantizationArgs, inputs: QuantizationArgs, where: _Where) -> None:
-    is_w4afp8 = weights.type == QuantizationType.INT and weights.num_bits == 4 and inputs.type == QuantizationType.FLOAT and inputs.num_bits == 8
+    is_w4afp8 = (
+        weights.type == QuantizationType.INT
+        and weights.num_bits == 4
+        and inputs.type == QuantizationType.FLOAT
+        and inputs.num_bits == 8
+    )
     if (weights.type != inputs.type and not is_w4afp8) or inputs.num_bits < weights.num_bits:
         found = f"{inputs.type}{inputs.num_bits} inputs under {weights.type}{weights.num_bits} weights"
-        raise where.refuse("num_bits", found, "schemes of one kind of number, inputs no narrower than weights, and INT4 weights under FP8 inputs")
+        raise where.refuse(
+            "num_bits",
+            found,
+            "schemes of one kind of number, inputs no narrower than weights, and INT4 weights under FP8 inputs",
+        )
 
 
 def _check_returns(given: Mapping[str, Any], returned: Mapping[str, Any], where: _Where) -> None:

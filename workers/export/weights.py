@@ -33,7 +33,9 @@ _NVFP4_RANGE: Final = 448.0 * 6.0  # largest block scale times largest element
 _UNUSED_SCALE: Final = 0.125  # of blocks of zeros, as the library writes it; 0 would decompress to 0 / 0
 
 
-def packed(weight_OI: Tensor, linear: LinearQuant, scheme: QuantizationScheme, output_scale_O: Tensor | None = None) -> dict[str, Tensor]:
+def packed(
+    weight_OI: Tensor, linear: LinearQuant, scheme: QuantizationScheme, output_scale_O: Tensor | None = None
+) -> dict[str, Tensor]:
     """The tensors that a checkpoint holds for one quantized linear.
 
     Args:
@@ -47,12 +49,19 @@ def packed(weight_OI: Tensor, linear: LinearQuant, scheme: QuantizationScheme, o
     """
     assert scheme.weights is not None  # scheme_of refuses others
     quantized_OI = fake_quantized(linear, weight_OI)
-    state: dict[str, Tensor | None] = {"weight": quantized_OI, **_weight_scales(quantized_OI, weight_OI, linear, scheme.weights)}
+    state: dict[str, Tensor | None] = {
+        "weight": quantized_OI,
+        **_weight_scales(quantized_OI, weight_OI, linear, scheme.weights),
+    }
     compressed = _compressor(scheme).compress(state, scheme)
     if output_scale_O is not None:
         assert compressed["weight_scale"] is not None
         compressed["weight_scale"] = scaled_rows(compressed["weight_scale"], output_scale_O)
-    return {name: tensor.contiguous() for name, tensor in {**compressed, **input_scales(linear, scheme)}.items() if tensor is not None}
+    return {
+        name: tensor.contiguous()
+        for name, tensor in {**compressed, **input_scales(linear, scheme)}.items()
+        if tensor is not None
+    }
 
 
 def unpacked(state: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
@@ -74,7 +83,9 @@ def input_scales(linear: LinearQuant, scheme: QuantizationScheme) -> dict[str, T
     return {"input_scale": _positive(amax / _largest(inputs))}
 
 
-def _weight_scales(quantized_OI: Tensor, weight_OI: Tensor, linear: LinearQuant, args: QuantizationArgs) -> dict[str, Tensor]:
+def _weight_scales(
+    quantized_OI: Tensor, weight_OI: Tensor, linear: LinearQuant, args: QuantizationArgs
+) -> dict[str, Tensor]:
     original_OI = smoothed_weight(linear, weight_OI)
     if args.scale_dtype == torch.uint8:
         exponents = mx_exponents(original_OI, args.group_size or 0, attributes_of(args)["num_bits"])
@@ -85,7 +96,9 @@ def _weight_scales(quantized_OI: Tensor, weight_OI: Tensor, linear: LinearQuant,
     if args.strategy == QuantizationStrategy.TENSOR_GROUP:
         block_scales, _ = nvfp4_scales(original_OI, amax, args.group_size or 0)
         blocks = quantized_OI.unflatten(-1, (-1, args.group_size or 0))
-        scales = torch.where((blocks == 0).all(-1) | (block_scales.squeeze(-1) == 0), _UNUSED_SCALE, block_scales.squeeze(-1))
+        scales = torch.where(
+            (blocks == 0).all(-1) | (block_scales.squeeze(-1) == 0), _UNUSED_SCALE, block_scales.squeeze(-1)
+        )
         return {"weight_scale": scales, "weight_global_scale": _NVFP4_RANGE / _positive(amax.reshape(1))}
     return {"weight_scale": _positive(amax.reshape(_scale_shape(weight_OI, args)) / _largest(args))}
 

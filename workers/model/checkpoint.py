@@ -22,7 +22,9 @@ def check_checkpoint(path: Path) -> None:
         raise SweepError(f"model.path={path} is no directory. Give a local checkpoint directory: model.path=DIR.")
     if not (path / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise SweepError(f"model.path={path} has no config.json (found: {found}). Give a Hugging Face checkpoint directory.")
+        raise SweepError(
+            f"model.path={path} has no config.json (found: {found}). Give a Hugging Face checkpoint directory."
+        )
     if not weight_files(path):
         pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
         if pickles:
@@ -30,7 +32,9 @@ def check_checkpoint(path: Path) -> None:
                 f"model.path={path} holds pickled weights ({', '.join(pickles[:3])}), which can run code when loaded. "
                 "Only safetensors are loaded: save it again with model.save_pretrained(DIR) of a current transformers."
             )
-        raise SweepError(f"model.path={path} has no *.safetensors file. Download the weights, or give another model.path=DIR.")
+        raise SweepError(
+            f"model.path={path} has no *.safetensors file. Download the weights, or give another model.path=DIR."
+        )
 
 
 def check_weights(path: Path) -> None:
@@ -45,10 +49,14 @@ def check_weights(path: Path) -> None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SweepError(f"{index} is damaged: it names no weight files. Download it again.") from error
         if missing:
-            raise SweepError(f"{path} lacks {missing[0]} ({len(missing)} such files), which {index.name} names. Download the checkpoint again.")
+            raise SweepError(
+                f"{path} lacks {missing[0]} ({len(missing)} such files), which {index.name} names. Download the checkpoint again."
+            )
     for file in weight_files(path):
         if not _is_whole(file):
-            raise SweepError(f"{file} is cut short or damaged. Download it again, or compare its checksum with the published one.")
+            raise SweepError(
+                f"{file} is cut short or damaged. Download it again, or compare its checksum with the published one."
+            )
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -82,7 +90,9 @@ def revision(path: Path) -> str:
     files = [path / "config.json", *weight_files(path)]
     with ThreadPoolExecutor() as threads:  # hashing lets other threads run
         hashes = list(threads.map(file_hash, files))
-    return hashlib.sha256("".join(f"{file.name}:{found}\n" for file, found in zip(files, hashes, strict=True)).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{file.name}:{found}\n" for file, found in zip(files, hashes, strict=True)).encode()
+    ).hexdigest()
 
 
 def file_hash(path: Path) -> str:
@@ -112,7 +122,9 @@ def _is_whole(file: Path) -> bool:
             n_header = int.from_bytes(handle.read(8), "little")
             n_rest = file.stat().st_size - 8 - n_header
             header = json.loads(handle.read(n_header) if n_rest >= 0 else b"")
-        return n_rest == max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        return n_rest == max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+        )
     except OSError as error:
         raise SweepError(f"Cannot read {file}: {error.strerror}. Check the path and its permissions.") from error
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):

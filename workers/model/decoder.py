@@ -32,9 +32,15 @@ class Features:
 class Trace:
     """How one batch went through the decoder layers."""
 
-    hidden: dict[int, Tensor]  # inputs of the layers asked for, [batch, tokens, hidden]; n_layers: what the final norm gets
-    arguments: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])  # keyword arguments of each layer
-    features: dict[int, Features] = field(default_factory=dict[int, Features])  # by the layer after which they are added
+    hidden: dict[
+        int, Tensor
+    ]  # inputs of the layers asked for, [batch, tokens, hidden]; n_layers: what the final norm gets
+    arguments: list[Mapping[str, Any]] = field(
+        default_factory=list[Mapping[str, Any]]
+    )  # keyword arguments of each layer
+    features: dict[int, Features] = field(
+        default_factory=dict[int, Features]
+    )  # by the layer after which they are added
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +103,16 @@ class Decoder:
             mask, values = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
             if mask is not None and values is not None:
                 positions = mask.flatten().nonzero().flatten()
-                trace.features.update({index: Features(positions, value.to(self.norm.weight.dtype)) for index, value in enumerate(values)})
+                trace.features.update(
+                    {index: Features(positions, value.to(self.norm.weight.dtype)) for index, value in enumerate(values)}
+                )
 
         def enter(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if last_output is not None and args[0] is not last_output and index - 1 not in trace.features:
-                    raise RuntimeError(f"The model changes the hidden state between decoder layers {index - 1} and {index} in an unknown way.")
+                    raise RuntimeError(
+                        f"The model changes the hidden state between decoder layers {index - 1} and {index} in an unknown way."
+                    )
                 if index < len(self.layers):
                     trace.arguments.append(kwargs)
                 if index in keep:
@@ -114,7 +124,10 @@ class Decoder:
             nonlocal last_output
             last_output = output
 
-        handles = [module.register_forward_pre_hook(enter(index), with_kwargs=True) for index, module in enumerate((*self.layers, self.norm))]
+        handles = [
+            module.register_forward_pre_hook(enter(index), with_kwargs=True)
+            for index, module in enumerate((*self.layers, self.norm))
+        ]
         handles += [layer.register_forward_hook(leave) for layer in self.layers]
         handles.append(self.text.register_forward_pre_hook(enter_text, with_kwargs=True))
         try:
@@ -128,7 +141,11 @@ def decoder_of(model: Any) -> Decoder | None:
     """The parts of a model, None for a type that is not among workers.model.loading.PACKABLE."""
     if model.config.model_type not in PACKABLE:
         return None
-    name, text = next((name, module) for name, module in model.named_modules() if isinstance(getattr(module, "layers", None), nn.ModuleList))
+    name, text = next(
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "layers", None), nn.ModuleList)
+    )
     head = model.get_output_embeddings()
     head_name = next(name for name, module in model.named_modules() if module is head)
     return Decoder(model.model, text, tuple(text.layers), text.norm, head, head_name, f"{name}.layers.")

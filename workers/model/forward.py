@@ -28,4 +28,6 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [batch, tokens, vocabulary].
         labels: [batch, tokens], already shifted; -100 where nothing is predicted.
     """
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten().to(logits.device), ignore_index=-100, reduction="sum"
+    )

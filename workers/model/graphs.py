@@ -40,7 +40,9 @@ class LayerGraphs:
         aside.wait_stream(main)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(aside):
-            self._decoder.run(self._trace, self._hidden, layer, layer + 1)  # whatever is set up at a first use is set up outside the graph
+            self._decoder.run(
+                self._trace, self._hidden, layer, layer + 1
+            )  # whatever is set up at a first use is set up outside the graph
             graph.capture_begin(pool=self._pool)
             self._hidden.copy_(self._decoder.run(self._trace, self._hidden, layer, layer + 1))
             graph.capture_end()

@@ -20,7 +20,17 @@ from workers.model.checkpoint import check_checkpoint
 PACKABLE = frozenset({"qwen3_vl", "qwen2", "qwen3", "llama", "mistral"})
 
 # What transformers raises on a config.json or on weights that make no model.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, StrictDataclassError, SafetensorError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    StrictDataclassError,
+    SafetensorError,
+)
 
 
 def local_checkpoint(path: str) -> Path:
@@ -34,7 +44,9 @@ def local_checkpoint(path: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            directory = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+            directory = Path(
+                snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+            )
         except (OSError, ValueError) as error:
             raise SweepError(
                 f"Checkpoint {path!r} is neither a local directory nor in reach on the hub ({type(error).__name__}). Give a local copy: model.path=DIR."
@@ -73,8 +85,11 @@ def structure(path: Path) -> dict[str, Any]:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
     return {
-        "linears": [[name, module.in_features, module.out_features] for name, module in modules if isinstance(module, nn.Linear)],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()) - (head.weight.numel() if tied and head.weight is not embedding else 0),
+        "linears": [
+            [name, module.in_features, module.out_features] for name, module in modules if isinstance(module, nn.Linear)
+        ],
+        "parameters": sum(parameter.numel() for parameter in model.parameters())
+        - (head.weight.numel() if tied and head.weight is not embedding else 0),
         "embeddings": embedding.numel(),
         "lm_head": 0 if tied or head is None else head.weight.numel(),
         "vocabulary": config.get_text_config().vocab_size,
@@ -90,7 +105,9 @@ def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except _UNREADABLE as error:
-        raise SweepError(f"{path} has no tokenizer that loads: {_first_line(error)} Copy the model's tokenizer files there.") from error
+        raise SweepError(
+            f"{path} has no tokenizer that loads: {_first_line(error)} Copy the model's tokenizer files there."
+        ) from error
     tokens = [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
     if not any(tokens):  # what transformers makes of a directory without tokenizer files
         raise SweepError(f"{path} has no tokenizer: no text gives a token. Copy the model's tokenizer files there.")
@@ -105,7 +122,11 @@ def image_tokens(path: Path) -> dict[str, int]:
     config = read_config(path)
     vision: Any = getattr(config, "vision_config", None)
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id")
-    patch: Any = (getattr(vision, "patch_size", None), getattr(vision, "temporal_patch_size", None), getattr(vision, "spatial_merge_size", None))
+    patch: Any = (
+        getattr(vision, "patch_size", None),
+        getattr(vision, "temporal_patch_size", None),
+        getattr(vision, "spatial_merge_size", None),
+    )
     if patch != (16, 2, 2) or any(not hasattr(config, name) for name in names):
         raise SweepError(
             f"dataset=scenes needs a model that reads images in patches of 16 as Qwen3-VL does; {config.model_type!r} does not. Choose a text data set."
@@ -134,26 +155,38 @@ def load(path: Path, *, dtype: torch.dtype, device: str, n_gpus: int = 1) -> Pre
         model, info = model_class.from_pretrained(
             path,
             dtype=dtype,
-            device_map=None if device == "cpu" else device if n_gpus == 1 else "balanced",  # straight to the GPU, no copy in the host's memory
+            device_map=None
+            if device == "cpu"
+            else device
+            if n_gpus == 1
+            else "balanced",  # straight to the GPU, no copy in the host's memory
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
     except torch.OutOfMemoryError as error:
-        raise SweepError(f"The checkpoint {path} does not fit the GPU's memory. Type cluster.gpus_per_worker={n_gpus + 1}, or take a larger GPU.") from error
+        raise SweepError(
+            f"The checkpoint {path} does not fit the GPU's memory. Type cluster.gpus_per_worker={n_gpus + 1}, or take a larger GPU."
+        ) from error
     except _UNREADABLE as error:
         advice = "Its weights must fit its config.json: download both again."
         raise SweepError(f"The checkpoint {path} does not load: {_first_line(error)} {advice}") from error
     if missing := sorted(info["missing_keys"]):
-        raise SweepError(f"The checkpoint {path} lacks {len(missing)} weights, the first {missing[0]!r}: they would be random. Download it again.")
+        raise SweepError(
+            f"The checkpoint {path} lacks {len(missing)} weights, the first {missing[0]!r}: they would be random. Download it again."
+        )
     if away := {str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}:
-        raise SweepError(f"The checkpoint {path} does not fit {n_gpus} GPU(s), {away.pop()} would hold the rest. Type cluster.gpus_per_worker={n_gpus + 1}.")
+        raise SweepError(
+            f"The checkpoint {path} does not fit {n_gpus} GPU(s), {away.pop()} would hold the rest. Type cluster.gpus_per_worker={n_gpus + 1}."
+        )
     return model.eval().requires_grad_(False)
 
 
 def _no_model(path: Path, error: BaseException) -> SweepError:
     version = transformers.__version__
-    return SweepError(f"{path / 'config.json'} is no model that transformers {version} knows: {_first_line(error)} Give another checkpoint: model.path=DIR.")
+    return SweepError(
+        f"{path / 'config.json'} is no model that transformers {version} knows: {_first_line(error)} Give another checkpoint: model.path=DIR."
+    )
 
 
 def _model_class(config: Any) -> Any:
@@ -172,4 +205,8 @@ def _be_quiet() -> None:
 
 def _first_line(error: BaseException) -> str:
     first, *rest = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {first} {rest[0].strip()}" if rest and first.endswith(":") else f"{type(error).__name__}: {first}"
+    return (
+        f"{type(error).__name__}: {first} {rest[0].strip()}"
+        if rest and first.endswith(":")
+        else f"{type(error).__name__}: {first}"
+    )

@@ -36,7 +36,12 @@ class Workload:
 def workload(tasks: Sequence[Task], plan: Plan, n_segments: int, model_bytes: int, vocabulary: int) -> Workload:
     """What scoring the tasks together takes."""
     batches = [batch for segment in plan.segments[:n_segments] for batch in segment]
-    inputs = {(repr(task.input_attributes), size if task.calibrates_inputs else None) for task in tasks if task.input_attributes for size in task.cells}
+    inputs = {
+        (repr(task.input_attributes), size if task.calibrates_inputs else None)
+        for task in tasks
+        if task.input_attributes
+        for size in task.cells
+    }
     return Workload(
         n_tokens=sum(sum(batch.lengths) for batch in batches),
         n_patches=sum(sum(batch.patch_counts) for batch in batches),
@@ -51,13 +56,17 @@ def workload(tasks: Sequence[Task], plan: Plan, n_segments: int, model_bytes: in
 def capture_bytes(groups: Sequence[GroupSpec], work: Workload) -> int:
     """X and g of layer groups, and the graph of one batch through them."""
     graph_rows = _GRAPH_SHARE * min(work.n_tokens, work.batch_tokens)
-    return round(sum((group.n_inputs + group.n_outputs) * (_rows(group, work) + graph_rows) for group in groups) * work.itemsize)
+    return round(
+        sum((group.n_inputs + group.n_outputs) * (_rows(group, work) + graph_rows) for group in groups) * work.itemsize
+    )
 
 
 def fixed_bytes(groups: Sequence[GroupSpec], work: Workload) -> int:
     """All else: the model, logits, and the operands of the widest layer group."""
     logits = min(work.n_tokens, _HEAD_ROWS) * work.vocabulary * (work.itemsize + 3 * 4)
-    operands = max(_rows(group, work) * (group.n_inputs * (work.n_inputs + 1) + group.n_outputs * _PRODUCTS) for group in groups)
+    operands = max(
+        _rows(group, work) * (group.n_inputs * (work.n_inputs + 1) + group.n_outputs * _PRODUCTS) for group in groups
+    )
     return round(work.model_bytes + logits + operands * work.itemsize + _RESERVE * min(1.0, work.model_bytes / 1e9))
 
 

@@ -15,13 +15,21 @@ from sweep.formats.quantizer import QuantizerSpec
 from sweep.formats.recipe import SCALES_INPUTS
 from workers.model.forward import batch_to
 from workers.model.memory import windows
-from workers.quant.calibration import calibrated_linears, fake_quantized, quantized_inputs, smoothed_inputs, smoothed_weight
+from workers.quant.calibration import (
+    calibrated_linears,
+    fake_quantized,
+    quantized_inputs,
+    smoothed_inputs,
+    smoothed_weight,
+)
 from workers.quant.linear import LinearQuant
 
 _ROOM_BYTES: Final = 4e9  # for what linears read in one pass
 
 
-def calibrated_model(model: nn.Module, batches: Sequence[Batch], recipe: MixedRecipe, room_bytes: float = _ROOM_BYTES) -> dict[str, LinearQuant]:
+def calibrated_model(
+    model: nn.Module, batches: Sequence[Batch], recipe: MixedRecipe, room_bytes: float = _ROOM_BYTES
+) -> dict[str, LinearQuant]:
     """ModelOpt's ranges and scales by module name.
 
     Args:
@@ -63,17 +71,29 @@ def calibrated_groups(
     n_rows = sum(max(sum(batch.lengths), sum(batch.patch_counts)) for batch in batches)
     itemsize = next(model.parameters()).element_size()
     reading = {choice.group for choice in wanted if any(map(needs_inputs, formats[choice.group]))}
-    sizes = [n_rows * _linear(model, choice.group).in_features * itemsize if choice.group in reading else 0 for choice in wanted]
+    sizes = [
+        n_rows * _linear(model, choice.group).in_features * itemsize if choice.group in reading else 0
+        for choice in wanted
+    ]
     found: dict[str, list[dict[str, LinearQuant]]] = {}
     for window in windows(wanted, sizes, room_bytes):
         inputs = _inputs(model, batches, [choice.group for choice in window if choice.group in reading])
         for choice in window:
             seen = inputs.pop(choice.group, [])
             if choice.group in reading and not seen:
-                raise SweepError(f"No calibration sample reaches {choice.group}, so its inputs have no range. Choose a data set that does, or another format.")
+                raise SweepError(
+                    f"No calibration sample reaches {choice.group}, so its inputs have no range. Choose a data set that does, or another format."
+                )
             weights: dict[str, Tensor] = {module: _linear(model, module).weight.detach() for module in choice.modules}
             found[choice.group] = [
-                calibrated_linears(weights, seen if needs_inputs(chosen) else [], chosen.weight, chosen.inputs, chosen.algorithm, chosen.scales)
+                calibrated_linears(
+                    weights,
+                    seen if needs_inputs(chosen) else [],
+                    chosen.weight,
+                    chosen.inputs,
+                    chosen.algorithm,
+                    chosen.scales,
+                )
                 for chosen in formats[choice.group]
             ]
     return found

@@ -20,7 +20,10 @@ from torch import Tensor
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # see workers.quant.modelopt
     import modelopt.torch.kernels.quantization.gemm as modelopt_kernels
-    from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend, register_quant_backend
+    from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
+        is_registered_quant_backend,
+        register_quant_backend,
+    )
     from modelopt.torch.quantization.tensor_quant import dynamic_block_quant
 
 from sweep.core.errors import SweepError
@@ -29,8 +32,19 @@ BACKEND: Final = "sweep_blocks"
 NumBits = int | tuple[int, int]  # bits of an integer, or exponent and mantissa bits of a float
 
 _E2M1, _E4M3, _E5M2, _E8M0 = (2, 1), (4, 3), (5, 2), (8, 0)
-_LARGEST: Final[dict[NumBits, float]] = {(4, 3): 448.0, (5, 2): 57344.0, (3, 2): 28.0, (2, 3): 7.5, (2, 1): 6.0, 8: 127.0}
-_KERNEL_BLOCKS: Final = (8, 16, 32)  # lengths that ModelOpt's MX extension takes; its NVFP4 kernel takes any power of two
+_LARGEST: Final[dict[NumBits, float]] = {
+    (4, 3): 448.0,
+    (5, 2): 57344.0,
+    (3, 2): 28.0,
+    (2, 3): 7.5,
+    (2, 1): 6.0,
+    8: 127.0,
+}
+_KERNEL_BLOCKS: Final = (
+    8,
+    16,
+    32,
+)  # lengths that ModelOpt's MX extension takes; its NVFP4 kernel takes any power of two
 _SMALLEST_NORMAL: Final = torch.finfo(torch.float32).tiny
 
 
@@ -59,9 +73,13 @@ def _quantize(inputs: Tensor, quantizer: Any) -> Tensor:
     block, scale_bits = sizes.get(-1) or sizes[inputs.dim() - 1], sizes.get("scale_bits")
     is_nvfp4 = (num_bits, scale_bits) == (_E2M1, _E4M3)
     if is_nvfp4 and block & (block - 1):
-        raise SweepError(f"NVFP4 in blocks of {block}: ModelOpt's kernel takes powers of two. Set block_sizes to 16, 32, 64 or 128.")
+        raise SweepError(
+            f"NVFP4 in blocks of {block}: ModelOpt's kernel takes powers of two. Set block_sizes to 16, 32, 64 or 128."
+        )
     if not is_nvfp4 and block not in _KERNEL_BLOCKS:
-        raise SweepError(f"num_bits={num_bits} in dynamic blocks of {block}: ModelOpt's kernel takes blocks of 8, 16 or 32. Set block_sizes to one of these.")
+        raise SweepError(
+            f"num_bits={num_bits} in dynamic blocks of {block}: ModelOpt's kernel takes blocks of 8, 16 or 32. Set block_sizes to one of these."
+        )
     amax: Any = None if scale_bits == _E8M0 else quantizer._get_amax(inputs).amax()
     if inputs.is_cuda:
         if is_nvfp4 and hasattr(modelopt_kernels, "fp4_fake_quant_block"):  # compute capability 8.9 and above
@@ -97,7 +115,9 @@ def nvfp4_scales(x: Tensor, amax: Tensor, block: int) -> tuple[Tensor, Tensor]:
     Returns: float32 values of E4M3, one a block, ``[..., blocks, 1]``; and the tensor's scale, a scalar. Where their product is under 1e-5
         the kernel takes 1 instead.
     """
-    tensor_scale = amax.float() * (torch.ones(()) / (6.0 * 448.0))  # CUDA tensors are divided by a Python number this way
+    tensor_scale = amax.float() * (
+        torch.ones(()) / (6.0 * 448.0)
+    )  # CUDA tensors are divided by a Python number this way
     tensor_scale = torch.where(tensor_scale > 0, tensor_scale, 1e-12)
     scale = _divide(_blocked(x, block).abs().amax(-1, keepdim=True), 6.0 * tensor_scale).clamp(max=448.0)
     return _round_to_float(scale, _E4M3), tensor_scale
@@ -157,7 +177,9 @@ def _scaled(x: Tensor, blocks: Tensor, scale: Tensor, unscale: Tensor, num_bits:
     magnitude = _flushed(blocks.abs() * scale)
     if num_bits not in (_E4M3, _E5M2):  # 0 * inf, where a scale underflows: only 8-bit floats have a NaN to keep it in
         magnitude = magnitude.nan_to_num(nan=0.0, posinf=torch.inf)
-    magnitude = magnitude.round().clamp(max=127.0) if isinstance(num_bits, int) else _round_to_float(magnitude, num_bits)
+    magnitude = (
+        magnitude.round().clamp(max=127.0) if isinstance(num_bits, int) else _round_to_float(magnitude, num_bits)
+    )
     magnitude = _flushed(magnitude * unscale)
     return _unblocked(torch.where(blocks > 0, magnitude, -magnitude), x)
 

@@ -98,7 +98,9 @@ def _applied(attributes: Attributes | None, amax: Tensor | None, tensor: Tensor)
     return quantized(quantizer, tensor)
 
 
-def _quant_linears(weights: Mapping[str, Tensor], weight_attributes: Attributes | None, input_attributes: Attributes | None) -> nn.ModuleList:
+def _quant_linears(
+    weights: Mapping[str, Tensor], weight_attributes: Attributes | None, input_attributes: Attributes | None
+) -> nn.ModuleList:
     """ModelOpt's quantized linears with these weights, which algorithms may change, and with our quantizers in their places."""
     linears: Any = nn.ModuleList()  # Any: ModelOpt changes their class
     for weight_OI in weights.values():
@@ -109,7 +111,11 @@ def _quant_linears(weights: Mapping[str, Tensor], weight_attributes: Attributes 
         mtq.replace_quant_module(linears)
     device = next(iter(weights.values())).device
     for linear in linears:
-        for place, attributes in (("weight_quantizer", weight_attributes), ("input_quantizer", input_attributes), ("output_quantizer", None)):
+        for place, attributes in (
+            ("weight_quantizer", weight_attributes),
+            ("input_quantizer", input_attributes),
+            ("output_quantizer", None),
+        ):
             if attributes is None:
                 getattr(linear, place).disable()
             else:
@@ -124,7 +130,11 @@ def _run(algorithm: str, linears: Any, x_batches: Sequence[Tensor]) -> None:
             for linear in linears:
                 (linear if algorithm in _NEEDS_OUTPUTS else linear.input_quantizer)(x)
 
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its steps and a bar
+    with (
+        warnings.catch_warnings(),
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(io.StringIO()),
+    ):  # it prints its steps and a bar
         warnings.simplefilter("ignore")
         _ALGORITHMS[algorithm](linears, feed)
 
@@ -140,18 +150,27 @@ def _fused(weights: Mapping[str, Tensor], quants: Mapping[str, LinearQuant]) -> 
     if own:
         mean = torch.stack(own).mean(dim=0)
         found = {name: replace(quant, pre_quant_scale=mean) for name, quant in found.items()}
-        found = {name: replace(quant, weight_amax=_largest(quant.weight, smoothed_weight(quant, weights[name]))) for name, quant in found.items()}
+        found = {
+            name: replace(quant, weight_amax=_largest(quant.weight, smoothed_weight(quant, weights[name])))
+            for name, quant in found.items()
+        }
     weight_amax = _shared([(quant.weight, quant.weight_amax) for quant in found.values()])
     input_amax = _shared([(quant.inputs, quant.input_amax) for quant in found.values()])
     return {
-        name: replace(quant, weight_amax=weight_amax.get(i, quant.weight_amax), input_amax=input_amax.get(i, quant.input_amax))
+        name: replace(
+            quant, weight_amax=weight_amax.get(i, quant.weight_amax), input_amax=input_amax.get(i, quant.input_amax)
+        )
         for i, (name, quant) in enumerate(found.items())
     }
 
 
 def _shared(ranges: Sequence[tuple[Attributes | None, Tensor | None]]) -> dict[int, Tensor]:
     """The largest of the ranges that cover a whole tensor, for each linear that has one."""
-    whole = {i: amax for i, (attributes, amax) in enumerate(ranges) if attributes and amax is not None and QuantizerSpec(attributes=attributes).is_per_tensor}
+    whole = {
+        i: amax
+        for i, (attributes, amax) in enumerate(ranges)
+        if attributes and amax is not None and QuantizerSpec(attributes=attributes).is_per_tensor
+    }
     return dict.fromkeys(whole, torch.stack([*whole.values()]).amax(dim=0)) if whole else {}
 
 

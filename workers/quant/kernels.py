@@ -27,7 +27,15 @@ def deltas(quantized: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return quantized.to(original.dtype), difference.to(original.dtype), _row_square_sums(difference).double().sum()
 
 
-def score_rows(first: Tensor | None, seconds: Tensor, gradient: Tensor, ends: Sequence[int], second_ends: Sequence[int], score: Tensor, square: Tensor) -> None:
+def score_rows(
+    first: Tensor | None,
+    seconds: Tensor,
+    gradient: Tensor,
+    ends: Sequence[int],
+    second_ends: Sequence[int],
+    score: Tensor,
+    square: Tensor,
+) -> None:
     """Square sums of each row of dy and of g * dy, in float32, for several recipes at once (on a GPU at most COLUMNS).
 
     Args:

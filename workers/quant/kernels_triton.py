@@ -70,7 +70,9 @@ def _score_rows_kernel(
 
 
 @triton.jit
-def _fake_quantize_kernel(values, amax, result, n, n_columns, largest, smallest, AMAX: tl.constexpr, IS_FP8: tl.constexpr, BLOCK: tl.constexpr):
+def _fake_quantize_kernel(
+    values, amax, result, n, n_columns, largest, smallest, AMAX: tl.constexpr, IS_FP8: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     if AMAX == 0:
@@ -104,7 +106,15 @@ def deltas(quantized: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return cast, difference, squares.sum(dtype=torch.float64)
 
 
-def score_rows(first: Tensor | None, seconds: Tensor, gradient: Tensor, ends: Sequence[int], second_ends: Sequence[int], score: Tensor, square: Tensor) -> None:
+def score_rows(
+    first: Tensor | None,
+    seconds: Tensor,
+    gradient: Tensor,
+    ends: Sequence[int],
+    second_ends: Sequence[int],
+    score: Tensor,
+    square: Tensor,
+) -> None:
     """See workers.quant.kernels.score_rows.
 
     One kernel serves any number of recipes, so that a row's sum is taken in the same order whatever is scored beside it.
@@ -150,7 +160,17 @@ def fake_quantize(values: Tensor, amax: Tensor, num_bits: int | tuple[int, int],
     grid = (triton.cdiv(values.numel(), _QUANTIZE_BLOCK),)
     is_fp8 = isinstance(num_bits, tuple)
     _fake_quantize_kernel[grid](
-        values, amax, result, values.numel(), values.shape[-1], largest, smallest, AMAX=kind, IS_FP8=is_fp8, BLOCK=_QUANTIZE_BLOCK, num_warps=4
+        values,
+        amax,
+        result,
+        values.numel(),
+        values.shape[-1],
+        largest,
+        smallest,
+        AMAX=kind,
+        IS_FP8=is_fp8,
+        BLOCK=_QUANTIZE_BLOCK,
+        num_warps=4,
     )
     return result
 

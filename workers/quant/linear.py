@@ -13,6 +13,10 @@ class LinearQuant:
 
     weight: Mapping[str, Any] | None  # None: left unquantized
     inputs: Mapping[str, Any] | None
-    weight_amax: Tensor | None  # float32, as ModelOpt's TensorQuantizer keeps it: one a tensor, a channel or a block; None where values alone decide (MX)
+    weight_amax: (
+        Tensor | None
+    )  # float32, as ModelOpt's TensorQuantizer keeps it: one a tensor, a channel or a block; None where values alone decide (MX)
     input_amax: Tensor | None  # the same of a static input range; None for dynamic ones
-    pre_quant_scale: Tensor | None  # [in], multiplied to the inputs and divided out of the weights before both are quantized; None without
+    pre_quant_scale: (
+        Tensor | None
+    )  # [in], multiplied to the inputs and divided out of the weights before both are quantized; None without

@@ -44,7 +44,11 @@ def build_extensions(names: Iterable[str]) -> None:
     Args:
         names: "integers", "fp8", "mx".
     """
-    builders = {"integers": extensions.get_cuda_ext, "fp8": extensions.get_cuda_ext_fp8, "mx": extensions.get_cuda_ext_mx}
+    builders = {
+        "integers": extensions.get_cuda_ext,
+        "fp8": extensions.get_cuda_ext_fp8,
+        "mx": extensions.get_cuda_ext_mx,
+    }
     for name in sorted(names):
         builders[name](raise_if_failed=False)
 
@@ -83,7 +87,9 @@ class Quantizers:
         self._made: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._weight_ranges: dict[tuple[str, str], Tensor] = {}
 
-    def weight(self, module: str, attributes: Attributes, weight_OI: Tensor, together: Mapping[str, Tensor] | None = None) -> TensorQuantizer:
+    def weight(
+        self, module: str, attributes: Attributes, weight_OI: Tensor, together: Mapping[str, Tensor] | None = None
+    ) -> TensorQuantizer:
         """A quantizer whose range was set on a module's weight by ModelOpt's own `max` calibrator, or is known from an earlier call.
 
         Args:
@@ -98,17 +104,25 @@ class Quantizers:
             shared = (",".join(together), _range_of(attributes))
             if shared not in self._weight_ranges:
                 ranges = [range_of(self.weight(name, attributes, weight)) for name, weight in together.items()]
-                self._weight_ranges[shared] = torch.stack([amax.clone() for amax in ranges if amax is not None]).amax(dim=0)
+                self._weight_ranges[shared] = torch.stack([amax.clone() for amax in ranges if amax is not None]).amax(
+                    dim=0
+                )
             return self._calibrated(attributes, tuple(weight_OI.shape), [weight_OI], self._weight_ranges[shared])
         key = (module, _range_of(attributes))
         known = self._weight_ranges.get(key)
-        quantizer = self._calibrated(attributes, tuple(weight_OI.shape), [weight_OI if known is not None else weight_OI.float()], known)
+        quantizer = self._calibrated(
+            attributes, tuple(weight_OI.shape), [weight_OI if known is not None else weight_OI.float()], known
+        )
         if known is None and (amax := getattr(quantizer, "_amax", None)) is not None:
             self._weight_ranges[key] = amax.clone()
         return quantizer
 
     def inputs(
-        self, attributes: Attributes, x_TI: Tensor, amaxes: Sequence[float], known: MutableMapping[tuple[str, int], Tensor] | None = None
+        self,
+        attributes: Attributes,
+        x_TI: Tensor,
+        amaxes: Sequence[float],
+        known: MutableMapping[tuple[str, int], Tensor] | None = None,
     ) -> TensorQuantizer:
         """A quantizer whose range was set on calibration inputs by ModelOpt's own `max` calibrator, or is known.
 
@@ -127,7 +141,9 @@ class Quantizers:
             known[key] = amax.clone()
         return quantizer
 
-    def _calibrated(self, attributes: Attributes, shape: tuple[int, ...], tensors: Sequence[Tensor], known: Tensor | None) -> TensorQuantizer:
+    def _calibrated(
+        self, attributes: Attributes, shape: tuple[int, ...], tensors: Sequence[Tensor], known: Tensor | None
+    ) -> TensorQuantizer:
         key = (repr(sorted(attributes.items(), key=str)), shape)
         if key not in self._made:
             self._made[key] = new_quantizer(attributes, tensors[0].device)
@@ -162,14 +178,20 @@ def new_quantizer(attributes: Attributes, device: torch.device) -> TensorQuantiz
     block = _row_block(attributes)
     plain = {**attributes, "block_sizes": {-1: None}} if block is not None else attributes
     fast = device.type == "cuda" and tensor_formats.supports(plain)
-    config = QuantizerAttributeConfig(**({**plain, "backend": tensor_formats.BACKEND} if fast else _with_backend(plain)))
+    config = QuantizerAttributeConfig(
+        **({**plain, "backend": tensor_formats.BACKEND} if fast else _with_backend(plain))
+    )
     return (TensorQuantizer(config) if block is None else _RowBlocks(config, block)).to(device)
 
 
 def _row_block(attributes: Attributes) -> int | None:
     """The block length of a format whose blocks lie along rows and have a range each that is found as they come."""
     blocks: Mapping[Any, Any] = attributes.get("block_sizes") or {}
-    along_rows = attributes.get("type") == "dynamic" and blocks.get("type", "static") == "static" and [axis for axis in blocks if isinstance(axis, int)] == [-1]
+    along_rows = (
+        attributes.get("type") == "dynamic"
+        and blocks.get("type", "static") == "static"
+        and [axis for axis in blocks if isinstance(axis, int)] == [-1]
+    )
     return blocks[-1] if along_rows else None
 
 
@@ -205,12 +227,20 @@ def _range_of(attributes: Attributes) -> str:
     """What decides a range: recipes of one axis or block size share it, whatever their number of bits."""
     blocks: Mapping[Any, Any] = attributes.get("block_sizes") or {}
     static = blocks if blocks.get("type", "static") != "dynamic" else {}
-    return repr((attributes.get("axis"), sorted((axis, length) for axis, length in static.items() if isinstance(axis, int))))
+    return repr(
+        (attributes.get("axis"), sorted((axis, length) for axis, length in static.items() if isinstance(axis, int)))
+    )
 
 
 @torch.enable_grad()
 def auto_quantize_state(
-    model: nn.Module, recipes: Sequence[Mapping[str, Any]], batches: Sequence[Batch], covered: Sequence[str], *, bits: float, **options: Any
+    model: nn.Module,
+    recipes: Sequence[Mapping[str, Any]],
+    batches: Sequence[Batch],
+    covered: Sequence[str],
+    *,
+    bits: float,
+    **options: Any,
 ) -> Mapping[str, Any]:
     """Stock `mtq.auto_quantize` on a copy of the model, with the loss summed over predictions.
 
@@ -247,7 +277,11 @@ def auto_quantize_state(
 
 
 def auto_quantize_scores(
-    model: nn.Module, quant_cfg: Sequence[Mapping[str, Any]], algorithm: str, batches: Sequence[Batch], covered: Sequence[str]
+    model: nn.Module,
+    quant_cfg: Sequence[Mapping[str, Any]],
+    algorithm: str,
+    batches: Sequence[Batch],
+    covered: Sequence[str],
 ) -> dict[str, float]:
     """Stock `mtq.auto_quantize` on a copy of the model: one format a call, so that no score is clamped to another's.
 
@@ -260,9 +294,13 @@ def auto_quantize_scores(
 
     Returns: raw score by layer group, in the model's order.
     """
-    entries = [{**entry, "cfg": _with_backend(entry["cfg"])} if entry.get("cfg") else dict(entry) for entry in quant_cfg]
+    entries = [
+        {**entry, "cfg": _with_backend(entry["cfg"])} if entry.get("cfg") else dict(entry) for entry in quant_cfg
+    ]
     recipe = {"quant_cfg": entries, "algorithm": algorithm}
-    state = auto_quantize_state(model, [recipe], batches, covered, bits=16.0, verbose=False)  # lets any search pass: only the scores are wanted
+    state = auto_quantize_state(
+        model, [recipe], batches, covered, bits=16.0, verbose=False
+    )  # lets any search pass: only the scores are wanted
     scores: dict[str, float] = {}
     for name, stats in state["candidate_stats"].items():
         if len(stats["scores"]) == 2:  # groups that are disabled have the unquantized choice only

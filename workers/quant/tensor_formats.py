@@ -23,11 +23,18 @@ def supports(attributes: Mapping[str, Any]) -> bool:
     """Whether the backend has the arithmetic of a quantizer: signed integers or E4M3 under one range for all, a row, a column or a block of a row."""
     blocks = attributes.get("block_sizes") or {}
     lengths = [axis for axis in blocks if isinstance(axis, int)]
-    return blocks.get("type", "static") == "static" and lengths in ([], [-1]) and not attributes.get("unsigned") and attributes.get("bias") is None
+    return (
+        blocks.get("type", "static") == "static"
+        and lengths in ([], [-1])
+        and not attributes.get("unsigned")
+        and attributes.get("bias") is None
+    )
 
 
 def _quantize(inputs: Tensor, quantizer: Any) -> Tensor:
     from workers.quant import kernels_triton
 
     amax: Tensor = quantizer._get_amax(inputs)
-    return kernels_triton.fake_quantize(inputs.contiguous(), amax, quantizer.num_bits, narrow_range=quantizer.narrow_range)
+    return kernels_triton.fake_quantize(
+        inputs.contiguous(), amax, quantizer.num_bits, narrow_range=quantizer.narrow_range
+    )

@@ -49,7 +49,9 @@ class Baseline:
         parameter = next(model.parameters())
         self.decoder = decoder_of(model)
         self.inputs = _Inputs(len(segments))
-        self.layout = layout_of(segments, lambda batch: [length - 1 for length in batch.lengths], parameter.device)  # of predictions
+        self.layout = layout_of(
+            segments, lambda batch: [length - 1 for length in batch.lengths], parameter.device
+        )  # of predictions
         self._model, self._device, self._dtype = model, parameter.device, parameter.dtype
         self._batch_ends = [sum(map(len, segments[: index + 1])) for index in range(len(segments))]
         with self.inputs.watched(model, modules):
@@ -93,7 +95,9 @@ class Baseline:
             else:
                 assert layer == self._layer, "start_at comes first"
                 output = decoder.norm(self._run_from(number, run.trace, layer))
-            change = F.linear(output.flatten(0, 1)[run.predictions] - run.output_TH[run.predictions], decoder.head.weight)
+            change = F.linear(
+                output.flatten(0, 1)[run.predictions] - run.output_TH[run.predictions], decoder.head.weight
+            )
         return divergence(self.log_probs(number), change)
 
     def _run_from(self, number: int, trace: Trace, layer: int) -> Tensor:
@@ -126,7 +130,9 @@ class Baseline:
             made = run.output_TH.float().log_softmax(-1).to(self._dtype)
         else:
             rows, head = run.output_TH[run.predictions], self.decoder.head
-            made = torch.cat([float_logits(head, part).log_softmax(-1).to(self._dtype) for part in rows.split(_HEAD_ROWS)])
+            made = torch.cat(
+                [float_logits(head, part).log_softmax(-1).to(self._dtype) for part in rows.split(_HEAD_ROWS)]
+            )
         if made.nbytes <= self._room:
             self._room -= made.nbytes
             self._log_probs[number] = made
@@ -151,7 +157,12 @@ class Baseline:
     def _first_broken_sample(self) -> int | None:
         finite = torch.cat([torch.isfinite(run.output_TH).all(1) for run in self._runs]).tolist()
         unseen = self.decoder is None  # of each sample, the row that predicts nothing
-        owners = (sample for run in self._runs for sample, length in zip(run.batch.order, run.batch.lengths, strict=True) for _ in range(length - unseen))
+        owners = (
+            sample
+            for run in self._runs
+            for sample, length in zip(run.batch.order, run.batch.lengths, strict=True)
+            for _ in range(length - unseen)
+        )
         return min((sample for sample, is_finite in zip(owners, finite, strict=True) if not is_finite), default=None)
 
 
@@ -160,7 +171,9 @@ class _Inputs:
 
     def __init__(self, n_segments: int) -> None:
         self.segment = 0
-        self.amaxes: dict[str, Tensor] = {}  # [segments, in] float32 by module: largest |x| of each channel, NaN if there is one
+        self.amaxes: dict[
+            str, Tensor
+        ] = {}  # [segments, in] float32 by module: largest |x| of each channel, NaN if there is one
         self.source: dict[str, str] = {}  # the first module that reads the same tensor
         self._n_segments = n_segments
         self._last: tuple[Tensor, str] | None = None

@@ -49,7 +49,9 @@ class Rows:
     y_square_sums: tuple[float, ...]  # by segment: sum of squares of the unquantized output
     input_amaxes: tuple[float, ...]  # by segment: largest |x|; NaN if there is one
     layout: Layout
-    input_ranges: dict[tuple[str, int], Tensor]  # that were found so far (workers.quant.modelopt.Quantizers.inputs), shared as x is
+    input_ranges: dict[
+        tuple[str, int], Tensor
+    ]  # that were found so far (workers.quant.modelopt.Quantizers.inputs), shared as x is
 
 
 def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dict[str, Rows]:
@@ -88,7 +90,10 @@ def backward_from(output_BTH: Tensor, head: nn.Module, labels: Tensor) -> None:
         labels: [batch, tokens], already shifted.
     """
     gradient_BTH = output_BTH.new_zeros(output_BTH.shape)
-    pieces = zip(*(tensor.flatten(0, 1).split(_HEAD_ROWS) for tensor in (output_BTH.detach(), labels[..., None], gradient_BTH)), strict=True)
+    pieces = zip(
+        *(tensor.flatten(0, 1).split(_HEAD_ROWS) for tensor in (output_BTH.detach(), labels[..., None], gradient_BTH)),
+        strict=True,
+    )
     for piece_TH, piece_labels, piece_gradient_TH in pieces:
         leaf_TH = piece_TH.detach().requires_grad_(output_BTH.requires_grad)
         _backward(summed_loss(head(leaf_TH)[None], piece_labels))
@@ -114,7 +119,11 @@ def layout_of(segments: Segments, rows_of: Callable[[Batch], Sequence[int]], dev
         ends.append(batch_ends[-1])
         sample_ends.append(len(samples))
     return Layout(
-        ends=tuple(ends), samples=tuple(samples), sample_ends=tuple(sample_ends), batch_ends=tuple(batch_ends), lengths=torch.tensor(lengths, device=device)
+        ends=tuple(ends),
+        samples=tuple(samples),
+        sample_ends=tuple(sample_ends),
+        batch_ends=tuple(batch_ends),
+        lengths=torch.tensor(lengths, device=device),
     )
 
 
@@ -124,7 +133,9 @@ class _Buffer:
     def __init__(self, layout: Layout, in_features: int, y_TO: Tensor, shares: "_Buffer | None") -> None:
         n_rows = layout.ends[-1]
         self.layout, self.shares = layout, shares
-        self.x_TI = y_TO.new_zeros(n_rows, in_features) if shares is None else shares.x_TI  # where the module is: its input may come from another GPU
+        self.x_TI = (
+            y_TO.new_zeros(n_rows, in_features) if shares is None else shares.x_TI
+        )  # where the module is: its input may come from another GPU
         self.g_TO = y_TO.new_zeros(n_rows, y_TO.shape[1])
         self.y_square_sums = torch.zeros(len(layout.ends), dtype=torch.float64, device=y_TO.device)
         self.batch, self.end = -1, 0  # the last batch that called it, and the rows filled then
@@ -138,7 +149,9 @@ class Recorder:
         self._layouts: dict[int, Layout] = {}  # by patches a row; 0: rows are tokens
         self._buffers: dict[str, _Buffer] = {}
         self._n_batch = -1
-        self._seen: dict[int, tuple[_Buffer, Tensor]] = {}  # inputs of this batch by address; held, so that no address is used twice
+        self._seen: dict[
+            int, tuple[_Buffer, Tensor]
+        ] = {}  # inputs of this batch by address; held, so that no address is used twice
 
     @contextmanager
     def attached(self, model: nn.Module, modules: Sequence[str]) -> Generator[None]:
@@ -166,13 +179,17 @@ class Recorder:
             x_TI, y_TO = args[0].detach().flatten(0, -2), output.detach().flatten(0, -2)
             found = self._seen.get(x_TI.data_ptr())
             if (buffer := self._buffers.get(name)) is None:
-                buffer = self._buffers[name] = _Buffer(self._layout(name, len(x_TI)), x_TI.shape[1], y_TO, found and found[0])
+                buffer = self._buffers[name] = _Buffer(
+                    self._layout(name, len(x_TI)), x_TI.shape[1], y_TO, found and found[0]
+                )
             rows = self._rows(name, buffer, len(x_TI))
             if buffer.shares is None:
                 buffer.x_TI[rows] = x_TI
                 self._seen[x_TI.data_ptr()] = buffer, x_TI
             elif found is None or found[0] is not buffer.shares:
-                raise RuntimeError(f"{name} shared its input with another linear in the first batch, but not in a later one.")
+                raise RuntimeError(
+                    f"{name} shared its input with another linear in the first batch, but not in a later one."
+                )
             buffer.y_square_sums[self._segment] += square_sum(y_TO)
 
             def keep_gradient(gradient: Tensor) -> None:
@@ -188,7 +205,9 @@ class Recorder:
         ranges: dict[int, dict[tuple[str, int], Tensor]] = {}
         for buffer in self._buffers.values():
             if buffer.shares is None:
-                parts = buffer.x_TI.split([end - start for start, end in zip((0, *buffer.layout.ends), buffer.layout.ends, strict=False)])
+                parts = buffer.x_TI.split(
+                    [end - start for start, end in zip((0, *buffer.layout.ends), buffer.layout.ends, strict=False)]
+                )
                 amaxes[id(buffer.x_TI)] = tuple(torch.stack([_amax(part) for part in parts]).tolist())
                 ranges[id(buffer.x_TI)] = {}
         return {
@@ -219,7 +238,9 @@ class Recorder:
         first, last = buffer.layout.batch_ends[self._n_batch : self._n_batch + 2]
         start = buffer.end if buffer.batch == self._n_batch else first
         if start + n_rows > last:
-            raise SweepError(f"{name} is called on {start + n_rows - first} rows where the batch has {last - first}: it cannot be scored.")
+            raise SweepError(
+                f"{name} is called on {start + n_rows - first} rows where the batch has {last - first}: it cannot be scored."
+            )
         buffer.batch, buffer.end = self._n_batch, start + n_rows
         return slice(start, buffer.end)
 

@@ -41,7 +41,9 @@ def _excess(log_probs: Tensor, x: Tensor) -> Tensor:
     """The probability times e^x - 1 - x: by its series near 0, where the difference would cancel."""
     probs = log_probs.exp()
     series = x * x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7)))))
-    return torch.where(x.abs() < 0.5, probs * series, (log_probs + x).clamp(max=_LARGEST_EXPONENT).exp() - probs - probs * x)
+    return torch.where(
+        x.abs() < 0.5, probs * series, (log_probs + x).clamp(max=_LARGEST_EXPONENT).exp() - probs - probs * x
+    )
 
 
 def _blocks(log_probs_TV: Tensor, change_TV: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -21,7 +21,13 @@ from torch import Tensor
 from sweep.core.errors import SweepError
 from sweep.core.sizes import SIZES
 from workers.quant import kernels
-from workers.quant.calibration import calibrated_linears, fake_quantized, quantized_inputs, smoothed_inputs, smoothed_weight
+from workers.quant.calibration import (
+    calibrated_linears,
+    fake_quantized,
+    quantized_inputs,
+    smoothed_inputs,
+    smoothed_weight,
+)
 from workers.quant.linear import LinearQuant
 from workers.quant.modelopt import Attributes, Quantizers, quantized
 from workers.scoring.capture import Layout, Rows, square_sum
@@ -94,7 +100,9 @@ class Engine:
         self._stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     @torch.no_grad()
-    def score_group(self, weights: Mapping[str, Tensor], rows: Mapping[str, Rows], jobs: Sequence[Job]) -> Callable[[], list[Scores] | None]:
+    def score_group(
+        self, weights: Mapping[str, Tensor], rows: Mapping[str, Rows], jobs: Sequence[Job]
+    ) -> Callable[[], list[Scores] | None]:
         """Start scoring one layer group under several recipes in one visit.
 
         Args:
@@ -108,7 +116,9 @@ class Engine:
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             return self._score_group(weights, rows, jobs)
 
-    def _score_group(self, weights: Mapping[str, Tensor], rows: Mapping[str, Rows], jobs: Sequence[Job]) -> Callable[[], list[Scores] | None]:
+    def _score_group(
+        self, weights: Mapping[str, Tensor], rows: Mapping[str, Rows], jobs: Sequence[Job]
+    ) -> Callable[[], list[Scores] | None]:
         group = next(iter(weights))
         called = [name for name in weights if name in rows]
         if not called:
@@ -128,12 +138,19 @@ class Engine:
             total.add_weight(visit, self._weight_squares[visit.name])
         for index, job in enumerate(jobs):
             if job.algorithm != "max":
-                self._score_calibrated(index, called, weights, rows, jobs, [column for column in columns if column.job == index], total)
+                self._score_calibrated(
+                    index, called, weights, rows, jobs, [column for column in columns if column.job == index], total
+                )
         total.close()
         return total.results
 
     def _visits(
-        self, called: Sequence[str], weights: Mapping[str, Tensor], rows: Mapping[str, Rows], jobs: Sequence[Job], columns: Sequence[_Column]
+        self,
+        called: Sequence[str],
+        weights: Mapping[str, Tensor],
+        rows: Mapping[str, Rows],
+        jobs: Sequence[Job],
+        columns: Sequence[_Column],
     ) -> Iterator[_Visit]:
         by_weight: dict[str, list[int]] = {}
         for index, job in enumerate(jobs):
@@ -153,7 +170,12 @@ class Engine:
             for indices in by_weight.values():
                 first = jobs[indices[0]]
                 with self._aside():
-                    operand = self._weight(name, first.weight, weights[name], {module: weights[module] for module in called} if first.fused else None)
+                    operand = self._weight(
+                        name,
+                        first.weight,
+                        weights[name],
+                        {module: weights[module] for module in called} if first.fused else None,
+                    )
                 self._hand_over(operand.quantized_OI, operand.delta_OI, operand.dw_square_sum, *fresh)
                 fresh = []
                 yield _Visit(name, operand, tuple(indices), inputs)
@@ -176,24 +198,38 @@ class Engine:
                 ends = [end for end in layout.batch_ends if end <= column.end]
                 batches = [x_TI[start:end] for start, end in pairwise(ends) if end > start]
                 scales = "fused" if job.fused else "private"
-                found = calibrated_linears({name: weights[name] for name in names}, batches, job.weight, job.inputs, job.algorithm, scales)
+                found = calibrated_linears(
+                    {name: weights[name] for name in names}, batches, job.weight, job.inputs, job.algorithm, scales
+                )
                 for name in names:
                     quant, dtype = found[name], weights[name].dtype
                     x = smoothed_inputs(quant, x_TI)
-                    inputs = {} if job.inputs is None else {(job.input_key, column.size): (quantized_inputs(quant, x_TI) - x).to(dtype)}
+                    inputs = (
+                        {}
+                        if job.inputs is None
+                        else {(job.input_key, column.size): (quantized_inputs(quant, x_TI) - x).to(dtype)}
+                    )
                     visit = _Visit(name, _smoothed(quant, weights[name]), (index,), inputs)
-                    _score_visit(visit, replace(rows[name], x_TI=x.to(dtype)), jobs, [column], total.sums[called.index(name)])
+                    _score_visit(
+                        visit, replace(rows[name], x_TI=x.to(dtype)), jobs, [column], total.sums[called.index(name)]
+                    )
                     if column is largest:
                         if name not in self._weight_squares:
                             self._weight_squares[name] = square_sum(weights[name])
                         total.add_weight(visit, self._weight_squares[name])
 
-    def _weight(self, name: str, attributes: Attributes | None, weight: Tensor, together: Mapping[str, Tensor] | None) -> _Weight:
+    def _weight(
+        self, name: str, attributes: Attributes | None, weight: Tensor, together: Mapping[str, Tensor] | None
+    ) -> _Weight:
         if attributes is None:
             return _Weight(weight, None, 0.0)
-        return _Weight(*kernels.deltas(quantized(self._quantizers.weight(name, attributes, weight, together), weight), weight))
+        return _Weight(
+            *kernels.deltas(quantized(self._quantizers.weight(name, attributes, weight, together), weight), weight)
+        )
 
-    def _input_deltas(self, rows: Rows, jobs: Sequence[Job], columns: Sequence[_Column]) -> dict[tuple[str, str | None], Tensor]:
+    def _input_deltas(
+        self, rows: Rows, jobs: Sequence[Job], columns: Sequence[_Column]
+    ) -> dict[tuple[str, str | None], Tensor]:
         """Dx of every recipe of the inputs that the jobs have, over the rows of its largest column."""
         wanted: dict[tuple[str, str | None], tuple[Attributes, int]] = {}
         for column in columns:
@@ -224,7 +260,9 @@ class Engine:
                 if isinstance(value, Tensor):
                     value.record_stream(main)
 
-    def _not_finite(self, group: str, weights: Mapping[str, Tensor], rows: Mapping[str, Rows], jobs: Sequence[Job]) -> list[Scores] | None:
+    def _not_finite(
+        self, group: str, weights: Mapping[str, Tensor], rows: Mapping[str, Rows], jobs: Sequence[Job]
+    ) -> list[Scores] | None:
         """What no recipe can score: a NaN or an infinity in a weight or an input."""
         text = None
         for name, weight in weights.items():
@@ -248,8 +286,12 @@ class _Total:
         self._group, self._jobs, self._columns, self._layout = group, jobs, columns, rows[0].layout
         self._y_squares, self._amaxes = [seen.y_square_sums for seen in rows], [seen.input_amaxes for seen in rows]
         x_TI = rows[0].x_TI  # not kept: its memory may be wanted before the results are
-        self.sums = torch.zeros(len(rows), 2, len(columns), len(x_TI), device=x_TI.device)  # by module: (g * dy)^2 and dy^2
-        self._weights: list[tuple[tuple[int, ...], Tensor | float]] = []  # jobs that a module's sum of dW^2 belongs to, and the sum
+        self.sums = torch.zeros(
+            len(rows), 2, len(columns), len(x_TI), device=x_TI.device
+        )  # by module: (g * dy)^2 and dy^2
+        self._weights: list[
+            tuple[tuple[int, ...], Tensor | float]
+        ] = []  # jobs that a module's sum of dW^2 belongs to, and the sum
         self._w_squares: dict[str, Tensor] = {}
         self._home: Callable[[], Tensor] | None = None
 
@@ -260,7 +302,9 @@ class _Total:
     def close(self) -> None:
         """Sum rows to samples and send everything home, without waiting for the GPU."""
         by_row = self.sums.flatten(0, 2).T.to(torch.float64, memory_format=torch.contiguous_format)
-        by_sample = torch.segment_reduce(by_row, "sum", lengths=self._layout.lengths.to(by_row.device), axis=0, unsafe=True)  # its checks wait for the GPU
+        by_sample = torch.segment_reduce(
+            by_row, "sum", lengths=self._layout.lengths.to(by_row.device), axis=0, unsafe=True
+        )  # its checks wait for the GPU
         modules = by_sample.unflatten(1, (len(self._amaxes), -1)).unbind(1)
         samples = sum(modules[1:], start=modules[0])
         squares = [*self._w_squares.values(), *(square for _, square in self._weights if isinstance(square, Tensor))]
@@ -272,7 +316,9 @@ class _Total:
         jobs, layout = self._jobs, self._layout
         home = self._home().numpy()
         in_rows = home[-len(layout.samples) * 2 * len(self._columns) :].reshape(len(layout.samples), -1)
-        samples = np.zeros((in_rows.shape[1], max(layout.samples) + 1))  # a row a column, so that a sum's order is its own
+        samples = np.zeros(
+            (in_rows.shape[1], max(layout.samples) + 1)
+        )  # a row a column, so that a sum's order is its own
         samples[:, list(layout.samples)] = in_rows.T
         squares = iter(home[: len(home) - in_rows.size].tolist())
         w_square = sum(next(squares) for _ in self._w_squares)
@@ -296,7 +342,9 @@ class _Total:
                 n_samples = SIZES[size]
                 if not all_finite and not np.isfinite(scores[:n_samples]).all():
                     first = int(np.flatnonzero(~np.isfinite(scores))[0])
-                    by_size = found[column.job] = NotFinite(f"Layer group {self._group} under {job.name}: the score of sample {first} is NaN or infinite.")
+                    by_size = found[column.job] = NotFinite(
+                        f"Layer group {self._group} under {job.name}: the score of sample {first} is NaN or infinite."
+                    )
                     continue
                 by_size[size] = GroupScore(
                     score=float(sums[size][column.index]),

@@ -79,7 +79,10 @@ class KlEngine:
         linears = {name: self._linear(name, job.weight, together) for name in modules}
         by_size: dict[str, Tensor] = {}  # [samples] float64, in the order of the rows
         if job.calibrates_inputs:
-            by_size |= {size: self._samples(self._with_inputs(linears, job, n_segments), n_segments) for size, n_segments in job.sizes.items()}
+            by_size |= {
+                size: self._samples(self._with_inputs(linears, job, n_segments), n_segments)
+                for size, n_segments in job.sizes.items()
+            }
         else:
             n_segments = max(job.sizes.values())
             by_size |= dict.fromkeys(job.sizes, self._samples(self._with_inputs(linears, job, n_segments), n_segments))
@@ -98,7 +101,9 @@ class KlEngine:
                 scores = self._in_order(samples_home[size](), size, n_segments)
                 if not np.isfinite(scores).all():
                     first = int(np.flatnonzero(~np.isfinite(scores))[0])
-                    return NotFinite(f"Layer group {group} under {job.name}: the KL divergence of sample {first} is NaN or infinite.")
+                    return NotFinite(
+                        f"Layer group {group} under {job.name}: the KL divergence of sample {first} is NaN or infinite."
+                    )
                 found[size] = GroupScore(
                     score=float(scores.sum()),
                     sample_scores=scores,
@@ -125,7 +130,9 @@ class KlEngine:
             with self._replaced(linears):
                 rows = [base.divergence_after(number, layer) for number in batches]
         lengths = base.layout.lengths[: base.layout.sample_ends[n_segments - 1]]
-        return torch.segment_reduce(torch.cat(rows), "sum", lengths=lengths, unsafe=True)  # checking them would wait for the GPU
+        return torch.segment_reduce(
+            torch.cat(rows), "sum", lengths=lengths, unsafe=True
+        )  # checking them would wait for the GPU
 
     def _in_order(self, samples: Tensor, size: str, n_segments: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """Sample scores in data set order."""
@@ -157,7 +164,9 @@ class KlEngine:
         weight = self._model.get_submodule(name).weight.detach()
         if attributes is None:
             return _Linear(weight, None, 0.0)
-        return _Linear(*kernels.deltas(quantized(self._quantizers.weight(name, attributes, weight, together), weight), weight))
+        return _Linear(
+            *kernels.deltas(quantized(self._quantizers.weight(name, attributes, weight, together), weight), weight)
+        )
 
     def _with_inputs(self, linears: Mapping[str, _Linear], job: Job, n_segments: int) -> Mapping[str, _Linear]:
         """The linears with a quantizer for each tensor that they read, its range set by leading segments."""
@@ -170,8 +179,14 @@ class KlEngine:
                 # Quantizers of one recipe are one object to `Quantizers`, but the tensors of a group have a range each at the same time.
                 # A range is remembered as a weight's is: finding one makes the host wait for the GPU.
                 quantizers = self._input_quantizers.setdefault(len(shared), Quantizers())
-                shared[source] = _SharedInput(quantizers.weight(f"{source} {n_segments}", job.inputs, self._base.inputs.amaxes[source][:n_segments]))
-        return {name: replace(linear, inputs=shared[self._base.inputs.source[name]]) for name, linear in linears.items()}
+                shared[source] = _SharedInput(
+                    quantizers.weight(
+                        f"{source} {n_segments}", job.inputs, self._base.inputs.amaxes[source][:n_segments]
+                    )
+                )
+        return {
+            name: replace(linear, inputs=shared[self._base.inputs.source[name]]) for name, linear in linears.items()
+        }
 
     def _weight_square(self, name: str) -> Tensor:
         if name not in self._weight_squares:

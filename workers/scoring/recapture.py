@@ -75,13 +75,17 @@ def recaptured_scores(
     windows = _windows(model, wanted, segments, room)
     n_predictions = plan.n_predictions(recipe.size)
     with applied(model, quants):
-        for index, rows in captures(model, segments, [[name for choice in window for name in choice.modules] for window in windows]):
+        for index, rows in captures(
+            model, segments, [[name for choice in window for name in choice.modules] for window in windows]
+        ):
             for choice in windows[index]:
                 found[choice.group] = list(_scored(model, choice, formats[choice.group], rows, n_predictions))
     return [row for choice in wanted for row in found[choice.group]]
 
 
-def _scored(model: Any, choice: GroupChoice, formats: Sequence[GroupFormat], rows: Mapping[str, Rows], n_predictions: int) -> Iterator[RecapturedScore]:
+def _scored(
+    model: Any, choice: GroupChoice, formats: Sequence[GroupFormat], rows: Mapping[str, Rows], n_predictions: int
+) -> Iterator[RecapturedScore]:
     called = [name for name in choice.modules if name in rows]
     if not called:
         return
@@ -93,9 +97,17 @@ def _scored(model: Any, choice: GroupChoice, formats: Sequence[GroupFormat], row
         samples = sum(_sample_scores(quants[name], weights[name], rows[name]) for name in called)
         assert isinstance(samples, np.ndarray)
         if not np.isfinite(samples).all():
-            raise SweepError(f"Layer group {choice.group} under {chosen.label}: its score in the quantized model is NaN or infinite. Exclude the format.")
+            raise SweepError(
+                f"Layer group {choice.group} under {chosen.label}: its score in the quantized model is NaN or infinite. Exclude the format."
+            )
         score = float(samples.sum())
-        yield RecapturedScore(group=choice.group, format=chosen.label, score=score, predicted_kl=score / (2 * n_predictions), sample_scores=samples)
+        yield RecapturedScore(
+            group=choice.group,
+            format=chosen.label,
+            score=score,
+            predicted_kl=score / (2 * n_predictions),
+            sample_scores=samples,
+        )
 
 
 @torch.no_grad()
@@ -109,7 +121,9 @@ def _sample_scores(quant: LinearQuant, weight_OI: Tensor, rows: Rows) -> npt.NDA
     return found
 
 
-def _windows(model: Any, groups: Sequence[GroupChoice], segments: Segments, room: float | None) -> list[list[GroupChoice]]:
+def _windows(
+    model: Any, groups: Sequence[GroupChoice], segments: Segments, room: float | None
+) -> list[list[GroupChoice]]:
     """Decoder layers whose x and g fit in memory together; a layer stays whole."""
     parameter = next(model.parameters())
     if room is None:

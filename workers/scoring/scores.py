@@ -16,7 +16,9 @@ class GroupScore:
     """What quantizing one layer group does, in one calibration size."""
 
     score: float  # the sum of:
-    sample_scores: npt.NDArray[np.float64]  # [n_samples], in data set order; 0 for a sample that never reached the group
+    sample_scores: npt.NDArray[
+        np.float64
+    ]  # [n_samples], in data set order; 0 for a sample that never reached the group
     dy_square_sum: float
     y_square_sum: float
     dw_square_sum: float
@@ -25,5 +27,7 @@ class GroupScore:
 
 
 Scores = Mapping[str, GroupScore] | NotFinite  # by size
-PartScores = Mapping[str, Sequence[GroupScore | float | None]]  # of a part's groups, by size; float: only the score is known; None: never called
+PartScores = Mapping[
+    str, Sequence[GroupScore | float | None]
+]  # of a part's groups, by size; float: only the score is known; None: never called
 Measured = PartScores | NotFinite

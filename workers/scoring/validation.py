@@ -59,7 +59,9 @@ class Validator:
         """
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
-            raise SweepError(f"{type(model).__name__} has no output layer to compare logits of. Only causal language models can be validated.")
+            raise SweepError(
+                f"{type(model).__name__} has no output layer to compare logits of. Only causal language models can be validated."
+            )
         self._model, self._head = model, head
         self._head_name = next(name for name, module in model.named_modules() if module is head)
         self._batches = list(batches)
@@ -73,7 +75,9 @@ class Validator:
         with applied(self._model, quants):
             for batch, base in zip(self._batches, self._base, strict=True):
                 labels = labels_of(batch).flatten().to(base.device)
-                found = _compared(base, self._hidden(batch), self._head, quants.get(self._head_name), labels).cpu().numpy()
+                found = (
+                    _compared(base, self._hidden(batch), self._head, quants.get(self._head_name), labels).cpu().numpy()
+                )
                 if not np.isfinite(found).all():
                     raise SweepError("The quantized model gives NaN or infinite logits: the recipe breaks it.")
                 owners = np.repeat(batch.order, batch.lengths)[(labels != -100).cpu().numpy()]
@@ -91,12 +95,16 @@ class Validator:
             return read()
 
 
-def _compared(base_TH: Tensor, new_TH: Tensor, head: nn.Linear, head_quant: LinearQuant | None, labels_T: Tensor) -> Tensor:
+def _compared(
+    base_TH: Tensor, new_TH: Tensor, head: nn.Linear, head_quant: LinearQuant | None, labels_T: Tensor
+) -> Tensor:
     """KL and change of the loss at each prediction, [2, predictions] float64. Args: head: unquantized."""
     rows = (labels_T != -100).nonzero().flatten()
     found: list[Tensor] = []
     for some in rows.split(_HEAD_ROWS):
-        change = float_logits(head, new_TH[some] - base_TH[some])  # the difference of two outputs of the head would cancel
+        change = float_logits(
+            head, new_TH[some] - base_TH[some]
+        )  # the difference of two outputs of the head would cancel
         if head_quant is not None:
             change += output_error(head_quant, head.weight, new_TH[some])
         log_probs = float_logits(head, base_TH[some]).log_softmax(1)
@@ -122,7 +130,11 @@ def _reading(head: nn.Linear) -> Generator[Callable[[], Tensor]]:
 
 
 def measurer(
-    model: Any, groups: Sequence[GroupChoice], recipes: Sequence[MixedRecipe], calibration: Sequence[Batch], held_out: Sequence[Batch]
+    model: Any,
+    groups: Sequence[GroupChoice],
+    recipes: Sequence[MixedRecipe],
+    calibration: Sequence[Batch],
+    held_out: Sequence[Batch],
 ) -> Callable[[MixedRecipe], Damage]:
     """What measures any of the recipes, each format of each layer group being calibrated once for all of them.
 
@@ -144,6 +156,12 @@ def measurer(
 
     def measure(recipe: MixedRecipe) -> Damage:
         chosen = [(choice.group, found) for choice in recipe.groups if (found := recipe.format_of(choice)) is not None]
-        return validator.measure({name: quant for group, found in chosen for name, quant in quants[group][formats[group].index(found)].items()})
+        return validator.measure(
+            {
+                name: quant
+                for group, found in chosen
+                for name, quant in quants[group][formats[group].index(found)].items()
+            }
+        )
 
     return measure

@@ -25,7 +25,9 @@ class _Window:
     outside: tuple[str, ...]  # all others: an ordinary capture
 
 
-def captures(model: nn.Module, segments: Segments, windows: Sequence[Sequence[str]]) -> Iterator[tuple[int, dict[str, Rows]]]:
+def captures(
+    model: nn.Module, segments: Segments, windows: Sequence[Sequence[str]]
+) -> Iterator[tuple[int, dict[str, Rows]]]:
     """What `workers.scoring.capture.capture` gives for all modules at once, a window at a time.
 
     Args:
@@ -45,7 +47,9 @@ def captures(model: nn.Module, segments: Segments, windows: Sequence[Sequence[st
         rows.clear()
 
 
-def _captures(model: nn.Module, segments: Segments, windows: Sequence[Sequence[str]]) -> Iterator[tuple[int, dict[str, Rows]]]:
+def _captures(
+    model: nn.Module, segments: Segments, windows: Sequence[Sequence[str]]
+) -> Iterator[tuple[int, dict[str, Rows]]]:
     decoder = decoder_of(model)
     if decoder is None or len(windows) == 1:
         for index, modules in enumerate(windows):
@@ -55,7 +59,10 @@ def _captures(model: nn.Module, segments: Segments, windows: Sequence[Sequence[s
     recorded = _Recorded(model, decoder, segments, [window.start for window in inner])
     stop = len(decoder.layers)
     for window in inner:
-        yield window.index, recorded.rows(window, stop, is_lowest=window is inner[-1]) | _ordinary(model, segments, window)
+        yield (
+            window.index,
+            recorded.rows(window, stop, is_lowest=window is inner[-1]) | _ordinary(model, segments, window),
+        )
         stop = window.start
     del recorded
     for window in rest:
@@ -99,14 +106,18 @@ def _arranged(decoder: Decoder, windows: Sequence[Sequence[str]]) -> tuple[list[
     highest = max((max(found, default=-1) for found in layers), default=-1)
     for index, modules in enumerate(windows):
         has_top = max(layers[index], default=n_layers) >= highest  # with the topmost layers, or with none
-        inside = [name for name in modules if decoder.layer_of(name) is not None or (name == decoder.head_name and has_top)]
+        inside = [
+            name for name in modules if decoder.layer_of(name) is not None or (name == decoder.head_name and has_top)
+        ]
         outside = tuple(name for name in modules if name not in inside)
         window = _Window(index, min(layers[index], default=n_layers), tuple(inside), outside)
         (inner if inside else rest).append(window)
     inner.sort(key=lambda window: window.start, reverse=True)
     for upper, lower in pairwise(inner):
         if max(layers[lower.index], default=n_layers) >= upper.start:
-            raise ValueError(f"Windows {lower.index} and {upper.index} are not apart: one must end below decoder layer {upper.start}.")
+            raise ValueError(
+                f"Windows {lower.index} and {upper.index} are not apart: one must end below decoder layer {upper.start}."
+            )
     return inner, rest
 
 

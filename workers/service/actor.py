@@ -24,13 +24,23 @@ _TELL_SECONDS = 0.2  # between messages; one costs Ray about a millisecond
 class Worker:
     """A named actor that holds one loaded model and scores the tasks that it is assigned."""
 
-    def __init__(self, store_uri: str, device: str, memory_gb: float | None, n_workers: int, n_gpus: int, n_halvings: int) -> None:
+    def __init__(
+        self, store_uri: str, device: str, memory_gb: float | None, n_workers: int, n_gpus: int, n_halvings: int
+    ) -> None:
         """Import the heavy libraries and prepare an empty worker; see workers.service.scorer.Scorer."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
         from workers.service.scorer import Scorer
 
         self._metrics = WorkerMetrics(ray.get_runtime_context().get_actor_name() or "")
-        self._scorer = Scorer(store_uri, device, memory_gb=memory_gb, n_workers=n_workers, n_gpus=n_gpus, n_halvings=n_halvings, on_timed=self._metrics.timed)
+        self._scorer = Scorer(
+            store_uri,
+            device,
+            memory_gb=memory_gb,
+            n_workers=n_workers,
+            n_gpus=n_gpus,
+            n_halvings=n_halvings,
+            on_timed=self._metrics.timed,
+        )
         self._parts: dict[int, _Parts] = {}  # by assignment
 
     def load(self, task: Task, mark: str | None) -> None:
@@ -84,7 +94,9 @@ class Worker:
         finally:
             parts.needed.put(False)
 
-    def _score(self, tasks: Sequence[Task], plan: Plan, assignment: int, names: Iterator[str]) -> Iterator[list[Progress]]:
+    def _score(
+        self, tasks: Sequence[Task], plan: Plan, assignment: int, names: Iterator[str]
+    ) -> Iterator[list[Progress]]:
         latest: dict[str, Progress] = {}
         told = time.monotonic()
         meter = _Rows(self._scorer.info, self._metrics)

@@ -28,7 +28,9 @@ class SweepMetrics:
         self._models = Gauge("sweep_models", "Models of this run, each of which a worker loads at most once.")
         self._workers = Gauge("sweep_workers", "Workers by state: starting, idle, busy.", ("state",))
         self._eta = Gauge("sweep_eta_seconds", "Time left at this rate; -1 while there is none.")
-        self._trial_seconds = Histogram("sweep_trial_seconds", "From a trial's first lease to its last row.", _TRIAL_BUCKETS)
+        self._trial_seconds = Histogram(
+            "sweep_trial_seconds", "From a trial's first lease to its last row.", _TRIAL_BUCKETS
+        )
         self._counters = {
             "scored": _Total("sweep_groups_scored_total", "Layer groups scored, over all cells."),
             "failed": _Total("sweep_failed_trials_total", "Trials that failed in this run."),
@@ -56,7 +58,12 @@ class SweepMetrics:
         self._eta.set(_NO_ETA if picture.eta_seconds is None else picture.eta_seconds)
         for seconds in picture.trial_seconds:
             self._trial_seconds.observe(seconds)
-        totals = {"scored": picture.groups_scored, "failed": picture.failed_trials, "replacements": replacements, "retries": deaths}
+        totals = {
+            "scored": picture.groups_scored,
+            "failed": picture.failed_trials,
+            "replacements": replacements,
+            "retries": deaths,
+        }
         for name, total in totals.items():
             self._counters[name].reach(total)
 
@@ -73,8 +80,12 @@ class WorkerMetrics:
         self._loads = Counter("sweep_model_loads_total", "Times a worker loaded a model.")
         self._rows = Counter("sweep_rows_written_total", "Rows that reached the store.")
         self._group_seconds = Histogram("sweep_group_seconds", "A layer group in one cell.", _GROUP_BUCKETS)
-        self._capture_seconds = Histogram("sweep_capture_seconds", "One capture, or one window of it.", _CAPTURE_BUCKETS)
-        self._gpu_memory = Gauge("sweep_gpu_memory_bytes", "Memory of a worker's GPUs: used, total.", ("worker", "kind"))
+        self._capture_seconds = Histogram(
+            "sweep_capture_seconds", "One capture, or one window of it.", _CAPTURE_BUCKETS
+        )
+        self._gpu_memory = Gauge(
+            "sweep_gpu_memory_bytes", "Memory of a worker's GPUs: used, total.", ("worker", "kind")
+        )
         self._worker = worker
 
     def timed(self, kind: str, seconds: float) -> None:

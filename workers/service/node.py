@@ -28,9 +28,13 @@ def check_shared(store: Store, mark: str, model: Path) -> None:
     """
     host = socket.gethostname()
     if not store.files.exists(mark):
-        raise Unfit(f"{host} does not see the store {store.uri}. On a cluster it must lie on storage that every node mounts: store.uri=DIR, or a URL.")
+        raise Unfit(
+            f"{host} does not see the store {store.uri}. On a cluster it must lie on storage that every node mounts: store.uri=DIR, or a URL."
+        )
     if not (model / "config.json").is_file():
-        raise Unfit(f"{host} does not see the model {model}. On a cluster it must lie at the same path on every node, or on shared storage: model.path=DIR.")
+        raise Unfit(
+            f"{host} does not see the model {model}. On a cluster it must lie at the same path on every node, or on shared storage: model.path=DIR."
+        )
 
 
 @contextmanager
@@ -40,7 +44,9 @@ def first_alone(model: Path) -> Generator[None]:
     So shared storage is read once a machine, however many GPUs it has. A lock that a dead process held is free again.
     """
     name = hashlib.sha256(str(model).encode()).hexdigest()[:16]
-    descriptor = os.open(Path(tempfile.gettempdir()) / f"sweep-load-{os.getuid()}-{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(
+        Path(tempfile.gettempdir()) / f"sweep-load-{os.getuid()}-{name}.lock", os.O_RDWR | os.O_CREAT, 0o600
+    )
     with os.fdopen(descriptor, "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if file.read() and time.time() - os.fstat(descriptor).st_mtime < _CACHED_SECONDS:

@@ -26,7 +26,9 @@ class Book:
         self._plan, self._store = plan, store
         names = {part.name for part in parts}
         # A worker may have died between a cell's end and ours.
-        self.done: Mapping[str, set[str]] = {size: set(names) if store.is_finished(cell) else set() for size, cell in task.cells.items()}
+        self.done: Mapping[str, set[str]] = {
+            size: set(names) if store.is_finished(cell) else set() for size, cell in task.cells.items()
+        }
         self._there = {size: done or names & store.part_names(task.cells[size]) for size, done in self.done.items()}
         self._taken: list[Part] = []
         self._n_found = 0
@@ -44,7 +46,9 @@ class Book:
         """A part is to be scored here, unless the store has it whole."""
         self._taken.append(part)
         for size, cell in self.task.cells.items():
-            if part.name in self.done[size] or (part.name in self._there[size] and self._store.has_part(cell, part.name)):
+            if part.name in self.done[size] or (
+                part.name in self._there[size] and self._store.has_part(cell, part.name)
+            ):
                 self.done[size].add(part.name)
                 self._n_found += len(part.groups)
 

@@ -28,13 +28,20 @@ class Ledger:
             store_uri: where parts and cells go.
         """
         self.task = task
-        self._n_predictions, self._parts, self._store = n_predictions, {part.name: part for part in parts}, Store(store_uri)
+        self._n_predictions, self._parts, self._store = (
+            n_predictions,
+            {part.name: part for part in parts},
+            Store(store_uri),
+        )
         self._tables: dict[str, dict[str, pa.Table]] = {size: {} for size in task.cells}  # what was written here
 
     def write(self, part: str, measured: PartScores) -> None:
         """Put a part's rows into the store."""
         for size, scores in measured.items():
-            rows = [self._row(group, size, _columns(score)) for group, score in zip(self._parts[part].groups, scores, strict=True)]
+            rows = [
+                self._row(group, size, _columns(score))
+                for group, score in zip(self._parts[part].groups, scores, strict=True)
+            ]
             table = pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)
             self._store.write_part(self.task.cells[size], part, table)
             self._tables[size][part] = table
@@ -43,7 +50,9 @@ class Ledger:
         """Turn the parts of each cell into its scores, if all are there: several workers may be at one cell, and the last one does it."""
         for size, tables in self._tables.items():
             cell_id = self.task.cells[size]
-            if self._parts.keys() <= tables.keys() | (self._store.part_names(cell_id) if len(tables) < len(self._parts) else set[str]()):
+            if self._parts.keys() <= tables.keys() | (
+                self._store.part_names(cell_id) if len(tables) < len(self._parts) else set[str]()
+            ):
                 self._store.complete(cell_id, {name: tables.get(name) for name in self._parts})
             elif self._store.is_finished(cell_id):
                 self._store.drop_parts(cell_id)
@@ -56,7 +65,9 @@ class Ledger:
             "modules": list(group.modules),
             "layer_index": group.layer_index,
             "sensitivity": None if score is None else score / n_predictions,
-            "predicted_kl": None if score is None else score / (n_predictions if self.task.method == "kl_div" else 2 * n_predictions),
+            "predicted_kl": None
+            if score is None
+            else score / (n_predictions if self.task.method == "kl_div" else 2 * n_predictions),
             "n_predictions": n_predictions,
             "n_samples": SIZES[size],
             "weight_elements": group.weight_elements,

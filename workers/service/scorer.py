@@ -74,7 +74,9 @@ class Scorer:
         """
         if device == "cuda" and memory_gb is not None:
             for index in range(n_gpus):
-                torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / torch.cuda.mem_get_info(index)[1]), index)
+                torch.cuda.set_per_process_memory_fraction(
+                    min(1.0, memory_gb * 1e9 / torch.cuda.mem_get_info(index)[1]), index
+                )
         self._memory_gb, self._n_workers, self._n_gpus = memory_gb, n_workers, n_gpus
         self._halvings = n_halvings  # of the room for x and g, after running out of memory
         self.store = Store(store_uri)
@@ -92,7 +94,9 @@ class Scorer:
     @staticmethod
     def is_device_fault(error: BaseException) -> bool:
         """Whether the process' CUDA context is lost, with all that it will ever compute."""
-        return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+        return isinstance(error, torch.AcceleratorError) or (
+            isinstance(error, RuntimeError) and "CUDA error" in str(error)
+        )
 
     def info(self) -> dict[str, Any]:
         """What it has done so far.
@@ -101,14 +105,21 @@ class Scorer:
             (with tasks, captures included); `first_at` and `last_at`: when it was first and last busy, seconds since 1970;
             `peak_gb`: the most memory that was allocated, in 1e9 bytes, over all its GPUs; None on a CPU.
         """
-        peak_gb = sum(torch.cuda.max_memory_allocated(index) for index in range(self._n_gpus)) / 1e9 if self.device.type == "cuda" else None
+        peak_gb = (
+            sum(torch.cuda.max_memory_allocated(index) for index in range(self._n_gpus)) / 1e9
+            if self.device.type == "cuda"
+            else None
+        )
         return {"model_loads": self.model_loads, "peak_gb": peak_gb, **self._clock.figures()}
 
     def gpu_memory(self) -> tuple[int, int] | None:
         """Bytes of its GPUs that are used, and that they have; None on a CPU."""
         if self.device.type == "cpu":
             return None
-        free, total = (sum(values) for values in zip(*(torch.cuda.mem_get_info(index) for index in range(self._n_gpus)), strict=True))
+        free, total = (
+            sum(values)
+            for values in zip(*(torch.cuda.mem_get_info(index) for index in range(self._n_gpus)), strict=True)
+        )
         return total - free, total
 
     def load(self, spec: ModelSpec) -> None:
@@ -121,7 +132,9 @@ class Scorer:
         self._engines.clear()
         with self._clock.timed("load_seconds"), first_alone(Path(spec.path)):
             try:
-                self._model = loading.load(Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device), n_gpus=self._n_gpus)
+                self._model = loading.load(
+                    Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device), n_gpus=self._n_gpus
+                )
             except SweepError as error:
                 raise Unfit(str(error)) from error
         self._model_spec = spec
@@ -159,17 +172,25 @@ class Scorer:
                 self._captured = self._divergence = None
                 torch.cuda.empty_cache()
                 if self._halvings == _MAX_HALVINGS:
-                    raise SweepError(f"{_out_of_memory(error)} Choose a smaller dataset.size or dataset.max_tokens, or a larger GPU.") from error
+                    raise SweepError(
+                        f"{_out_of_memory(error)} Choose a smaller dataset.size or dataset.max_tokens, or a larger GPU."
+                    ) from error
                 self._halvings += 1
                 warning = f"{_out_of_memory(error)} Going on with a window of 1/{2**self._halvings} of the room."
                 yield replace(next(iter(books.values())).progress(), warning=warning)
-        for book, done in [(book, self._writers.close(task_id, complete=book.failure is None)) for task_id, book in books.items()]:
+        for book, done in [
+            (book, self._writers.close(task_id, complete=book.failure is None)) for task_id, book in books.items()
+        ]:
             done.result()
             yield book.progress()
 
-    def _written(self, books: Mapping[str, Book], measured: Iterable[tuple[Part, dict[str, Measured]]]) -> Iterator[Progress]:
+    def _written(
+        self, books: Mapping[str, Book], measured: Iterable[tuple[Part, dict[str, Measured]]]
+    ) -> Iterator[Progress]:
         """Put parts into the store while the next ones are scored."""
-        writing: deque[tuple[Book, str, Collection[str], Future[None]]] = deque()  # a book, a part's name, and the sizes that have it then
+        writing: deque[tuple[Book, str, Collection[str], Future[None]]] = (
+            deque()
+        )  # a book, a part's name, and the sizes that have it then
 
         def written() -> Progress:
             book, name, sizes, done = writing.popleft()
@@ -192,13 +213,20 @@ class Scorer:
         while writing:
             yield written()
 
-    def _measured_parts(self, books: Mapping[str, Book], plan: Plan, parts: "_Parts") -> Iterator[tuple[Part, dict[str, Measured]]]:
+    def _measured_parts(
+        self, books: Mapping[str, Book], plan: Plan, parts: "_Parts"
+    ) -> Iterator[tuple[Part, dict[str, Measured]]]:
         task = next(iter(books.values())).task
         if task.engine == "modelopt":
             return self._stock(books, plan, parts)
-        return self._ahead(books, self._divergences(books, plan, parts) if task.method == "kl_div" else self._layerwise(books, plan, parts))
+        return self._ahead(
+            books,
+            self._divergences(books, plan, parts) if task.method == "kl_div" else self._layerwise(books, plan, parts),
+        )
 
-    def _ahead(self, books: Mapping[str, Book], starting: Iterable[tuple[Part, _Start]]) -> Iterator[tuple[Part, dict[str, Measured]]]:
+    def _ahead(
+        self, books: Mapping[str, Book], starting: Iterable[tuple[Part, _Start]]
+    ) -> Iterator[tuple[Part, dict[str, Measured]]]:
         """Start the groups of each part. On a GPU a part is started before the one before it is waited for: it always has work."""
         started: deque[tuple[Part, list[Book], list[_Waiting]]] = deque()
         for part, start in starting:
@@ -238,7 +266,9 @@ class Scorer:
             engine = self._divergence[1]
             yield part, lambda group, jobs, engine=engine: engine.score_group(group.modules, jobs)
 
-    def _windows(self, books: Mapping[str, Book], plan: Plan, parts: "_Parts") -> Iterator[tuple[Sequence[Part], Mapping[str, Rows]]]:
+    def _windows(
+        self, books: Mapping[str, Book], plan: Plan, parts: "_Parts"
+    ) -> Iterator[tuple[Sequence[Part], Mapping[str, Rows]]]:
         """The parts that are wanted, as they are taken, with what their linears saw.
 
         If memory holds all that the cells lack, that is captured, for other leases too. Else an even share of the parts is taken at once,
@@ -246,11 +276,15 @@ class Scorer:
         """
         tasks, plan_id = [book.task for book in books.values()], next(iter(books.values())).task.plan_id
         n_segments = max(book.n_segments for book in books.values())
-        work = memory.workload(tasks, plan, n_segments, self._model_bytes(), self._model.config.get_text_config().vocab_size)
+        work = memory.workload(
+            tasks, plan, n_segments, self._model_bytes(), self._model.config.get_text_config().vocab_size
+        )
 
         def windows(several: Sequence[Part]) -> Sequence[Sequence[Part]]:
             sizes = [memory.capture_bytes(part.groups, work) for part in several]
-            room = (self._memory_bytes() - memory.fixed_bytes([group for part in several for group in part.groups], work)) / 2**self._halvings
+            room = (
+                self._memory_bytes() - memory.fixed_bytes([group for part in several for group in part.groups], work)
+            ) / 2**self._halvings
             return memory.windows(several, sizes, room)
 
         wanted = parts.wanted()
@@ -258,7 +292,10 @@ class Scorer:
         held = self._captured is not None and {*modules_of(lacking)} <= self._captured.modules
         if held or not lacking or len(windows(lacking)) == 1:
             for part in wanted:  # lacking, unless its file was damaged
-                yield [part], self._rows(plan_id, plan, n_segments, modules_of(lacking if part in lacking else [*lacking, part]))
+                yield (
+                    [part],
+                    self._rows(plan_id, plan, n_segments, modules_of(lacking if part in lacking else [*lacking, part])),
+                )
             return
         while several := list(islice(wanted, math.ceil(len(parts.whole) / self._n_workers))):
             if len(found := windows(several)) == 1:
@@ -274,16 +311,25 @@ class Scorer:
         if self._memory_gb is not None:
             return self._memory_gb * 1e9
         if self.device.type == "cuda":
-            return min(torch.cuda.mem_get_info(index)[0] + torch.cuda.memory_reserved(index) for index in range(self._n_gpus))
+            return min(
+                torch.cuda.mem_get_info(index)[0] + torch.cuda.memory_reserved(index) for index in range(self._n_gpus)
+            )
         return memory_gb() * 1e9 / self._n_workers
 
     def _model_bytes(self) -> int:
         """Of one device, over which the model is spread evenly."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters()) // self._n_gpus
+        return (
+            sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters()) // self._n_gpus
+        )
 
     def _rows(self, plan_id: str, plan: Plan, n_segments: int, modules: tuple[str, ...]) -> Mapping[str, Rows]:
         """Capture, or what an earlier capture of at least as much left."""
-        if (held := self._captured) is None or held.plan_id != plan_id or held.n_segments < n_segments or not set(modules) <= held.modules:
+        if (
+            (held := self._captured) is None
+            or held.plan_id != plan_id
+            or held.n_segments < n_segments
+            or not set(modules) <= held.modules
+        ):
             self._captured = self._divergence = held = None  # frees its memory first
             with self._clock.timed("capture_seconds"):
                 rows = capture(self._model, plan.segments[:n_segments], modules)
@@ -298,10 +344,14 @@ class Scorer:
         broken = (name for name, parameter in self._model.named_parameters() if not torch.isfinite(parameter).all())
         name = next(broken, None)
         return (
-            error if name is None or name.removesuffix(".weight") in str(error) else NotFinite(f"{error} The checkpoint's {name} holds NaN or infinite values.")
+            error
+            if name is None or name.removesuffix(".weight") in str(error)
+            else NotFinite(f"{error} The checkpoint's {name} holds NaN or infinite values.")
         )
 
-    def _stock(self, books: Mapping[str, Book], plan: Plan, parts: "_Parts") -> Iterator[tuple[Part, dict[str, Measured]]]:
+    def _stock(
+        self, books: Mapping[str, Book], plan: Plan, parts: "_Parts"
+    ) -> Iterator[tuple[Part, dict[str, Measured]]]:
         """The cross-check: ModelOpt's own searcher, one recipe and size at a time."""
         wanted = list(parts.wanted())
         for task_id, book in books.items() if wanted else ():
@@ -311,11 +361,15 @@ class Scorer:
             for size in task.cells:
                 with _calls(self._model, covered) as called:
                     try:
-                        found = auto_quantize_scores(self._model, task.quant_cfg, task.algorithm, list(plan.batches(size)), covered)
+                        found = auto_quantize_scores(
+                            self._model, task.quant_cfg, task.algorithm, list(plan.batches(size)), covered
+                        )
                     except AssertionError as error:  # ModelOpt's calibrator met a NaN
                         yield wanted[0], {task_id: NotFinite(f"{task.label}: ModelOpt {error}.")}
                         break
-                scores[size] = {group.name: found.get(group.name) if called & {*group.modules} else None for group in task.groups}
+                scores[size] = {
+                    group.name: found.get(group.name) if called & {*group.modules} else None for group in task.groups
+                }
             for part in wanted if len(scores) == len(task.cells) else ():
                 yield part, {task_id: _stock_scores(part, task.label, scores)}
 
@@ -348,7 +402,11 @@ def modules_of(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _out_of_memory(error: torch.OutOfMemoryError) -> str:
-    return "Out of GPU memory: " + str(error).partition("Tried to allocate")[2].partition(". ")[0].strip() + " more were needed."
+    return (
+        "Out of GPU memory: "
+        + str(error).partition("Tried to allocate")[2].partition(". ")[0].strip()
+        + " more were needed."
+    )
 
 
 def _measured(part: Part, books: Sequence[Book], waiting: Sequence[_Waiting]) -> tuple[Part, dict[str, Measured]]:
@@ -360,7 +418,9 @@ def _measured(part: Part, books: Sequence[Book], waiting: Sequence[_Waiting]) ->
         broken = next((scores for scores in found if isinstance(scores, NotFinite)), None)
         sizes = book.job(part).sizes
         whole = [scores for scores in found if not isinstance(scores, NotFinite)]
-        result[book.task.task_id] = broken or {size: [None if scores is None else scores[size] for scores in whole] for size in sizes}
+        result[book.task.task_id] = broken or {
+            size: [None if scores is None else scores[size] for scores in whole] for size in sizes
+        }
     return part, result
 
 
@@ -368,7 +428,9 @@ def _measured(part: Part, books: Sequence[Book], waiting: Sequence[_Waiting]) ->
 def _calls(model: torch.nn.Module, modules: Sequence[str]) -> Generator[set[str]]:
     """Collect which of the modules a copy of the model, made meanwhile, calls: ModelOpt scores 0 what never ran."""
     called: set[str] = set()
-    handles = [model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in modules]
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in modules
+    ]
     try:
         yield called
     finally:

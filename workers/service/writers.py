@@ -30,7 +30,9 @@ class Writers:
         """
         spawn = multiprocessing.get_context("spawn")
         self._executors: list[Executor] = [
-            ProcessPoolExecutor(1, spawn, initializer=_end_with, initargs=(os.getpid(),)) if processes else ThreadPoolExecutor(1, "part-writer")
+            ProcessPoolExecutor(1, spawn, initializer=_end_with, initargs=(os.getpid(),))
+            if processes
+            else ThreadPoolExecutor(1, "part-writer")
             for _ in range(n_writers)
         ]
         self._of_task: dict[str, Executor] = {}

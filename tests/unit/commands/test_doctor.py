@@ -24,7 +24,9 @@ def findings(capsys: pytest.CaptureFixture[str], *overrides: str, code: int) -> 
 
 
 def test_the_bundled_model_on_this_machine_is_fine(capsys: pytest.CaptureFixture[str]) -> None:
-    found = findings(capsys, "quant_pair=wint8_aint8,wint8_afp16", "dataset.size=small,medium", "cluster.workers=2", code=0)
+    found = findings(
+        capsys, "quant_pair=wint8_aint8,wint8_afp16", "dataset.size=small,medium", "cluster.workers=2", code=0
+    )
     assert {subject: found[subject][0] for subject in ("python", "workers", "store", "model", "grid")} == dict.fromkeys(
         ("python", "workers", "store", "model", "grid"), "ok"
     )
@@ -36,7 +38,12 @@ def test_the_bundled_model_on_this_machine_is_fine(capsys: pytest.CaptureFixture
 def test_everything_that_would_stop_a_run_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     found = findings(capsys, "model.path=/nowhere", f"store.uri={tmp_path}/file/store", "cluster.device=cuda", code=2)
-    assert {subject for subject, (verdict, _) in found.items() if verdict == "error"} == {"workers", "store", "model", "grid"}
+    assert {subject for subject, (verdict, _) in found.items() if verdict == "error"} == {
+        "workers",
+        "store",
+        "model",
+        "grid",
+    }
     assert "cluster.device=cpu" in found["workers"][1]
     assert "store.uri=DIR" in found["store"][1]
     assert "model.path=DIR" in found["model"][1]
@@ -48,7 +55,9 @@ def test_skipped_points_are_a_warning_with_their_reason(capsys: pytest.CaptureFi
     assert "1 skipped: FP4 weights need blocks" in found["grid"][1]
 
 
-def test_a_person_reads_a_table_that_keeps_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_person_reads_a_table_that_keeps_brackets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     (tmp_path / "[red]").touch()
     assert main(["doctor", f"store.uri='{tmp_path}/[red]/x'"]) == 2

@@ -42,26 +42,58 @@ NAMES = ["nvfp4", "fp8_tensor_static", "int4_groups_weight_only", None, "fp8_blo
 def recipe() -> MixedRecipe:
     found = recipe_of([name and group_format(name, *FORMATS[name]) for name in NAMES])
     dataset = DatasetConfig(
-        name="wordnet_glosses", kind="bundled", size="small", max_tokens=512, captions_path=None, hub_id=None, hub_split=None, hub_column=None
+        name="wordnet_glosses",
+        kind="bundled",
+        size="small",
+        max_tokens=512,
+        captions_path=None,
+        hub_id=None,
+        hub_split=None,
+        hub_column=None,
     )
     return replace(found, dataset_revision=make_plan(samples_of(dataset, MODEL, 16), packed=True).digest("small"))
 
 
 @pytest.fixture
 def run(tmp_path: Path, recipe: MixedRecipe) -> Callable[..., int]:
-    def export(file_format: str, out: str, *rest: str, other: MixedRecipe | None = None, edited: Callable[[str], str] = lambda text: text) -> int:
+    def export(
+        file_format: str,
+        out: str,
+        *rest: str,
+        other: MixedRecipe | None = None,
+        edited: Callable[[str], str] = lambda text: text,
+    ) -> int:
         path = tmp_path / "recipe.yaml"
         path.write_text(edited((other or recipe).to_yaml()))
-        return main(["export", str(path), "--format", file_format, "--out", str(tmp_path / out), f"store.uri={tmp_path / 'store'}", *rest])
+        return main(
+            [
+                "export",
+                str(path),
+                "--format",
+                file_format,
+                "--out",
+                str(tmp_path / out),
+                f"store.uri={tmp_path / 'store'}",
+                *rest,
+            ]
+        )
 
     return export
 
 
-def test_a_checkpoint_is_written_checked_and_told_how_to_serve(tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_is_written_checked_and_told_how_to_serve(
+    tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("compressed-tensors", "out") == 0
     assert f"vllm serve {tmp_path / 'out'}" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "sweep_recipe.yaml"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "generation_config.json",
+        "sweep_recipe.yaml",
+    } <= names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]  # nothing half-made is left
 
 
@@ -70,7 +102,9 @@ def test_scales_of_inputs_go_where_they_belong_or_nowhere(
     tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str], scales: Any
 ) -> None:
     awq = group_format("int4", *FORMATS["int4_groups_weight_only"], "awq_lite", scales)
-    found = run("compressed-tensors", "out", other=replace(recipe_of([awq, None]), dataset_revision=recipe.dataset_revision))
+    found = run(
+        "compressed-tensors", "out", other=replace(recipe_of([awq, None]), dataset_revision=recipe.dataset_revision)
+    )
     if scales == "private":
         assert found == 2
         assert "sensitivity.scales=fused" in capsys.readouterr().err
@@ -78,7 +112,10 @@ def test_scales_of_inputs_go_where_they_belong_or_nowhere(
         return
     assert found == 0
     norm = "model.language_model.layers.0.input_layernorm.weight"
-    scale = load_file(tmp_path / "out" / "model.safetensors")[norm] / load_file(MODEL.path / "model.safetensors")[norm].float()
+    scale = (
+        load_file(tmp_path / "out" / "model.safetensors")[norm]
+        / load_file(MODEL.path / "model.safetensors")[norm].float()
+    )
     assert float((scale - 1).abs().max()) > 0.01
 
 
@@ -244,18 +281,42 @@ def test_text_is_written_whole(tmp_path: Path, run: Callable[..., int], recipe: 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model": "other", "model_revision": "1234"}, "is of other revision 1234, the recipe's model is qwen3_vl_tiny revision"),
-        ({"dataset": "other", "dataset_revision": "1234"}, "is of other/small revision 1234, the recipe's samples are wordnet_glosses/small revision"),
+        (
+            {"model": "other", "model_revision": "1234"},
+            "is of other revision 1234, the recipe's model is qwen3_vl_tiny revision",
+        ),
+        (
+            {"dataset": "other", "dataset_revision": "1234"},
+            "is of other/small revision 1234, the recipe's samples are wordnet_glosses/small revision",
+        ),
     ],
 )
 def test_scores_of_another_model_or_other_samples_are_refused(
-    tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str], changed: dict[str, str], said: str
+    tmp_path: Path,
+    run: Callable[..., int],
+    recipe: MixedRecipe,
+    capsys: pytest.CaptureFixture[str],
+    changed: dict[str, str],
+    said: str,
 ) -> None:
     text = dict.fromkeys(("coverage", "method", "engine", "quant_pair", "quant_granularity", "versions"), "x")
-    facts = {"model": recipe.model, "model_revision": recipe.model_revision, "dataset": recipe.dataset, "dataset_revision": recipe.dataset_revision}
+    facts = {
+        "model": recipe.model,
+        "model_revision": recipe.model_revision,
+        "dataset": recipe.dataset,
+        "dataset_revision": recipe.dataset_revision,
+    }
     cell = recipe.groups[0].cell_id
     row = TrialRow(
-        **(text | facts | changed), trial_id="t", cell_id=cell, size="small", state="done", reason=None, config="{}", created_at=datetime.now(UTC), run_id="r"
+        **(text | facts | changed),
+        trial_id="t",
+        cell_id=cell,
+        size="small",
+        state="done",
+        reason=None,
+        config="{}",
+        created_at=datetime.now(UTC),
+        run_id="r",
     )
     Store(str(tmp_path / "store")).write_trials("r", [row])
     assert run("csv", "out.csv") == 2
@@ -283,7 +344,10 @@ def test_modelopt_quantizes_each_module_as_the_recipe_says(tmp_path: Path, recip
     for name in MODEL.inputs:
         module: Any = model.get_submodule(name)
         wanted = chosen.get(name)
-        for quantizer, attributes in ((module.weight_quantizer, wanted and wanted.weight), (module.input_quantizer, wanted and wanted.inputs)):
+        for quantizer, attributes in (
+            (module.weight_quantizer, wanted and wanted.weight),
+            (module.input_quantizer, wanted and wanted.inputs),
+        ):
             assert quantizer.is_enabled == (attributes is not None)
             if attributes is not None:
                 assert quantizer.num_bits == attributes["num_bits"]
@@ -293,9 +357,12 @@ def test_modelopt_quantizes_each_module_as_the_recipe_says(tmp_path: Path, recip
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"), [("-1: 128", "-1: 64", "weight_quantizer"), ("algorithm: max", "algorithm: mse", "'max', it comes back as 'mse'")]
+    ("old", "new", "said"),
+    [("-1: 128", "-1: 64", "weight_quantizer"), ("algorithm: max", "algorithm: mse", "'max', it comes back as 'mse'")],
 )
-def test_a_modelopt_file_that_says_something_else_is_refused(tmp_path: Path, recipe: MixedRecipe, old: str, new: str, said: str) -> None:
+def test_a_modelopt_file_that_says_something_else_is_refused(
+    tmp_path: Path, recipe: MixedRecipe, old: str, new: str, said: str
+) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(to_modelopt(recipe).replace(old, new))
     with pytest.raises(SweepError, match=said):
@@ -303,14 +370,19 @@ def test_a_modelopt_file_that_says_something_else_is_refused(tmp_path: Path, rec
 
 
 @pytest.mark.parametrize("algorithm", ["mse", "awq_lite"])
-def test_modelopt_holds_one_algorithm_for_all(tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, algorithm: str) -> None:
+def test_modelopt_holds_one_algorithm_for_all(
+    tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, algorithm: str
+) -> None:
     alone = recipe_of([group_format("int4", *FORMATS["int4_groups_weight_only"], algorithm)])
     assert run("modelopt", "out.yaml", other=replace(alone, dataset_revision=recipe.dataset_revision)) == 0
     assert f"algorithm: {algorithm}" in (tmp_path / "out.yaml").read_text()
 
 
 def test_modelopt_has_one_algorithm() -> None:
-    formats = [group_format("a", *FORMATS["int4_groups_weight_only"]), group_format("b", *FORMATS["int4_groups_weight_only"], "mse")]
+    formats = [
+        group_format("a", *FORMATS["int4_groups_weight_only"]),
+        group_format("b", *FORMATS["int4_groups_weight_only"], "mse"),
+    ]
     with pytest.raises(SweepError, match="several calibration algorithms"):
         to_modelopt(recipe_of(formats))
 
@@ -320,12 +392,18 @@ def test_modelopt_has_one_algorithm() -> None:
     [
         ("layers.1.mlp.down_proj", "layers.9.mlp.down_proj", "Unknown module"),
         ("-1: 128", "-1: 96", "Blocks of 96"),
-        ("      block_sizes:\n        -1: 16\n        type: dynamic\n        scale_bits:\n        - 4\n        - 3\n", "", "need blocks"),
+        (
+            "      block_sizes:\n        -1: 16\n        type: dynamic\n        scale_bits:\n        - 4\n        - 3\n",
+            "",
+            "need blocks",
+        ),
         (f"model_revision: {MODEL.revision}", "model_revision: 0123456789ab", "revision 0123456789ab"),
         ("dataset_revision: ", "dataset_revision: f", "calibrated on"),
     ],
 )
-def test_impossible_recipes_exit_2(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, said: str) -> None:
+def test_impossible_recipes_exit_2(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, said: str
+) -> None:
     def edited(text: str) -> str:
         assert old in text
         return text.replace(old, new)

@@ -25,7 +25,11 @@ from workers.model.loading import load
 from workers.service.scorer import Scorer
 
 COMMON = ["dataset.size=small", "cluster.device=cpu", "validation.n_samples=16"]
-VLLM = ["target=vllm_sm100", "quant_pair=wint4_afp16,wint8_afp16,wfp4_afp16", *COMMON]  # no inputs are quantized: figures do not hang on the last bit of a sum
+VLLM = [
+    "target=vllm_sm100",
+    "quant_pair=wint4_afp16,wint8_afp16,wfp4_afp16",
+    *COMMON,
+]  # no inputs are quantized: figures do not hang on the last bit of a sum
 TRTLLM = ["target=trtllm_sm90", "quant_pair=wfp8_afp8", *COMMON]
 NAMES = ["compact", "balanced", "faithful"]
 MODEL = Model(bundled_model_dir())
@@ -45,7 +49,9 @@ def recommended(place: Path, *words: str) -> str:
     """What the command prints; it must end well, and need no cluster for what is in the store."""
     with redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch:
         patch.delattr("sweep.run.driver.run_trials")
-        assert main(["recommend", *words, f"store.uri={place / 'store'}", f"output_layout.root={place / 'reports'}"]) == 0
+        assert (
+            main(["recommend", *words, f"store.uri={place / 'store'}", f"output_layout.root={place / 'reports'}"]) == 0
+        )
     return said.getvalue()
 
 
@@ -82,7 +88,10 @@ def test_the_page_has_the_picture_three_recipes_uniform_ones_and_the_line_that_s
         )
         assert found is not None, name
         bits, size, predicted, low, high, measured, measured_low, measured_high = map(float, found.groups())
-        assert (bits, size) == (pytest.approx(made[name].effective_bits, abs=5e-4), pytest.approx(gb(made[name]), rel=5e-4))
+        assert (bits, size) == (
+            pytest.approx(made[name].effective_bits, abs=5e-4),
+            pytest.approx(gb(made[name]), rel=5e-4),
+        )
         assert predicted == pytest.approx(made[name].predicted_kl, rel=5e-3)
         assert low < predicted < high
         assert measured_low < measured < measured_high
@@ -90,7 +99,10 @@ def test_the_page_has_the_picture_three_recipes_uniform_ones_and_the_line_that_s
     assert {"wint8_afp16/default", "wint4_afp16/default", "wfp4_afp16/default"} < uniform
     assert "wfp4_afp16/mx" not in uniform  # the target computes it as another format
     picture = (out / "front.svg").read_text()
-    assert all(f">{text}</text>" in picture for text in (*NAMES, "wint8_afp16/default", "KL, nats per prediction", "weights, GB", "recipe, measured"))
+    assert all(
+        f">{text}</text>" in picture
+        for text in (*NAMES, "wint8_afp16/default", "KL, nats per prediction", "weights, GB", "recipe, measured")
+    )
     assert f"```\nvllm serve {out / 'checkpoint'}\n```" in page
     assert "- wfp4_afp16/default: CompressedTensorsW4A4Fp4 with use_a16 (NVFP4A16) (vllm-project/vllm@" in page
     html = (out / "index.html").read_text()
@@ -120,7 +132,9 @@ def test_the_checkpoint_in_transformers_is_as_far_from_the_original_as_the_page_
     for sample in samples_of(expand(COMMON, multirun=False).points[0].dataset, MODEL, 32)[16:]:
         ids = torch.from_numpy(sample.token_ids)[None]
         with torch.no_grad():
-            base, changed = (model(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1) for model in models)
+            base, changed = (
+                model(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1) for model in models
+            )
         total += F.kl_div(changed, base, log_target=True, reduction="sum").item()
         n_predictions += len(base)
     assert measured == pytest.approx(total / n_predictions, rel=1e-3)
@@ -195,13 +209,21 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["--gb", "0.001"], "--gb 0.001 is too little. The nearest that works: --gb 0.00665;"),
         (["--bits", "5", "target=vllm_sm9"], "Did you mean 'vllm_sm90'?"),
         (["--bits", "5", "quant_pair=wfp8_aint8"], "runs none of the points asked for: quant_pair=wfp8_aint8"),
-        (["--bits", "5", "quant_pair=wfp4_afp8"], "target=vllm_sm100 runs none of the 2 recipes as they are scored (wfp4_afp8/mx: as wfp4_afp4/mx;"),
+        (
+            ["--bits", "5", "quant_pair=wfp4_afp8"],
+            "target=vllm_sm100 runs none of the 2 recipes as they are scored (wfp4_afp8/mx: as wfp4_afp4/mx;",
+        ),
         (["--bits", "5", "dataset.size=large", "validation.n_samples=129"], "too few samples for 129 after the 512"),
-        (["--bits", "5", f"validation.captions_path={bundled_model_dir() / 'wordnet_glosses.txt'}"], "calibrated the recipe, the first is number 1"),
+        (
+            ["--bits", "5", f"validation.captions_path={bundled_model_dir() / 'wordnet_glosses.txt'}"],
+            "calibrated the recipe, the first is number 1",
+        ),
         (["--bits", "5", "--out", "/dev/null/x"], "Choose a writable place: --out"),
     ],
 )
-def test_wrong_input_is_refused_before_anything_is_scored(words: list[str], message: str, refused: Callable[..., str]) -> None:
+def test_wrong_input_is_refused_before_anything_is_scored(
+    words: list[str], message: str, refused: Callable[..., str]
+) -> None:
     keys = {word.partition("=")[0] for word in words}
     assert message in refused(*words, *(typed for typed in VLLM if typed.partition("=")[0] not in keys))
 

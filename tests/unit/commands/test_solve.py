@@ -36,17 +36,31 @@ def test_a_recipe_file_is_written_and_its_sizes_are_said(store: Store, capsys: p
     path = Path("outputs/recipes/qwen3_vl_tiny-vllm_sm90-5_2875bits.yaml")
     made = MixedRecipe.from_yaml(path.read_text(encoding="utf-8"), str(path))
     assert [choice.format for choice in made.groups] == [INT8, INT4, INT4, INT4, FP8]
-    assert (made.model, made.model_revision, made.dataset_revision, made.size, made.target) == ("qwen3_vl_tiny", "r1", "d-small", "small", "vllm_sm90")
+    assert (made.model, made.model_revision, made.dataset_revision, made.size, made.target) == (
+        "qwen3_vl_tiny",
+        "r1",
+        "d-small",
+        "small",
+        "vllm_sm90",
+    )
     out = capsys.readouterr().out
     assert "5.287 bits a weight of the covered layers\nfrom 3 of 3 recipes scored on wordnet_glosses/small" in out
     # 52,875 bits; 8,000 embeddings and 7,000 others in 16 bits
-    assert "3.661e-05 GB of weights; lm_head: tied to the embeddings\n   6.609e-06 GB  covered layers\n     1.6e-05 GB  embeddings, in 16 bits\n" in out
-    assert "     1.4e-05 GB  all else, in 16 bits\npredicted KL 0.0645 nats per prediction (90 % interval over samples: 0.0323 to 0.0968)\n" in out
+    assert (
+        "3.661e-05 GB of weights; lm_head: tied to the embeddings\n   6.609e-06 GB  covered layers\n     1.6e-05 GB  embeddings, in 16 bits\n"
+        in out
+    )
+    assert (
+        "     1.4e-05 GB  all else, in 16 bits\npredicted KL 0.0645 nats per prediction (90 % interval over samples: 0.0323 to 0.0968)\n"
+        in out
+    )
     assert f"     3 layer groups: {INT4}\n" in out
     assert "most bits: m.layers.0.attn.q/k_proj, m.merger.fc\n" in out
 
 
-def test_the_front_goes_through_the_recipes_sizes_to_no_damage(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_front_goes_through_the_recipes_sizes_to_no_damage(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
     document = solved(store, capsys, "--bits", "5", "--front", "5", "--out", "r/mix.yaml")
     bits, damages = ([point[key] for point in document["front"]] for key in ("effective_bits", "predicted_kl"))
     assert (bits[0], damages[0], bits[-1], damages[-1]) == (4.125, pytest.approx(0.15), 16.0, 0.0)
@@ -85,7 +99,9 @@ def test_ranks_by_damage_and_by_what_a_byte_saves(store: Store, capsys: pytest.C
         (("--bits", "5", "--front", "1"), "--front 1"),
     ],
 )
-def test_wrong_input_is_one_message_and_writes_nothing(words: tuple[str, ...], message: str, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_one_message_and_writes_nothing(
+    words: tuple[str, ...], message: str, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert solve(store, *words) == 2
     said = capsys.readouterr().err
     assert said.startswith("sweep solve: ")
@@ -93,12 +109,17 @@ def test_wrong_input_is_one_message_and_writes_nothing(words: tuple[str, ...], m
     assert not Path("outputs").exists()
 
 
-def test_a_target_that_runs_nothing_that_was_scored_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_runs_nothing_that_was_scored_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     store = store_at(tmp_path / "store", {})
     add(store, "wfp8_aint8/default", [0.1] * 5)
     assert solve(store, "--bits", "8") == 2
-    assert "target=vllm_sm90 runs none of the 1 recipes as they are scored (wfp8_aint8/default: none)" in capsys.readouterr().err
+    assert (
+        "target=vllm_sm90 runs none of the 1 recipes as they are scored (wfp8_aint8/default: none)"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_place_that_cannot_be_written_is_named(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,8 +159,16 @@ def test_solving_loads_nothing_heavy(store: Store) -> None:
     """Presets are on disk once `sweep run` has planned; here an earlier call has put them there."""
     assert solve(store, "--bits", "5") == 0
     code = f"import sys\nfrom sweep.cli import main\nassert main(['solve', '--gb', '0.00004', 'store.uri={store.uri}']) == 0\n"
-    code += "print([name for name in ('torch', 'ray', 'modelopt', 'transformers', 'matplotlib') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    code += (
+        "print([name for name in ('torch', 'ray', 'modelopt', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 

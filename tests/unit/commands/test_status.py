@@ -42,9 +42,18 @@ def store_with(directory: Path, seconds_ago: float, **run: Any) -> Store:
     [(1, {}, True), (3600, {}, False), (1, {"ended_at": "2026-01-01T00:00:00+00:00", "exit_code": 75}, False)],
     ids=["alive", "gone", "ended"],
 )
-def test_trials_run_only_as_long_as_their_driver_lives(seconds_ago: float, run: dict[str, Any], running: bool, tmp_path: Path) -> None:
+def test_trials_run_only_as_long_as_their_driver_lives(
+    seconds_ago: float, run: dict[str, Any], running: bool, tmp_path: Path
+) -> None:
     found = read_status(store_with(tmp_path, seconds_ago, **run))
-    counts = {"total": 6, "planned": 1 if running else 3, "running": 2 if running else 0, "done": 1, "failed": 1, "skipped": 1}
+    counts = {
+        "total": 6,
+        "planned": 1 if running else 3,
+        "running": 2 if running else 0,
+        "done": 1,
+        "failed": 1,
+        "skipped": 1,
+    }
     assert (found["running"], found["trials"]) == (running, counts)
     assert found["failures"] == [{"trial": "t4", "reason": REASON}]
 
@@ -54,7 +63,11 @@ def test_trials_run_only_as_long_as_their_driver_lives(seconds_ago: float, run: 
     [
         (1, {}, "Running: 3 of 8 layer groups, 2 workers on h, 2/s, about 1 min 05 s left"),
         (3600, {}, "no sign of life since"),
-        (1, {"ended_at": "2026-01-01T00:00:00+00:00", "exit_code": 75}, "ended 2026-01-01T00:00:00+00:00 with exit code 75"),
+        (
+            1,
+            {"ended_at": "2026-01-01T00:00:00+00:00", "exit_code": 75},
+            "ended 2026-01-01T00:00:00+00:00 with exit code 75",
+        ),
     ],
 )
 def test_a_person_reads_counts_reasons_and_what_to_type(
@@ -81,7 +94,9 @@ def test_an_empty_store_has_no_trials_and_no_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_watching_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_ends_with_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     naps: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -95,7 +110,9 @@ def test_watching_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (len(naps), output.count("Running: 3 of 8"), output.count("with exit code 0")) == (1, 1, 1)
 
 
-def test_asked_for_it_the_runs_cluster_says_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asked_for_it_the_runs_cluster_says_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sweep.run import cluster
 
     asked: list[tuple[str, bool]] = []

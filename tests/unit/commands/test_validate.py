@@ -47,7 +47,16 @@ def run(tmp_path: Path, recipe: MixedRecipe) -> Callable[..., int]:
     def validated(*rest: str, edited: Callable[[str], str] = lambda text: text) -> int:
         path = tmp_path / "mixed.yaml"
         path.write_text(edited(recipe.to_yaml()))
-        return main(["validate", str(path), f"store.uri={tmp_path / 'store'}", "cluster.device=cpu", "validation.n_samples=16", *rest])
+        return main(
+            [
+                "validate",
+                str(path),
+                f"store.uri={tmp_path / 'store'}",
+                "cluster.device=cpu",
+                "validation.n_samples=16",
+                *rest,
+            ]
+        )
 
     return validated
 
@@ -56,18 +65,56 @@ def run(tmp_path: Path, recipe: MixedRecipe) -> Callable[..., int]:
 def options(recipe: MixedRecipe) -> Options:
     """Two formats for every group, one of which was not measured in the first."""
     groups = tuple(
-        {"group": choice.group, "modules": list(choice.modules), "layer_index": choice.layer_index, "weight_elements": choice.weight_elements}
+        {
+            "group": choice.group,
+            "modules": list(choice.modules),
+            "layer_index": choice.layer_index,
+            "weight_elements": choice.weight_elements,
+        }
         for choice in recipe.groups
     )
     kl = np.linspace(0.001, 0.002, len(groups))
     formats = [
-        Option(format=group_format(name, *FORMATS[name]), cell_id=f"cell-{name}", predicted_kl=np.where(kl <= least, np.inf, kl), sample_kl=None)
+        Option(
+            format=group_format(name, *FORMATS[name]),
+            cell_id=f"cell-{name}",
+            predicted_kl=np.where(kl <= least, np.inf, kl),
+            sample_kl=None,
+        )
         for name, least in (("int8_tensor_static", 0.0), ("int4_groups_weight_only", 0.001))
     ]
-    words = dict.fromkeys(("trial_id", "cell_id", "method", "engine", "quant_pair", "quant_granularity", "reason", "config", "versions", "run_id"), "")
-    facts = {"model": recipe.model, "model_revision": recipe.model_revision, "dataset": recipe.dataset, "dataset_revision": recipe.dataset_revision}
-    row: dict[str, Any] = {**words, **facts, "size": "small", "coverage": "lm_only", "state": "done", "created_at": datetime.now(UTC)}
-    return Options(trial=TrialRow.from_mapping(row), config=CONFIG, groups=groups, formats=tuple(formats), elements=None)
+    words = dict.fromkeys(
+        (
+            "trial_id",
+            "cell_id",
+            "method",
+            "engine",
+            "quant_pair",
+            "quant_granularity",
+            "reason",
+            "config",
+            "versions",
+            "run_id",
+        ),
+        "",
+    )
+    facts = {
+        "model": recipe.model,
+        "model_revision": recipe.model_revision,
+        "dataset": recipe.dataset,
+        "dataset_revision": recipe.dataset_revision,
+    }
+    row: dict[str, Any] = {
+        **words,
+        **facts,
+        "size": "small",
+        "coverage": "lm_only",
+        "state": "done",
+        "created_at": datetime.now(UTC),
+    }
+    return Options(
+        trial=TrialRow.from_mapping(row), config=CONFIG, groups=groups, formats=tuple(formats), elements=None
+    )
 
 
 def ready(recipe: MixedRecipe, place: Path) -> Prepared:
@@ -105,11 +152,16 @@ def test_what_is_measured_equals_two_plain_forwards_of_each_held_out_sample(
     apply(model, quants)
     changed = log_probabilities()
     kl = [F.kl_div(new, old, log_target=True, reduction="sum").item() for new, old in zip(changed, base, strict=True)]
-    losses = [F.nll_loss(new, one[0, 1:]) - F.nll_loss(old, one[0, 1:]) for new, old, one in zip(changed, base, ids, strict=True)]
+    losses = [
+        F.nll_loss(new, one[0, 1:]) - F.nll_loss(old, one[0, 1:])
+        for new, old, one in zip(changed, base, ids, strict=True)
+    ]
     counts = [len(one[0]) - 1 for one in ids]
     assert (row["n_samples"], row["n_predictions"]) == (16, sum(counts))
     assert row["measured_kl"] == pytest.approx(sum(kl) / sum(counts), rel=1e-4)
-    assert row["loss_change"] == pytest.approx(sum(loss.item() * n for loss, n in zip(losses, counts, strict=True)) / sum(counts), abs=1e-5)
+    assert row["loss_change"] == pytest.approx(
+        sum(loss.item() * n for loss, n in zip(losses, counts, strict=True)) / sum(counts), abs=1e-5
+    )
     low, high = row["measured_kl_interval"]
     assert low < row["measured_kl"] < high
     assert row["predicted_kl"] == pytest.approx(recipe.predicted_kl)
@@ -131,7 +183,9 @@ def test_a_finished_validation_is_found_whatever_the_recipe_is_called(
     assert again == first[0] | {"name": "other"}
 
 
-def test_samples_that_calibrated_are_refused(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_that_calibrated_are_refused(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = (bundled_model_dir() / "wordnet_glosses.txt").read_text().splitlines()
     (tmp_path / "own.txt").write_text("\n".join([*lines[100:115], lines[7]]) + "\n")
     assert run(f"validation.captions_path={tmp_path / 'own.txt'}") == 2
@@ -153,7 +207,12 @@ def test_samples_that_calibrated_are_refused(run: Callable[..., int], tmp_path: 
     ],
 )
 def test_what_cannot_be_meant_is_refused_and_leaves_nothing(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], rest: list[str], edit: tuple[str, str] | None, words: str
+    run: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rest: list[str],
+    edit: tuple[str, str] | None,
+    words: str,
 ) -> None:
     assert run(*rest, edited=lambda text: text.replace(*edit) if edit else text) == 2
     assert words in capsys.readouterr().err
@@ -177,10 +236,15 @@ def test_files_of_someone_else_stay_and_nothing_is_measured(
     assert not (tmp_path / "store").exists()
 
 
-def test_too_few_samples_are_refused_with_what_to_type(tmp_path: Path, recipe: MixedRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_samples_are_refused_with_what_to_type(
+    tmp_path: Path, recipe: MixedRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
     large = make_plan(samples_of(CONFIG.dataset, MODEL, 512), packed=True).digest("large")
     (tmp_path / "large.yaml").write_text(replace(recipe, size="large", dataset_revision=large).to_yaml())
-    assert main(["validate", str(tmp_path / "large.yaml"), f"store.uri={tmp_path / 'store'}", "validation.n_samples=129"]) == 2
+    assert (
+        main(["validate", str(tmp_path / "large.yaml"), f"store.uri={tmp_path / 'store'}", "validation.n_samples=129"])
+        == 2
+    )
     err = capsys.readouterr().err
     assert "too few samples for 129 after the 512 that calibrated and scored" in err
     assert "Type validation.captions_path=FILE, a smaller validation.n_samples=N" in err
@@ -196,7 +260,9 @@ def test_mixes_are_the_same_for_the_same_options_and_uniform_ones_are_measured_e
     assert [each.name for each in uniform_recipes(options)] == ["uniform int8_tensor_static/default"]
 
 
-def test_formats_are_calibrated_once_for_recipes_that_are_measured_together(tmp_path: Path, recipe: MixedRecipe, options: Options) -> None:
+def test_formats_are_calibrated_once_for_recipes_that_are_measured_together(
+    tmp_path: Path, recipe: MixedRecipe, options: Options
+) -> None:
     """Together or alone, a recipe's figures have the same bits."""
     mixes = random_mixes(options, 2)
     together = validate(ready(recipe, tmp_path / "a"), [("recipe", recipe), *(("random", mix) for mix in mixes)], "cpu")

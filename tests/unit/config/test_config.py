@@ -53,13 +53,17 @@ def test_every_file_of_the_config_tree_composes(option: str) -> None:
         assert to_plain(composed[0])[group]["name"] == name
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name != "grid"], ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.parent.name != "grid"], ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_a_file_says_every_key_of_its_group_and_no_other(path: Path) -> None:
     assert set(node(path)) == {field.name for field in fields(SECTIONS[path.parent.name])}  # pyright: ignore[reportArgumentType]
 
 
 def test_no_key_is_read_by_nobody() -> None:
-    code = "\n".join(path.read_text(encoding="utf-8") for room in ("sweep", "workers") for path in (ROOT / room).rglob("*.py"))
+    code = "\n".join(
+        path.read_text(encoding="utf-8") for room in ("sweep", "workers") for path in (ROOT / room).rglob("*.py")
+    )
     for section, kind in SECTIONS.items():
         for field in fields(kind):  # pyright: ignore[reportArgumentType]
             if (section, field.name) == ("output_layout", "name"):
@@ -69,16 +73,30 @@ def test_no_key_is_read_by_nobody() -> None:
 
 def test_the_default_is_one_small_trial_of_the_bundled_model() -> None:
     default = point()
-    assert (default.model.name, default.model.path, default.dataset.name, default.dataset.size) == ("qwen3_vl_tiny", None, "wordnet_glosses", "small")
-    assert (default.sensitivity.method, default.sensitivity.coverage, default.output_layout.name) == ("gradient", "lm_only", "tmp")
+    assert (default.model.name, default.model.path, default.dataset.name, default.dataset.size) == (
+        "qwen3_vl_tiny",
+        None,
+        "wordnet_glosses",
+        "small",
+    )
+    assert (default.sensitivity.method, default.sensitivity.coverage, default.output_layout.name) == (
+        "gradient",
+        "lm_only",
+        "tmp",
+    )
 
 
 def test_the_origins_grid_is_its_16_pairs_9_granularities_and_3_sizes() -> None:
     grid = expand(["grid=origin"], multirun=True)
     formats = ("fp4", "fp8", "int4", "int8")
-    assert set(grid.axes["quant_pair"]) == {f"w{weight}_a{inputs}" for weight in formats for inputs in ("fp16", "fp8", "int8", "int4")}
+    assert set(grid.axes["quant_pair"]) == {
+        f"w{weight}_a{inputs}" for weight in formats for inputs in ("fp16", "fp8", "int8", "int4")
+    }
     added = {"mx", "w_mx", "w_block128x128_a_group128"}  # formats that are served, but were not in the origin's grid
-    assert set(grid.axes["quant_granularity"]) == {path.stem for path in (conf_dir() / "quant_granularity").glob("*.yaml")} - added
+    assert (
+        set(grid.axes["quant_granularity"])
+        == {path.stem for path in (conf_dir() / "quant_granularity").glob("*.yaml")} - added
+    )
     assert len(grid.points) == 16 * 9 * 3
     assert len({(p.quant_pair.name, p.quant_granularity.name, p.dataset.size) for p in grid.points}) == 16 * 9 * 3
 
@@ -96,7 +114,9 @@ def test_a_pairs_name_is_its_formats() -> None:
 
 
 def test_pairs_are_outermost_in_the_order_given() -> None:
-    grid = points("quant_pair=wint4_aint8,wfp8_afp8", "quant_granularity=w_group64,default", "dataset.size=medium,small")
+    grid = points(
+        "quant_pair=wint4_aint8,wfp8_afp8", "quant_granularity=w_group64,default", "dataset.size=medium,small"
+    )
     pairs, granularities, sizes = ("wint4_aint8", "wfp8_afp8"), ("w_group64", "default"), ("medium", "small")
     expected = [(pair, granularity, size) for pair in pairs for granularity in granularities for size in sizes]
     assert [(p.quant_pair.name, p.quant_granularity.name, p.dataset.size) for p in grid] == expected
@@ -126,7 +146,12 @@ def test_lists_are_hydras_and_equal_values_count_once(override: str, key: str, e
 
 def test_any_key_may_be_an_axis() -> None:
     grid = points("model=hf_causal_lm", "model.path=/a/First-1.5B,/b/second", "sensitivity.lm_head=true,false")
-    assert [(p.model.name, p.sensitivity.lm_head) for p in grid] == [("first_1_5b", True), ("first_1_5b", False), ("second", True), ("second", False)]
+    assert [(p.model.name, p.sensitivity.lm_head) for p in grid] == [
+        ("first_1_5b", True),
+        ("first_1_5b", False),
+        ("second", True),
+        ("second", False),
+    ]
 
 
 def test_what_is_typed_wins_over_the_grid_file() -> None:
@@ -178,8 +203,16 @@ def test_a_new_pair_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         (["output_layout.overwrite=yes"], "'yes'", "true or false"),
         (["cluster.workers=0"], "cluster.workers=0", "at least 1"),
         (["cluster.gpus_per_worker=1.5"], "gpus_per_worker=1.5", "a fraction up to 1, or a whole number"),
-        (["cluster.gpus_per_worker=2", "sensitivity.method=kl_div"], "method=kl_div runs the model on one GPU", "Type cluster.gpus_per_worker=1, or"),
-        (["cluster.gpus_per_worker=2", "sensitivity.engine=modelopt"], "engine=modelopt runs the model on one GPU", "or sensitivity.engine=layerwise"),
+        (
+            ["cluster.gpus_per_worker=2", "sensitivity.method=kl_div"],
+            "method=kl_div runs the model on one GPU",
+            "Type cluster.gpus_per_worker=1, or",
+        ),
+        (
+            ["cluster.gpus_per_worker=2", "sensitivity.engine=modelopt"],
+            "engine=modelopt runs the model on one GPU",
+            "or sensitivity.engine=layerwise",
+        ),
         (["cluster.gpus_per_worker=nan"], "nan", "a fraction up to 1, or a whole number"),
         (["cluster.gpus_per_worker=0"], "gpus_per_worker=0", "a fraction up to 1, or a whole number"),
         (["sensitivity.method=hessian"], "'hessian'", "gradient"),
@@ -197,7 +230,9 @@ def test_a_new_pair_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         (["dataset.size=[small"], "[small", "key=value"),
     ],
 )
-def test_wrong_input_is_refused_with_what_was_found_and_what_to_type(overrides: list[str], found: str, advice: str) -> None:
+def test_wrong_input_is_refused_with_what_was_found_and_what_to_type(
+    overrides: list[str], found: str, advice: str
+) -> None:
     with pytest.raises(SweepError) as caught:
         expand(overrides, multirun=False)
     assert found in str(caught.value)
@@ -206,7 +241,11 @@ def test_wrong_input_is_refused_with_what_was_found_and_what_to_type(overrides: 
 
 @pytest.mark.parametrize(
     ("override", "advice"),
-    [("dataset.size=small,tiny", "small, medium, large"), ("quant_pair=wfp8_afp8,wint88", "wint8"), ("dataset.max_tokens=interval(1,2)", "range()")],
+    [
+        ("dataset.size=small,tiny", "small, medium, large"),
+        ("quant_pair=wfp8_afp8,wint88", "wint8"),
+        ("dataset.max_tokens=interval(1,2)", "range()"),
+    ],
 )
 def test_wrong_values_in_a_list_are_refused_before_anything_runs(override: str, advice: str) -> None:
     with pytest.raises(SweepError, match=re.escape(advice)):
@@ -219,7 +258,9 @@ def test_a_relative_store_is_made_absolute_and_a_url_is_kept(monkeypatch: pytest
     assert point("store.uri=s3://bucket/store").store.uri == "s3://bucket/store"
 
 
-@pytest.mark.parametrize(("path", "name"), [("/models/Llama-3.2_1B/", "llama_3_2_1b"), ("Qwen/Qwen3-0.6B", "qwen3_0_6b")])
+@pytest.mark.parametrize(
+    ("path", "name"), [("/models/Llama-3.2_1B/", "llama_3_2_1b"), ("Qwen/Qwen3-0.6B", "qwen3_0_6b")]
+)
 def test_a_checkpoint_given_by_path_is_named_after_it(path: str, name: str) -> None:
     assert point("model=hf_causal_lm", f"model.path={path}").model.name == name
     assert point("model=hf_causal_lm", f"model.path={path}", "model.name=mine").model.name == "mine"
@@ -241,7 +282,10 @@ def test_a_remembered_composition_is_the_composed_one() -> None:
 
 def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_spelling() -> None:
     with pytest.raises(SweepError, match=r"Did you mean 'quant_pair\.format_name'"):
-        PairConfig.from_node("quant_pair", {"name": "x", "weight": "int8", "activation": "int8", "format_nam": "X", "quant_cfg_overrides": {}})
+        PairConfig.from_node(
+            "quant_pair",
+            {"name": "x", "weight": "int8", "activation": "int8", "format_nam": "X", "quant_cfg_overrides": {}},
+        )
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,17 @@ VLLM = ["vllm_sm90", "vllm_sm100", "vllm_sm120"]
 # QUANT_ALGOS of vLLM's modelopt.py and QuantAlgo of TensorRT-LLM's mode.py, as far as ModelOpt 0.47 writes them.
 MODELOPT_NAMES = {
     "vllm": {"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8"},
-    "trtllm": {"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W8A16", "W4A16_AWQ", "W4A8_AWQ", "NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8"},
+    "trtllm": {
+        "FP8",
+        "FP8_PER_CHANNEL_PER_TOKEN",
+        "W8A16",
+        "W4A16_AWQ",
+        "W4A8_AWQ",
+        "NVFP4",
+        "W4A16_NVFP4",
+        "W4A8_NVFP4_FP8",
+        "W4A8_MXFP4_FP8",
+    },
 }
 
 
@@ -41,7 +51,9 @@ def status(target: str, recipe: str, algorithm: str = "max") -> str:
 
 def config_of(**recipes: dict[str, Any]) -> TargetConfig:
     nodes = {name.replace("__", "/"): {"reader_name": "R", "source": "s", **node} for name, node in recipes.items()}
-    return TargetConfig(name="own", runtime="a runtime", scales="fused", sources={"s": "project, version, file"}, recipes=nodes)
+    return TargetConfig(
+        name="own", runtime="a runtime", scales="fused", sources={"s": "project, version, file"}, recipes=nodes
+    )
 
 
 def test_there_is_a_target_for_each_runtime_and_hardware() -> None:
@@ -52,7 +64,9 @@ def test_there_is_a_target_for_each_runtime_and_hardware() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_of_a_target_resolves_under_each_of_its_names_to_the_same(name: str) -> None:
     for recipe in TARGETS[name].recipes:
-        assert len({resolved(recipe.quant_pair, granularity).canonical for granularity in recipe.granularities}) == 1, recipe.name
+        assert len({resolved(recipe.quant_pair, granularity).canonical for granularity in recipe.granularities}) == 1, (
+            recipe.name
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,7 +124,10 @@ def test_a_range_is_only_chosen_where_one_is_calibrated(name: str) -> None:
         ("wint4_afp16/w_group64", ["native"] * 3),
         ("wint4_afp8/a_per_token_dynamic", ["native", "none", "none"]),
         ("wint4_afp8/default", ["none"] * 3),
-        ("wint4_aint8/a_per_token_dynamic", ["as wint4_afp8/a_per_token_dynamic", "as wint4_afp16/default", "as wint4_afp16/default"]),
+        (
+            "wint4_aint8/a_per_token_dynamic",
+            ["as wint4_afp8/a_per_token_dynamic", "as wint4_afp16/default", "as wint4_afp16/default"],
+        ),
         ("wfp4_afp4/default", ["as wfp4_afp16/default", "native", "native"]),
         ("wfp4_afp16/default", ["native"] * 3),
         ("wfp4_afp16/w_group64", ["none"] * 3),
@@ -142,7 +159,10 @@ def test_tensorrt_llm_runs_what_its_support_matrix_says(recipe: str, words: list
 
 # By hand, SM90: wfp8_afp8 6 of 9, wfp8_afp16 6, wint8_aint8 6, wint8_afp16 7, wint4_afp16 7, wint4_afp8 1, wfp4_afp16 3; wint4_aint8 1 as another.
 def test_of_the_origins_144_points_most_are_served_by_nothing() -> None:
-    counted = {name: Counter(target.status(pair, granularity).kind for pair in PAIRS for granularity in GRANULARITIES) for name, target in TARGETS.items()}
+    counted = {
+        name: Counter(target.status(pair, granularity).kind for pair in PAIRS for granularity in GRANULARITIES)
+        for name, target in TARGETS.items()
+    }
     assert {name: (found["native"], found["runs_as"], found["none"]) for name, found in counted.items()} == {
         "vllm_sm90": (36, 1, 107),
         "vllm_sm100": (29, 2, 113),
@@ -197,7 +217,10 @@ def test_reports_list_every_target() -> None:
         ({"wfp8_afp8__default": {"runs_at": "x"}}, "Did you mean 'runs_as'"),
         ({"wfp8_afp8__default": {"source": "z"}}, "Unknown source"),
         ({"wfp8_afp8__default": {"export": {"gguf": "q4"}}}, "Unknown export format"),
-        ({"wfp8_afp8__default": {"also": ["w_per_tensor"]}, "wfp8_afp8__w_per_tensor": {}}, "lists wfp8_afp8/w_per_tensor twice"),
+        (
+            {"wfp8_afp8__default": {"also": ["w_per_tensor"]}, "wfp8_afp8__w_per_tensor": {}},
+            "lists wfp8_afp8/w_per_tensor twice",
+        ),
         ({"wfp8_afp8__default": {"runs_as": "wfp8_afp16/default"}}, "Unknown recipe that"),
         ({"wfp8_afp8__default": {"runs_as": "wfp8_afp8/default"}}, "Unknown recipe that"),
     ],
@@ -225,24 +248,37 @@ def test_the_deployable_grid_is_what_the_target_runs_and_nothing_else(name: str)
     found = [(point.quant_pair.name, point.quant_granularity.name) for point in points]
     assert found == [(recipe.quant_pair, recipe.quant_granularity) for recipe in TARGETS[name].recipes]
     assert all(status(name, "/".join(point)) != "none" for point in found)
-    assert {(point.sensitivity.scales, point.sensitivity.quant_algorithm, point.dataset.size) for point in points} == {("fused", "max", "medium")}
+    assert {(point.sensitivity.scales, point.sensitivity.quant_algorithm, point.dataset.size) for point in points} == {
+        ("fused", "max", "medium")
+    }
     assert len({resolved(*point).canonical for point in found}) == len(found)  # each recipe once
 
 
 def test_lists_narrow_the_deployable_grid() -> None:
-    lists = ["quant_pair=wfp8_afp8,wfp8_aint8,wint4_afp16", "quant_granularity=default,w_group64,w_per_tensor", "dataset.size=small,large"]
+    lists = [
+        "quant_pair=wfp8_afp8,wfp8_aint8,wint4_afp16",
+        "quant_granularity=default,w_group64,w_per_tensor",
+        "dataset.size=small,large",
+    ]
     points = expand(["grid=deployable", *lists], multirun=True).points
     recipes = [("wfp8_afp8", "default"), ("wint4_afp16", "default"), ("wint4_afp16", "w_group64")]
-    assert [(p.quant_pair.name, p.quant_granularity.name, p.dataset.size) for p in points] == [(*r, size) for r in recipes for size in ("small", "large")]
+    assert [(p.quant_pair.name, p.quant_granularity.name, p.dataset.size) for p in points] == [
+        (*r, size) for r in recipes for size in ("small", "large")
+    ]
 
 
 def test_a_recipe_with_several_names_comes_under_the_one_asked_for() -> None:
-    (point,) = expand(["grid=deployable", "quant_pair=wint4_afp16", "quant_granularity=a_per_token_dynamic"], multirun=True).points
+    (point,) = expand(
+        ["grid=deployable", "quant_pair=wint4_afp16", "quant_granularity=a_per_token_dynamic"], multirun=True
+    ).points
     assert point.quant_granularity.name == "a_per_token_dynamic"
 
 
 def test_algorithms_asked_for_are_those_that_the_target_can_hold() -> None:
-    points = expand(["grid=deployable", "sensitivity.quant_algorithm=max,awq_lite,smoothquant", "quant_pair=glob(wint4_afp*)"], multirun=True).points
+    points = expand(
+        ["grid=deployable", "sensitivity.quant_algorithm=max,awq_lite,smoothquant", "quant_pair=glob(wint4_afp*)"],
+        multirun=True,
+    ).points
     assert Counter((p.quant_pair.name, p.sensitivity.quant_algorithm) for p in points) == {
         ("wint4_afp16", "max"): 3,
         ("wint4_afp16", "awq_lite"): 3,
@@ -282,4 +318,6 @@ def test_a_target_is_one_for_the_whole_grid() -> None:
 def test_the_facts_say_where_they_were_read() -> None:
     for path in sorted((conf_dir() / "target").glob("*.yaml")):
         for source in yaml.safe_load(Path(path).read_text())["sources"].values():
-            assert re.match(r"(vllm-project/vllm|NVIDIA/TensorRT-LLM)(@[0-9a-f]{12}| (main|issue|pull request|20\d\d))", source), source
+            assert re.match(
+                r"(vllm-project/vllm|NVIDIA/TensorRT-LLM)(@[0-9a-f]{12}| (main|issue|pull request|20\d\d))", source
+            ), source

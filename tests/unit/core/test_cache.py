@@ -81,7 +81,9 @@ def test_a_failed_computation_leaves_no_entry() -> None:
     assert remember("presets", "key", lambda: "right") == "right"
 
 
-def test_where_no_cache_can_be_kept_the_value_is_right_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_cache_can_be_kept_the_value_is_right_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("SWEEP_CACHE_DIR", str(tmp_path / "file" / "cache"))
     computation = Computation([1])

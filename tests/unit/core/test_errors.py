@@ -12,11 +12,16 @@ from sweep.core.errors import InvalidRecipe, SweepError, require_known
 PAIRS = ("wint8_aint8", "wfp8_afp8", "wint4_afp16")
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("wfp8_fp8", "wfp8_afp8"), ("wint4_afp61", "wint4_afp16"), ("int8_aint8", "wint8_aint8")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("wfp8_fp8", "wfp8_afp8"), ("wint4_afp61", "wint4_afp16"), ("int8_aint8", "wint8_aint8")]
+)
 def test_a_misspelt_name_is_answered_with_the_nearest_and_with_all(typed: str, meant: str) -> None:
     with pytest.raises(SweepError) as error:
         require_known("quant pair", typed, PAIRS)
-    assert str(error.value) == f"Unknown quant pair {typed!r}. Did you mean {meant!r}? Choose one of: wfp8_afp8, wint4_afp16, wint8_aint8."
+    assert (
+        str(error.value)
+        == f"Unknown quant pair {typed!r}. Did you mean {meant!r}? Choose one of: wfp8_afp8, wint4_afp16, wint8_aint8."
+    )
 
 
 def test_a_name_like_no_other_is_answered_with_all_of_them() -> None:

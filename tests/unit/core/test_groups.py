@@ -24,7 +24,11 @@ def test_a_part_is_a_numbered_block_or_the_modules_parent(module: str, part: str
 
 @pytest.mark.parametrize(
     ("leaves", "short"),
-    [(["q_proj", "k_proj", "v_proj"], "layers.3.x.q/k/v_proj"), (["gate_proj"], "layers.3.x.gate_proj"), (["w1", "w3"], "layers.3.x.w1/w3")],
+    [
+        (["q_proj", "k_proj", "v_proj"], "layers.3.x.q/k/v_proj"),
+        (["gate_proj"], "layers.3.x.gate_proj"),
+        (["w1", "w3"], "layers.3.x.w1/w3"),
+    ],
 )
 def test_short_names(leaves: list[str], short: str) -> None:
     modules = [f"model.language_model.layers.3.x.{leaf}" for leaf in leaves]

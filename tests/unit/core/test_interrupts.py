@@ -18,12 +18,18 @@ def handlers() -> list[object]:
 
 
 def exit_code(script: str) -> int:
-    return subprocess.run([sys.executable, "-c", f"import os, signal, sys\n{script}"], cwd=ROOT, capture_output=True, check=False).returncode
+    return subprocess.run(
+        [sys.executable, "-c", f"import os, signal, sys\n{script}"], cwd=ROOT, capture_output=True, check=False
+    ).returncode
 
 
 @BOTH
-@pytest.mark.parametrize("turned_into", [KeyboardInterrupt, ImportError, SystemExit, None])  # libraries do, or lose it in a callback
-def test_an_interrupt_is_one_whatever_comes_of_it_on_the_way(number: int, turned_into: type[BaseException] | None) -> None:
+@pytest.mark.parametrize(
+    "turned_into", [KeyboardInterrupt, ImportError, SystemExit, None]
+)  # libraries do, or lose it in a callback
+def test_an_interrupt_is_one_whatever_comes_of_it_on_the_way(
+    number: int, turned_into: type[BaseException] | None
+) -> None:
     @interruptible()
     def work() -> None:
         try:
@@ -87,11 +93,21 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
 
 def test_an_interrupted_exec_does_not_end_the_process_by_a_signal() -> None:
     """CPython would, after all that was caught and said; dataclasses are made so, while modules are imported."""
-    lines = ["from sweep.core.interrupts import interruptible", "try:", "    with interruptible():", "        exec('signal.raise_signal(2)')"]
+    lines = [
+        "from sweep.core.interrupts import interruptible",
+        "try:",
+        "    with interruptible():",
+        "        exec('signal.raise_signal(2)')",
+    ]
     assert exit_code("\n".join([*lines, "except KeyboardInterrupt:", "    sys.exit(75)"])) == 75
 
 
 @BOTH
 def test_a_signal_while_python_ends_leaves_the_exit_code(number: int) -> None:
-    lines = ["import atexit", f"atexit.register(os.kill, os.getpid(), {int(number)})", "from sweep.cli import script", "sys.argv[1:] = ['run', 'x=1']"]
+    lines = [
+        "import atexit",
+        f"atexit.register(os.kill, os.getpid(), {int(number)})",
+        "from sweep.cli import script",
+        "sys.argv[1:] = ['run', 'x=1']",
+    ]
     assert exit_code("\n".join([*lines, "sys.exit(script())"])) == 2

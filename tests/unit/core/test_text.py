@@ -10,7 +10,11 @@ def test_columns_are_as_wide_as_their_widest_text() -> None:
 
 
 def test_figures_stand_to_the_right() -> None:
-    assert aligned([("recipe", "KL"), ("a", "0.0139"), ("bb", "2")], figures=True) == ["recipe      KL", "a       0.0139", "bb           2"]
+    assert aligned([("recipe", "KL"), ("a", "0.0139"), ("bb", "2")], figures=True) == [
+        "recipe      KL",
+        "a       0.0139",
+        "bb           2",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,15 @@ from sweep.core.batches import Batch, Plan
 from sweep.core.errors import SweepError
 from sweep.core.sizes import SIZES
 from workers.data.batches import MAX_BATCH_TOKENS, make_plan
-from workers.data.samples import Sample, first_texts, read_captions, read_hub_captions, scene_captions, text_samples, with_scenes
+from workers.data.samples import (
+    Sample,
+    first_texts,
+    read_captions,
+    read_hub_captions,
+    scene_captions,
+    text_samples,
+    with_scenes,
+)
 from workers.data.scenes import patches, scene
 
 VISION = {"vision_start": 1, "vision_end": 2, "image_token": 3, "merge": 2}
@@ -27,14 +35,18 @@ def samples(n: int, longest: int = 120) -> list[Sample]:
 
 def scenes(n: int) -> list[Sample]:
     random = np.random.default_rng(7)
-    return with_scenes(text_samples([random.integers(5, 500, size=random.integers(9, 15)).tolist() for _ in range(n)], 512), **VISION)
+    return with_scenes(
+        text_samples([random.integers(5, 500, size=random.integers(9, 15)).tolist() for _ in range(n)], 512), **VISION
+    )
 
 
 SAMPLES = samples(512)
 
 
 def same(one: Batch, other: Batch) -> bool:
-    tensors = one.tensors.keys() == other.tensors.keys() and all(np.array_equal(one.tensors[key], other.tensors[key]) for key in one.tensors)
+    tensors = one.tensors.keys() == other.tensors.keys() and all(
+        np.array_equal(one.tensors[key], other.tensors[key]) for key in one.tensors
+    )
     return tensors and replace(one, tensors={}) == replace(other, tensors={})
 
 
@@ -73,14 +85,20 @@ def test_rows_are_the_samples_tokens_in_order_without_padding(packed: bool) -> N
     for batch in make_plan(SAMPLES, packed=packed).batches("large"):
         rows = np.concatenate([SAMPLES[i].token_ids for i in batch.order])
         np.testing.assert_array_equal(batch.tensors["input_ids"].ravel(), rows)
-        np.testing.assert_array_equal(batch.tensors["position_ids"].ravel(), np.concatenate([np.arange(n) for n in batch.lengths]))
+        np.testing.assert_array_equal(
+            batch.tensors["position_ids"].ravel(), np.concatenate([np.arange(n) for n in batch.lengths])
+        )
         assert batch.lengths == tuple(len(SAMPLES[i].token_ids) for i in batch.order)
         assert batch.tensors["input_ids"].shape[0] == (1 if packed else len(batch.order))
 
 
 @LAYOUTS
 def test_batches_are_bounded_in_tokens_and_one_long_sample_is_kept_whole(packed: bool) -> None:
-    long = [*SAMPLES[:14], Sample(token_ids=np.arange(MAX_BATCH_TOKENS)), Sample(token_ids=np.arange(MAX_BATCH_TOKENS + 88))]
+    long = [
+        *SAMPLES[:14],
+        Sample(token_ids=np.arange(MAX_BATCH_TOKENS)),
+        Sample(token_ids=np.arange(MAX_BATCH_TOKENS + 88)),
+    ]
     batches = list(make_plan(long, packed=packed).batches("small"))
     assert [batch.order for batch in batches[-2:]] == [(14,), (15,)]
     assert all(n_tokens(batch) <= MAX_BATCH_TOKENS for batch in batches[:-1])
@@ -115,7 +133,10 @@ def test_the_digest_tells_shapes_types_and_orders_apart() -> None:
         return Plan(segments=((replace(batch, **changed),),)).digest("small")  # pyright: ignore[reportArgumentType]
 
     tensors = [np.arange(4)[None], np.arange(4).reshape(2, 2), np.arange(4, dtype=np.int32)[None]]
-    digests = [digest(tensors={"input_ids": tensor}) for tensor in tensors] + [digest(tensors={"position_ids": tensors[0]}), digest(order=(1, 0))]
+    digests = [digest(tensors={"input_ids": tensor}) for tensor in tensors] + [
+        digest(tensors={"position_ids": tensors[0]}),
+        digest(order=(1, 0)),
+    ]
     assert len(set(digests)) == 5
 
 
@@ -128,7 +149,10 @@ def test_data_sets_in_other_orders_have_other_digests() -> None:
 
 
 def test_an_image_stands_before_its_caption_one_token_a_merged_patch() -> None:
-    (first, second), captions = with_scenes(text_samples([[10, 11], [12, 13, 14]], 512), **VISION), [[10, 11], [12, 13, 14]]
+    (first, second), captions = (
+        with_scenes(text_samples([[10, 11], [12, 13, 14]], 512), **VISION),
+        [[10, 11], [12, 13, 14]],
+    )
     for index, (sample, caption) in enumerate(zip((first, second), captions, strict=True)):
         assert sample.token_ids.tolist() == [1, 3, 3, 3, 3, 2, *caption]  # 64 x 64 pixels: 4 x 4 patches, merged 2 x 2
         assert sample.image_grid_thw == (1, 4, 4)
@@ -141,7 +165,9 @@ def test_batches_of_images_are_stacked_and_keep_pixels_in_the_order_of_rows() ->
     for batch in make_plan(drawn, packed=True).batches("small"):
         assert len(set(batch.lengths)) == 1
         assert batch.patch_counts == (16,) * len(batch.order)
-        np.testing.assert_array_equal(batch.tensors["pixel_values"], np.concatenate([drawn[i].pixel_values for i in batch.order]))
+        np.testing.assert_array_equal(
+            batch.tensors["pixel_values"], np.concatenate([drawn[i].pixel_values for i in batch.order])
+        )
         assert batch.tensors["image_grid_thw"].tolist() == [[1, 4, 4]] * len(batch.order)
         assert batch.tensors["mm_token_type_ids"].sum(axis=1).tolist() == [4] * len(batch.order)
         assert "position_ids" not in batch.tensors  # three coordinates, which the model finds itself
@@ -153,7 +179,8 @@ def captions(n: int) -> list[str]:
 
 @pytest.mark.parametrize("n_samples", [16, 20])
 @pytest.mark.parametrize(
-    ("join", "prefix", "end"), [("\n", "", ""), ("\n", "", "\n"), ("\r\n", "", "\r\n\r\n"), ("  \n ", "", "\n \n"), ("\n", "\ufeff", "\n")]
+    ("join", "prefix", "end"),
+    [("\n", "", ""), ("\n", "", "\n"), ("\r\n", "", "\r\n\r\n"), ("  \n ", "", "\n \n"), ("\n", "\ufeff", "\n")],
 )
 def test_captions_are_a_files_first_lines(join: str, prefix: str, end: str, n_samples: int, tmp_path: Path) -> None:
     """Whatever the line ends, spaces around, empty lines at the end, and the byte order mark of some editors."""
@@ -180,12 +207,18 @@ def test_a_caption_ends_at_its_line_and_nowhere_else(tmp_path: Path) -> None:
             "holds 130 captions; 512 are needed. Choose dataset.size=small or dataset.size=medium, or give more captions.",
         ),
         ("\n".join([*captions(3), " ", *captions(20)]).encode(), 16, "Caption 4 of the captions file"),
-        ("\n".join(captions(20)).encode("utf-16"), 16, "Give a UTF-8 text file with one caption a line: dataset.captions_path=FILE."),
+        (
+            "\n".join(captions(20)).encode("utf-16"),
+            16,
+            "Give a UTF-8 text file with one caption a line: dataset.captions_path=FILE.",
+        ),
         (b"caf\xe9\n" * 20, 16, "Give a UTF-8 text file"),
         (None, 16, "No such file or directory"),
     ],
 )
-def test_captions_that_cannot_be_used_are_refused(content: bytes | None, n_samples: int, message: str, tmp_path: Path) -> None:
+def test_captions_that_cannot_be_used_are_refused(
+    content: bytes | None, n_samples: int, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "captions.txt"
     if content is not None:
         path.write_bytes(content)
@@ -208,10 +241,15 @@ def hub_directory(directory: Path, values: Sequence[object]) -> str:
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [([f" caption {i} " for i in range(20)], captions(16)), ([[f"caption {i}", "another"] for i in range(20)], captions(16))],
+    [
+        ([f" caption {i} " for i in range(20)], captions(16)),
+        ([[f"caption {i}", "another"] for i in range(20)], captions(16)),
+    ],
     ids=["text", "list of texts"],
 )
-def test_hub_captions_are_the_columns_first_texts(values: Sequence[object], expected: list[str], tmp_path: Path) -> None:
+def test_hub_captions_are_the_columns_first_texts(
+    values: Sequence[object], expected: list[str], tmp_path: Path
+) -> None:
     pytest.importorskip("datasets")
     assert read_hub_captions(hub_directory(tmp_path / "set", values), "train", "text", 16) == expected
 
@@ -226,7 +264,9 @@ def test_hub_captions_are_the_columns_first_texts(values: Sequence[object], expe
         ([["a"], [], *[["b"]] * 20], "train", "text", "Caption 2 of the data set"),
     ],
 )
-def test_hub_captions_that_cannot_be_used_are_refused(values: Sequence[object], split: str, column: str, message: str, tmp_path: Path) -> None:
+def test_hub_captions_that_cannot_be_used_are_refused(
+    values: Sequence[object], split: str, column: str, message: str, tmp_path: Path
+) -> None:
     pytest.importorskip("datasets")
     with pytest.raises(SweepError) as error:
         read_hub_captions(hub_directory(tmp_path / "set", values), split, column, 16)

@@ -54,7 +54,9 @@ def test_the_named_colours_stand_in_the_named_relation(word: str) -> None:
         if f" {word} " not in drawn.caption:
             continue
         first, second = (part.split()[1] for part in drawn.caption.split(f" {word} "))
-        (y1, x1), (y2, x2) = (np.argwhere(is_colour(drawn.pixels, COLOURS[colour])).mean(axis=0) for colour in (first, second))
+        (y1, x1), (y2, x2) = (
+            np.argwhere(is_colour(drawn.pixels, COLOURS[colour])).mean(axis=0) for colour in (first, second)
+        )
         assert {"left of": x1 < x2, "right of": x1 > x2, "above": y1 < y2, "below": y1 > y2}[word], drawn.caption
         n_checked += 1
     assert n_checked > 50
@@ -64,7 +66,13 @@ def test_the_named_colours_stand_in_the_named_relation(word: str) -> None:
 def test_a_shape_stays_inside_its_radius_and_has_its_area(shape: str) -> None:
     y, x = np.nonzero(scenes._mask(shape, 32, 30, 12))
     assert np.maximum(abs(x - 32), abs(y - 30)).max() <= 12
-    areas = {"circle": np.pi * 144, "square": 21**2, "triangle": 21.6**2 / 2, "cross": 2 * 25 * 7 - 49, "ring": np.pi * (144 - 6.6**2)}
+    areas = {
+        "circle": np.pi * 144,
+        "square": 21**2,
+        "triangle": 21.6**2 / 2,
+        "cross": 2 * 25 * 7 - 49,
+        "ring": np.pi * (144 - 6.6**2),
+    }
     assert len(x) == pytest.approx(areas[shape], rel=0.12)
 
 

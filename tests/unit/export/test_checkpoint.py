@@ -13,7 +13,22 @@ from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
 from sweep.plan.subject import Model
-from tests.exports import FORMATS, FP8, INT4, INT8, MXFP4, NVFP4, PER_TOKEN, apply, apply_as_reader, group_format, kl, loaded, quants_of, recipe_of
+from tests.exports import (
+    FORMATS,
+    FP8,
+    INT4,
+    INT8,
+    MXFP4,
+    NVFP4,
+    PER_TOKEN,
+    apply,
+    apply_as_reader,
+    group_format,
+    kl,
+    loaded,
+    quants_of,
+    recipe_of,
+)
 from tests.floors import SUMS, given_our_inputs
 from workers.export.checkpoint import quantization_config, write_checkpoint
 from workers.export.readback import check_export, read_schemes
@@ -48,7 +63,9 @@ def token_ids() -> Tensor:
     return torch.cat([torch.tensor(ids) for ids in Model(SOURCE).tokenize("test-export", texts)])[None]
 
 
-def exported(directory: Path, base: nn.Module, token_ids: Tensor, names: list[str | None]) -> tuple[MixedRecipe, dict[str, LinearQuant]]:
+def exported(
+    directory: Path, base: nn.Module, token_ids: Tensor, names: list[str | None]
+) -> tuple[MixedRecipe, dict[str, LinearQuant]]:
     recipe = recipe_of([name and group_format(name, *FORMATS[name]) for name in names])
     quants = quants_of(recipe, base, token_ids)
     write_checkpoint(SOURCE, directory, recipe, quants, LINEARS)
@@ -94,7 +111,9 @@ def test_transformers_computes_what_the_recipe_says(
 
 @pytest.mark.parametrize("names", EACH_AND_MIXED, ids=name_of)
 @torch.no_grad()
-def test_left_alone_the_export_gives_the_logits_of_our_model(tmp_path: Path, base: Any, token_ids: Tensor, names: list[str | None]) -> None:
+def test_left_alone_the_export_gives_the_logits_of_our_model(
+    tmp_path: Path, base: Any, token_ids: Tensor, names: list[str | None]
+) -> None:
     """In the reader's order the two take the same products in the same shapes: equal to the bit in any order of sums.
 
     In ModelOpt's order they part at the first element that lies within 1e-7 of a tie, and from there everywhere: KL
@@ -107,7 +126,10 @@ def test_left_alone_the_export_gives_the_logits_of_our_model(tmp_path: Path, bas
     assert torch.equal(loaded(tmp_path)(input_ids=token_ids, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["fp8_tensor_static", "fp8_channel_token", "nvfp4", "mxfp8", "int8_channel_static", "int4_groups_weight_only"])
+@pytest.mark.parametrize(
+    "name",
+    ["fp8_tensor_static", "fp8_channel_token", "nvfp4", "mxfp8", "int8_channel_static", "int4_groups_weight_only"],
+)
 @torch.no_grad()
 def test_only_what_reads_a_damaged_linear_strays(tmp_path: Path, base: Any, token_ids: Tensor, name: str) -> None:
     _, quants = exported(tmp_path, base, token_ids, [name])
@@ -125,7 +147,9 @@ def test_only_what_reads_a_damaged_linear_strays(tmp_path: Path, base: Any, toke
 
 @pytest.mark.parametrize("name", [name for name, (_, inputs) in FORMATS.items() if inputs is None])
 @torch.no_grad()
-def test_weight_only_exports_give_our_logits_without_help(tmp_path: Path, base: Any, token_ids: Tensor, name: str) -> None:
+def test_weight_only_exports_give_our_logits_without_help(
+    tmp_path: Path, base: Any, token_ids: Tensor, name: str
+) -> None:
     _, quants = exported(tmp_path, base, token_ids, [name])
     expected = apply(copy.deepcopy(base), quants)(input_ids=token_ids, use_cache=False).logits
     assert kl(loaded(tmp_path)(input_ids=token_ids, use_cache=False).logits, expected) < KL
@@ -173,7 +197,11 @@ def test_every_linear_is_a_target_or_ignored() -> None:
     config = quantization_config(recipe, LINEARS)
     named = [target for group in config["config_groups"].values() for target in group["targets"]] + config["ignore"]
     assert sorted(named) == sorted([*(name for name, _, _ in LINEARS), "re:.*visual.*"])
-    assert (config["quant_method"], config["format"], config["quantization_status"]) == ("compressed-tensors", "mixed-precision", "compressed")
+    assert (config["quant_method"], config["format"], config["quantization_status"]) == (
+        "compressed-tensors",
+        "mixed-precision",
+        "compressed",
+    )
     assert {group["format"] for group in config["config_groups"].values()} == {
         "nvfp4-pack-quantized",
         "float-quantized",

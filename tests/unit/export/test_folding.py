@@ -138,7 +138,9 @@ def test_the_export_is_the_recipe_to_the_bit_in_the_readers_order(
 ) -> None:
     recipe, quants = made(name)
     scales = output_scales(recipe, quants, LINEARS)
-    assert len(scales) == sum(choice.format is not None and "/default/" in choice.format for choice in recipe.groups)  # one for each group that has one
+    assert len(scales) == sum(
+        choice.format is not None and "/default/" in choice.format for choice in recipe.groups
+    )  # one for each group that has one
     check_folds(base, scales, LINEARS, plan.batches("small"))
     write_checkpoint(SOURCE, tmp_path, recipe, quants, LINEARS)
     check_export(tmp_path, SOURCE, recipe, quants, LINEARS)
@@ -146,14 +148,20 @@ def test_the_export_is_the_recipe_to_the_bit_in_the_readers_order(
     assert torch.equal(logits(loaded(tmp_path), token_ids), expected)
 
 
-def test_a_damaged_scale_is_seen_where_it_went(tmp_path: Path, base: Any, token_ids: Tensor, made: Callable[[str], Made]) -> None:
+def test_a_damaged_scale_is_seen_where_it_went(
+    tmp_path: Path, base: Any, token_ids: Tensor, made: Callable[[str], Made]
+) -> None:
     recipe, quants = made("awq_lite")
     write_checkpoint(SOURCE, tmp_path, recipe, quants, LINEARS)
     expected = logits(apply(copy.deepcopy(base), quants), token_ids)
     file = tmp_path / "model.safetensors"
     whole = load_file(file)
     layer = "model.language_model.layers.1"
-    for key in (f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight", f"{layer}.mlp.up_proj.weight_scale"):
+    for key in (
+        f"{layer}.input_layernorm.weight",
+        f"{layer}.post_attention_layernorm.weight",
+        f"{layer}.mlp.up_proj.weight_scale",
+    ):
         save_file({**whole, key: whole[key] * 1.125}, file, metadata={"format": "pt"})
         with pytest.raises(SweepError, match=re.escape(key.removesuffix("_scale").removesuffix(".weight"))):
             check_export(tmp_path, SOURCE, recipe, quants, LINEARS)
@@ -161,9 +169,22 @@ def test_a_damaged_scale_is_seen_where_it_went(tmp_path: Path, base: Any, token_
 
 
 def test_every_layer_norm_of_the_vision_tower_takes_a_scale(base: Any) -> None:
-    dataset = DatasetConfig(name="scenes", kind="scenes", size="small", max_tokens=512, captions_path=None, hub_id=None, hub_split=None, hub_column=None)
+    dataset = DatasetConfig(
+        name="scenes",
+        kind="scenes",
+        size="small",
+        max_tokens=512,
+        captions_path=None,
+        hub_id=None,
+        hub_split=None,
+        hub_column=None,
+    )
     batches = make_plan(samples_of(dataset, MODEL, 16), packed=True).batches("small")
-    norms = {name: module for name, module in base.named_modules() if isinstance(module, nn.LayerNorm) and ".merger." not in name}
+    norms = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.LayerNorm) and ".merger." not in name
+    }
     generator = torch.Generator().manual_seed(0)
     scales = {name: 0.5 + torch.rand(norm.weight.shape, generator=generator) for name, norm in norms.items()}
     assert {name.rsplit(".", 1)[1] for name in scales} == {"norm1", "norm2", "norm"}
@@ -176,11 +197,18 @@ def test_every_layer_norm_of_the_vision_tower_takes_a_scale(base: Any) -> None:
 @pytest.mark.parametrize("n_value_heads", [4, 2])
 def test_v_proj_takes_the_scale_of_o_proj_where_heads_do_not_share_it(n_value_heads: int) -> None:
     model = random_model("llama", num_key_value_heads=n_value_heads)
-    linears = [(name, module.in_features, module.out_features) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [
+        (name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
     recipe = recipe_over(model, [AWQ], covered="o_proj")
     batches = make_plan(random_samples(4), packed=True).batches("small")
     if n_value_heads == 2:
-        with pytest.raises(Inexpressible, match=r"v_proj has 64 outputs for its 128 inputs.*--pin o_proj=int4/default \(algorithm max\) or --exclude o_proj"):
+        with pytest.raises(
+            Inexpressible,
+            match=r"v_proj has 64 outputs for its 128 inputs.*--pin o_proj=int4/default \(algorithm max\) or --exclude o_proj",
+        ):
             providers(recipe, linears)
         return
     assert [*providers(recipe, linears)] == ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
@@ -189,18 +217,37 @@ def test_v_proj_takes_the_scale_of_o_proj_where_heads_do_not_share_it(n_value_he
 
 def test_a_norm_that_does_not_multiply_by_its_weight_is_seen() -> None:
     """Gemma's norms multiply by 1 + weight."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+    }
     model = GemmaForCausalLM(GemmaConfig(vocab_size=512, **sizes)).eval().requires_grad_(False)
-    linears = [(name, module.in_features, module.out_features) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [
+        (name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
     batches = make_plan(random_samples(4), packed=True).batches("small")
-    with pytest.raises(Inexpressible, match=r"layers\.0\.self_attn\.q_proj: multiplying model\.layers\.0\.input_layernorm"):
+    with pytest.raises(
+        Inexpressible, match=r"layers\.0\.self_attn\.q_proj: multiplying model\.layers\.0\.input_layernorm"
+    ):
         check_folds(model, {"model.layers.0.input_layernorm": torch.linspace(0.5, 2, 128)}, linears, batches)
 
 
 def test_another_reader_of_a_norm_is_seen() -> None:
     model = random_model("llama", num_hidden_layers=1)
-    linears = [(name, module.in_features, module.out_features) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    known = [linear for linear in linears if not linear[0].endswith("v_proj")]  # as if nobody knew that v_proj reads it too
+    linears = [
+        (name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    known = [
+        linear for linear in linears if not linear[0].endswith("v_proj")
+    ]  # as if nobody knew that v_proj reads it too
     batches = make_plan(random_samples(4), packed=True).batches("small")
     with pytest.raises(Inexpressible, match="something else reads these"):
         check_folds(model, {"model.layers.0.input_layernorm": torch.linspace(0.5, 2, 128)}, known, batches)
@@ -224,10 +271,19 @@ def test_quantizers_of_another_recipe_are_not_taken(made: Callable[[str], Made])
 @pytest.mark.parametrize(
     ("formats", "said"),
     [
-        ([replace(AWQ, scales="private"), PLAIN], r"q_proj: .* goes into .*input_layernorm, which 3 linears read.*sensitivity\.scales=fused"),
+        (
+            [replace(AWQ, scales="private"), PLAIN],
+            r"q_proj: .* goes into .*input_layernorm, which 3 linears read.*sensitivity\.scales=fused",
+        ),
         ([AWQ], r"o_proj: .*'awq_lite'.*v_proj has 128 outputs for its 256 inputs.*--pin o_proj=int4/default"),
-        ([PLAIN, PLAIN, group_format("fp8", FP8, None), AWQ], r"down_proj: .*rows of .*up_proj would be multiplied, and its format 'fp8/default'"),
-        ([PLAIN, PLAIN, PLAIN_FP4, AWQ], r"down_proj: .*rows of .*up_proj would be multiplied, and its format 'fp4/default'"),
+        (
+            [PLAIN, PLAIN, group_format("fp8", FP8, None), AWQ],
+            r"down_proj: .*rows of .*up_proj would be multiplied, and its format 'fp8/default'",
+        ),
+        (
+            [PLAIN, PLAIN, PLAIN_FP4, AWQ],
+            r"down_proj: .*rows of .*up_proj would be multiplied, and its format 'fp4/default'",
+        ),
         ([PLAIN, PLAIN, None, AWQ], r"down_proj: .*rows of .*up_proj would be multiplied, which is left in 16 bits"),
     ],
 )

@@ -99,10 +99,22 @@ def test_whatever_is_taken_away_gives_a_recipe_or_one_message(document: dict[str
         (("size",), "huge", r"mine\.yaml: size is 'huge'\. Allowed: small, medium, large\."),
         (("coverage",), "some", r"coverage is 'some'\. Allowed: lm_only, all_layers\."),
         (("model_revision",), 7, r"model_revision is 7\. Allowed: text\."),
-        (("formats", "nvfp4/default", "algorithm"), "awq_light", r"Unknown calibration algorithm .* 'awq_light'\. Did you mean 'awq_lite'\?"),
+        (
+            ("formats", "nvfp4/default", "algorithm"),
+            "awq_light",
+            r"Unknown calibration algorithm .* 'awq_light'\. Did you mean 'awq_lite'\?",
+        ),
         (("formats", "nvfp4/default", "scales"), "mine", r"scales is 'mine'\. Allowed: fused, private\."),
-        (("formats", "nvfp4/default", "weight", "num_bits"), [3, 9], r"num_bits: \[3, 9\] .* Type a whole number of bits"),
-        (("formats", "nvfp4/default", "weight", "block_size"), {-1: 16}, r"Unknown field .*'block_size'\. Did you mean 'block_sizes'\?"),
+        (
+            ("formats", "nvfp4/default", "weight", "num_bits"),
+            [3, 9],
+            r"num_bits: \[3, 9\] .* Type a whole number of bits",
+        ),
+        (
+            ("formats", "nvfp4/default", "weight", "block_size"),
+            {-1: 16},
+            r"Unknown field .*'block_size'\. Did you mean 'block_sizes'\?",
+        ),
         (("formats", "int8_channel_token/default", "weight", "axis"), 5, r"axis: 5 .* Type null \(per tensor\), 0"),
         (("groups", 0, "modules"), "q_proj", r"modules is 'q_proj'\. Allowed: a list, each item text\."),
         (("groups", 0, "weight_elements"), 5, r"has 131072 weights; the recipe says 5\."),
@@ -110,6 +122,8 @@ def test_whatever_is_taken_away_gives_a_recipe_or_one_message(document: dict[str
         (("groups", 0, "format"), "nvfp5/default", r"Did you mean 'nvfp4/default'\?"),
     ],
 )
-def test_what_cannot_be_meant_is_named_with_what_may_stand_there(document: dict[str, Any], path: tuple[Any, ...], value: Any, message: str) -> None:
+def test_what_cannot_be_meant_is_named_with_what_may_stand_there(
+    document: dict[str, Any], path: tuple[Any, ...], value: Any, message: str
+) -> None:
     with pytest.raises(SweepError, match=message):
         read(put(document, path, value))

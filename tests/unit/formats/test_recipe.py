@@ -21,7 +21,9 @@ from sweep.formats.recipe import Recipe, attributes_for, resolve
 from workers.quant.modelopt import Quantizers, preset
 
 WEIGHT, INPUT = "*weight_quantizer", "*input_quantizer"
-PAIRS = [f"w{weight}_a{inputs}" for weight in ("fp4", "fp8", "int4", "int8") for inputs in ("fp16", "fp8", "int8", "int4")]
+PAIRS = [
+    f"w{weight}_a{inputs}" for weight in ("fp4", "fp8", "int4", "int8") for inputs in ("fp16", "fp8", "int8", "int4")
+]
 GRANULARITIES = ["default", "w_per_tensor", "w_per_out_channel", "w_per_in_channel", "w_group64", "w_group128"]
 GRANULARITIES += ["a_per_tensor_static", "a_per_token_dynamic", "recipe_match_channel_token"]
 UNBLOCKED = ["w_per_tensor", "w_per_out_channel", "w_per_in_channel", "recipe_match_channel_token"]
@@ -37,22 +39,35 @@ def pair_of(name: str) -> PairConfig:
 
 
 def granularity_of(name: str) -> GranularityConfig:
-    return GranularityConfig.from_node("quant_granularity", yaml.safe_load((conf_dir() / "quant_granularity" / f"{name}.yaml").read_text()))
+    return GranularityConfig.from_node(
+        "quant_granularity", yaml.safe_load((conf_dir() / "quant_granularity" / f"{name}.yaml").read_text())
+    )
 
 
 def overlay(**quantizers: dict[str, Any]) -> GranularityConfig:
-    return GranularityConfig(name="own", quant_cfg_overrides={f"*{name}_quantizer": fields for name, fields in quantizers.items()})
+    return GranularityConfig(
+        name="own", quant_cfg_overrides={f"*{name}_quantizer": fields for name, fields in quantizers.items()}
+    )
 
 
-def made(pair: PairConfig | str, granularity: GranularityConfig | str = "default", coverage: str = "lm_only", lm_head: bool = False) -> Recipe:
+def made(
+    pair: PairConfig | str,
+    granularity: GranularityConfig | str = "default",
+    coverage: str = "lm_only",
+    lm_head: bool = False,
+) -> Recipe:
     pair = pair_of(pair) if isinstance(pair, str) else pair
     granularity = granularity_of(granularity) if isinstance(granularity, str) else granularity
-    return resolve(pair, granularity, stored_preset(pair.format_name), coverage=coverage, lm_head=lm_head, algorithm="max")
+    return resolve(
+        pair, granularity, stored_preset(pair.format_name), coverage=coverage, lm_head=lm_head, algorithm="max"
+    )
 
 
 def own_pair(format_name: str, weight: Any, activation: Any, /, **quantizers: dict[str, Any]) -> PairConfig:
     overrides = {f"*{name}_quantizer": fields for name, fields in quantizers.items()}
-    return PairConfig(name="own", weight=weight, activation=activation, format_name=format_name, quant_cfg_overrides=overrides)
+    return PairConfig(
+        name="own", weight=weight, activation=activation, format_name=format_name, quant_cfg_overrides=overrides
+    )
 
 
 def cfg_of(recipe: Recipe, quantizer: str) -> dict[str, Any] | None:
@@ -109,7 +124,9 @@ def test_modelopt_quantizes_with_every_distinct_recipe() -> None:
             error = (quantizers.weight("w", recipe.weight.attributes, weight)(weight) - weight).norm() / weight.norm()
             assert 0 < error < 0.3
         if recipe.activation is not None:
-            error = (quantizers.inputs(recipe.activation.attributes, inputs, [inputs.abs().max().item()])(inputs) - inputs).norm() / inputs.norm()
+            error = (
+                quantizers.inputs(recipe.activation.attributes, inputs, [inputs.abs().max().item()])(inputs) - inputs
+            ).norm() / inputs.norm()
             assert 0 < error < 0.3
 
 
@@ -127,15 +144,27 @@ PER_TOKEN = {"type": "dynamic", "block_sizes": {-1: None}}
         ("wfp8_aint8", "recipe_match_channel_token", FP8 | {"axis": 0}, INT8 | PER_TOKEN),
         ("wint8_aint8", "w_per_in_channel", INT8 | {"axis": 1}, INT8 | {"axis": None}),
         ("wint8_aint8", "a_per_tensor_static", INT8 | {"axis": 0}, INT8 | {"axis": None, "type": "static"}),
-        ("wint4_aint4", "w_group64", {"num_bits": 4, "block_sizes": {-1: 64, "type": "static"}}, {"num_bits": 4, "axis": None}),
+        (
+            "wint4_aint4",
+            "w_group64",
+            {"num_bits": 4, "block_sizes": {-1: 64, "type": "static"}},
+            {"num_bits": 4, "axis": None},
+        ),
         ("wint4_afp16", "w_per_tensor", {"num_bits": 4, "axis": None}, None),
         ("wint4_afp16", "recipe_match_channel_token", {"num_bits": 4, "axis": 0}, None),
-        ("wfp4_afp8", "w_group128", {"num_bits": (2, 1), "block_sizes": {-1: 128, "type": "dynamic", "scale_bits": (4, 3)}}, FP8 | {"axis": None}),
+        (
+            "wfp4_afp8",
+            "w_group128",
+            {"num_bits": (2, 1), "block_sizes": {-1: 128, "type": "dynamic", "scale_bits": (4, 3)}},
+            FP8 | {"axis": None},
+        ),
         ("wfp4_aint8", "a_per_token_dynamic", NVFP4 | {COST_HINT: 4.5}, INT8 | PER_TOKEN),
         ("wfp4_afp4", "default", NVFP4 | {COST_HINT: 4.5}, NVFP4 | {COST_HINT: 4.5}),
     ],
 )
-def test_an_overlay_is_merged_field_by_field(pair: str, granularity: str, weight: dict[str, Any], inputs: dict[str, Any] | None) -> None:
+def test_an_overlay_is_merged_field_by_field(
+    pair: str, granularity: str, weight: dict[str, Any], inputs: dict[str, Any] | None
+) -> None:
     recipe = made(pair, granularity)
     assert (cfg_of(recipe, WEIGHT), cfg_of(recipe, INPUT)) == (weight, inputs)
 
@@ -184,7 +213,9 @@ class Toy(nn.Module):
 @pytest.mark.parametrize("pair", ["wfp8_afp8", "wint4_aint8", "wint8_afp16", "wfp4_aint4"])
 @pytest.mark.parametrize("granularity", ["default", "w_group64", "a_per_token_dynamic"])
 @pytest.mark.parametrize(("coverage", "lm_head"), [("lm_only", False), ("all_layers", False), ("lm_only", True)])
-def test_which_attributes_a_module_gets_is_what_modelopt_does(pair: str, granularity: str, coverage: str, lm_head: bool) -> None:
+def test_which_attributes_a_module_gets_is_what_modelopt_does(
+    pair: str, granularity: str, coverage: str, lm_head: bool
+) -> None:
     recipe = made(pair, granularity, coverage, lm_head)
     model = Toy()
     replace_quant_module(model)
@@ -230,7 +261,13 @@ def test_what_changes_no_number_changes_no_identity(pair: str, granularity: Gran
 
 
 def test_identity_tells_apart_what_is_covered_and_how_it_is_quantized() -> None:
-    recipes = [made("wint8_aint8"), made("wint8_aint8", coverage="all_layers"), made("wint8_aint8", lm_head=True), made("wint8_aint4"), made("wint8_afp8")]
+    recipes = [
+        made("wint8_aint8"),
+        made("wint8_aint8", coverage="all_layers"),
+        made("wint8_aint8", lm_head=True),
+        made("wint8_aint4"),
+        made("wint8_afp8"),
+    ]
     assert n_distinct(recipes) == len(recipes)
 
 
@@ -300,7 +337,9 @@ def test_scores_depend_on_the_calibration_size_only_if_a_range_of_inputs_is_cali
 )
 def test_formats_that_are_served_are_modelopts_presets(pair: str, granularity: str, format_name: str) -> None:
     recipe = made(pair, granularity)
-    theirs = {entry["quantizer_name"]: entry["cfg"] for entry in stored_preset(format_name)["quant_cfg"] if entry.get("cfg")}
+    theirs = {
+        entry["quantizer_name"]: entry["cfg"] for entry in stored_preset(format_name)["quant_cfg"] if entry.get("cfg")
+    }
     for quantizer, spec in ((WEIGHT, recipe.weight), (INPUT, recipe.activation)):
         ours = spec and {**ATTRIBUTE_DEFAULTS, **spec.attributes}
         preset_cfg = theirs.get(quantizer) and {**ATTRIBUTE_DEFAULTS, **theirs[quantizer]}
@@ -314,21 +353,38 @@ def test_blocks_of_128x128_come_with_inputs_in_groups_of_a_token() -> None:
     recipe = made("wfp8_afp8", "w_block128x128_a_group128")
     assert cfg_of(recipe, WEIGHT) == FP8 | {"block_sizes": {-1: 128, -2: 128}}
     assert cfg_of(recipe, INPUT) == FP8 | {"type": "dynamic", "block_sizes": {-1: 128}}
-    assert (recipe.block_lengths, recipe.block_rows, recipe.calibrates_activations, recipe.has_dynamic_blocks) == ((128, 128), 128, False, False)
+    assert (recipe.block_lengths, recipe.block_rows, recipe.calibrates_activations, recipe.has_dynamic_blocks) == (
+        (128, 128),
+        128,
+        False,
+        False,
+    )
     assert recipe.effective_bits == 8 + 16 / 128**2  # 8.001
 
 
 @pytest.mark.parametrize(
-    ("pair", "bits", "activation"), [("wfp8_afp8", 8.25, (4, 3)), ("wfp4_afp16", 4.25, None), ("wfp4_afp8", 4.25, (4, 3)), ("wfp4_afp4", 4.25, (2, 1))]
+    ("pair", "bits", "activation"),
+    [("wfp8_afp8", 8.25, (4, 3)), ("wfp4_afp16", 4.25, None), ("wfp4_afp8", 4.25, (4, 3)), ("wfp4_afp4", 4.25, (2, 1))],
 )
-def test_mx_has_a_power_of_two_for_32_values_of_weights_and_of_quantized_inputs(pair: str, bits: float, activation: tuple[int, int] | None) -> None:
+def test_mx_has_a_power_of_two_for_32_values_of_weights_and_of_quantized_inputs(
+    pair: str, bits: float, activation: tuple[int, int] | None
+) -> None:
     recipe = made(pair, "mx")
     blocks = {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}
     assert recipe.weight is not None
     assert recipe.weight.block_sizes == blocks
-    assert recipe.activation is None if activation is None else recipe.activation and recipe.activation.block_sizes == blocks
+    assert (
+        recipe.activation is None
+        if activation is None
+        else recipe.activation and recipe.activation.block_sizes == blocks
+    )
     assert (recipe.activation and recipe.activation.num_bits) == activation
-    assert (recipe.effective_bits, recipe.calibrates_activations, recipe.has_dynamic_blocks, recipe.block_rows) == (bits, False, True, None)
+    assert (recipe.effective_bits, recipe.calibrates_activations, recipe.has_dynamic_blocks, recipe.block_rows) == (
+        bits,
+        False,
+        True,
+        None,
+    )
 
 
 def test_mx_formats_calibrate_nothing() -> None:
@@ -365,7 +421,9 @@ def test_saying_enable_true_of_a_replaced_quantizer_changes_nothing() -> None:
         (overlay(weight={"block_sizes": {-1: 64.0}}), "Type a mapping"),
     ],
 )
-def test_an_overlay_that_means_nothing_is_refused_whatever_the_pair(granularity: GranularityConfig, message: str) -> None:
+def test_an_overlay_that_means_nothing_is_refused_whatever_the_pair(
+    granularity: GranularityConfig, message: str
+) -> None:
     with pytest.raises(SweepError, match=message) as caught:
         made("wint4_afp16", granularity)
     assert not isinstance(caught.value, InvalidRecipe)
@@ -387,12 +445,18 @@ def test_an_overlay_that_means_nothing_is_refused_whatever_the_pair(granularity:
         (own_pair("MXFP8_DEFAULT_CFG", "fp8", "fp8"), "a_per_token_dynamic", "Dynamic blocks of activations"),
         (own_pair("MXFP6_DEFAULT_CFG", "fp8", "fp8"), "w_per_tensor", "in dynamic blocks only"),
         (own_pair("INT8_DEFAULT_CFG", "int8", "fp16"), "default", "says activation: fp16"),
-        (own_pair("INT8_DEFAULT_CFG", "fp16", "fp16", weight={"enable": False}, input={"enable": False}), "default", "nothing to score"),
+        (
+            own_pair("INT8_DEFAULT_CFG", "fp16", "fp16", weight={"enable": False}, input={"enable": False}),
+            "default",
+            "nothing to score",
+        ),
         (own_pair("INT8_SMOOTHQUANT_CFG", "int8", "int8"), "default", "calibrates with 'smoothquant'"),
         (own_pair("NVFP4_MLP_ONLY_CFG", "fp4", "fp4"), "default", "more than one format"),
     ],
 )
-def test_a_combination_that_modelopt_cannot_run_is_no_recipe(pair: PairConfig | str, granularity: GranularityConfig | str, message: str) -> None:
+def test_a_combination_that_modelopt_cannot_run_is_no_recipe(
+    pair: PairConfig | str, granularity: GranularityConfig | str, message: str
+) -> None:
     with pytest.raises(InvalidRecipe, match=message):
         made(pair, granularity)
 
@@ -405,16 +469,26 @@ def test_a_typing_error_in_a_pair_is_refused() -> None:
 def test_an_algorithm_without_a_parity_test_is_refused_by_name() -> None:
     pair = pair_of("wint8_aint8")
     with pytest.raises(SweepError, match=r"svdquant has no parity test .* max, mse, awq_lite, smoothquant"):
-        resolve(pair, granularity_of("default"), stored_preset(pair.format_name), coverage="lm_only", lm_head=False, algorithm="svdquant")
+        resolve(
+            pair,
+            granularity_of("default"),
+            stored_preset(pair.format_name),
+            coverage="lm_only",
+            lm_head=False,
+            algorithm="svdquant",
+        )
 
 
 @pytest.mark.parametrize(
-    ("preset", "algorithm"), [("INT4_AWQ_CFG", "awq_lite"), ("INT8_SMOOTHQUANT_CFG", "smoothquant"), ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "mse")]
+    ("preset", "algorithm"),
+    [("INT4_AWQ_CFG", "awq_lite"), ("INT8_SMOOTHQUANT_CFG", "smoothquant"), ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "mse")],
 )
 def test_a_preset_goes_with_its_own_algorithm_and_one_of_max_with_any(preset: str, algorithm: str) -> None:
     labels = ("int8", "int8") if preset.startswith("INT8") else ("int4", "fp16")
     pair = own_pair(preset, *labels)
-    found = resolve(pair, granularity_of("default"), stored_preset(preset), coverage="lm_only", lm_head=False, algorithm=algorithm)
+    found = resolve(
+        pair, granularity_of("default"), stored_preset(preset), coverage="lm_only", lm_head=False, algorithm=algorithm
+    )
     assert found.algorithm == algorithm
 
 

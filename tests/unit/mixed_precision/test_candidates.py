@@ -25,7 +25,11 @@ def test_every_finished_cell_is_an_option_of_every_group(tmp_path: Path) -> None
     store_at(tmp_path)
     options = found(tmp_path)
     assert damages_of(options) == {label: list(damages) for label, damages in DAMAGES.items()}
-    assert {option.format.label: option.format.effective_bits for option in options.formats} == {INT4: 4.125, INT8: 8.0, FP8: 8.0}
+    assert {option.format.label: option.format.effective_bits for option in options.formats} == {
+        INT4: 4.125,
+        INT8: 8.0,
+        FP8: 8.0,
+    }
     assert [group["group"] for group in options.groups] == [group[0] for group in GROUPS]
     assert (options.weights.sum(), options.other_bytes) == (10_000, 2 * 15_000)
     int4 = next(option.format for option in options.formats if option.format.label == INT4)
@@ -74,11 +78,17 @@ def test_a_recipe_scored_again_by_another_version_has_the_latest_damage(tmp_path
         (("dataset=scenes",), {}, r"dataset=scenes or dataset=wordnet_glosses"),
         (("sensitivity.method=kl_div",), {}, r"sensitivity.method=gradient or sensitivity.method=kl_div"),
         (("sensitivity.scales=fused",), {}, r"sensitivity.scales=fused or sensitivity.scales=private"),
-        (("dataset.max_tokens=64",), {"dataset_revision": "d-other"}, r"2 different sets of samples .* Type the dataset.max_tokens"),
+        (
+            ("dataset.max_tokens=64",),
+            {"dataset_revision": "d-other"},
+            r"2 different sets of samples .* Type the dataset.max_tokens",
+        ),
     ],
     ids=["model", "revision", "dataset", "method", "scales", "samples"],
 )
-def test_damages_of_different_kinds_are_not_mixed(overrides: tuple[str, ...], changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_damages_of_different_kinds_are_not_mixed(
+    overrides: tuple[str, ...], changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     store = store_at(tmp_path)
     add(store, FP8, [0.1] * 5, *overrides, minute=1, **changed)
     with pytest.raises(SweepError, match=message):

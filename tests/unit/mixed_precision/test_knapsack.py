@@ -8,7 +8,9 @@ import pytest
 
 from sweep.mixed_precision.knapsack import Infeasible, Problem, cost_range, front, solve, total, useful_options
 
-ELEMENTS = np.array([2560 * 6144, 4096 * 2560, 2560 * 9728 * 2, 9728 * 2560], dtype=np.float64)  # of Qwen3-VL-4B's layer groups
+ELEMENTS = np.array(
+    [2560 * 6144, 4096 * 2560, 2560 * 9728 * 2, 9728 * 2560], dtype=np.float64
+)  # of Qwen3-VL-4B's layer groups
 BITS = (4.0, 4.125, 4.25, 4.5, 5.0, 6.0, 8.0, 8.0009765625, 8.25)
 N_PREDICTIONS = 7000
 
@@ -18,7 +20,9 @@ def instance(seed: int, n_groups: int, n_formats: int, *, share_layers: bool = F
     rng = np.random.default_rng(seed)
     elements = np.resize(ELEMENTS, n_groups) if n_groups > 10 else rng.choice(ELEMENTS, n_groups)
     bits = np.append(rng.choice(BITS, n_formats), 16.0)
-    damage = 10 ** rng.normal(-4, 1, (n_groups, 1)) * 4.0 ** (4 - bits) * 10 ** rng.normal(0, 0.2, (n_groups, len(bits)))
+    damage = (
+        10 ** rng.normal(-4, 1, (n_groups, 1)) * 4.0 ** (4 - bits) * 10 ** rng.normal(0, 0.2, (n_groups, len(bits)))
+    )
     damage[:, -1] = 0.0
     together = np.arange(n_groups) // 2 if share_layers else np.arange(n_groups)
     return Problem(damage=damage, cost=elements[:, None] * bits[None, :], together=together)
@@ -55,7 +59,9 @@ def missed_by_a_hair(problem: Problem, rng: np.random.Generator) -> float:
 @pytest.mark.parametrize("budget_of", [somewhere, met_to_the_bit, missed_by_a_hair])
 @pytest.mark.parametrize("share_layers", [False, True], ids=["apart", "together"])
 @pytest.mark.parametrize("part", range(5))
-def test_no_choice_that_fits_is_better(budget_of: Callable[[Problem, np.random.Generator], float], share_layers: bool, part: int) -> None:
+def test_no_choice_that_fits_is_better(
+    budget_of: Callable[[Problem, np.random.Generator], float], share_layers: bool, part: int
+) -> None:
     for seed in range(10 * part, 10 * part + 10):
         rng = np.random.default_rng(seed)
         problem = instance(seed, int(rng.integers(2, 6)), int(rng.integers(1, 4)), share_layers=share_layers)
@@ -93,7 +99,11 @@ def test_never_worse_than_modelopts_solver_on_the_same_scores_and_budget(seed: i
 
 def test_a_small_case_by_hand() -> None:
     """Budget 24: the second group's 8 bits save 9 for 4, the first one's 5 for 4; both are too much."""
-    problem = Problem(damage=np.array([[6.0, 1.0, 0.0], [10.0, 1.0, 0.0]]), cost=np.array([[4.0, 8, 16], [8.0, 12, 32]]), together=np.arange(2))
+    problem = Problem(
+        damage=np.array([[6.0, 1.0, 0.0], [10.0, 1.0, 0.0]]),
+        cost=np.array([[4.0, 8, 16], [8.0, 12, 32]]),
+        together=np.arange(2),
+    )
     assert solve(problem, 12).tolist() == [0, 0]
     assert solve(problem, 16).tolist() == [0, 1]
     assert solve(problem, 20).tolist() == [1, 1]
@@ -102,14 +112,18 @@ def test_a_small_case_by_hand() -> None:
 
 
 def test_a_budget_below_the_cheapest_choice_names_what_that_costs() -> None:
-    problem = Problem(damage=np.array([[6.0, 1.0], [np.inf, 1.0]]), cost=np.array([[4.0, 8], [4.0, 8]]), together=np.arange(2))
+    problem = Problem(
+        damage=np.array([[6.0, 1.0], [np.inf, 1.0]]), cost=np.array([[4.0, 8], [4.0, 8]]), together=np.arange(2)
+    )
     with pytest.raises(Infeasible) as found:
         solve(problem, 11.9)
     assert found.value.least_cost == 12.0  # the second group cannot have the cheaper option
 
 
 def test_a_group_without_an_option_fits_no_budget() -> None:
-    problem = Problem(damage=np.array([[1.0, np.inf], [np.inf, 1.0]]), cost=np.ones((2, 2)), together=np.zeros(2, dtype=int))
+    problem = Problem(
+        damage=np.array([[1.0, np.inf], [np.inf, 1.0]]), cost=np.ones((2, 2)), together=np.zeros(2, dtype=int)
+    )
     with pytest.raises(Infeasible) as found:
         solve(problem, 1e9)
     assert np.isinf(found.value.least_cost)
@@ -117,7 +131,9 @@ def test_a_group_without_an_option_fits_no_budget() -> None:
 
 def test_rounding_of_the_budget_costs_no_choice() -> None:
     """0.1 + 0.2 is a little more than 0.3 in binary."""
-    problem = Problem(damage=np.array([[1.0, 0.0], [1.0, 0.0]]), cost=np.array([[0.0, 0.1], [0.0, 0.2]]), together=np.arange(2))
+    problem = Problem(
+        damage=np.array([[1.0, 0.0], [1.0, 0.0]]), cost=np.array([[0.0, 0.1], [0.0, 0.2]]), together=np.arange(2)
+    )
     assert solve(problem, 0.3).tolist() == [1, 1]
 
 
@@ -145,7 +161,9 @@ def test_what_is_no_problem_is_refused(damage: list[list[float]], cost: list[lis
         Problem(damage=np.array(damage), cost=np.array(cost), together=np.arange(1))
 
 
-def test_a_choice_that_could_not_be_proven_the_best_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_choice_that_could_not_be_proven_the_best_is_said_to_be_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Damage in proportion to the weights makes all choices alike, the hardest case."""
     rng = np.random.default_rng(0)
     elements, bits = rng.integers(10**5, 10**7, 100), np.append(rng.choice(BITS, 12), 16.0)

@@ -11,7 +11,16 @@ from sweep.core.errors import SweepError
 from sweep.formats.mixed import GroupFormat, MixedRecipe
 from sweep.mixed_precision.candidates import Options, read_options
 from sweep.mixed_precision.knapsack import total
-from sweep.mixed_precision.recipe import Budget, Rules, interval, problem_of, recipe, solved, uniform_choices, weights_gb
+from sweep.mixed_precision.recipe import (
+    Budget,
+    Rules,
+    interval,
+    problem_of,
+    recipe,
+    solved,
+    uniform_choices,
+    weights_gb,
+)
 from tests.scored import DAMAGES, FP8, GROUPS, INT4, INT8, N_WEIGHTS, store_at
 
 ANY = Rules(pins={})
@@ -40,7 +49,9 @@ def test_budgets_are_bits_of_all_groups(options: Options) -> None:
     assert (Budget(bits=4.5).slug, Budget(gb=3.2).slug) == ("4_5bits", "3_2gb")
 
 
-@pytest.mark.parametrize("sizes", [{}, {"bits": 4.0, "gb": 3.0}, {"bits": 0.0}, {"bits": -1.0}, {"gb": float("nan")}, {"gb": float("inf")}])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"bits": 4.0, "gb": 3.0}, {"bits": 0.0}, {"bits": -1.0}, {"gb": float("nan")}, {"gb": float("inf")}]
+)
 def test_what_is_no_budget_is_refused(sizes: dict[str, float]) -> None:
     with pytest.raises(SweepError, match=r"Type (one of the two|a number above 0)\."):
         Budget(**sizes)
@@ -50,7 +61,13 @@ def test_the_mix_of_least_damage(options: Options) -> None:
     """All in INT4 take 4.125 bits. A weight in 8 bits costs 3.875 more: 0.3875 bits for 1,000 of the 10,000 weights, 1.1625 for 3,000."""
     assert formats(options, Budget(bits=4.125)) == [INT4] * 5
     assert formats(options, Budget(bits=4.5125)) == [INT8, INT4, INT4, INT4, INT4]  # 0.036 less
-    assert formats(options, Budget(bits=4.9)) == [INT8, INT4, INT8, INT4, INT4]  # 0.036 + 0.017, where the last group would save 0.0495
+    assert formats(options, Budget(bits=4.9)) == [
+        INT8,
+        INT4,
+        INT8,
+        INT4,
+        INT4,
+    ]  # 0.036 + 0.017, where the last group would save 0.0495
     assert formats(options, Budget(bits=5.2875)) == [INT8, INT4, INT4, INT4, FP8]
     assert formats(options, Budget(bits=16)) == ["16"] * 5
 
@@ -66,7 +83,13 @@ def test_what_the_target_does_not_run_is_no_option(options: Options) -> None:
 
 def test_pins_and_exclusions_hold_whatever_they_cost(options: Options) -> None:
     rules = Rules(pins={"down_proj": FP8, "*merger*": INT4}, excludes=["layers.0*q_proj"])
-    assert formats(options, Budget(bits=8.5), rules) == ["16", FP8, INT8, FP8, INT4]  # 72,250 bits are taken; 16,000 more are too much
+    assert formats(options, Budget(bits=8.5), rules) == [
+        "16",
+        FP8,
+        INT8,
+        FP8,
+        INT4,
+    ]  # 72,250 bits are taken; 16,000 more are too much
 
 
 def test_a_layers_groups_get_one_format(options: Options) -> None:
@@ -77,9 +100,18 @@ def test_a_layers_groups_get_one_format(options: Options) -> None:
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        (Rules(pins={"up_proj": INT4}), r"'up_proj' matches no layer group\. Groups are called like 'm\.layers\.0\.attn\.q_proj'"),
-        (Rules(pins={"q_proj": "wint4_afp16/defualt"}), r"Unknown format 'wint4_afp16/defualt'\. Did you mean 'wint4_afp16/default'"),
-        (Rules(pins={"q_proj": INT4}, excludes=["layers.0*"]), r"m\.layers\.0\.attn\.q_proj cannot be 16: .* another rule forbids it"),
+        (
+            Rules(pins={"up_proj": INT4}),
+            r"'up_proj' matches no layer group\. Groups are called like 'm\.layers\.0\.attn\.q_proj'",
+        ),
+        (
+            Rules(pins={"q_proj": "wint4_afp16/defualt"}),
+            r"Unknown format 'wint4_afp16/defualt'\. Did you mean 'wint4_afp16/default'",
+        ),
+        (
+            Rules(pins={"q_proj": INT4}, excludes=["layers.0*"]),
+            r"m\.layers\.0\.attn\.q_proj cannot be 16: .* another rule forbids it",
+        ),
         (Rules(pins={"q_proj": FP8}, allowed=only(INT4)), r"cannot be wfp8_afp8/default: the target does not run it"),
     ],
     ids=["pattern", "label", "conflict", "target"],
@@ -91,18 +123,30 @@ def test_rules_that_cannot_be_kept_are_refused(rules: Rules, message: str, optio
 
 def test_a_layer_of_one_format_cannot_have_two_pins(options: Options) -> None:
     with pytest.raises(SweepError, match=r"Loosen --pin, --exclude or --uniform-layer\."):
-        formats(options, Budget(bits=9), Rules(pins={"layers.0*q_proj": INT4, "layers.0*down_proj": INT8}, uniform_layer=True))
+        formats(
+            options,
+            Budget(bits=9),
+            Rules(pins={"layers.0*q_proj": INT4, "layers.0*down_proj": INT8}, uniform_layer=True),
+        )
 
 
 @pytest.mark.parametrize(
     ("budget", "rules", "message"),
     [
-        (Budget(bits=4), ANY, r"--bits 4 is too little\. The nearest that works: --bits 4\.125; the smallest format .* wint4_afp16/default, 4\.125 bits"),
+        (
+            Budget(bits=4),
+            ANY,
+            r"--bits 4 is too little\. The nearest that works: --bits 4\.125; the smallest format .* wint4_afp16/default, 4\.125 bits",
+        ),
         # 41,250 bits and 30,000 bytes
         (Budget(gb=30e-6), ANY, r"--gb 3e-05 is too little\. The nearest that works: --gb 4e-05;"),
         # 2,000 weights stay in 16 bits: 0.8 * 4.125 + 0.2 * 16
         (Budget(bits=6), Rules(pins={}, excludes=["fc"]), r"--bits 6\.5; --bits 4\.125 without --exclude;"),
-        (Budget(bits=6), Rules(pins={}, allowed=only(FP8)), r"--bits 8; --bits 4\.125 without the target; .* wfp8_afp8/default, 8 bits"),
+        (
+            Budget(bits=6),
+            Rules(pins={}, allowed=only(FP8)),
+            r"--bits 8; --bits 4\.125 without the target; .* wfp8_afp8/default, 8 bits",
+        ),
         # 0.9 * 4.125 + 0.1 * 8 alone, but the layer's 3,000 other weights go with it
         (
             Budget(bits=4.2),
@@ -112,13 +156,17 @@ def test_a_layer_of_one_format_cannot_have_two_pins(options: Options) -> None:
     ],
     ids=["bits", "gb", "exclude", "target", "uniform layer"],
 )
-def test_too_small_a_budget_names_the_nearest_and_what_binds(budget: Budget, rules: Rules, message: str, options: Options) -> None:
+def test_too_small_a_budget_names_the_nearest_and_what_binds(
+    budget: Budget, rules: Rules, message: str, options: Options
+) -> None:
     with pytest.raises(SweepError, match=message):
         formats(options, budget, rules)
 
 
 def test_the_recipe_is_what_was_chosen(options: Options) -> None:
-    choice = np.array([[option.format.label for option in options.formats].index(label) for label in (INT8, INT4, INT4, INT4, FP8)])
+    choice = np.array(
+        [[option.format.label for option in options.formats].index(label) for label in (INT8, INT4, INT4, INT4, FP8)]
+    )
     choice[1] = len(options.formats)  # 16 bits
     made = recipe(options, choice, "name", "vllm_sm90")
     assert made.effective_bits == pytest.approx((1000 * 8 + 3000 * 16 + 4000 * 4.125 + 2000 * 8) / N_WEIGHTS)
@@ -143,7 +191,11 @@ def test_one_format_for_all(options: Options) -> None:
     def expected(label: str, bits: float) -> Any:
         return pytest.approx((bits * N_WEIGHTS, sum(each or 0 for each in DAMAGES[label])))
 
-    assert uniform_choices(options, problem_of(options, ANY)) == {INT4: expected(INT4, 4.125), INT8: expected(INT8, 8), FP8: expected(FP8, 8)}
+    assert uniform_choices(options, problem_of(options, ANY)) == {
+        INT4: expected(INT4, 4.125),
+        INT8: expected(INT8, 8),
+        FP8: expected(FP8, 8),
+    }
     pinned = problem_of(options, Rules(pins={"*fc": INT4}))
     assert set(uniform_choices(options, pinned)) == {INT4}
 

@@ -43,12 +43,20 @@ def test_a_directory_with_config_and_safetensors_is_taken(tmp_path: Path) -> Non
         ({}, "has no config.json (found: nothing). Give a Hugging Face checkpoint directory."),
         ({"model__safetensors": b"x", "README__md": b"x"}, "has no config.json (found: README.md, model.safetensors)."),
         ({"config__json": b"{}"}, "has no *.safetensors file. Download the weights, or give another model.path=DIR."),
-        ({"config__json": b"{}", "pytorch_model__bin": b"x"}, "holds pickled weights (pytorch_model.bin), which can run code when loaded."),
+        (
+            {"config__json": b"{}", "pytorch_model__bin": b"x"},
+            "holds pickled weights (pytorch_model.bin), which can run code when loaded.",
+        ),
         ({"config__json": b"{}", "weights__pt": b"x"}, "holds pickled weights (weights.pt)"),
-        ({"config__json": b"{}", "last__ckpt": b"x", "model__pth": b"x"}, "holds pickled weights (last.ckpt, model.pth)"),
+        (
+            {"config__json": b"{}", "last__ckpt": b"x", "model__pth": b"x"},
+            "holds pickled weights (last.ckpt, model.pth)",
+        ),
     ],
 )
-def test_a_directory_that_cannot_be_loaded_safely_is_refused(contents: dict[str, bytes], message: str, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_loaded_safely_is_refused(
+    contents: dict[str, bytes], message: str, tmp_path: Path
+) -> None:
     path = directory(tmp_path / "model", **contents)
     with pytest.raises(SweepError) as error:
         check_checkpoint(path)
@@ -67,7 +75,9 @@ def test_the_revision_does_not_depend_on_times_places_or_other_files(tmp_path: P
     before = revision(path)
     for file in path.iterdir():
         os.utime(file, (LATER, LATER))
-    (path / "tokenizer.json").write_text("another tokenizer")  # token ids are part of the data's identity, not of the model's
+    (path / "tokenizer.json").write_text(
+        "another tokenizer"
+    )  # token ids are part of the data's identity, not of the model's
     assert revision(path) == before == revision(two_shards(tmp_path / "copy"))
 
 

@@ -23,7 +23,11 @@ def batches(kind: str) -> list[Batch]:
     found = [make_plan(texts, packed=True).segments[0][0]]
     if kind == "qwen3_vl":
         captions = [Sample(token_ids=sample.token_ids[:5]) for sample in texts]
-        found.append(make_plan(with_scenes(captions, vision_start=1, vision_end=2, image_token=3, merge=2), packed=True).segments[0][0])
+        found.append(
+            make_plan(
+                with_scenes(captions, vision_start=1, vision_end=2, image_token=3, merge=2), packed=True
+            ).segments[0][0]
+        )
     return found
 
 
@@ -57,7 +61,9 @@ def test_gradients_of_a_range_are_those_of_the_model(dtype: torch.dtype) -> None
     for batch in batches("qwen3_vl"):
         inputs = batch_to(batch, torch.device("cpu"), dtype)
         seen: list[torch.Tensor] = []
-        handle = decoder.layers[0].register_forward_pre_hook(lambda _module, args, seen=seen: seen.append(args[0].requires_grad_()))
+        handle = decoder.layers[0].register_forward_pre_hook(
+            lambda _module, args, seen=seen: seen.append(args[0].requires_grad_())
+        )
         decoder.output(inputs).square().sum().backward()
         handle.remove()
         trace, _ = decoder.record(inputs, [0])
@@ -70,7 +76,9 @@ def test_gradients_of_a_range_are_those_of_the_model(dtype: torch.dtype) -> None
 
 def test_deepstack_is_put_back_after_the_layers_that_have_it() -> None:
     _, decoder = parts("qwen3_vl", torch.float32)
-    text, images = (decoder.record(batch_to(batch, torch.device("cpu"), torch.float32), ())[0] for batch in batches("qwen3_vl"))
+    text, images = (
+        decoder.record(batch_to(batch, torch.device("cpu"), torch.float32), ())[0] for batch in batches("qwen3_vl")
+    )
     assert not text.features
     assert list(images.features) == [0, 1]
 

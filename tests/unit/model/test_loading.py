@@ -28,7 +28,12 @@ def test_a_packed_row_keeps_its_samples_apart(kind: str) -> None:
         packed = model(**batch_to(batch, CPU, torch.float32), use_cache=False).logits[0]
         tokens = torch.from_numpy(batch.tensors["input_ids"])
         leaking = model(input_ids=tokens, position_ids=torch.arange(tokens.shape[1])[None], use_cache=False).logits[0]
-        alone = torch.cat([model(input_ids=torch.from_numpy(samples[i].token_ids)[None], use_cache=False).logits[0] for i in batch.order])
+        alone = torch.cat(
+            [
+                model(input_ids=torch.from_numpy(samples[i].token_ids)[None], use_cache=False).logits[0]
+                for i in batch.order
+            ]
+        )
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
     assert (leaking - alone).abs().max() > 0.1
 
@@ -54,10 +59,16 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Path) -> None:
     (path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     changed_config(path, model_type="own", auto_map=auto_map)
-    for call in (lambda: loading.read_config(path), lambda: loading.structure(path), lambda: loading.load(path, dtype=torch.float32, device="cpu")):
+    for call in (
+        lambda: loading.read_config(path),
+        lambda: loading.structure(path),
+        lambda: loading.load(path, dtype=torch.float32, device="cpu"),
+    ):
         with pytest.raises(SweepError, match=r"config\.json is no model that transformers .* knows"):
             call()
-    changed_config(path, model_type="qwen3", auto_map=auto_map)  # a known type: transformers' own class, whatever the map says
+    changed_config(
+        path, model_type="qwen3", auto_map=auto_map
+    )  # a known type: transformers' own class, whatever the map says
     assert type(loading.load(path, dtype=torch.float32, device="cpu")).__module__.startswith("transformers.")
     assert not (tmp_path / "ran").exists()
 
@@ -70,7 +81,11 @@ def test_a_loaded_model_computes_in_the_dtype_asked_for_and_takes_no_gradient(tm
         assert not any(parameter.requires_grad for parameter in model.parameters())
         assert not model.training
         found = loading.structure(path)
-        assert [[name, *reversed(module.weight.shape)] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)] == found["linears"]
+        assert [
+            [name, *reversed(module.weight.shape)]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        ] == found["linears"]
         assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -84,7 +99,10 @@ def cut(weights: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(drop, "lacks 2 weights, the first 'model.layers.1.mlp.up_proj.weight': they would be random"), (cut, "Its weights must fit its config.json")],
+    [
+        (drop, "lacks 2 weights, the first 'model.layers.1.mlp.up_proj.weight': they would be random"),
+        (cut, "Its weights must fit its config.json"),
+    ],
 )
 def test_weights_that_do_not_make_the_model_are_refused(change: Any, message: str, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "model", "qwen3")

@@ -21,12 +21,26 @@ from workers.service.scorer import Scorer
 def group(layer: int, n_inputs: int, n_outputs: int, tower: str = "language_model") -> GroupSpec:
     name = f"model.{tower}.layers.{layer}.mlp.down_proj"
     return GroupSpec(
-        name=name, modules=(name,), part=f"layers.{layer}", layer_index=layer, weight_elements=n_inputs * n_outputs, n_inputs=n_inputs, n_outputs=n_outputs
+        name=name,
+        modules=(name,),
+        part=f"layers.{layer}",
+        layer_index=layer,
+        weight_elements=n_inputs * n_outputs,
+        n_inputs=n_inputs,
+        n_outputs=n_outputs,
     )
 
 
 def work(**changes: Any) -> Workload:
-    given: dict[str, Any] = {"n_tokens": 1000, "n_patches": 0, "batch_tokens": 100, "itemsize": 2, "model_bytes": 0, "vocabulary": 1, "n_inputs": 1}
+    given: dict[str, Any] = {
+        "n_tokens": 1000,
+        "n_patches": 0,
+        "batch_tokens": 100,
+        "itemsize": 2,
+        "model_bytes": 0,
+        "vocabulary": 1,
+        "n_inputs": 1,
+    }
     return Workload(**(given | changes))
 
 
@@ -45,9 +59,12 @@ def test_a_4b_model_on_7100_captions_tokens_fits_16_gb_only_in_windows() -> None
 
 
 @pytest.mark.parametrize(
-    ("sizes", "room", "expected"), [([1, 1, 1, 1], 2, [[0, 1], [2, 3]]), ([1, 5, 1], 2, [[0], [1], [2]]), ([1, 1], 9, [[0, 1]]), ([3], -1, [[0]])]
+    ("sizes", "room", "expected"),
+    [([1, 1, 1, 1], 2, [[0, 1], [2, 3]]), ([1, 5, 1], 2, [[0], [1], [2]]), ([1, 1], 9, [[0, 1]]), ([3], -1, [[0]])],
 )
-def test_windows_hold_as_many_parts_as_there_is_room_for(sizes: list[int], room: float, expected: list[list[int]]) -> None:
+def test_windows_hold_as_many_parts_as_there_is_room_for(
+    sizes: list[int], room: float, expected: list[list[int]]
+) -> None:
     assert windows(range(len(sizes)), sizes, room) == expected
 
 
@@ -66,7 +83,11 @@ def scored(place: Path, store: Path, memory_gb: float | None = None) -> tuple[di
     wanted = plan(place)
     tasks = list(wanted.tasks.values())
     worker = Scorer(str(store), "cpu", memory_gb=memory_gb)
-    warnings = [progress.warning for progress in worker.score(tasks, wanted.plans[tasks[0].plan_id]) if progress.warning is not None]
+    warnings = [
+        progress.warning
+        for progress in worker.score(tasks, wanted.plans[tasks[0].plan_id])
+        if progress.warning is not None
+    ]
     return {path.parent.name: path.read_bytes() for path in store.glob("scores/*/*.parquet")}, warnings
 
 
@@ -91,13 +112,17 @@ def test_windows_give_the_same_bits(place: Path, tmp_path: Path, monkeypatch: py
     assert not warnings
 
 
-def test_running_out_of_memory_halves_the_window_with_a_warning(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_halves_the_window_with_a_warning(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, _ = scored(place, tmp_path / "whole")
     real, failures = scorer.capture, iter([True, False])
 
     def capture(*arguments: Any) -> Any:
         if next(failures, False):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.74 GiB. GPU 0 has a total capacity of 79.18 GiB")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 1.74 GiB. GPU 0 has a total capacity of 79.18 GiB"
+            )
         return real(*arguments)
 
     monkeypatch.setattr(scorer, "capture", capture)
@@ -107,14 +132,18 @@ def test_running_out_of_memory_halves_the_window_with_a_warning(place: Path, tmp
 
 
 def test_a_budget_too_small_for_one_layer_is_refused_before_anything_runs(place: Path) -> None:
-    with pytest.raises(SweepError, match=r"0\.0001 GB are too little for one decoder layer at a time.*Type sensitivity\.memory_gb="):
+    with pytest.raises(
+        SweepError, match=r"0\.0001 GB are too little for one decoder layer at a time.*Type sensitivity\.memory_gb="
+    ):
         plan(place, "sensitivity.memory_gb=0.0001")
 
 
 def test_the_plan_says_whose_captures_need_windows(place: Path) -> None:
     roomy = plan(place, "sensitivity.memory_gb=1")
     task = next(iter(roomy.tasks.values()))
-    load = memory.workload([task], roomy.plans[task.plan_id], 1, 4 * Model(place / "model").structure["parameters"], 512)
+    load = memory.workload(
+        [task], roomy.plans[task.plan_id], 1, 4 * Model(place / "model").structure["parameters"], 512
+    )
     layers = [task.groups[start : start + 4] for start in range(0, len(task.groups), 4)]
     between = (memory.whole_bytes(task.groups, load) + memory.needed_bytes(layers, load)) / 2
     narrow = plan(place, f"sensitivity.memory_gb={between / 1e9:.6f}")

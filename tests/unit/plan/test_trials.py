@@ -37,13 +37,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def own(checkpoint: Path, captions: Path) -> list[str]:
     """Overrides that name a random checkpoint and its captions."""
-    return ["model=hf_causal_lm", f"model.path={checkpoint}", "dataset=coco2017_captions", f"dataset.captions_path={captions}"]
+    return [
+        "model=hf_causal_lm",
+        f"model.path={checkpoint}",
+        "dataset=coco2017_captions",
+        f"dataset.captions_path={captions}",
+    ]
 
 
 def test_a_weight_only_pair_has_one_cell_under_all_activation_granularities() -> None:
-    trials = by_name("quant_pair=wint8_afp16,wint8_aint8", "quant_granularity=default,a_per_tensor_static,a_per_token_dynamic,w_group64")
+    trials = by_name(
+        "quant_pair=wint8_afp16,wint8_aint8",
+        "quant_granularity=default,a_per_tensor_static,a_per_token_dynamic,w_group64",
+    )
     cells = {name.rsplit("/", 1)[0]: trial.cell_id for name, trial in trials.items()}
-    assert cells["wint8_afp16/default"] == cells["wint8_afp16/a_per_tensor_static"] == cells["wint8_afp16/a_per_token_dynamic"]
+    assert (
+        cells["wint8_afp16/default"]
+        == cells["wint8_afp16/a_per_tensor_static"]
+        == cells["wint8_afp16/a_per_token_dynamic"]
+    )
     assert cells["wint8_aint8/default"] == cells["wint8_aint8/a_per_tensor_static"]  # what the preset says already
     assert len(set(cells.values())) == 2 + 3
     assert len({trial.trial_id for trial in trials.values()}) == 8  # each is a trial of its own, with its own folder
@@ -51,8 +63,12 @@ def test_a_weight_only_pair_has_one_cell_under_all_activation_granularities() ->
 
 def test_algorithm_and_scales_are_part_of_a_trials_name_and_id() -> None:
     """Ranges of a channel are the same under both scales, so they share a cell; the trials stay two."""
-    trials = plan("quant_pair=wint8_afp16", "sensitivity.quant_algorithm=max,mse", "sensitivity.scales=private,fused").trials
-    assert [trial.name for trial in trials] == [f"wint8_afp16/default/{rest}" for rest in ("small", "fused/small", "mse/small", "mse/fused/small")]
+    trials = plan(
+        "quant_pair=wint8_afp16", "sensitivity.quant_algorithm=max,mse", "sensitivity.scales=private,fused"
+    ).trials
+    assert [trial.name for trial in trials] == [
+        f"wint8_afp16/default/{rest}" for rest in ("small", "fused/small", "mse/small", "mse/fused/small")
+    ]
     assert len({trial.trial_id for trial in trials}) == 4
     assert len({trial.cell_id for trial in trials}) == 2
 
@@ -145,9 +161,18 @@ def a_copy_elsewhere(checkpoint: Path, captions: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "same"), [(one_weight, False), (config, False), (first_two_captions_swapped, False), (a_caption_after_the_size, True), (a_copy_elsewhere, True)]
+    ("change", "same"),
+    [
+        (one_weight, False),
+        (config, False),
+        (first_two_captions_swapped, False),
+        (a_caption_after_the_size, True),
+        (a_copy_elsewhere, True),
+    ],
 )
-def test_a_cell_follows_the_content_of_its_files(change: Callable[[Path, Path], None], same: bool, checkpoint: Path, captions: Path, tmp_path: Path) -> None:
+def test_a_cell_follows_the_content_of_its_files(
+    change: Callable[[Path, Path], None], same: bool, checkpoint: Path, captions: Path, tmp_path: Path
+) -> None:
     def own_cell(model: Path) -> str | None:
         data = ["dataset=coco2017_captions", f"dataset.captions_path={tmp_path / 'captions.txt'}"]
         return cell(["model=hf_causal_lm", f"model.path={model}", "model.name=mine", *data])
@@ -160,13 +185,17 @@ def test_a_cell_follows_the_content_of_its_files(change: Callable[[Path, Path], 
 
 
 @pytest.mark.parametrize("constant", ["SCORE_VERSION", "modelopt"])
-def test_a_cell_is_another_under_other_arithmetic(constant: str, own: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_is_another_under_other_arithmetic(
+    constant: str, own: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = cell(own)
     if constant == "SCORE_VERSION":
         monkeypatch.setattr(trials, "SCORE_VERSION", trials.SCORE_VERSION + 1)
     else:
         stock = trials.version
-        monkeypatch.setattr(trials, "version", lambda name: stock(name) + ".post1" if name == "nvidia-modelopt" else stock(name))
+        monkeypatch.setattr(
+            trials, "version", lambda name: stock(name) + ".post1" if name == "nvidia-modelopt" else stock(name)
+        )
     assert cell(own) != before
 
 
@@ -179,15 +208,27 @@ def test_an_invalid_point_of_a_grid_is_skipped_with_its_reason() -> None:
 
 @pytest.mark.parametrize("granularities", ["w_per_tensor", "w_per_tensor,w_per_out_channel"])
 def test_nothing_but_invalid_points_is_refused_with_the_reasons(granularities: str) -> None:
-    with pytest.raises(SweepError, match=r"Nothing can be scored.\nwfp4_afp16/w_per_tensor/small: FP4 weights need blocks") as error:
+    with pytest.raises(
+        SweepError, match=r"Nothing can be scored.\nwfp4_afp16/w_per_tensor/small: FP4 weights need blocks"
+    ) as error:
         plan("quant_pair=wfp4_afp16", f"quant_granularity={granularities}")
     assert str(error.value).count("\n") == len(granularities.split(","))
 
 
 def test_blocks_that_do_not_divide_a_layers_outputs_are_refused_by_layer(tmp_path: Path, captions: Path) -> None:
-    odd = save_checkpoint(tmp_path / "odd", "llama", intermediate_size=384, num_key_value_heads=2)  # 2 heads of 32: 64 outputs
-    model = ["model=hf_causal_lm", f"model.path={odd}", "dataset=coco2017_captions", f"dataset.captions_path={captions}"]
-    with pytest.raises(SweepError, match=r"Blocks of 128 rows do not divide the 64 outputs of model\.layers\.0\.self_attn\.k_proj \(4 such layers\)"):
+    odd = save_checkpoint(
+        tmp_path / "odd", "llama", intermediate_size=384, num_key_value_heads=2
+    )  # 2 heads of 32: 64 outputs
+    model = [
+        "model=hf_causal_lm",
+        f"model.path={odd}",
+        "dataset=coco2017_captions",
+        f"dataset.captions_path={captions}",
+    ]
+    with pytest.raises(
+        SweepError,
+        match=r"Blocks of 128 rows do not divide the 64 outputs of model\.layers\.0\.self_attn\.k_proj \(4 such layers\)",
+    ):
         plan(*model, "quant_pair=wfp8_afp8", "quant_granularity=w_block128x128_a_group128")
 
 
@@ -210,21 +251,33 @@ def test_groups_that_do_not_divide_a_layers_inputs_are_refused_by_layer(tmp_path
     with pytest.raises(SweepError) as error:
         plan(*own, "quant_pair=wint8_aint8", "quant_granularity=w_group64")
     # 96 inputs: q, k, v, gate, up of both layers; 160: down; o has 4 heads of 32
-    assert "Groups of 64 do not divide the 96 inputs of model.layers.0.self_attn.q_proj (12 such layers)" in str(error.value)
+    assert "Groups of 64 do not divide the 96 inputs of model.layers.0.self_attn.q_proj (12 such layers)" in str(
+        error.value
+    )
     assert "Sizes that divide every layer: 16, 32." in str(error.value)
     assert [bool(trial.reason) for trial in plan(*own, "quant_granularity=default,w_group64").trials] == [False, True]
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, captions: Path) -> None:
     small = save_checkpoint(tmp_path / "small", "qwen3", vocab_size=300)
-    with pytest.raises(SweepError, match=r"gives token \d+, but the model has 300 tokens: .* Copy the model's own tokenizer files there"):
-        plan("model=hf_causal_lm", f"model.path={small}", "dataset=coco2017_captions", f"dataset.captions_path={captions}")
+    with pytest.raises(
+        SweepError,
+        match=r"gives token \d+, but the model has 300 tokens: .* Copy the model's own tokenizer files there",
+    ):
+        plan(
+            "model=hf_causal_lm",
+            f"model.path={small}",
+            "dataset=coco2017_captions",
+            f"dataset.captions_path={captions}",
+        )
 
 
 def test_the_sizes_of_a_grid_come_from_one_capture_plan() -> None:
     found = plan("dataset.size=small,medium,large")
     (largest,) = found.plans.values()
-    assert [largest.n_predictions(size) for size in SIZES] == [plan(f"dataset.size={size}").plans.popitem()[1].n_predictions(size) for size in SIZES]
+    assert [largest.n_predictions(size) for size in SIZES] == [
+        plan(f"dataset.size={size}").plans.popitem()[1].n_predictions(size) for size in SIZES
+    ]
     assert [trial.dataset_revision for trial in found.trials] == [largest.digest(size) for size in SIZES]
 
 
@@ -233,5 +286,14 @@ def test_pending_is_what_lacks_cells_each_with_only_those() -> None:
     cells = {trial.name: str(trial.cell_id) for trial in found.trials}
     assert found.pending([]) == found.tasks
     assert found.pending(cells.values()) == {}
-    left = found.pending([cells["wint8_afp16/default/small"], cells["wint4_afp16/default/small"], cells["wint4_afp16/default/medium"], "another grid's"])
-    assert [(task.label, task.cells) for task in left.values()] == [("wint8_afp16/default", {"medium": cells["wint8_afp16/default/medium"]})]
+    left = found.pending(
+        [
+            cells["wint8_afp16/default/small"],
+            cells["wint4_afp16/default/small"],
+            cells["wint4_afp16/default/medium"],
+            "another grid's",
+        ]
+    )
+    assert [(task.label, task.cells) for task in left.values()] == [
+        ("wint8_afp16/default", {"medium": cells["wint8_afp16/default/medium"]})
+    ]

@@ -25,7 +25,11 @@ from workers.scoring.scores import NotFinite
 from workers.scoring.validation import Validator
 
 PLAN = make_plan(random_samples(16), packed=True)
-GROUPS = ("model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.1.mlp.gate_proj", "model.language_model.layers.1.mlp.down_proj")
+GROUPS = (
+    "model.language_model.layers.0.self_attn.q_proj",
+    "model.language_model.layers.1.mlp.gate_proj",
+    "model.language_model.layers.1.mlp.down_proj",
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,13 @@ def model() -> Any:
 
 def job(name: str) -> Job:
     weight, inputs = FORMATS[name]
-    return Job(name=name, weight=weight, inputs=inputs, calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic", sizes={"small": 1})
+    return Job(
+        name=name,
+        weight=weight,
+        inputs=inputs,
+        calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic",
+        sizes={"small": 1},
+    )
 
 
 def modules_of(model: nn.Module, group: str) -> tuple[str, ...]:
@@ -67,7 +77,9 @@ def test_the_output_error_is_the_one_that_the_engine_scores(model: Any, name: st
                 squares += float((linear(x).double() - before).square().sum())
             in_delta_form += float(output_error(quants[module], weights[module], x).double().square().sum())
         assert in_delta_form == pytest.approx(scores[0]["small"].dy_square_sum, rel=1e-5)
-        assert squares == pytest.approx(scores[0]["small"].dy_square_sum, rel=1e-3)  # a difference of outputs in float32 cancels
+        assert squares == pytest.approx(
+            scores[0]["small"].dy_square_sum, rel=1e-3
+        )  # a difference of outputs in float32 cancels
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -78,7 +90,9 @@ def test_one_group_diverges_as_the_kl_engine_measures(model: Any, name: str) -> 
         found = engine.score_group(modules_of(model, group), [job(name)])()
         assert found is not None
         assert not isinstance(found[0], NotFinite)
-        np.testing.assert_allclose(yardstick.measure(quants_of(model, group, name)).kl, found[0]["small"].sample_scores, rtol=1e-5)
+        np.testing.assert_allclose(
+            yardstick.measure(quants_of(model, group, name)).kl, found[0]["small"].sample_scores, rtol=1e-5
+        )
 
 
 def test_the_loss_change_is_the_difference_of_two_cross_entropies(model: Any) -> None:
@@ -150,18 +164,28 @@ def test_gradients_pass_straight_through_the_quantizer_of_the_inputs() -> None:
 
 
 def test_windows_calibrate_as_one_pass_does(model: Any) -> None:
-    recipe = recipe_of(model, [format_of("int8_static"), format_of("int4_block"), format_of("fp8", "smoothquant", "fused")], covered="language_model.layers")
+    recipe = recipe_of(
+        model,
+        [format_of("int8_static"), format_of("int4_block"), format_of("fp8", "smoothquant", "fused")],
+        covered="language_model.layers",
+    )
     whole, windows = (calibrated_model(model, list(PLAN.batches("small")), recipe, room) for room in (1e9, 1.0))
     assert whole.keys() == windows.keys()
     for name, quant in whole.items():
         other = windows[name]
-        for one, same in ((quant.weight_amax, other.weight_amax), (quant.input_amax, other.input_amax), (quant.pre_quant_scale, other.pre_quant_scale)):
+        for one, same in (
+            (quant.weight_amax, other.weight_amax),
+            (quant.input_amax, other.input_amax),
+            (quant.pre_quant_scale, other.pre_quant_scale),
+        ):
             assert one is same is None or torch.equal(one, same)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_format_whose_range_no_sample_sets_is_refused(model: Any) -> None:
     with pytest.raises(SweepError, match=r"No calibration sample reaches model\.visual"):
-        calibrated_model(model, list(PLAN.batches("small")), recipe_of(model, [format_of("int8_static")], covered="visual"))
+        calibrated_model(
+            model, list(PLAN.batches("small")), recipe_of(model, [format_of("int8_static")], covered="visual")
+        )
 
 
 def test_an_embedding_that_shares_the_heads_weight_keeps_it() -> None:

@@ -21,11 +21,16 @@ from sweep.core.errors import SweepError
 from workers.quant.block_formats import BACKEND, _reciprocal, e4m3_scaled_cpu, mx_cpu, nvfp4_cpu, register
 
 E2M1, E4M3, E8M0 = (2, 1), (4, 3), (8, 0)
-GOLDEN = {name: torch.from_numpy(array) for name, array in np.load(Path(__file__).with_name("block_formats.npz")).items()}
+GOLDEN = {
+    name: torch.from_numpy(array) for name, array in np.load(Path(__file__).with_name("block_formats.npz")).items()
+}
 FAMILIES = [name.removeprefix("input/") for name in GOLDEN if name.startswith("input/")]
 FORMATS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     **{f"nvfp4_{block}": lambda x, amax, block=block: nvfp4_cpu(x, amax, block) for block in (16, 32, 64, 128)},
-    **{f"mx_e{e}m{m}": lambda x, _, bits=(e, m): mx_cpu(x, 32, bits) for e, m in ((4, 3), (5, 2), (3, 2), (2, 3), (2, 1))},
+    **{
+        f"mx_e{e}m{m}": lambda x, _, bits=(e, m): mx_cpu(x, 32, bits)
+        for e, m in ((4, 3), (5, 2), (3, 2), (2, 3), (2, 1))
+    },
     "mx_int8": lambda x, _: mx_cpu(x, 32, 8),
     "mx_e2m1_16": lambda x, _: mx_cpu(x, 16, E2M1),
     "e4m3_s43_16": lambda x, amax: e4m3_scaled_cpu(x, amax, 16, E4M3),
@@ -36,7 +41,9 @@ REGISTERED = {"num_bits": E2M1, "block_sizes": {-1: 32, "type": "dynamic", "scal
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether all values agree to the bit, signs of zeros too; which of the NaNs one holds does not count."""
     both_nan = left.isnan() & right.isnan()
-    return left.dtype == right.dtype and bool((both_nan | (left.float().view(torch.int32) == right.float().view(torch.int32))).all())
+    return left.dtype == right.dtype and bool(
+        (both_nan | (left.float().view(torch.int32) == right.float().view(torch.int32))).all()
+    )
 
 
 def padded(values: list[float], length: int) -> Tensor:
@@ -58,7 +65,10 @@ def test_reciprocal_equals_the_gpu_for_every_mantissa() -> None:
     mantissas = torch.arange(1 << 23, dtype=torch.int32)
     ours = (_reciprocal((mantissas + (127 << 23)).view(torch.float32)) * 2**24).int()
     # of the H100's 2^23 results, as little-endian 32-bit integers
-    assert hashlib.sha256(ours.numpy().astype("<i4").tobytes()).hexdigest() == "6738fed66ac3938e70bbdd4bd049433a7daee9dca539705339d2223986bbe04c"
+    assert (
+        hashlib.sha256(ours.numpy().astype("<i4").tobytes()).hexdigest()
+        == "6738fed66ac3938e70bbdd4bd049433a7daee9dca539705339d2223986bbe04c"
+    )
 
 
 def test_nvfp4_rounds_ties_to_even_in_units_of_the_block_scale() -> None:
@@ -91,7 +101,11 @@ def test_nvfp4_blocks_have_the_length_that_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("num_bits", "x", "expected"),
     [
-        (E4M3, [448.0, 433.0, -17.0, 2.0**-9, 2.0**-10, 449.0 / 1024], [448.0, 448.0, -16.0, 2.0**-9, 0.0, 0.4375]),  # scale 1
+        (
+            E4M3,
+            [448.0, 433.0, -17.0, 2.0**-9, 2.0**-10, 449.0 / 1024],
+            [448.0, 448.0, -16.0, 2.0**-9, 0.0, 0.4375],
+        ),  # scale 1
         (E4M3, [449.0, 17.0], [448.0, 16.0]),  # 449 does not fit: scale 2, steps of 32 and 2
         ((5, 2), [57344.0, 9.0, 11.0], [57344.0, 8.0, 12.0]),
         ((3, 2), [28.0, 27.0, 26.0, 0.03125, 0.04], [28.0, 28.0, 24.0, 0.0, 0.0625]),
@@ -112,7 +126,9 @@ def test_mx_takes_subnormals_for_zero() -> None:
 
 
 def test_e4m3_scales_of_e4m3_elements() -> None:
-    amax = torch.tensor(448.0 * 448.0)  # a tensor scale of 1; the block's is 896 / 448 = 2, but for 1e-7 of approximate division
+    amax = torch.tensor(
+        448.0 * 448.0
+    )  # a tensor scale of 1; the block's is 896 / 448 = 2, but for 1e-7 of approximate division
     found = e4m3_scaled_cpu(padded([896.0, 33.0, -39.0], 16), amax, 16, E4M3)
     torch.testing.assert_close(found, padded([896.0, 32.0, -40.0], 16), rtol=2e-7, atol=0.0)
 
@@ -147,7 +163,9 @@ def test_tensor_quantizer_calls_the_backend_with_the_recipes_block_length() -> N
     assert same_bits(quantizer(x), nvfp4_cpu(x, torch.tensor(5.0), 32))
     mx = quantizer_of(REGISTERED | {"num_bits": E4M3, "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": E8M0}})
     assert same_bits(mx(x), mx_cpu(x, 32, E4M3))
-    both_e4m3 = quantizer_of(REGISTERED | {"num_bits": E4M3, "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": E4M3}})
+    both_e4m3 = quantizer_of(
+        REGISTERED | {"num_bits": E4M3, "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": E4M3}}
+    )
     both_e4m3.amax = torch.tensor(5.0)
     assert same_bits(both_e4m3(x), e4m3_scaled_cpu(x, torch.tensor(5.0), 16, E4M3))
 
@@ -168,9 +186,16 @@ def test_registering_again_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("num_bits", "scale_bits", "block", "message"),
-    [(E2M1, E4M3, 48, "powers of two"), (E4M3, E8M0, 64, "8, 16 or 32"), (E4M3, E4M3, 128, "8, 16 or 32"), ((1, 2), E8M0, 32, "Choose one of")],
+    [
+        (E2M1, E4M3, 48, "powers of two"),
+        (E4M3, E8M0, 64, "8, 16 or 32"),
+        (E4M3, E4M3, 128, "8, 16 or 32"),
+        ((1, 2), E8M0, 32, "Choose one of"),
+    ],
 )
 def test_what_no_kernel_takes_is_refused(num_bits: Any, scale_bits: Any, block: int, message: str) -> None:
-    quantizer = quantizer_of(REGISTERED | {"num_bits": num_bits, "block_sizes": {-1: block, "type": "dynamic", "scale_bits": scale_bits}})
+    quantizer = quantizer_of(
+        REGISTERED | {"num_bits": num_bits, "block_sizes": {-1: block, "type": "dynamic", "scale_bits": scale_bits}}
+    )
     with pytest.raises(SweepError, match=message):
         quantizer(torch.ones(1, 384))

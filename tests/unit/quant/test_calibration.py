@@ -54,16 +54,26 @@ def weights(*n_outputs: int) -> dict[str, Tensor]:
     return {f"layer.{i}": torch.randn(n, 256, generator=generator) * 0.1 * (i + 1) for i, n in enumerate(n_outputs)}
 
 
-def stock(linears: nn.Module, algorithm: str, weight: Mapping[str, Any], inputs: Mapping[str, Any] | None, batches: Sequence[Tensor]) -> Any:
+def stock(
+    linears: nn.Module,
+    algorithm: str,
+    weight: Mapping[str, Any],
+    inputs: Mapping[str, Any] | None,
+    batches: Sequence[Tensor],
+) -> Any:
     """Quantized by ModelOpt. Its dynamic blocks have no kernel for a CPU: they take ours, which test_block_formats holds to a GPU's output."""
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, cfg in (("*weight_quantizer", weight), ("*input_quantizer", inputs)):
         if cfg is not None:
             dynamic_blocks = (cfg.get("block_sizes") or {}).get("type") == "dynamic"
-            entries.append({"quantizer_name": name, "cfg": {**cfg, "backend": BACKEND} if dynamic_blocks else dict(cfg)})
+            entries.append(
+                {"quantizer_name": name, "cfg": {**cfg, "backend": BACKEND} if dynamic_blocks else dict(cfg)}
+            )
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return mtq.quantize(linears, {"quant_cfg": entries, "algorithm": algorithm}, lambda network: [network(x) for x in batches])
+        return mtq.quantize(
+            linears, {"quant_cfg": entries, "algorithm": algorithm}, lambda network: [network(x) for x in batches]
+        )
 
 
 def linear(weight: Tensor) -> nn.Linear:
@@ -95,7 +105,9 @@ def same(quant: LinearQuant, theirs: Any, weight: Tensor, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("algorithm", "weight", "inputs"), RECIPES)
-def test_a_linear_calibrated_alone_is_the_one_that_modelopt_gives_behind_another(algorithm: str, weight: dict[str, Any], inputs: dict[str, Any] | None) -> None:
+def test_a_linear_calibrated_alone_is_the_one_that_modelopt_gives_behind_another(
+    algorithm: str, weight: dict[str, Any], inputs: dict[str, Any] | None
+) -> None:
     first, second = (linear(w) for w in weights(256, 384).values())
     batches = x_batches()
     with torch.no_grad():
@@ -118,7 +130,9 @@ def test_a_linear_calibrated_alone_is_the_one_that_modelopt_gives_behind_another
         ("smoothquant", INT8_CHANNEL, INT8),
     ],
 )
-def test_fused_scales_are_those_of_modelopts_export(algorithm: str, weight: dict[str, Any], inputs: dict[str, Any] | None) -> None:
+def test_fused_scales_are_those_of_modelopts_export(
+    algorithm: str, weight: dict[str, Any], inputs: dict[str, Any] | None
+) -> None:
     own, batches = weights(256, 128, 128), x_batches()
     model = stock(Fork([linear(w) for w in own.values()]), algorithm, weight, inputs, batches)
     private = calibrated_linears(own, batches, weight, inputs, algorithm, "private")

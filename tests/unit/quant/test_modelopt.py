@@ -50,12 +50,20 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def linears(model: Any) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "language_model" in name]
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "language_model" in name
+    ]
 
 
 def job(recipe: str, sizes: dict[str, int]) -> Job:
     weight, inputs = RECIPES[recipe]
-    return Job(name=recipe, weight=weight, inputs=inputs, calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic", sizes=sizes)
+    return Job(
+        name=recipe,
+        weight=weight,
+        inputs=inputs,
+        calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic",
+        sizes=sizes,
+    )
 
 
 def ours(model: Any, linears: list[str], plan: Plan, recipe: str, size: str) -> dict[str, float]:
@@ -64,7 +72,9 @@ def ours(model: Any, linears: list[str], plan: Plan, recipe: str, size: str) -> 
     engine = Engine(torch.device("cpu"))
     scores: dict[str, float] = {}
     for group, modules in layer_groups(linears).items():
-        found = engine.score_group({name: model.get_submodule(name).weight for name in modules}, rows, [job(recipe, {size: n_segments})])()
+        found = engine.score_group(
+            {name: model.get_submodule(name).weight for name in modules}, rows, [job(recipe, {size: n_segments})]
+        )()
         assert found is not None
         assert not isinstance(found[0], NotFinite)
         scores[group] = found[0][size].score
@@ -93,13 +103,21 @@ def test_every_group_equals_auto_quantize_on_the_same_batches(model: Any, linear
     assert worst(ours(model, linears, plan, recipe, "medium"), stock(model, linears, plan, recipe, "medium")) < 1e-5
 
 
-def test_fp8_blocks_with_dynamic_inputs_equal_auto_quantize_on_batches_of_one_shape(model: Any, linears: list[str]) -> None:
+def test_fp8_blocks_with_dynamic_inputs_equal_auto_quantize_on_batches_of_one_shape(
+    model: Any, linears: list[str]
+) -> None:
     """ModelOpt's own blocks of inputs keep to the first shape they see: samples of 12 tokens, as many in each batch."""
     RECIPES["fp8_blocks_dynamic"] = FP8_BLOCKS, {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: 128}}
     samples = [Sample(token_ids=np.random.default_rng(i).integers(5, 512, size=12)) for i in range(16)]
     plan = make_plan(samples, packed=True)
     assert len(plan.segments[0]) == 1
-    assert worst(ours(model, linears, plan, "fp8_blocks_dynamic", "small"), stock(model, linears, plan, "fp8_blocks_dynamic", "small")) < 1e-5
+    assert (
+        worst(
+            ours(model, linears, plan, "fp8_blocks_dynamic", "small"),
+            stock(model, linears, plan, "fp8_blocks_dynamic", "small"),
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +152,14 @@ def test_what_linears_see_does_not_depend_on_how_samples_are_batched(model: Any,
 
 
 def test_groups_are_what_runtimes_fuse_named_by_their_first_module() -> None:
-    names = ["m.0.self_attn.q_proj", "m.0.self_attn.k_proj", "m.0.self_attn.v_proj", "m.0.self_attn.o_proj", "m.0.mlp.gate_proj", "m.0.mlp.up_proj"]
+    names = [
+        "m.0.self_attn.q_proj",
+        "m.0.self_attn.k_proj",
+        "m.0.self_attn.v_proj",
+        "m.0.self_attn.o_proj",
+        "m.0.mlp.gate_proj",
+        "m.0.mlp.up_proj",
+    ]
     assert layer_groups(names) == {
         "m.0.self_attn.q_proj": ("m.0.self_attn.q_proj", "m.0.self_attn.k_proj", "m.0.self_attn.v_proj"),
         "m.0.self_attn.o_proj": ("m.0.self_attn.o_proj",),
@@ -145,4 +170,7 @@ def test_groups_are_what_runtimes_fuse_named_by_their_first_module() -> None:
 def test_a_preset_is_plain_data_that_nobody_shares() -> None:
     first = preset("INT8_DEFAULT_CFG")
     first["quant_cfg"][1]["cfg"]["num_bits"] = 99
-    assert preset("INT8_DEFAULT_CFG")["quant_cfg"][1] == {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}}
+    assert preset("INT8_DEFAULT_CFG")["quant_cfg"][1] == {
+        "quantizer_name": "*weight_quantizer",
+        "cfg": {"num_bits": 8, "axis": 0},
+    }

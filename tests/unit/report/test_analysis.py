@@ -18,7 +18,13 @@ def table(sample_scores: list[list[float] | None], *, n_predictions: int = 10, *
     rows: list[dict[str, Any]] = []
     for i, samples in enumerate(sample_scores):
         score = None if samples is None else sum(samples)
-        row: dict[str, Any] = {"cell_id": "c", "group": f"g{i}", "modules": [f"g{i}"], "score": score, "sample_scores": samples}
+        row: dict[str, Any] = {
+            "cell_id": "c",
+            "group": f"g{i}",
+            "modules": [f"g{i}"],
+            "score": score,
+            "sample_scores": samples,
+        }
         row |= {"n_predictions": n_predictions, "n_samples": 2, "weight_elements": 100, "effective_bits": 8.0}
         if score is not None:
             row |= {"sensitivity": score / n_predictions, "predicted_kl": score / n_predictions / 2}
@@ -51,7 +57,10 @@ def test_top_k_overlap_counts_common_names() -> None:
     assert analysis.top_k_overlap(left, right, 10) == 1.0
 
 
-@pytest.mark.parametrize(("scores", "fraction", "groups"), [([4, 3, 2, 1], 0.5, 2), ([5, 3, 2], 0.5, 1), ([0, 0], 0.5, 0), ([1, NAN, 1, 1], 1.0, 3)])
+@pytest.mark.parametrize(
+    ("scores", "fraction", "groups"),
+    [([4, 3, 2, 1], 0.5, 2), ([5, 3, 2], 0.5, 1), ([0, 0], 0.5, 0), ([1, NAN, 1, 1], 1.0, 3)],
+)
 def test_groups_carrying_a_fraction(scores: list[float], fraction: float, groups: int) -> None:
     assert analysis.groups_carrying(np.array(scores, dtype=float), fraction) == groups
 
@@ -75,7 +84,9 @@ def test_summary_names_the_most_sensitive_groups() -> None:
 
 def test_no_sample_scores_no_matrix() -> None:
     assert analysis.sample_matrix(table([[1.0, 2.0], [3.0, 4.0]]).drop_columns(["sample_scores"])) is None
-    one_null = table([[1.0, 2.0], [3.0, 4.0]]).set_column(15, SCORES_SCHEMA.field(15), pa.array([[1.0, 2.0], None], SCORES_SCHEMA.field(15).type))
+    one_null = table([[1.0, 2.0], [3.0, 4.0]]).set_column(
+        15, SCORES_SCHEMA.field(15), pa.array([[1.0, 2.0], None], SCORES_SCHEMA.field(15).type)
+    )
     assert analysis.sample_matrix(one_null) is None
     matrix = analysis.sample_matrix(table([[1.0, 2.0], None, [3.0, 4.0]]))
     np.testing.assert_array_equal(matrix, [[1, 2], [NAN, NAN], [3, 4]])

@@ -26,10 +26,22 @@ from tests.foreign import seen
 FOLDER = "tiny/layer-analysis/weight-int4-act-int8/default/lm_only-glosses-small-gradient"
 
 
-def finished(granularity: str = "default", *, score: float = 4.0, created: int = 1, config: dict[str, Any] | None = None, **trial: Any) -> FinishedTrial:
+def finished(
+    granularity: str = "default",
+    *,
+    score: float = 4.0,
+    created: int = 1,
+    config: dict[str, Any] | None = None,
+    **trial: Any,
+) -> FinishedTrial:
     """A trial with one scored group of two modules and one never called."""
     pair = {"name": "wint4_aint8", "weight": "int4", "activation": "int8"}
-    composed = {"model": {"name": "tiny"}, "quant_pair": pair, "quant_granularity": {"name": granularity}, "store": {"uri": "/secret"}} | (config or {})
+    composed = {
+        "model": {"name": "tiny"},
+        "quant_pair": pair,
+        "quant_granularity": {"name": granularity},
+        "store": {"uri": "/secret"},
+    } | (config or {})
     row = TrialRow(
         trial_id=f"t-{granularity}",
         cell_id=f"cell-{granularity}-{score}",
@@ -50,9 +62,22 @@ def finished(granularity: str = "default", *, score: float = 4.0, created: int =
         created_at=datetime(2026, 1, created, tzinfo=UTC),
         run_id="r",
     )
-    common = {"cell_id": row.cell_id, "n_predictions": 10, "n_samples": 2, "weight_elements": 1600, "effective_bits": 4.0}
+    common = {
+        "cell_id": row.cell_id,
+        "n_predictions": 10,
+        "n_samples": 2,
+        "weight_elements": 1600,
+        "effective_bits": 4.0,
+    }
     rows: list[dict[str, Any]] = [
-        {**common, "group": "m.q_proj", "modules": ["m.q_proj", "m.k_proj"], "score": score, "sensitivity": score / 10, "predicted_kl": score / 20}
+        {
+            **common,
+            "group": "m.q_proj",
+            "modules": ["m.q_proj", "m.k_proj"],
+            "score": score,
+            "sensitivity": score / 10,
+            "predicted_kl": score / 20,
+        }
         | {"sample_scores": [score / 4, score * 3 / 4]},
         {**common, "group": "m.o_proj", "modules": ["m.o_proj"]},
     ]
@@ -61,7 +86,11 @@ def finished(granularity: str = "default", *, score: float = 4.0, created: int =
 
 def tree(root: Path) -> dict[str, tuple[bytes, int]]:
     """Every file under root with its bytes and modification time."""
-    return {str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -75,7 +104,11 @@ def test_every_folder_has_its_files_and_every_level_an_index(tmp_path: Path) -> 
     result = publish(GRID, tmp_path)
     assert result.written[0] == str(tmp_path / FOLDER)
     assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == sorted(FILES)
-    pages = ["tiny/layer-analysis", "tiny/layer-analysis/weight-int4-act-int8", "tiny/layer-analysis/weight-int4-act-int8/default"]
+    pages = [
+        "tiny/layer-analysis",
+        "tiny/layer-analysis/weight-int4-act-int8",
+        "tiny/layer-analysis/weight-int4-act-int8/default",
+    ]
     assert all((tmp_path / page / "README.md").is_file() for page in pages)
     assert not list(tmp_path.rglob(".*"))
 
@@ -88,7 +121,11 @@ def test_the_manifest_sums_every_other_file(tmp_path: Path) -> None:
         data = (tmp_path / FOLDER / name).read_bytes()
         assert known == {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     assert (manifest["cell_id"], manifest["model_revision"]) == ("cell-default-4.0", "a" * 64)
-    assert manifest["served_as"]["vllm_sm90"] == {"status": "none", "runs_as": None, "reader_name": None}  # wint4_aint8 with static inputs
+    assert manifest["served_as"]["vllm_sm90"] == {
+        "status": "none",
+        "runs_as": None,
+        "reader_name": None,
+    }  # wint4_aint8 with static inputs
     assert len(manifest["served_as"]) == 5
 
 
@@ -97,13 +134,19 @@ def test_published_scores_and_config_read_with_stock_tools(tmp_path: Path) -> No
     scores = pq.read_table(tmp_path / FOLDER / "scores.parquet")
     assert scores.column_names == [name for name in SCORES_SCHEMA.names if name != "sample_scores"]
     assert scores["score"].to_pylist() == [4.0, None]
-    assert list(yaml.safe_load((tmp_path / FOLDER / "composed-config.yaml").read_text())) == ["model", "quant_pair", "quant_granularity"]
+    assert list(yaml.safe_load((tmp_path / FOLDER / "composed-config.yaml").read_text())) == [
+        "model",
+        "quant_pair",
+        "quant_granularity",
+    ]
 
 
 def test_the_state_loads_without_pickled_code_and_has_modelopts_layout(tmp_path: Path) -> None:
     publish(GRID, tmp_path)
     state = torch.load(tmp_path / FOLDER / "autoquant-state.pt", weights_only=True)
-    assert list(state["candidate_stats"]) == ["m.q_proj.quant_recipe"]  # the group never called has no score to search with
+    assert list(state["candidate_stats"]) == [
+        "m.q_proj.quant_recipe"
+    ]  # the group never called has no score to search with
     stats = state["candidate_stats"]["m.q_proj.quant_recipe"]
     assert stats["formats"] == ["wint4_aint8.default", "NONE"]
     assert stats["scores"] == [4.0, 0.0]
@@ -144,11 +187,22 @@ def test_a_damaged_or_missing_file_is_put_right(tmp_path: Path) -> None:
 def test_other_content_is_refused_and_all_of_it_listed(tmp_path: Path) -> None:
     publish(GRID, tmp_path)
     before = tree(tmp_path)
-    other = [finished("default", score=5.0, model_revision="c" * 64), finished("w_group64", score=6.0, dataset_revision="d" * 64), finished("new")]
+    other = [
+        finished("default", score=5.0, model_revision="c" * 64),
+        finished("w_group64", score=6.0, dataset_revision="d" * 64),
+        finished("new"),
+    ]
     with pytest.raises(SweepError) as refusal:
         publish(other, tmp_path)
     assert tree(tmp_path) == before
-    for part in ("model_revision aaa", "ccc", "dataset_revision bbb", "ddd", "output_layout.overwrite=true", "--overwrite"):
+    for part in (
+        "model_revision aaa",
+        "ccc",
+        "dataset_revision bbb",
+        "ddd",
+        "output_layout.overwrite=true",
+        "--overwrite",
+    ):
         assert part in str(refusal.value)
     assert len(publish(other, tmp_path, overwrite=True).written) == 3
     publish(other, tmp_path / "fresh")
@@ -172,10 +226,19 @@ def test_two_trials_for_one_folder_are_refused_and_with_overwrite_the_later_wins
 
 def test_algorithm_and_scales_have_folders_of_their_own_where_they_are_not_the_usual_ones() -> None:
     place = ("tiny", {"weight": "int4", "activation": "fp16"}, "default", "lm_only", "texts", "small", "gradient")
-    names = [folder_of(*place, algorithm=algorithm, scales=scales)[-1] for algorithm in ("max", "awq_lite") for scales in ("private", "fused")]
+    names = [
+        folder_of(*place, algorithm=algorithm, scales=scales)[-1]
+        for algorithm in ("max", "awq_lite")
+        for scales in ("private", "fused")
+    ]
     usual = "lm_only-texts-small-gradient"
     assert names == [usual, f"{usual}-fused", f"{usual}-awq_lite", f"{usual}-awq_lite-fused"]
-    mse = finished(config={"quant_pair": {"weight": "int8", "activation": "int8"}, "sensitivity": {"quant_algorithm": "mse", "scales": "fused"}})
+    mse = finished(
+        config={
+            "quant_pair": {"weight": "int8", "activation": "int8"},
+            "sensitivity": {"quant_algorithm": "mse", "scales": "fused"},
+        }
+    )
     assert folder_of_finished(mse)[-1].endswith("-mse-fused")
 
 
@@ -253,7 +316,9 @@ def test_index_pages_follow_folders_that_were_taken_away(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("call", range(6))
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_crash_at_any_rename_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, when: str) -> None:
+def test_a_crash_at_any_rename_is_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, when: str
+) -> None:
     publish(GRID, tmp_path)
     newer = [finished("default", score=8.0), finished("w_group64", score=9.0), finished("new")]
     publish(newer, tmp_path / "whole")
@@ -276,13 +341,19 @@ def test_a_crash_at_any_rename_is_repaired(tmp_path: Path, monkeypatch: pytest.M
             publish(newer, tmp_path, overwrite=True)
     for folder in tmp_path.glob("tiny/*/*/*/lm_only*"):
         manifest = json.loads((folder / "quant-manifest.json").read_text())  # what is visible is whole
-        assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == known["sha256"] for name, known in manifest["files"].items())
+        assert all(
+            hashlib.sha256((folder / name).read_bytes()).hexdigest() == known["sha256"]
+            for name, known in manifest["files"].items()
+        )
     publish(newer, tmp_path, overwrite=True)
     assert contents(tmp_path / "tiny") == contents(tmp_path / "whole" / "tiny")
     assert not list(tmp_path.rglob(".*"))
 
 
-@pytest.mark.parametrize("manifest", ["[]", '"x"', '{"layout_version": "1"}', '{"layout_version": 1, "summary": null, "cell_id": "c"}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "manifest",
+    ["[]", '"x"', '{"layout_version": "1"}', '{"layout_version": 1, "summary": null, "cell_id": "c"}', "[" * 100_000],
+)
 def test_a_manifest_that_is_none_is_written_again(manifest: str, tmp_path: Path) -> None:
     publish(GRID, tmp_path / "whole")
     publish(GRID, tmp_path / "models")
@@ -300,7 +371,9 @@ def test_files_of_someone_else_beside_the_tree_stay_and_are_no_hindrance(tmp_pat
     assert len(list(tmp_path.rglob("notes.txt"))) == 2
 
 
-def test_a_full_disk_says_so_and_leaves_a_tree_that_the_next_call_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_says_so_and_leaves_a_tree_that_the_next_call_completes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish(GRID[:1], tmp_path)
     before = contents(tmp_path)
     n_written, write = iter(range(100)), Files.write
@@ -393,7 +466,9 @@ def test_a_url_gets_the_same_files(tmp_path: Path) -> None:
         memory.rm("/publish-test", recursive=True)
 
 
-def test_many_folders_are_made_in_several_processes_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_folders_are_made_in_several_processes_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     some = [finished("default"), finished("w_group64"), finished("w_group128")]
     publish(some, tmp_path / "one")
     monkeypatch.setattr("sweep.report.publish._FOLDERS_A_PROCESS", 1)

@@ -19,8 +19,16 @@ LAYERS = "model.language_model.layers"
 CONFIG = {
     "model": {"name": "tiny", "path": "/home/ann/models/tiny-vl"},
     "dataset": {"name": "glosses", "size": "small", "captions_path": "data/captions.txt"},
-    "quant_pair": {"name": "wint4_afp16", "weight": "int4", "activation": "fp16", "format_name": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"},
-    "quant_granularity": {"name": "w_group64", "quant_cfg_overrides": {"*weight_quantizer": {"block_sizes": {"-1": 64}}}},
+    "quant_pair": {
+        "name": "wint4_afp16",
+        "weight": "int4",
+        "activation": "fp16",
+        "format_name": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+    },
+    "quant_granularity": {
+        "name": "w_group64",
+        "quant_cfg_overrides": {"*weight_quantizer": {"block_sizes": {"-1": 64}}},
+    },
     "output_layout": {"root": "models"},
     "sensitivity": {"engine": "layerwise"},
     "cluster": {"workers": 2},
@@ -48,25 +56,48 @@ TRIAL = TrialRow(
 )
 
 
-def finished(samples: dict[str, list[float] | None], *, keep_samples: bool = True, n_predictions: int = 100, **trial: Any) -> FinishedTrial:
+def finished(
+    samples: dict[str, list[float] | None], *, keep_samples: bool = True, n_predictions: int = 100, **trial: Any
+) -> FinishedTrial:
     """A trial whose groups have these per-sample scores; None for a group never called."""
     rows: list[dict[str, Any]] = []
     for group, values in samples.items():
-        row: dict[str, Any] = {"cell_id": "c1", "group": group, "modules": [group], "n_predictions": n_predictions, "n_samples": 4}
+        row: dict[str, Any] = {
+            "cell_id": "c1",
+            "group": group,
+            "modules": [group],
+            "n_predictions": n_predictions,
+            "n_samples": 4,
+        }
         row |= {"weight_elements": 1000, "effective_bits": 4.25, "weight_rel_error": 0.1}
         if values is not None:
             score = sum(values)
-            row |= {"score": score, "sensitivity": score / n_predictions, "predicted_kl": score / n_predictions / 2, "input_amax": 3.5}
+            row |= {
+                "score": score,
+                "sensitivity": score / n_predictions,
+                "predicted_kl": score / n_predictions / 2,
+                "input_amax": 3.5,
+            }
             row |= {"output_rel_error": 0.01, "output_sqnr_db": 40.0, "sample_scores": values if keep_samples else None}
         rows.append(row)
     return FinishedTrial(trial=replace(TRIAL, **trial), scores=pa.Table.from_pylist(rows, schema=SCORES_SCHEMA))
 
 
-SMALL = finished({f"{LAYERS}.0.mlp.down_proj": [1.0, 1.0, 1.0, 1.0], f"{LAYERS}.1.mlp.down_proj": [3.0] * 4, f"{LAYERS}.2.mlp.down_proj": None})
+SMALL = finished(
+    {
+        f"{LAYERS}.0.mlp.down_proj": [1.0, 1.0, 1.0, 1.0],
+        f"{LAYERS}.1.mlp.down_proj": [3.0] * 4,
+        f"{LAYERS}.2.mlp.down_proj": None,
+    }
+)
 
 
 def test_the_table_ranks_groups_and_shares_add_up() -> None:
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in render_markdown(analyse(SMALL)).splitlines() if line.startswith(("| 1 |", "| 2 |"))]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in render_markdown(analyse(SMALL)).splitlines()
+        if line.startswith(("| 1 |", "| 2 |"))
+    ]
     assert [row[1] for row in rows] == ["`layers.1.mlp.down_proj`", "`layers.0.mlp.down_proj`"]
     assert [row[2] for row in rows] == ["60.0", "20.0"]  # mnat: 12 / 200 and 4 / 200
     assert [row[3] for row in rows] == ["60.0 … 60.0", "20.0 … 20.0"]  # equal samples: no spread
@@ -90,7 +121,9 @@ def test_groups_never_called_are_listed_apart() -> None:
 
 
 def test_without_sample_scores_the_report_says_so() -> None:
-    stock = finished({f"{LAYERS}.0.mlp.down_proj": [2.0], f"{LAYERS}.1.mlp.down_proj": [4.0]}, keep_samples=False, engine="modelopt")
+    stock = finished(
+        {f"{LAYERS}.0.mlp.down_proj": [2.0], f"{LAYERS}.1.mlp.down_proj": [4.0]}, keep_samples=False, engine="modelopt"
+    )
     assert "The engine `modelopt` keeps no per-sample scores" in render_markdown(analyse(stock))
     document = json.loads(render_json(analyse(stock)))
     assert document["rank_stability"] is None
@@ -118,9 +151,17 @@ def test_json_has_the_origins_sections_and_no_nan() -> None:
     document = json.loads(render_json(analyse(SMALL)), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     assert document["scheme"]["auto_quantize_bits"] == 4.25
     assert document["scheme"]["quant_formats"] == ["INT4_BLOCKWISE_WEIGHT_ONLY_CFG"]
-    assert (document["model"]["id"], document["dataset"]["name"], document["dataset"]["num_calib_samples"]) == ("tiny", "glosses", 4)
+    assert (document["model"]["id"], document["dataset"]["name"], document["dataset"]["num_calib_samples"]) == (
+        "tiny",
+        "glosses",
+        4,
+    )
     first = document["layer_sensitivity"][0]
-    assert (first["layer"], first["num_bits"], first["size_cost"]) == (f"{LAYERS}.1.mlp.down_proj", 4.25, 1000 * 4.25 / 16)
+    assert (first["layer"], first["num_bits"], first["size_cost"]) == (
+        f"{LAYERS}.1.mlp.down_proj",
+        4.25,
+        1000 * 4.25 / 16,
+    )
     assert first["predicted_kl_interval"] == [0.06, 0.06]
     assert render_json(analyse(SMALL)) == render_json(analyse(SMALL))
 
@@ -141,7 +182,16 @@ def test_published_config_names_no_machine_and_no_store() -> None:
 def test_summary_lines_name_the_most_sensitive_groups_of_each_trial() -> None:
     heading, line = summary_lines([SMALL], 1, TARGETS["vllm_sm90"])
     assert heading.split()[:7] == ["pair", "granularity", "size", "bits", "KL/pred.", "on", "vllm_sm90"]
-    assert line.split() == ["wint4_afp16", "w_group64", "small", "4.25", "0.08", "native", "layers.1.mlp.down_proj", "75%"]
+    assert line.split() == [
+        "wint4_afp16",
+        "w_group64",
+        "small",
+        "4.25",
+        "0.08",
+        "native",
+        "layers.1.mlp.down_proj",
+        "75%",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -153,8 +203,15 @@ def test_summary_lines_name_the_most_sensitive_groups_of_each_trial() -> None:
         ("wint4_afp16", "w_group64", "smoothquant", "none"),
     ],
 )
-def test_summary_lines_say_what_the_target_makes_of_each_recipe(pair: str, granularity: str, algorithm: str, words: str) -> None:
-    one = finished({"a.b": [1.0]}, quant_pair=pair, quant_granularity=granularity, config=json.dumps({"sensitivity": {"quant_algorithm": algorithm}}))
+def test_summary_lines_say_what_the_target_makes_of_each_recipe(
+    pair: str, granularity: str, algorithm: str, words: str
+) -> None:
+    one = finished(
+        {"a.b": [1.0]},
+        quant_pair=pair,
+        quant_granularity=granularity,
+        config=json.dumps({"sensitivity": {"quant_algorithm": algorithm}}),
+    )
     _, line = summary_lines([one], 1, TARGETS["vllm_sm90"])
     assert f" {words} a.b 100%" in " ".join(line.split())
 
@@ -165,7 +222,9 @@ def test_a_report_says_what_every_target_makes_of_the_recipe() -> None:
     assert [line.split("`")[1] for line in lines] == sorted(TARGETS)
     assert "| on `vllm_sm90` | runs as `wfp4_afp16/default`: `CompressedTensorsW4A4Fp4 on Marlin (NVFP4)` |" in lines
     assert "| on `trtllm_sm100` | runs as it is: `NVFP4` |" in lines
-    assert "| on `vllm_sm90` | nothing runs it |" in render_markdown(analyse(finished({"a.b": [1.0]}, quant_pair="wfp8_aint8")))
+    assert "| on `vllm_sm90` | nothing runs it |" in render_markdown(
+        analyse(finished({"a.b": [1.0]}, quant_pair="wfp8_aint8"))
+    )
     served = json.loads(render_json(analyse(one)))["scheme"]["served_as"]
     assert served["trtllm_sm100"] == {"status": "native", "runs_as": None, "reader_name": "NVFP4"}
     assert [name for name, status in served.items() if status["status"] == "runs_as"] == ["trtllm_sm90", "vllm_sm90"]
@@ -188,15 +247,22 @@ def test_index_pages_link_downwards() -> None:
     base = "tiny/layer-analysis"
     served = {"a_sm90": {"status": "native"}, "b_sm90": {"status": "runs_as"}, "c_sm90": {"status": "none"}}
     manifests = {
-        f"{base}/weight-fp8-act-fp8/default/lm_only-glosses-small-gradient": {"summary": summary | {"total_predicted_kl": 0.25}, "served_as": served},
-        f"{base}/weight-fp8-act-fp8/w_group64/lm_only-glosses-small-gradient": {"summary": summary | {"total_predicted_kl": 0.125}},
+        f"{base}/weight-fp8-act-fp8/default/lm_only-glosses-small-gradient": {
+            "summary": summary | {"total_predicted_kl": 0.25},
+            "served_as": served,
+        },
+        f"{base}/weight-fp8-act-fp8/w_group64/lm_only-glosses-small-gradient": {
+            "summary": summary | {"total_predicted_kl": 0.125}
+        },
     }
     top = render_index(base, manifests)
     assert "| [weight-fp8-act-fp8](weight-fp8-act-fp8/README.md) | 2 | 8 | 0.125 |" in top
     assert "[0.25](weight-fp8-act-fp8/default/lm_only-glosses-small-gradient/per-layer-sensitivity.md)" in top
     pair = render_index(f"{base}/weight-fp8-act-fp8", manifests)
     assert "| [default](default/README.md) | 1 | 8 | 0.25 |" in pair
-    leaf = render_index(f"{base}/weight-fp8-act-fp8/default", {folder: m for folder, m in manifests.items() if "/default/" in folder})
+    leaf = render_index(
+        f"{base}/weight-fp8-act-fp8/default", {folder: m for folder, m in manifests.items() if "/default/" in folder}
+    )
     link = "[lm_only-glosses-small-gradient](lm_only-glosses-small-gradient/per-layer-sensitivity.md)"
     assert f"| {link} | 16 | 8 | 0.25 | 2 groups | `a.b` 40% | a_sm90, (b_sm90) |" in leaf
     assert "`a.b` 40% | none |" in pair  # of a folder that an older version left

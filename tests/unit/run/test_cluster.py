@@ -39,7 +39,9 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         ([node(cpus=0)], {"workers": 4, "device": "cuda"}, ("cuda", 4, 1, False)),
     ],
 )
-def test_workers_of_a_cluster(has: list[dict[str, Any]], asked: dict[str, Any], expected: tuple[str, int, int, bool], nodes: list[dict[str, Any]]) -> None:
+def test_workers_of_a_cluster(
+    has: list[dict[str, Any]], asked: dict[str, Any], expected: tuple[str, int, int, bool], nodes: list[dict[str, Any]]
+) -> None:
     nodes += has
     device, count, per_node, elastic = expected
     assert pick_workers(config(**({"address": "h:6379"} | asked))) == Workers(
@@ -55,7 +57,11 @@ def test_workers_of_a_cluster(has: list[dict[str, Any]], asked: dict[str, Any], 
 @pytest.mark.parametrize(
     ("address", "has", "message"),
     [
-        (None, [], r"none is named\. Type cluster\.address=HOST:6379 or set RAY_ADDRESS; cluster=local starts one here"),
+        (
+            None,
+            [],
+            r"none is named\. Type cluster\.address=HOST:6379 or set RAY_ADDRESS; cluster=local starts one here",
+        ),
         ("ray://h:10001", [], r"Type cluster\.address=HOST:6379 .* ray job submit"),
         ("h:6379", [node(cpus=0)], r"has no CPU\. Type cluster\.workers=N"),
     ],
@@ -68,7 +74,9 @@ def test_a_cluster_that_cannot_be_used_is_an_error_that_says_what_to_type(
         cluster.join(config(address=address))
 
 
-def test_the_environment_names_the_cluster_when_the_config_does_not(nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_the_cluster_when_the_config_does_not(
+    nodes: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     nodes.append(node())
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert cluster.join(config(address=None)).address == "head:6379"
@@ -83,7 +91,9 @@ def test_room_is_what_nodes_that_are_there_have(nodes: list[dict[str, Any]]) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_ray_starts_waits_for_the_callers_own_handler(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_ray_starts_waits_for_the_callers_own_handler(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is half connected crashes the process as it ends."""
     seen: list[str] = []
 

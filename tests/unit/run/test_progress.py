@@ -41,7 +41,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def tally() -> Tally:
     """7 trials: 2 need nothing more, 4 are answered by task a (10 groups, 2 sizes), 1 by task b (5 groups)."""
-    return Tally({"a": task("wfp8_afp8/default", 10, "small", "large"), "b": task("wint4_afp16/default", 5, "small")}, {"a": 4, "b": 1}, 7)
+    return Tally(
+        {"a": task("wfp8_afp8/default", 10, "small", "large"), "b": task("wint4_afp16/default", 5, "small")},
+        {"a": 4, "b": 1},
+        7,
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,9 @@ def tally() -> Tally:
         ([("b", 5), ("a", 20)], 25, 7, []),
     ],
 )
-def test_groups_and_trials_are_counted(updates: list[tuple[str, int]], groups: int, trials: int, running: list[tuple[str, int]], tally: Tally) -> None:
+def test_groups_and_trials_are_counted(
+    updates: list[tuple[str, int]], groups: int, trials: int, running: list[tuple[str, int]], tally: Tally
+) -> None:
     for task_id, n in updates:
         tally.update(done(task_id, n))
     assert (tally.done_groups, tally.total_groups, tally.done_trials) == (groups, 25, trials)
@@ -96,7 +102,10 @@ def test_without_a_terminal_a_line_comes_now_and_then(tally: Tally, clock: Clock
             clock.now += 4
             tally.update(done("b", n))
             display.update()
-    lines = ["Starting Ray ...", "2 of 7 trials, 3 of 25 layer groups, 0/s, about 1 min 28 s left"]  # 12 s in: 22 left at 3 in 12 s
+    lines = [
+        "Starting Ray ...",
+        "2 of 7 trials, 3 of 25 layer groups, 0/s, about 1 min 28 s left",
+    ]  # 12 s in: 22 left at 3 in 12 s
     assert out.getvalue().splitlines() == lines
 
 
@@ -113,7 +122,9 @@ def test_on_a_terminal_the_table_names_what_runs(tally: Tally) -> None:
     assert "wint4_afp16" not in text  # not under way
 
 
-def test_trials_are_planned_running_done_or_failed_and_each_that_ends_has_its_seconds_once(tally: Tally, clock: Clock) -> None:
+def test_trials_are_planned_running_done_or_failed_and_each_that_ends_has_its_seconds_once(
+    tally: Tally, clock: Clock
+) -> None:
     assert tally.trials_by_state() == {"planned": 5, "running": 0, "done": 0, "failed": 0}
     tally.update(done("a", 5, found=5))
     assert tally.trials_by_state() == {"planned": 1, "running": 4, "done": 0, "failed": 0}

@@ -13,7 +13,17 @@ from sweep.run.resources import pick_workers
 
 def cluster(**changed: Any) -> ClusterConfig:
     return ClusterConfig(
-        **({"address": "local", "dashboard": "auto", "device": "auto", "workers": "auto", "gpus_per_worker": 1.0, "retry_failed": False} | changed)
+        **(
+            {
+                "address": "local",
+                "dashboard": "auto",
+                "device": "auto",
+                "workers": "auto",
+                "gpus_per_worker": 1.0,
+                "retry_failed": False,
+            }
+            | changed
+        )
     )
 
 

@@ -116,7 +116,10 @@ def test_a_task_that_is_all_there_is_is_shared_out() -> None:
 
 def test_where_layers_are_few_recipes_are_split_too_those_with_equal_weights_together() -> None:
     fp8, int8 = {"num_bits": (4, 3)}, {"num_bits": 8}
-    mixed = [replace(task, weight_attributes=fp8 if task.task_id in "aceg" else int8) for task in tasks("abcdefgh", groups=LAYERS[:4])]
+    mixed = [
+        replace(task, weight_attributes=fp8 if task.task_id in "aceg" else int8)
+        for task in tasks("abcdefgh", groups=LAYERS[:4])
+    ]
     shared = begun(mixed)  # four layers for two workers: recipes in two slices
     one, two = assigned(shared, "1"), assigned(shared, "2")  # a's slice is being scored: help with the other first
     assert [names(each) for each in (one, two)] == ["aceg", "bdfh"]
@@ -128,7 +131,9 @@ def test_where_layers_are_few_recipes_are_split_too_those_with_equal_weights_tog
 
 def test_a_task_whose_inputs_need_a_range_for_each_size_counts_for_as_many_products() -> None:
     sizes = {"small": "cell", "medium": "cell", "large": "cell"}
-    dear = tasks("abcd", weight_attributes={"num_bits": 4}, input_attributes={"num_bits": 8}, calibrates_inputs=True, cells=sizes)
+    dear = tasks(
+        "abcd", weight_attributes={"num_bits": 4}, input_attributes={"num_bits": 8}, calibrates_inputs=True, cells=sizes
+    )
     cheap = tasks("efghijklmnopqrstuvwx", weight_attributes={"num_bits": 8}, cells=sizes)
     shared = begun([replace(task, groups=LAYERS[:4]) for task in [*dear, *cheap]])
     assert names(assigned(shared, "1")) == "abcd"  # 4 x 1.58 against 20 x 0.3
@@ -147,7 +152,12 @@ def test_kl_div_tasks_go_out_one_by_one_and_two_workers_share_the_last() -> None
 def test_stock_auto_quantize_gets_all_parts_at_once() -> None:
     shared = begun(tasks("ab", engine="modelopt", groups=LAYERS))
     one, two = assigned(shared, "1"), assigned(shared, "2")
-    assert (names(one), taken(shared, one, 1), names(two), taken(shared, two, 1)) == ("a", "0123456789", "b", "0123456789")
+    assert (names(one), taken(shared, one, 1), names(two), taken(shared, two, 1)) == (
+        "a",
+        "0123456789",
+        "b",
+        "0123456789",
+    )
 
 
 @pytest.mark.parametrize(

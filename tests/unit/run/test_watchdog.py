@@ -40,8 +40,12 @@ def ends(pid: int) -> bool:
     return not is_alive(pid)
 
 
-@pytest.mark.parametrize(("name", "what"), [("raylet", "Ray's raylet has died"), ("gcs_server", "Ray's control service (GCS) has died")])
-def test_it_says_which_process_of_the_cluster_has_died_and_only_while_ray_runs(name: str, what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "what"), [("raylet", "Ray's raylet has died"), ("gcs_server", "Ray's control service (GCS) has died")]
+)
+def test_it_says_which_process_of_the_cluster_has_died_and_only_while_ray_runs(
+    name: str, what: str, tmp_path: Path
+) -> None:
     shutil.copy("/bin/sleep", tmp_path / name)
     said: list[str] = []
     told = Event()
@@ -124,8 +128,14 @@ def test_a_process_of_the_cluster_that_has_lost_its_environment_does_not_outlive
 
 def test_other_processes_are_left_alone(tmp_path: Path) -> None:
     """One that reads the logs, and those of other clusters: of another driver, and of an earlier one that had this one's process id."""
-    dates = {"own": "2026-01-02_03-04-05_678901", "earlier": "2026-01-02_03-04-05_678900", "longer": "2026-01-02_03-04-05_678901"}
-    sessions = {name: tmp_path / f"session_{date}_{os.getpid()}{'1' * (name == 'longer')}" for name, date in dates.items()}
+    dates = {
+        "own": "2026-01-02_03-04-05_678901",
+        "earlier": "2026-01-02_03-04-05_678900",
+        "longer": "2026-01-02_03-04-05_678901",
+    }
+    sessions = {
+        name: tmp_path / f"session_{date}_{os.getpid()}{'1' * (name == 'longer')}" for name, date in dates.items()
+    }
     others: list[subprocess.Popen[bytes]] = []
     for name, session in sessions.items():
         session.mkdir()

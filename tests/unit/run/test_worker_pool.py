@@ -109,7 +109,9 @@ def halvings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return []
 
 
-def pooled(events: Events, halvings: list[tuple[str, int]], lives: dict[str, list[Any]], *, elastic: bool = False) -> tuple[WorkerPool, TaskQueue]:
+def pooled(
+    events: Events, halvings: list[tuple[str, int]], lives: dict[str, list[Any]], *, elastic: bool = False
+) -> tuple[WorkerPool, TaskQueue]:
     """A pool of as many workers as have lives told, at a queue of two tasks."""
     workers = Workers(device="cpu", count=1 if elastic else len(lives), gpus_each=1.0, elastic=elastic)
     some = [replace(TASK, task_id=name, groups=LAYERS) for name in "ab"]
@@ -152,7 +154,9 @@ def test_a_model_that_does_not_load_ends_the_run_with_its_own_message(halvings: 
         run(Events(lambda: pytest.fail("it is not ready")), halvings, w0=[load_error(SweepError("no weights"))])
 
 
-def test_a_full_disk_when_trials_are_recorded_ends_the_run_instead_of_leaving_it_waiting(halvings: list[tuple[str, int]]) -> None:
+def test_a_full_disk_when_trials_are_recorded_ends_the_run_instead_of_leaving_it_waiting(
+    halvings: list[tuple[str, int]],
+) -> None:
     def full() -> None:
         raise OSError(28, "No space left on device")
 
@@ -201,7 +205,11 @@ def test_a_worker_that_cannot_go_on_is_named_and_its_tasks_wait_for_another(halv
     events = Events()
     lost = RayTaskError("score", "traceback", WorkerLost("CUDA error: launch failure"))
     queue = run(events, halvings, w0=[(1, lost)])
-    assert (events.said, queue.failures(), len(halvings)) == (["sweep-worker-0 starts anew: CUDA error: launch failure."], {}, 2)
+    assert (events.said, queue.failures(), len(halvings)) == (
+        ["sweep-worker-0 starts anew: CUDA error: launch failure."],
+        {},
+        2,
+    )
 
 
 def test_an_error_of_a_recipe_fails_its_tasks_and_the_worker_goes_on(halvings: list[tuple[str, int]]) -> None:
@@ -209,20 +217,31 @@ def test_an_error_of_a_recipe_fails_its_tasks_and_the_worker_goes_on(halvings: l
     assert (queue.failures(), len(halvings)) == ({"a": "shapes do not fit", "b": "shapes do not fit"}, 1)
 
 
-def test_a_worker_that_was_killed_for_want_of_memory_comes_back_with_less_and_no_task_is_to_blame(halvings: list[tuple[str, int]]) -> None:
+def test_a_worker_that_was_killed_for_want_of_memory_comes_back_with_less_and_no_task_is_to_blame(
+    halvings: list[tuple[str, int]],
+) -> None:
     events = Events()
     queue = run(events, halvings, w0=[OOM, (2, OOM), (2, OOM), (2, OOM), (2, OOM)])
     assert (queue.failures(), [n for _, n in halvings]) == ({}, [0, 1, 2, 3, 4, 5])
-    assert events.said[0] == f"sweep-worker-0 was killed: {KILLED}. It starts again with 1/2 of its memory for captures."
+    assert (
+        events.said[0] == f"sweep-worker-0 was killed: {KILLED}. It starts again with 1/2 of its memory for captures."
+    )
 
 
-def test_then_there_are_fewer_workers_and_at_last_one_message_says_what_is_short(halvings: list[tuple[str, int]]) -> None:
+def test_then_there_are_fewer_workers_and_at_last_one_message_says_what_is_short(
+    halvings: list[tuple[str, int]],
+) -> None:
     events = Events()
-    with pytest.raises(MemoryShort, match=r"^sweep-worker-\d was killed 3 times: its machine is short of memory \(22.43GB used of 23.54GB"):
+    with pytest.raises(
+        MemoryShort,
+        match=r"^sweep-worker-\d was killed 3 times: its machine is short of memory \(22.43GB used of 23.54GB",
+    ):
         run(events, halvings, w0=[OOM] * 3, w1=[OOM] * 3)
     assert len(halvings) == 6
 
 
-@pytest.mark.parametrize(("n_deaths", "seconds"), [(1, 0.0), (2, 1.0), (3, 2.0), (4, 4.0), (7, 32.0), (8, 60.0), (30, 60.0)])
+@pytest.mark.parametrize(
+    ("n_deaths", "seconds"), [(1, 0.0), (2, 1.0), (3, 2.0), (4, 4.0), (7, 32.0), (8, 60.0), (30, 60.0)]
+)
 def test_a_worker_that_goes_on_dying_rests_longer_and_longer(n_deaths: int, seconds: float) -> None:
     assert rest_seconds(n_deaths) == seconds

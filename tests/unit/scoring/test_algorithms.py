@@ -56,7 +56,13 @@ def job(name: str, fused: bool = False) -> Job:
     weight, inputs = RECIPES[name]
     calibrates = inputs is not None or name == "awq_lite"
     return Job(
-        name=name, weight=weight, inputs=inputs, calibrates_inputs=calibrates, sizes={"small": 1, "medium": 2}, algorithm=name.partition(",")[0], fused=fused
+        name=name,
+        weight=weight,
+        inputs=inputs,
+        calibrates_inputs=calibrates,
+        sizes={"small": 1, "medium": 2},
+        algorithm=name.partition(",")[0],
+        fused=fused,
     )
 
 
@@ -64,10 +70,15 @@ def stock(model: Any, plan: Plan, name: str, size: str, *, fused: bool = False) 
     """The whole model as ModelOpt quantizes it with samples of one size."""
     weight, inputs = RECIPES[name]
     weight, inputs = ({**cfg, "backend": BACKEND} if cfg is NVFP4 else cfg for cfg in (weight, inputs))
-    entries = [{"quantizer_name": "*", "enable": False}, {"quantizer_name": "*language_model*weight_quantizer", "cfg": dict(weight)}]
+    entries = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*language_model*weight_quantizer", "cfg": dict(weight)},
+    ]
     if inputs is not None:
         entries.append({"quantizer_name": "*language_model*input_quantizer", "cfg": dict(inputs)})
-    entries.append({"quantizer_name": "*", "parent_class": "nn.Embedding", "enable": False})  # as presets do: it would move what awq_lite sees
+    entries.append(
+        {"quantizer_name": "*", "parent_class": "nn.Embedding", "enable": False}
+    )  # as presets do: it would move what awq_lite sees
 
     def feed(network: Any) -> None:
         for batch in plan.batches(size):
@@ -80,7 +91,9 @@ def stock(model: Any, plan: Plan, name: str, size: str, *, fused: bool = False) 
 
 @pytest.mark.parametrize("size", ["small", "medium"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_scores_are_those_of_the_linears_that_modelopt_has_calibrated_in_the_whole_model(name: str, size: str, captured: Any) -> None:
+def test_scores_are_those_of_the_linears_that_modelopt_has_calibrated_in_the_whole_model(
+    name: str, size: str, captured: Any
+) -> None:
     model, plan, rows, groups = captured
     quantized = stock(model, plan, name, size)
     end = {"small": 0, "medium": 1}[size]
@@ -93,7 +106,9 @@ def test_scores_are_those_of_the_linears_that_modelopt_has_calibrated_in_the_who
                 dy = quantized.get_submodule(module)(x).double() - model.get_submodule(module)(x).double()
             expected += float((g.double() * dy).square().sum())
         weights = {module: model.get_submodule(module).weight.detach() for module in group.modules}
-        found: Any = Engine(torch.device("cpu")).score_group(weights, {module: rows[module] for module in group.modules}, [job(name)])()
+        found: Any = Engine(torch.device("cpu")).score_group(
+            weights, {module: rows[module] for module in group.modules}, [job(name)]
+        )()
         assert found[0][size].score == pytest.approx(expected, rel=1e-5)
 
 
@@ -105,17 +120,28 @@ def test_bf16_models_score_as_in_float64(name: str, captured: Any) -> None:
         end = rows[group.name].layout.ends[0]
         weights = {module: model.get_submodule(module).weight.detach().bfloat16() for module in group.modules}
         x = rows[group.name].x_TI.bfloat16()
-        own = {module: replace(rows[module], x_TI=x, g_TO=rows[module].g_TO.bfloat16(), input_ranges={}) for module in group.modules}
+        own = {
+            module: replace(rows[module], x_TI=x, g_TO=rows[module].g_TO.bfloat16(), input_ranges={})
+            for module in group.modules
+        }
         found: Any = Engine(torch.device("cpu")).score_group(weights, own, [replace(job(name), sizes={"small": 1})])()
         ends = [row for row in rows[group.name].layout.batch_ends if row <= end]
         weight, inputs = RECIPES[name]
-        quants = calibrated_linears(weights, [x[a:b] for a, b in pairwise(ends)], weight, inputs, name.partition(",")[0], "private")
+        quants = calibrated_linears(
+            weights, [x[a:b] for a, b in pairwise(ends)], weight, inputs, name.partition(",")[0], "private"
+        )
         expected, changed, whole = 0.0, 0.0, 0.0
         for module, quant in quants.items():
-            q_w, q_x, w = fake_quantized(quant, weights[module]).double(), quantized_inputs(quant, x[:end]).double(), weights[module].double()
+            q_w, q_x, w = (
+                fake_quantized(quant, weights[module]).double(),
+                quantized_inputs(quant, x[:end]).double(),
+                weights[module].double(),
+            )
             dy = q_x @ q_w.T - x[:end].double() @ w.T
             expected += float((own[module].g_TO[:end].double() * dy).square().sum())
-            changed += float((q_w * (1.0 if quant.pre_quant_scale is None else quant.pre_quant_scale.double()) - w).square().sum())
+            changed += float(
+                (q_w * (1.0 if quant.pre_quant_scale is None else quant.pre_quant_scale.double()) - w).square().sum()
+            )
             whole += float(w.square().sum())
         score = found[0]["small"]
         assert score.score == pytest.approx(expected, rel=5e-3)
@@ -127,8 +153,21 @@ def test_recipes_of_several_algorithms_score_alike_alone_and_together(captured: 
     group = groups[0]
     weights = {module: model.get_submodule(module).weight.detach() for module in group.modules}
     own = {module: rows[module] for module in group.modules}
-    plain = Job(name="max", weight=INT8, inputs={"num_bits": 8, "axis": None}, calibrates_inputs=True, sizes={"small": 1, "medium": 2})
-    jobs = [job("mse"), plain, job("awq_lite"), job("mse, static inputs"), job("smoothquant"), job("smoothquant", fused=True)]
+    plain = Job(
+        name="max",
+        weight=INT8,
+        inputs={"num_bits": 8, "axis": None},
+        calibrates_inputs=True,
+        sizes={"small": 1, "medium": 2},
+    )
+    jobs = [
+        job("mse"),
+        plain,
+        job("awq_lite"),
+        job("mse, static inputs"),
+        job("smoothquant"),
+        job("smoothquant", fused=True),
+    ]
     together: Any = Engine(torch.device("cpu")).score_group(weights, own, jobs)()
     for each, scores in zip(jobs, together, strict=True):
         (alone,) = Engine(torch.device("cpu")).score_group(weights, own, [each])() or ()
@@ -146,14 +185,19 @@ def test_recipes_of_several_algorithms_score_alike_alone_and_together(captured: 
         (INT4, False),
     ],
 )
-def test_fused_scales_are_the_largest_of_the_group_where_a_range_covers_a_tensor(weight: Any, shares: bool, captured: Any) -> None:
+def test_fused_scales_are_the_largest_of_the_group_where_a_range_covers_a_tensor(
+    weight: Any, shares: bool, captured: Any
+) -> None:
     model, _, rows, groups = captured
     group = groups[0]
     weights = {module: model.get_submodule(module).weight.detach().clone() for module in group.modules}
     first = next(iter(weights))
     weights[first] *= 3.0
     own = {module: rows[module] for module in group.modules}
-    jobs = [Job(name="x", weight=weight, inputs=None, calibrates_inputs=False, sizes={"small": 1}, fused=fused) for fused in (False, shares)]
+    jobs = [
+        Job(name="x", weight=weight, inputs=None, calibrates_inputs=False, sizes={"small": 1}, fused=fused)
+        for fused in (False, shares)
+    ]
     found: Any = Engine(torch.device("cpu")).score_group(weights, own, jobs)()
     private, fused = (scores["small"].score for scores in found)
     assert (fused != private) == shares
@@ -178,10 +222,14 @@ def test_fused_scales_of_the_inputs_are_those_that_modelopts_export_gives(captur
     for module, linear in zip(group.modules, linears, strict=True):
         end = rows[module].layout.ends[0]
         with torch.no_grad():
-            dy = linear(rows[module].x_TI[:end]).double() - model.get_submodule(module)(rows[module].x_TI[:end]).double()
+            dy = (
+                linear(rows[module].x_TI[:end]).double() - model.get_submodule(module)(rows[module].x_TI[:end]).double()
+            )
         expected += float((rows[module].g_TO[:end].double() * dy).square().sum())
     weights = {module: model.get_submodule(module).weight.detach() for module in group.modules}
-    found: Any = Engine(torch.device("cpu")).score_group(weights, {module: rows[module] for module in group.modules}, [job("awq_lite", fused=True)])()
+    found: Any = Engine(torch.device("cpu")).score_group(
+        weights, {module: rows[module] for module in group.modules}, [job("awq_lite", fused=True)]
+    )()
     assert found[0]["small"].score == pytest.approx(expected, rel=1e-5)
 
 
@@ -190,9 +238,19 @@ def test_fused_scales_of_the_inputs_are_those_that_modelopts_export_gives(captur
     [
         (["quant_pair=wfp4_afp16", "sensitivity.quant_algorithm=mse"], "mse searches ranges"),
         (["quant_pair=wfp8_afp8", "sensitivity.quant_algorithm=awq_lite"], "awq_lite needs weights in groups"),
-        (["quant_pair=wint4_afp8", "quant_granularity=a_per_token_dynamic", "sensitivity.quant_algorithm=awq_lite"], "awq_lite needs inputs"),
+        (
+            ["quant_pair=wint4_afp8", "quant_granularity=a_per_token_dynamic", "sensitivity.quant_algorithm=awq_lite"],
+            "awq_lite needs inputs",
+        ),
         (["quant_pair=wint8_afp16", "sensitivity.quant_algorithm=smoothquant"], "smoothquant is for INT8"),
-        (["quant_pair=wint8_aint8", "quant_granularity=a_per_token_dynamic", "sensitivity.quant_algorithm=smoothquant"], "smoothquant is for INT8"),
+        (
+            [
+                "quant_pair=wint8_aint8",
+                "quant_granularity=a_per_token_dynamic",
+                "sensitivity.quant_algorithm=smoothquant",
+            ],
+            "smoothquant is for INT8",
+        ),
     ],
 )
 def test_what_an_algorithm_cannot_calibrate_is_no_recipe(overrides: list[str], message: str) -> None:
@@ -202,9 +260,18 @@ def test_what_an_algorithm_cannot_calibrate_is_no_recipe(overrides: list[str], m
 
 @pytest.mark.parametrize(
     ("pair", "granularity", "share"),
-    [("wfp8_afp8", "default", True), ("wfp4_afp4", "default", True), ("wfp8_afp8", "recipe_match_channel_token", False), ("wint4_afp16", "default", False)],
+    [
+        ("wfp8_afp8", "default", True),
+        ("wfp4_afp4", "default", True),
+        ("wfp8_afp8", "recipe_match_channel_token", False),
+        ("wint4_afp16", "default", False),
+    ],
 )
-def test_scales_are_part_of_a_cells_identity_only_where_they_change_it(pair: str, granularity: str, share: bool) -> None:
-    points = expand([f"quant_pair={pair}", f"quant_granularity={granularity}", "sensitivity.scales=fused,private"], multirun=True).points
+def test_scales_are_part_of_a_cells_identity_only_where_they_change_it(
+    pair: str, granularity: str, share: bool
+) -> None:
+    points = expand(
+        [f"quant_pair={pair}", f"quant_granularity={granularity}", "sensitivity.scales=fused,private"], multirun=True
+    ).points
     cells = {trial.cell_id for trial in plan_sweep(points, "cpu").trials}
     assert len(cells) == (2 if share else 1)

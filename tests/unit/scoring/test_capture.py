@@ -59,4 +59,15 @@ def test_modules_that_no_batch_calls_are_absent() -> None:
     """Texts call nothing of a vision tower; that is no error."""
     vision_model = random_model("qwen3_vl")
     segments = make_plan([Sample(token_ids=sample.token_ids) for sample in random_samples(16)], packed=True).segments
-    assert capture(vision_model, segments, [name for name, module in vision_model.named_modules() if isinstance(module, nn.Linear) and "visual" in name]) == {}
+    assert (
+        capture(
+            vision_model,
+            segments,
+            [
+                name
+                for name, module in vision_model.named_modules()
+                if isinstance(module, nn.Linear) and "visual" in name
+            ],
+        )
+        == {}
+    )

@@ -25,7 +25,9 @@ def test_small_and_large_changes(scale: float, shift: float) -> None:
     base = logits()
     change = torch.randn_like(base) * scale + shift
     tolerance = 1e-5 if not shift or scale > 1e-3 else 1e-2  # 5.0001 - 5 has lost 4 digits already
-    torch.testing.assert_close(divergence(base.log_softmax(-1), change), reference(base, change), rtol=tolerance, atol=0.0)
+    torch.testing.assert_close(
+        divergence(base.log_softmax(-1), change), reference(base, change), rtol=tolerance, atol=0.0
+    )
 
 
 def test_no_change_is_exactly_zero() -> None:

@@ -54,10 +54,18 @@ def random_bigrams(dtype: torch.dtype, n_words: int = 512, n_inputs: int = 256, 
 
 
 def job(weight: dict[str, Any] | None, inputs: dict[str, Any] | None, **sizes: int) -> Job:
-    return Job(name="recipe", weight=weight, inputs=inputs, calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic", sizes=sizes)
+    return Job(
+        name="recipe",
+        weight=weight,
+        inputs=inputs,
+        calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic",
+        sizes=sizes,
+    )
 
 
-def score(model: Bigrams, plan: Plan, weight: dict[str, Any] | None, inputs: dict[str, Any] | None, size: str) -> tuple[GroupScore, dict[str, Rows]]:
+def score(
+    model: Bigrams, plan: Plan, weight: dict[str, Any] | None, inputs: dict[str, Any] | None, size: str
+) -> tuple[GroupScore, dict[str, Rows]]:
     """The score of the model's only group, and what was captured."""
     n_segments = plan.segments_of(size)
     names = [f"linears.{i}" for i in range(len(model.linears))]
@@ -173,7 +181,9 @@ def test_a_static_range_is_set_by_the_samples_of_its_own_size() -> None:
     alone, _ = score(model, make_plan(text_samples(tokens[:16], 512), packed=True), None, INT8, "small")
     names = ["linears.0", "linears.1"]
     rows = capture(model, plan.segments, names)
-    found = Engine(torch.device("cpu")).score_group({name: model.get_submodule(name).weight for name in names}, rows, [job(None, INT8, small=1, medium=2)])()
+    found = Engine(torch.device("cpu")).score_group(
+        {name: model.get_submodule(name).weight for name in names}, rows, [job(None, INT8, small=1, medium=2)]
+    )()
     assert found is not None
     assert isinstance(found[0], dict)
     small, medium = found[0]["small"], found[0]["medium"]

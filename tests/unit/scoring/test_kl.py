@@ -68,7 +68,11 @@ class FakeQuantized(nn.Module):
         self.bias, weight = linear.bias, linear.weight.detach().float()
         self.weight = weight if recipe.weight is None else Quantizers().weight("w", recipe.weight, weight)(weight)
         self.weight = self.weight.to(linear.weight.dtype)
-        self.quantizer = None if recipe.inputs is None else Quantizers().inputs(recipe.inputs, weight.new_empty(0, weight.shape[1]), amax.tolist())
+        self.quantizer = (
+            None
+            if recipe.inputs is None
+            else Quantizers().inputs(recipe.inputs, weight.new_empty(0, weight.shape[1]), amax.tolist())
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quantizer is not None:
@@ -102,7 +106,11 @@ class Reference:
     @staticmethod
     @torch.no_grad()
     def forward(model: Any, batch: Batch) -> Tensor:
-        return model(**batch_to(batch, torch.device("cpu"), next(model.parameters()).dtype), use_cache=False).logits.flatten(0, 1).double()
+        return (
+            model(**batch_to(batch, torch.device("cpu"), next(model.parameters()).dtype), use_cache=False)
+            .logits.flatten(0, 1)
+            .double()
+        )
 
     def scores(self, modules: Sequence[str], recipe: Job, size: str) -> np.ndarray[Any, Any]:
         n_segments = recipe.sizes[size]
@@ -141,11 +149,15 @@ def score(engine: KlEngine, modules: Sequence[str], *jobs: Job) -> list[dict[str
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_groups_of_every_kind_equal_a_full_forward_of_a_quantized_copy(both: tuple[KlEngine, Reference], recipe: str) -> None:
+def test_groups_of_every_kind_equal_a_full_forward_of_a_quantized_copy(
+    both: tuple[KlEngine, Reference], recipe: str
+) -> None:
     """First and last layer, fused and single groups, the head, and with images the vision tower and the mergers."""
     engine, reference = both
     groups = layer_groups(linears(reference.model))
-    chosen = [group for group in groups if ".layers.0." in group or ".layers.2.mlp.down_proj" in group or group == "lm_head"]
+    chosen = [
+        group for group in groups if ".layers.0." in group or ".layers.2.mlp.down_proj" in group or group == "lm_head"
+    ]
     chosen += [group for group in groups if "visual" in group and group in reference.amaxes][1::3]
     for group in chosen:
         asked = job(recipe, "small", "medium")
@@ -158,7 +170,9 @@ def test_groups_of_every_kind_equal_a_full_forward_of_a_quantized_copy(both: tup
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_rows_are_the_same_whichever_sizes_groups_and_jobs_are_asked(both: tuple[KlEngine, Reference], recipe: str) -> None:
+def test_rows_are_the_same_whichever_sizes_groups_and_jobs_are_asked(
+    both: tuple[KlEngine, Reference], recipe: str
+) -> None:
     engine, reference = both
     groups = layer_groups(linears(reference.model))
     group = groups[next(name for name in groups if "layers.1.self_attn.q_proj" in name)]
@@ -202,7 +216,9 @@ def test_bfloat16_agrees_within_the_rounding_of_bfloat16_logits() -> None:
     engine, reference = KlEngine(model, segments, linears(model)), Reference(model, segments, linears(model))
     asked = job("int4_block", "medium")
     (scores,) = score(engine, ["model.layers.0.mlp.down_proj"], asked)
-    assert scores["medium"].score == pytest.approx(reference.scores(["model.layers.0.mlp.down_proj"], asked, "medium").sum(), rel=0.02)
+    assert scores["medium"].score == pytest.approx(
+        reference.scores(["model.layers.0.mlp.down_proj"], asked, "medium").sum(), rel=0.02
+    )
 
 
 def test_weight_errors_and_input_ranges_come_along(both: tuple[KlEngine, Reference]) -> None:
@@ -219,7 +235,11 @@ def test_weight_errors_and_input_ranges_come_along(both: tuple[KlEngine, Referen
 
 def test_the_model_is_left_as_it_was(both: tuple[KlEngine, Reference]) -> None:
     engine, reference = both
-    score(engine, [next(name for name in linears(reference.model) if "layers.0.mlp.down_proj" in name)], job("fp8", "small"))
+    score(
+        engine,
+        [next(name for name in linears(reference.model) if "layers.0.mlp.down_proj" in name)],
+        job("fp8", "small"),
+    )
     assert not [name for name, module in reference.model.named_modules() if "forward" in vars(module)]
     batch = reference.segments[0][0]
     assert torch.equal(reference.forward(reference.model, batch), reference.logits[0])
@@ -228,7 +248,9 @@ def test_the_model_is_left_as_it_was(both: tuple[KlEngine, Reference]) -> None:
 def test_a_group_that_no_batch_calls_has_no_score() -> None:
     model = random_model("qwen3_vl")
     engine = KlEngine(model, segments_of(images=False, n=16), linears(model))
-    assert engine.score_group([next(name for name in linears(model) if "visual" in name)], [job("fp8", "small")])() is None
+    assert (
+        engine.score_group([next(name for name in linears(model) if "visual" in name)], [job("fp8", "small")])() is None
+    )
 
 
 def test_what_is_not_finite_is_named() -> None:
@@ -246,9 +268,14 @@ def test_what_is_not_finite_is_named() -> None:
     for bad in (11, 9):
         samples[bad].token_ids[-1] = token
     model.model.embed_tokens.weight[token] = float("inf")
-    found = KlEngine(model, make_plan(samples, packed=False).segments, linears(model)).score_group([group], [job("fp8", "small")])()
+    found = KlEngine(model, make_plan(samples, packed=False).segments, linears(model)).score_group(
+        [group], [job("fp8", "small")]
+    )()
     assert found is not None
-    assert str(found[0]) == f"Layer group {group} under fp8: the unquantized model's output for sample 9 is NaN or infinite."
+    assert (
+        str(found[0])
+        == f"Layer group {group} under fp8: the unquantized model's output for sample 9 is NaN or infinite."
+    )
 
 
 def test_a_divergence_that_is_not_finite_fails_the_recipe_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +291,9 @@ def test_a_divergence_that_is_not_finite_fails_the_recipe_alone(monkeypatch: pyt
     monkeypatch.setattr(baseline, "divergence", broken)
     found = engine.score_group(group, [job("int8_static", "small"), job("fp8", "small")])()
     assert found is not None
-    assert str(found[0]).startswith("Layer group model.layers.0.mlp.down_proj under int8_static: the KL divergence of sample ")
+    assert str(found[0]).startswith(
+        "Layer group model.layers.0.mlp.down_proj under int8_static: the KL divergence of sample "
+    )
     assert str(segments[0][0].order[0]) in str(found[0])
     assert isinstance(found[1], dict)
     assert found[1]["small"].input_amax == alone["small"].input_amax

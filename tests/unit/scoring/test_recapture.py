@@ -36,16 +36,28 @@ def covered(model: nn.Module, *formats: Any) -> MixedRecipe:
 
 def test_around_the_unquantized_model_the_scores_are_the_sweeps(model: Any) -> None:
     recipe = covered(model, None)
-    found = recaptured_scores(model, recipe, {choice.group: [format_of(name) for name in FORMATS] for choice in recipe.groups}, PLAN)
+    found = recaptured_scores(
+        model, recipe, {choice.group: [format_of(name) for name in FORMATS] for choice in recipe.groups}, PLAN
+    )
     rows = capture(model, PLAN.segments, [name for choice in recipe.groups for name in choice.modules])
-    assert [(row.group, row.format) for row in found] == [(choice.group, format_of(name).label) for choice in recipe.groups for name in FORMATS]
+    assert [(row.group, row.format) for row in found] == [
+        (choice.group, format_of(name).label) for choice in recipe.groups for name in FORMATS
+    ]
     jobs = [
-        Job(name=name, weight=weight, inputs=inputs, calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic", sizes={"small": 1})
+        Job(
+            name=name,
+            weight=weight,
+            inputs=inputs,
+            calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic",
+            sizes={"small": 1},
+        )
         for name, (weight, inputs) in FORMATS.items()
     ]
     expected: list[Any] = []
     for choice in recipe.groups:
-        scores = Engine(torch.device("cpu")).score_group({name: model.get_submodule(name).weight for name in choice.modules}, rows, jobs)()
+        scores = Engine(torch.device("cpu")).score_group(
+            {name: model.get_submodule(name).weight for name in choice.modules}, rows, jobs
+        )()
         assert scores is not None
         assert not any(isinstance(one, NotFinite) for one in scores)
         expected += [one["small"] for one in scores]  # type: ignore[index]
@@ -55,7 +67,9 @@ def test_around_the_unquantized_model_the_scores_are_the_sweeps(model: Any) -> N
         assert row.predicted_kl == pytest.approx(score.score / (2 * N_PREDICTIONS), rel=1e-5)
 
 
-def test_around_a_recipe_x_and_g_are_the_quantized_models_and_the_error_is_against_the_unquantized_linear(model: Any) -> None:
+def test_around_a_recipe_x_and_g_are_the_quantized_models_and_the_error_is_against_the_unquantized_linear(
+    model: Any,
+) -> None:
     recipe = covered(model, format_of("int4_block"), format_of("int8_static"))
     chosen, group = format_of("int4_block"), "model.layers.1.mlp.down_proj"
     (row,) = recaptured_scores(model, recipe, {group: [chosen]}, PLAN)
@@ -76,7 +90,10 @@ def test_around_a_recipe_x_and_g_are_the_quantized_models_and_the_error_is_again
             embedded = model.get_input_embeddings()(inputs.pop("input_ids")).requires_grad_()
             summed_loss(model(**inputs, inputs_embeds=embedded, use_cache=False).logits, labels_of(batch)).backward()
             x, y = seen
-            error = quantized_inputs(quant, x).double() @ fake_quantized(quant, linear.weight).double().T - x.double() @ linear.weight.double().T
+            error = (
+                quantized_inputs(quant, x).double() @ fake_quantized(quant, linear.weight).double().T
+                - x.double() @ linear.weight.double().T
+            )
             assert y.grad is not None
             total += float((y.grad.double() * error).square().sum())
         handle.remove()
@@ -95,5 +112,7 @@ def test_a_window_of_layers_at_a_time_gives_the_same_bits(model: Any) -> None:
 def test_a_score_that_is_not_finite_names_the_group_and_the_format(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = torch.full((1, 1), float("nan"))
     monkeypatch.setattr("workers.scoring.recapture.output_error", lambda quant, weight, x: broken)
-    with pytest.raises(SweepError, match=r"model\.layers\.0\.mlp\.down_proj under fp8/default: its score in the quantized model is NaN"):
+    with pytest.raises(
+        SweepError, match=r"model\.layers\.0\.mlp\.down_proj under fp8/default: its score in the quantized model is NaN"
+    ):
         recaptured_scores(model, covered(model, None), {"model.layers.0.mlp.down_proj": [format_of("fp8")]}, PLAN)

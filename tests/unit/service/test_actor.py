@@ -58,8 +58,14 @@ def score(worker: actor.Worker, *parts: tuple[str, ...]) -> tuple[list[Progress]
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (torch.AcceleratorError("CUDA error: device-side assert triggered\nhow to debug it"), "CUDA error: device-side assert triggered"),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), "CUDA error: an illegal memory access was encountered"),
+        (
+            torch.AcceleratorError("CUDA error: device-side assert triggered\nhow to debug it"),
+            "CUDA error: device-side assert triggered",
+        ),
+        (
+            RuntimeError("CUDA error: an illegal memory access was encountered"),
+            "CUDA error: an illegal memory access was encountered",
+        ),
         (BrokenProcessPool("A child process terminated abruptly"), "a process that writes its scores has died"),
     ],
 )

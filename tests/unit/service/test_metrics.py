@@ -34,8 +34,24 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
 def test_a_sweep_is_told_as_it_stands_and_counters_by_what_is_new(told: dict[str, list[Any]]) -> None:
     pictures = [
-        replace(PICTURE, trials={"done": 1, "running": 2}, groups_done=5, groups_total=9, groups_scored=4, queue=3, trial_seconds=(1.5,)),
-        replace(PICTURE, trials={"done": 2, "running": 1}, groups_done=7, groups_total=9, groups_scored=6, failed_trials=1, eta_seconds=8.0),
+        replace(
+            PICTURE,
+            trials={"done": 1, "running": 2},
+            groups_done=5,
+            groups_total=9,
+            groups_scored=4,
+            queue=3,
+            trial_seconds=(1.5,),
+        ),
+        replace(
+            PICTURE,
+            trials={"done": 2, "running": 1},
+            groups_done=7,
+            groups_total=9,
+            groups_scored=6,
+            failed_trials=1,
+            eta_seconds=8.0,
+        ),
     ]
     pool = SimpleNamespace(counts=lambda: {"starting": 4, "idle": 1, "busy": 2}, n_deaths=1, n_replaced=1)
     meter = Meter(lambda: pictures.pop(0), pool)

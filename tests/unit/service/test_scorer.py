@@ -55,7 +55,9 @@ def rows(store: Path, wanted: SweepPlan) -> list[dict[str, Any]]:
 def together(place: Path) -> dict[str, bytes]:
     """The cells of all recipes and two sizes, scored in one visit to each layer."""
     progress = score(Scorer(str(place / "together"), "cpu"), plan(place, *GRID, "dataset.size=small,medium"))
-    assert {label: (one.done, one.found, one.failure) for label, one in progress.items()} == dict.fromkeys(progress, (16, 0, None))
+    assert {label: (one.done, one.found, one.failure) for label, one in progress.items()} == dict.fromkeys(
+        progress, (16, 0, None)
+    )
     assert not list((place / "together").glob("parts/*"))
     found = cells(place / "together")
     assert len(found) == 6 * 2
@@ -95,19 +97,25 @@ def test_a_capture_that_is_too_small_is_replaced(place: Path, together: dict[str
     assert scorer.model_loads == 1
 
 
-def test_a_cell_is_complete_when_the_last_of_its_parts_is_there(place: Path, together: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_cell_is_complete_when_the_last_of_its_parts_is_there(
+    place: Path, together: dict[str, bytes], tmp_path: Path
+) -> None:
     wanted = plan(place, *GRID, "dataset.size=small,medium")
     tasks = list(wanted.tasks.values())
     for layer in (1, 0):
         assert cells(tmp_path) == {}
-        *_, last = Scorer(str(tmp_path), "cpu").score(tasks, wanted.plans[tasks[0].plan_id], [f"model.language_model.layers.{layer}"])
+        *_, last = Scorer(str(tmp_path), "cpu").score(
+            tasks, wanted.plans[tasks[0].plan_id], [f"model.language_model.layers.{layer}"]
+        )
         assert (last.done, last.found) == (8, 0)
     assert cells(tmp_path) == together
     assert not list(tmp_path.glob("parts/*"))
 
 
 @pytest.mark.parametrize("n_reports", [7, 10, 15])
-def test_a_worker_that_is_cut_short_leaves_parts_that_the_next_one_keeps(n_reports: int, place: Path, together: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_worker_that_is_cut_short_leaves_parts_that_the_next_one_keeps(
+    n_reports: int, place: Path, together: dict[str, bytes], tmp_path: Path
+) -> None:
     wanted = plan(place, *GRID, "dataset.size=small,medium")
     tasks = list(wanted.tasks.values())
     scorer = Scorer(str(tmp_path), "cpu")
@@ -115,12 +123,16 @@ def test_a_worker_that_is_cut_short_leaves_parts_that_the_next_one_keeps(n_repor
     scorer._writers.shutdown()  # what is under way reaches the disk
     assert cells(tmp_path) == {}
     left = sorted(tmp_path.glob("parts/*/*.parquet"))
-    assert len(left) >= 2 * sum(report.done > 0 for report in reports) > 0  # two sizes a report; counted parts are on disk
+    assert (
+        len(left) >= 2 * sum(report.done > 0 for report in reports) > 0
+    )  # two sizes a report; counted parts are on disk
     times = {path: path.stat().st_mtime_ns for path in left}
     left[0].write_bytes(left[0].read_bytes()[:-9])
     left[-1].unlink()
     scorer = Scorer(str(tmp_path), "cpu")
-    list(islice(scorer.score(tasks, wanted.plans[tasks[0].plan_id]), len(tasks) + 1))  # looks at what is there, and drops the damaged part
+    list(
+        islice(scorer.score(tasks, wanted.plans[tasks[0].plan_id]), len(tasks) + 1)
+    )  # looks at what is there, and drops the damaged part
     scorer._writers.shutdown()
     assert not left[0].exists() or left[0].stat().st_mtime_ns > times[left[0]]
     assert all(path.stat().st_mtime_ns == times[path] for path in left[1:-1])
@@ -136,7 +148,11 @@ def test_a_finished_part_is_not_scored_again(place: Path, tmp_path: Path) -> Non
     score(Scorer(str(tmp_path), "cpu"), wanted)
     store = Store(str(tmp_path))
     first = store.scores(cell).slice(0, 4)  # the first decoder layer
-    store.write_part(cell, "model.language_model.layers.0", first.set_column(first.schema.get_field_index("input_amax"), "input_amax", [[12345.0] * 4]))
+    store.write_part(
+        cell,
+        "model.language_model.layers.0",
+        first.set_column(first.schema.get_field_index("input_amax"), "input_amax", [[12345.0] * 4]),
+    )
     shutil.rmtree(tmp_path / "scores")
     progress = list(Scorer(str(tmp_path), "cpu").score([task], wanted.plans[task.plan_id]))
     assert (progress[0].done, progress[-1].done, progress[-1].found) == (0, 8, 4)
@@ -153,7 +169,11 @@ def test_columns_follow_from_the_score(place: Path) -> None:
         n_samples = {"small": 16, "medium": 128}[trial.config.dataset.size]
         n_predictions = sum(len(line.split()) - 1 for line in lines[:n_samples])
         for row in Store(str(place / "together")).scores(str(trial.cell_id)).to_pylist():
-            assert (row["n_samples"], row["n_predictions"], len(row["sample_scores"])) == (n_samples, n_predictions, n_samples)
+            assert (row["n_samples"], row["n_predictions"], len(row["sample_scores"])) == (
+                n_samples,
+                n_predictions,
+                n_samples,
+            )
             assert row["score"] > 0
             assert row["sensitivity"] == row["score"] / n_predictions
             assert row["predicted_kl"] == row["score"] / (2 * n_predictions)
@@ -165,8 +185,14 @@ def test_columns_follow_from_the_score(place: Path) -> None:
 def test_a_smaller_sizes_sample_scores_are_the_larger_ones_where_nothing_is_calibrated_on_samples(place: Path) -> None:
     store = Store(str(place / "together"))
     trials = {trial.name: str(trial.cell_id) for trial in plan(place, *GRID, "dataset.size=small,medium").trials}
-    for name, same in (("wint4_afp16/default", True), ("wint8_aint8/recipe_match_channel_token", True), ("wint8_aint8/default", False)):
-        small, medium = (store.scores(trials[f"{name}/{size}"])["sample_scores"].to_pylist() for size in ("small", "medium"))
+    for name, same in (
+        ("wint4_afp16/default", True),
+        ("wint8_aint8/recipe_match_channel_token", True),
+        ("wint8_aint8/default", False),
+    ):
+        small, medium = (
+            store.scores(trials[f"{name}/{size}"])["sample_scores"].to_pylist() for size in ("small", "medium")
+        )
         assert (small == [row[:16] for row in medium]) == same
 
 
@@ -176,7 +202,16 @@ def test_a_module_that_is_never_called_has_a_row_without_a_score(engine: str, pl
     score(Scorer(str(tmp_path), "cpu"), wanted)
     found = rows(tmp_path, wanted)
     assert len(found) == 8 + 2 * 4 + 3 * 2  # decoder layers, vision blocks, mergers
-    never = ("score", "sensitivity", "predicted_kl", "output_rel_error", "output_sqnr_db", "weight_rel_error", "input_amax", "sample_scores")
+    never = (
+        "score",
+        "sensitivity",
+        "predicted_kl",
+        "output_rel_error",
+        "output_sqnr_db",
+        "weight_rel_error",
+        "input_amax",
+        "sample_scores",
+    )
     for row in found:
         assert (row["score"] is None) == is_vision(row["group"])
         assert row["weight_elements"] > 0
@@ -211,7 +246,10 @@ def test_the_cross_check_stores_the_same_scores(place: Path, tmp_path: Path) -> 
     one_by_one(Scorer(str(tmp_path), "cpu"), stock)
     ours = {trial.name: str(trial.cell_id) for trial in plan(place, *own).trials}
     for trial in stock.trials:
-        mine, theirs = Store(str(place / "together")).scores(ours[trial.name]), Store(str(tmp_path)).scores(str(trial.cell_id))
+        mine, theirs = (
+            Store(str(place / "together")).scores(ours[trial.name]),
+            Store(str(tmp_path)).scores(str(trial.cell_id)),
+        )
         assert mine["group"] == theirs["group"]
         np.testing.assert_allclose(theirs["score"], mine["score"], rtol=1e-5)
         assert theirs["n_predictions"] == mine["n_predictions"]
@@ -229,7 +267,9 @@ def changed(place: Path, to: Path, name: str, change: Callable[[torch.Tensor], o
 
 @pytest.mark.parametrize("engine", ["layerwise", "modelopt"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_weight_is_named_and_finished_parts_stay(engine: str, value: float, place: Path, tmp_path: Path) -> None:
+def test_a_broken_weight_is_named_and_finished_parts_stay(
+    engine: str, value: float, place: Path, tmp_path: Path
+) -> None:
     broken = changed(place, tmp_path, f"{DOWN_1}.weight", lambda weight: weight[3, 4].fill_(value))
     wanted = plan(broken, "sensitivity.coverage=all_layers", f"sensitivity.engine={engine}")
     (progress,) = score(Scorer(str(tmp_path / "store"), "cpu"), wanted).values()
@@ -244,13 +284,17 @@ def test_a_broken_weight_is_named_and_finished_parts_stay(engine: str, value: fl
 
 def test_a_broken_input_names_the_layer_group_the_recipe_and_the_sample(place: Path, tmp_path: Path) -> None:
     """Token 9 (word w7) has an infinite embedding, and only samples 5 and 9 hold it."""
-    broken = changed(place, tmp_path, "model.language_model.embed_tokens.weight", lambda weight: weight[9].fill_(float("inf")))
+    broken = changed(
+        place, tmp_path, "model.language_model.embed_tokens.weight", lambda weight: weight[9].fill_(float("inf"))
+    )
     lines = [" ".join(f"w{10 + i + j}" for j in range(3 + i)) for i in range(16)]
     lines[5] = lines[9] = "w20 w7 w21 w22"
     (broken / "captions.txt").write_text("\n".join(lines))
     wanted = plan(broken, "quant_pair=wint8_aint8,wint4_afp16")
     group = "Layer group model.language_model.layers.0.self_attn.q_proj"
-    failures = {label: progress.failure for label, progress in score(Scorer(str(tmp_path / "store"), "cpu"), wanted).items()}
+    failures = {
+        label: progress.failure for label, progress in score(Scorer(str(tmp_path / "store"), "cpu"), wanted).items()
+    }
     assert list(failures) == ["wint8_aint8/default", "wint4_afp16/default"]
     for label, failure in failures.items():
         assert str(failure).startswith(f"{group} under {label}: the input of sample 5 is NaN or infinite.")
@@ -262,11 +306,16 @@ def test_a_recipe_whose_scores_overflow_fails_alone(place: Path, tmp_path: Path)
     probe = changed(place, tmp_path / "probe", "lm_head.weight", lambda weight: weight.mul_(1e12))
     wanted = plan(probe, *pairs)
     score(Scorer(str(tmp_path / "probe" / "store"), "cpu"), wanted)
-    coarse, fine = (Store(str(tmp_path / "probe" / "store")).scores(str(trial.cell_id))["score"].to_numpy() for trial in wanted.trials)
+    coarse, fine = (
+        Store(str(tmp_path / "probe" / "store")).scores(str(trial.cell_id))["score"].to_numpy()
+        for trial in wanted.trials
+    )
     factor = np.sqrt(3e38 / fine.max())  # scores grow with the square of the logits
     n_rows = sum(len(line.split()) for line in (place / "captions.txt").read_text().splitlines()[:16])
     assert coarse.max() * factor**2 > 4e38 * n_rows
-    wanted = plan(changed(place, tmp_path / "huge", "lm_head.weight", lambda weight: weight.mul_(1e12).mul_(factor)), *pairs)
+    wanted = plan(
+        changed(place, tmp_path / "huge", "lm_head.weight", lambda weight: weight.mul_(1e12).mul_(factor)), *pairs
+    )
     progress = score(Scorer(str(tmp_path / "store"), "cpu"), wanted)
     assert "under wint4_aint4/w_per_tensor: the score of sample" in str(progress["wint4_aint4/w_per_tensor"].failure)
     assert (progress["wint8_aint8/w_per_tensor"].failure, progress["wint8_aint8/w_per_tensor"].done) == (None, 8)
@@ -280,7 +329,9 @@ def test_a_cell_that_was_finished_meanwhile_is_not_scored_again(place: Path, tmp
     (cell,) = task.cells.values()
     score(Scorer(str(tmp_path), "cpu"), wanted)
     before = cells(tmp_path)
-    Store(str(tmp_path)).write_part(cell, "model.language_model.layers.0", Store(str(tmp_path)).scores(cell).slice(0, 4))
+    Store(str(tmp_path)).write_part(
+        cell, "model.language_model.layers.0", Store(str(tmp_path)).scores(cell).slice(0, 4)
+    )
     again = Scorer(str(tmp_path), "cpu")
     reports = list(again.score([task], wanted.plans[task.plan_id]))
     assert (reports[-1].done, reports[-1].found) == (task.n_steps, task.n_steps)

@@ -21,9 +21,20 @@ from workers.service.writers import Writers
 from workers.task import Task
 
 ROOT = Path(__file__).resolve().parents[3]
-GROUPS = [replace(GROUP, name=f"layers.{i}.a", modules=(f"layers.{i}.a",), part=f"layers.{i}", layer_index=i) for i in range(3)]
+GROUPS = [
+    replace(GROUP, name=f"layers.{i}.a", modules=(f"layers.{i}.a",), part=f"layers.{i}", layer_index=i)
+    for i in range(3)
+]
 PARTS = [Part(group.part, (group,)) for group in GROUPS]
-SCORE = GroupScore(score=6.0, sample_scores=np.ones(16), dy_square_sum=1.0, y_square_sum=100.0, dw_square_sum=1.0, w_square_sum=4.0, input_amax=3.0)
+SCORE = GroupScore(
+    score=6.0,
+    sample_scores=np.ones(16),
+    dy_square_sum=1.0,
+    y_square_sum=100.0,
+    dw_square_sum=1.0,
+    w_square_sum=4.0,
+    input_amax=3.0,
+)
 
 
 def task(name: str) -> Task:
@@ -39,14 +50,21 @@ def opened(writers: Writers, store: Path, names: Sequence[str]) -> None:
 def test_parts_become_cells(tmp_path: Path, processes: bool) -> None:
     writers = Writers(2, processes=processes)
     opened(writers, tmp_path, "abc")
-    written = [writers.write(name, part.name, {"small": [None if part is PARTS[1] else SCORE]}) for part in PARTS for name in "abc"]
+    written = [
+        writers.write(name, part.name, {"small": [None if part is PARTS[1] else SCORE]})
+        for part in PARTS
+        for name in "abc"
+    ]
     for done in [*written, *(writers.close(name, complete=name != "c") for name in "abc")]:
         done.result()
     store = Store(str(tmp_path))
     for name in "ab":
         table = store.scores(f"cell-{name}")
         assert table["group"].to_pylist() == [group.name for group in GROUPS]
-        assert (table["sensitivity"].to_pylist(), table["predicted_kl"].to_pylist()) == ([2.0, None, 2.0], [1.0, None, 1.0])
+        assert (table["sensitivity"].to_pylist(), table["predicted_kl"].to_pylist()) == (
+            [2.0, None, 2.0],
+            [1.0, None, 1.0],
+        )
         assert table["output_rel_error"].to_pylist()[0] == pytest.approx(0.1)
         assert table["output_sqnr_db"].to_pylist()[0] == pytest.approx(20)
     assert not store.is_finished("cell-c")
@@ -76,6 +94,9 @@ def test_a_process_ends_when_its_worker_is_killed() -> None:
         assert Path(f"/proc/{writer}").exists()
         parent.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 20
-    while Path(f"/proc/{writer}").exists() and Path(f"/proc/{writer}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+    while (
+        Path(f"/proc/{writer}").exists()
+        and Path(f"/proc/{writer}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -28,7 +28,11 @@ def files(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Files]:
         request.getfixturevalue("s3")
         yield Files("s3://bucket/root")
         return
-    uri = {"path": str(tmp_path / "root"), "file://": f"file://{tmp_path}/root", "memory://": "memory://test-files/root"}[request.param]
+    uri = {
+        "path": str(tmp_path / "root"),
+        "file://": f"file://{tmp_path}/root",
+        "memory://": "memory://test-files/root",
+    }[request.param]
     yield Files(uri)
     if request.param == "memory://":
         fs = fsspec.filesystem("memory")
@@ -54,7 +58,13 @@ def test_what_is_not_there_is_said_so(files: Files) -> None:
 
 
 def test_names_are_those_of_one_level_sorted_and_not_hidden(files: Files) -> None:
-    for path in ("parts/b.parquet", "parts/a.parquet", "parts/.a.parquet.1-ff.tmp", "parts/deeper/c.parquet", "top.json"):
+    for path in (
+        "parts/b.parquet",
+        "parts/a.parquet",
+        "parts/.a.parquet.1-ff.tmp",
+        "parts/deeper/c.parquet",
+        "top.json",
+    ):
         files.write(path, b"x")
     assert files.names("parts") == ["a.parquet", "b.parquet", "deeper"]
 
@@ -123,7 +133,9 @@ def test_a_writer_killed_half_way_is_never_seen(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
-    with pytest.raises(SweepError, match=r"Cannot write to .*/file/store: Not a directory\. Choose a writable place: store\.uri=DIR\."):
+    with pytest.raises(
+        SweepError, match=r"Cannot write to .*/file/store: Not a directory\. Choose a writable place: store\.uri=DIR\."
+    ):
         Files(str(tmp_path / "file" / "store")).check_writable("store.uri")
 
 
@@ -139,7 +151,9 @@ def test_on_s3_a_file_is_one_put_of_the_whole_content(s3: tuple[dict[str, bytes]
     for data in (b"", b"x" * 100_000):
         requests.clear()
         files.write("parts/cell=a/layers.0.parquet", data)
-        assert [request for request in requests if not request.startswith(("HEAD", "GET"))] == ["PUT /bucket/store/parts/cell=a/layers.0.parquet"]
+        assert [request for request in requests if not request.startswith(("HEAD", "GET"))] == [
+            "PUT /bucket/store/parts/cell=a/layers.0.parquet"
+        ]
         assert objects["bucket/store/parts/cell=a/layers.0.parquet"] == data
 
 

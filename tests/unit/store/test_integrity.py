@@ -37,10 +37,27 @@ def root(tmp_path: Path) -> Path:
         store.write_part(OTHER, part, rows(part, OTHER))
     store.complete(OTHER, dict.fromkeys(PARTS))
     store.write_part("unfinished", PARTS[0], rows(PARTS[0], "unfinished"))
-    store.write_trials("1", [trial("a", cell_id=CELL, state="done"), trial("b", cell_id=OTHER, state="done"), trial("c", cell_id="unfinished")])
-    store.write_run("1", {"run_id": "1", "host": "h", "heartbeat_at": "2026-01-01T00:00:00+00:00", "groups_done": 1, "groups_total": 2})
+    store.write_trials(
+        "1",
+        [
+            trial("a", cell_id=CELL, state="done"),
+            trial("b", cell_id=OTHER, state="done"),
+            trial("c", cell_id="unfinished"),
+        ],
+    )
+    store.write_run(
+        "1",
+        {"run_id": "1", "host": "h", "heartbeat_at": "2026-01-01T00:00:00+00:00", "groups_done": 1, "groups_total": 2},
+    )
     names = ("recipe", "model_revision", "held_out", "dtype")
-    measured = dict.fromkeys(names, "a") | {"effective_bits": 4.5, "predicted_kl": 0.5, "sample": 0, "kl": 0.5, "loss_change": 0.5, "n_predictions": 3}
+    measured = dict.fromkeys(names, "a") | {
+        "effective_bits": 4.5,
+        "predicted_kl": 0.5,
+        "sample": 0,
+        "kl": 0.5,
+        "loss_change": 0.5,
+        "n_predictions": 3,
+    }
     store.write_validation("0123", pa.Table.from_pylist([measured], schema=VALIDATIONS_SCHEMA))
     return tmp_path / "store"
 
@@ -65,7 +82,10 @@ def edited(path: Path) -> None:
     """Someone halved the scores with pyarrow, which keeps the schema's metadata."""
     table = pq.read_table(path, partitioning=None)
     at = table.column_names.index("score")
-    pq.write_table(table.set_column(at, table.field(at), [[None if s is None else s / 2 for s in table["score"].to_pylist()]]), path)
+    pq.write_table(
+        table.set_column(at, table.field(at), [[None if s is None else s / 2 for s in table["score"].to_pylist()]]),
+        path,
+    )
 
 
 def edited_name(path: Path) -> None:
@@ -104,7 +124,12 @@ def a_directory(path: Path) -> None:
 def rewritten(path: Path) -> None:
     """Someone halved the scores and wrote a table of the right schema, with none of the metadata that this program adds."""
     found = pq.read_table(path, partitioning=None).to_pylist()
-    pq.write_table(pa.Table.from_pylist([row | {"score": row["score"] and row["score"] / 2} for row in found], schema=SCORES_SCHEMA), path)
+    pq.write_table(
+        pa.Table.from_pylist(
+            [row | {"score": row["score"] and row["score"] / 2} for row in found], schema=SCORES_SCHEMA
+        ),
+        path,
+    )
 
 
 def linked_to_itself(path: Path) -> None:
@@ -153,16 +178,35 @@ SCORES_FAULTS += [rewritten, *NO_FILES]
 FAULTS = [(OTHER_SCORES, damage) for damage in SCORES_FAULTS]
 FAULTS += [(path, damage) for path in (PART, TRIALS, VALIDATION, RUN) for damage in NO_FILES]
 FAULTS += [(PART, rewritten)]
-FAULTS += [(RUN, text(content)) for content in ('{"started_at": 5}', '{"eta_seconds": NaN}', '{"models": null}', '{"models": {"r": 1}}', "[" * 100_000)]
+FAULTS += [
+    (RUN, text(content))
+    for content in (
+        '{"started_at": 5}',
+        '{"eta_seconds": NaN}',
+        '{"models": null}',
+        '{"models": {"r": 1}}',
+        "[" * 100_000,
+    )
+]
 FAULTS += [(PART, damage) for damage in (cut, flipped, linked_out, of_another_cell)]
 FAULTS += [(TRIALS, damage) for damage in (cut, empty, foreign, no_parquet)]
 FAULTS += [(VALIDATION, damage) for damage in (cut, edited_name, foreign)]
-FAULTS += [(RUN, damage) for damage in (cut, text("[]"), text('{"heartbeat_at": "yesterday"}'), text('{"heartbeat_at": 5}'))]
+FAULTS += [
+    (RUN, damage) for damage in (cut, text("[]"), text('{"heartbeat_at": "yesterday"}'), text('{"heartbeat_at": 5}'))
+]
 
 
-@pytest.mark.parametrize(("path", "damage"), FAULTS, ids=[f"{path.split('/')[0]}-{damage.__name__}" for path, damage in FAULTS])
-def test_a_damaged_file_is_named_set_aside_and_never_read(path: str, damage: Callable[[Path], None], root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sound = {name: (root / name).read_bytes() for name in (SCORES, OTHER_SCORES, PART, TRIALS, VALIDATION, RUN) if name != path}
+@pytest.mark.parametrize(
+    ("path", "damage"), FAULTS, ids=[f"{path.split('/')[0]}-{damage.__name__}" for path, damage in FAULTS]
+)
+def test_a_damaged_file_is_named_set_aside_and_never_read(
+    path: str, damage: Callable[[Path], None], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = {
+        name: (root / name).read_bytes()
+        for name in (SCORES, OTHER_SCORES, PART, TRIALS, VALIDATION, RUN)
+        if name != path
+    }
     damage(root / path)
     status = read_status(Store(str(root), repairs=False))  # a reader moves nothing, and says what it passed over
     assert [path in line for line in status["damaged"]] == ([True] if path in (TRIALS, RUN) else [])
@@ -174,7 +218,9 @@ def test_a_damaged_file_is_named_set_aside_and_never_read(path: str, damage: Cal
     (kept,) = (place for place in (root / "quarantine").glob(f"*/{path}*") if os.path.lexists(place))
     assert (kept.parents[len(path.split("/")) - 1] / "why.txt").read_text()
     gone = {TRIALS: [PART]}.get(path, [])  # without its trial a part is nobody's
-    assert {name: (root / name).read_bytes() for name in sound if (root / name).exists()} == {n: b for n, b in sound.items() if n not in gone}
+    assert {name: (root / name).read_bytes() for name in sound if (root / name).exists()} == {
+        n: b for n, b in sound.items() if n not in gone
+    }
     again = [finding for finding in check_store(Store(str(root))) if finding.verdict != "ok"]
     assert all("has no scores" in finding.text for finding in again)
 
@@ -196,7 +242,10 @@ def test_a_run_takes_a_damaged_cell_for_unfinished(damage: Callable[[Path], None
 def test_a_directory_in_a_files_place_is_no_file(damage: Callable[[Path], None], root: Path) -> None:
     damage(root / OTHER_SCORES)
     assert Store(str(root), repairs=False).whole_scores(OTHER) is None
-    assert any(finding.subject.startswith(f"scores/cell={OTHER}") and finding.verdict == "warning" for finding in check_store(Store(str(root))))
+    assert any(
+        finding.subject.startswith(f"scores/cell={OTHER}") and finding.verdict == "warning"
+        for finding in check_store(Store(str(root)))
+    )
     assert not any(finding.subject.startswith(f"scores/cell={OTHER}") for finding in check_store(Store(str(root))))
 
 
@@ -209,7 +258,9 @@ def test_a_newer_programs_file_is_left_alone_and_an_error(root: Path, capsys: py
 
 
 @pytest.mark.parametrize("verb", [["publish"], ["solve", "--bits", "4"]])
-def test_other_commands_name_what_they_set_aside(verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_commands_name_what_they_set_aside(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     store_at(tmp_path / "store")
     copied = tmp_path / "store" / "trials" / "run-copy.parquet"
@@ -270,7 +321,9 @@ def test_a_store_that_can_only_be_read_is_no_traceback(root: Path, monkeypatch: 
 def test_an_older_programs_rows_are_upgraded_step_by_step(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Version 0, made up for this test, called predicted_kl otherwise."""
     now = rows(PARTS[0])
-    old = now.rename_columns(["kl" if name == "predicted_kl" else name for name in now.column_names]).replace_schema_metadata({"schema_version": "0"})
+    old = now.rename_columns(
+        ["kl" if name == "predicted_kl" else name for name in now.column_names]
+    ).replace_schema_metadata({"schema_version": "0"})
     data = encode(old, SCORES, {})
     (root / SCORES).write_bytes(data)
     monkeypatch.setitem(records.UPGRADES, 0, lambda table: table.rename_columns(SCORES_SCHEMA.names))
@@ -281,7 +334,10 @@ def test_an_older_programs_rows_are_upgraded_step_by_step(root: Path, monkeypatc
 
 
 def test_what_killed_writers_left_goes_and_what_is_being_written_stays(root: Path) -> None:
-    old, new = root / f"scores/cell={CELL}/.scores.parquet.1-ff.tmp", root / f"scores/cell={CELL}/.scores.parquet.2-ff.tmp"
+    old, new = (
+        root / f"scores/cell={CELL}/.scores.parquet.1-ff.tmp",
+        root / f"scores/cell={CELL}/.scores.parquet.2-ff.tmp",
+    )
     for path in (old, new):
         path.write_bytes(b"PAR1")
     os.utime(old, (time.time() - 3600,) * 2)

@@ -18,7 +18,10 @@ from sweep.core.errors import SweepError
 from sweep.store.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, TrialRow
 from sweep.store.store import Store
 
-CELL, PARTS = "0123abcd", ["model.visual.merger", "model.layers.0", "model.layers.1"]  # in the model's order, not the alphabet's
+CELL, PARTS = (
+    "0123abcd",
+    ["model.visual.merger", "model.layers.0", "model.layers.1"],
+)  # in the model's order, not the alphabet's
 IN_STORE = dict.fromkeys(PARTS)  # every part is to be read from the store
 SCORES, PART = f"scores/cell={CELL}/scores.parquet", f"parts/cell={CELL}/model.layers.0.parquet"
 COMPLETE = """
@@ -37,7 +40,14 @@ def whole_parts(store: Store, cell: str) -> set[str]:
 
 def rows(part: str, cell: str = CELL) -> pa.Table:
     """Two groups of a part; the second was never called."""
-    common = {"cell_id": cell, "layer_index": 0, "n_predictions": 10, "n_samples": 2, "weight_elements": 64, "effective_bits": 4.5}
+    common = {
+        "cell_id": cell,
+        "layer_index": 0,
+        "n_predictions": 10,
+        "n_samples": 2,
+        "weight_elements": 64,
+        "effective_bits": 4.5,
+    }
     measured = {"score": len(part) / 3, "sensitivity": len(part) / 30, "sample_scores": [0.25, -0.0]}
     q = common | measured | {"group": f"{part}.q", "modules": [f"{part}.q", f"{part}.k"]}
     return pa.Table.from_pylist([q, common | {"group": f"{part}.o", "modules": [f"{part}.o"]}], schema=SCORES_SCHEMA)
@@ -45,7 +55,12 @@ def rows(part: str, cell: str = CELL) -> pa.Table:
 
 def trial(trial_id: str = "t", second: int = 0, **changed: Any) -> TrialRow:
     text = dict.fromkeys((field.name for field in fields(TrialRow)), "x")
-    event = {"trial_id": trial_id, "state": "planned", "reason": None, "created_at": datetime(2026, 1, 1, 0, 0, second, tzinfo=UTC)}
+    event = {
+        "trial_id": trial_id,
+        "state": "planned",
+        "reason": None,
+        "created_at": datetime(2026, 1, 1, 0, 0, second, tzinfo=UTC),
+    }
     return replace(TrialRow(**text), **(event | changed))  # pyright: ignore[reportArgumentType]
 
 
@@ -84,7 +99,9 @@ def test_a_cell_is_finished_when_its_parts_are_joined_in_the_order_given(store: 
     scores = store.scores(CELL)
     assert scores.schema.equals(SCORES_SCHEMA, check_metadata=True)
     assert scores["group"].to_pylist() == [f"{part}.{module}" for part in PARTS for module in "qo"]
-    assert scores["score"].to_pylist() == [value for part in PARTS for value in (len(part) / 3, None)]  # doubles, to the last bit
+    assert scores["score"].to_pylist() == [
+        value for part in PARTS for value in (len(part) / 3, None)
+    ]  # doubles, to the last bit
     assert scores["sample_scores"].to_pylist()[:2] == [[0.25, 0.0], None]
     assert whole_parts(store, CELL) == set()
     assert store.files.names("parts") == []
@@ -122,7 +139,9 @@ def test_a_cell_that_lacks_a_part_is_not_finished(store: Store) -> None:
 )
 def test_a_writer_killed_while_completing_loses_nothing(patch: str, finished: bool, tmp_path: Path) -> None:
     store = fill(Store(str(tmp_path)))
-    ended = subprocess.run([sys.executable, "-c", COMPLETE.format(patch=patch), str(tmp_path), CELL, *PARTS], check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", COMPLETE.format(patch=patch), str(tmp_path), CELL, *PARTS], check=False
+    )
     assert ended.returncode == -signal.SIGKILL
     assert store.is_finished(CELL) == finished
     assert len(list(tmp_path.glob("scores/*/*.parquet"))) == finished  # what a reader without our code globs
@@ -193,7 +212,12 @@ def test_a_file_of_a_newer_schema_version_is_refused_and_kept(store: Store) -> N
     contents = {path: of_version(version, schema) for path, schema in files.items()}
     for path, content in contents.items():
         store.files.write(path, content)
-    for read in (lambda: store.scores(CELL), lambda: whole_parts(store, CELL), lambda: store.complete(CELL, {PARTS[1]: None}), store.trials):
+    for read in (
+        lambda: store.scores(CELL),
+        lambda: whole_parts(store, CELL),
+        lambda: store.complete(CELL, {PARTS[1]: None}),
+        store.trials,
+    ):
         with pytest.raises(SweepError, match=f"has schema version {version}; this program reads {SCHEMA_VERSION}"):
             read()
     assert {path: store.files.read(path) for path in files} == contents
@@ -201,11 +225,23 @@ def test_a_file_of_a_newer_schema_version_is_refused_and_kept(store: Store) -> N
 
 def test_a_trial_is_what_its_latest_event_says(store: Store) -> None:
     store.write_trials("1", [trial("a", 1), trial("b", 1)])
-    store.write_trials("2", [trial("a", 5, state="failed", reason="NaN in model.layers.3.mlp.down_proj"), trial("c", 5, state="skipped", cell_id=None)])
-    store.write_trials("1", [trial("a", 9, state="done"), trial("b", 3, state="running")])  # the run's earlier record is replaced
+    store.write_trials(
+        "2",
+        [
+            trial("a", 5, state="failed", reason="NaN in model.layers.3.mlp.down_proj"),
+            trial("c", 5, state="skipped", cell_id=None),
+        ],
+    )
+    store.write_trials(
+        "1", [trial("a", 9, state="done"), trial("b", 3, state="running")]
+    )  # the run's earlier record is replaced
     found = store.trials()
     assert list(found) == ["a", "b", "c"]
-    assert found == {"a": trial("a", 9, state="done"), "b": trial("b", 3, state="running"), "c": trial("c", 5, state="skipped", cell_id=None)}
+    assert found == {
+        "a": trial("a", 9, state="done"),
+        "b": trial("b", 3, state="running"),
+        "c": trial("c", 5, state="skipped", cell_id=None),
+    }
 
 
 def write_runs(store: Store) -> None:
@@ -274,8 +310,15 @@ def test_duckdb_reads_the_store_without_our_code(tmp_path: Path) -> None:
     store.complete(CELL, IN_STORE)
     store.write_part("unfinished", PARTS[0], rows(PARTS[0], "unfinished"))
     store.write_trials("1", [trial("a", state="done", cell_id=CELL), trial("b", cell_id="unfinished")])
-    query = f"select t.trial_id, count(*), sum(s.score), max(len(s.sample_scores)) from '{tmp_path}/scores/*/*.parquet' s "
+    query = (
+        f"select t.trial_id, count(*), sum(s.score), max(len(s.sample_scores)) from '{tmp_path}/scores/*/*.parquet' s "
+    )
     query += f"join '{tmp_path}/trials/*.parquet' t using (cell_id) group by 1"
     assert duckdb.sql(query).fetchall() == [("a", 6, pytest.approx(sum(len(part) for part in PARTS) / 3, rel=1e-15), 2)]
-    columns = [name for name, *_ in duckdb.sql(f"describe select * from read_parquet('{tmp_path}/scores/*/*.parquet', hive_partitioning=false)").fetchall()]
+    columns = [
+        name
+        for name, *_ in duckdb.sql(
+            f"describe select * from read_parquet('{tmp_path}/scores/*/*.parquet', hive_partitioning=false)"
+        ).fetchall()
+    ]
     assert columns == SCORES_SCHEMA.names
