@@ -152,7 +152,6 @@ def test_a_job_is_submitted_watched_stopped_resubmitted_and_completes(head: Head
     assert {actor["name"] for actor in head.listed("actors") if actor["state"] == "ALIVE"} >= {
         "sweep-worker-0",
         "sweep-worker-1",
-        "sweep-pool",
     }
     wait_for(
         lambda: any(re.match(r"score w\w+/\w+", task["name"]) for task in head.listed("tasks")), 20.0
