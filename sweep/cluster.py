@@ -7,7 +7,8 @@ may have a `sweep-worker-0` there.
 import logging
 import os
 import secrets
-from collections.abc import Callable, Generator, Iterable, Mapping
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from sweep.config import ClusterConfig
 from sweep.errors import ClusterLost, SweepError
 from sweep.interrupts import rearm, signals_wait
-from sweep.machine import Workers, fit
+from sweep.machine import Device, Hardware, Workers, fit, own_hardware
 
 # Read by Ray when it is imported. Loggers would write three files a trial; Tune's own Ctrl-C handling would hide ours.
 _ENVIRONMENT = {
@@ -32,7 +33,7 @@ for _name, _value in _ENVIRONMENT.items():
 import ray  # noqa: E402
 from ray._private import services, utils  # noqa: E402
 from ray._private.node import Node  # noqa: E402
-from ray.exceptions import AuthenticationError, RayActorError, RayError  # noqa: E402
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayError  # noqa: E402
 from ray.util import list_named_actors  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
@@ -43,6 +44,7 @@ _SPACE = "sweep-"  # what the names of namespaces start with
 _WORKER = "sweep-worker-"  # and those of workers
 _MAX_RESTARTS = 20  # of a worker, over a whole sweep
 _INFO_SECONDS = 10.0  # until a worker that does not answer is left out of the record
+_HARDWARE_SECONDS = 30.0  # for a node to say what it can do; a new process takes about 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +95,11 @@ def join(config: ClusterConfig) -> Workers:
             "ray job submit --working-dir . -- sweep run cluster=auto ..."
         )
     _join(address, "type cluster=local")
-    device = config.device if config.device != "auto" else "cuda" if any(node["Resources"].get("GPU") for node in _alive_nodes()) else "cpu"
-    rooms = _rooms(device, config.gpus_per_worker)
+    nodes = _alive_nodes()
+    device = config.device
+    if device == "auto":
+        device = "cuda" if any(node["Resources"].get("GPU") for node in nodes) else "cpu"
+    rooms = _rooms(nodes, device, config.gpus_per_worker)
     if config.workers == "auto" and not sum(rooms):
         what = f"GPU for cluster.gpus_per_worker={config.gpus_per_worker:g}" if device == "cuda" else "CPU"
         raise SweepError(f"The cluster at {address} has no {what}. Type cluster.workers=N to wait until N have been added, or cluster.device=cpu.")
@@ -105,6 +110,7 @@ def join(config: ClusterConfig) -> Workers:
         address=address,
         per_node=max([*rooms, 1]),
         elastic=config.workers == "auto",
+        nodes=_hardware([node for node, room in zip(nodes, rooms, strict=True) if room], device),
     )
 
 
@@ -146,7 +152,9 @@ class Crew:
         Returns: by name, object references that are there when they are ready.
         """
         workers = self._workers
-        count = sum(_rooms(workers.device, workers.gpus_each)) if workers.elastic and self._actors else workers.count
+        count = workers.count
+        if workers.elastic and self._actors:
+            count = sum(_rooms(_alive_nodes(), workers.device, workers.gpus_each))
         options = {"num_cpus": 1, "num_gpus": workers.gpus_each if workers.device == "cuda" else 0, "max_restarts": _MAX_RESTARTS}
         ready: dict[str, Any] = {}
         for index in range(len(self._actors), count):
@@ -270,13 +278,34 @@ def _alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _rooms(device: str, share: float) -> list[int]:
+def _rooms(nodes: Sequence[Mapping[str, Any]], device: Device, share: float) -> list[int]:
     """Workers that each node has room for, whoever is there now."""
-    cpus = [int(node["Resources"].get("CPU", 0.0)) for node in _alive_nodes()]
+    cpus = [int(node["Resources"].get("CPU", 0.0)) for node in nodes]
     if device == "cpu":
         return cpus
-    gpus = [node["Resources"].get("GPU", 0.0) for node in _alive_nodes()]
+    gpus = [node["Resources"].get("GPU", 0.0) for node in nodes]
     return [min(n_cpus, fit(n_gpus, share)) for n_cpus, n_gpus in zip(cpus, gpus, strict=True)]
+
+
+def _hardware(nodes: Sequence[Mapping[str, Any]], device: Device) -> tuple[Hardware, ...]:
+    """What nodes can do, as they say themselves. A question takes no CPU and no GPU: busy nodes answer, too."""
+    ask: Any = ray.remote(num_cpus=0, max_retries=0)(own_hardware)
+    deadline = time.monotonic() + _HARDWARE_SECONDS
+    asked: list[Any] = []
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked.append(ask.options(scheduling_strategy=there).remote(device))
+    found: list[Hardware] = []
+    for node, answer in zip(nodes, asked, strict=True):
+        try:
+            found.append(ray.get(answer, timeout=max(0.0, deadline - time.monotonic())))
+            continue
+        except GetTimeoutError:
+            why = f"no answer in {_HARDWARE_SECONDS:g} s"
+        except RayError as error:  # of what went wrong there the last line names the cause
+            why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        found.append(Hardware(host=node["NodeManagerHostname"], unknown=why))
+    return tuple(found)
 
 
 def _unless_dead(answer: Any) -> dict[str, Any] | None:

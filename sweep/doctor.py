@@ -5,7 +5,9 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +19,7 @@ from rich.text import Text
 from sweep.compose import DEFAULT_GRID, Grid, expand
 from sweep.config import SweepConfig
 from sweep.errors import SweepError
-from sweep.machine import memory_gb, n_cores, n_gpus, pick_workers
+from sweep.machine import Workers, n_cores, n_gpus, pick_workers
 from sweep.planning import plan_sweep
 from sweep.progress import count
 from sweep.store import Store
@@ -54,13 +56,14 @@ def examine(overrides: Sequence[str], *, multirun: bool, as_json: bool) -> int:
 
 def _findings(grid: Grid) -> list[Finding]:
     base = grid.points[0]
+    workers = cache(lambda: pick_workers(base.cluster))  # a cluster is asked once
     checks: dict[str, Callable[[], Finding]] = {
         "python": _python,
         "packages": _packages,
-        "workers": lambda: _workers(base),
+        "workers": lambda: _workers(workers()),
         "store": lambda: _store(base),
-        "model": lambda: _model(base),
-        "grid": lambda: _grid(grid),
+        "model": lambda: _model(base, workers),
+        "grid": lambda: _grid(grid, workers()),
     }
     findings: list[Finding] = []
     for subject, check in checks.items():
@@ -72,7 +75,8 @@ def _findings(grid: Grid) -> list[Finding]:
 
 
 def _python() -> Finding:
-    return Finding(subject="python", verdict="ok", text=f"{platform.python_version()}, {n_cores()} cores, {n_gpus()} GPUs")
+    text = f"{platform.python_version()}, {n_cores()} cores and {n_gpus()} GPUs here"
+    return Finding(subject="python", verdict="ok", text=text)
 
 
 def _packages() -> Finding:
@@ -87,9 +91,11 @@ def _packages() -> Finding:
     return Finding(subject="packages", verdict="warning" if odd else "ok", text=f"untested: {', '.join(odd)}" if odd else text)
 
 
-def _workers(config: SweepConfig) -> Finding:
-    workers = pick_workers(config.cluster)
-    return Finding(subject="workers", verdict="ok", text=f"{workers.count} on {workers.device}")
+def _workers(workers: Workers) -> Finding:
+    gpus = dict.fromkeys(gpu.name for node in workers.nodes for gpu in node.gpus)
+    warnings = [node.warning for node in workers.nodes if node.warning is not None]
+    text = f"{workers.count} on {workers.device}" + (f" ({', '.join(gpus)})" if gpus else "")
+    return Finding(subject="workers", verdict="warning" if warnings else "ok", text=". ".join([text, *warnings]))
 
 
 def _store(config: SweepConfig) -> Finding:
@@ -101,17 +107,22 @@ def _store(config: SweepConfig) -> Finding:
     return Finding(subject="store", verdict="ok" if free_gb > 1 else "warning", text=f"{store.uri} is writable, {free_gb:.0f} GB free")
 
 
-def _model(config: SweepConfig) -> Finding:
+def _model(config: SweepConfig, pick: Callable[[], Workers]) -> Finding:
     path = checkpoint_dir(config.model)
     gb = checkpoint_gb(path)
-    here_gb = memory_gb()
-    verdict: Literal["ok", "warning"] = "warning" if not n_gpus() and gb * 3 > here_gb else "ok"
-    return Finding(subject="model", verdict=verdict, text=f"{path}: {gb:.2f} GB of safetensors, {here_gb:.0f} GB of memory here")
+    text, verdict = f"{path}: {gb:.2f} GB of safetensors", "ok"
+    with suppress(SweepError):  # without workers, their own finding says why
+        workers = pick()
+        known = [node for node in workers.nodes if node.unknown is None]
+        if known and workers.device == "cpu":
+            least = min(known, key=lambda node: node.memory_gb)
+            verdict = "warning" if gb * 3 > least.memory_gb else "ok"
+            text += f", {least.memory_gb:.0f} GB of memory on {least.host}"
+    return Finding(subject="model", verdict=verdict, text=text)
 
 
-def _grid(grid: Grid) -> Finding:
-    workers = pick_workers(grid.points[0].cluster)
-    plan = plan_sweep(grid.points, workers.device)
+def _grid(grid: Grid, workers: Workers) -> Finding:
+    plan = plan_sweep(grid.points, workers.device, workers.nodes)
     store = Store(grid.points[0].store.uri)
     cells = {trial.cell_id for trial in plan.trials if trial.cell_id}
     done = sum(store.is_finished(cell) for cell in cells)

@@ -9,7 +9,7 @@ from sweep.compose import expand
 from sweep.config import ModelConfig, SweepConfig
 from sweep.errors import SweepError
 from sweep.export_checks import check_recipe
-from sweep.machine import pick_workers
+from sweep.machine import own_device
 from sweep.mixed import MixedRecipe
 from sweep.subject import Model, checkpoint_dir, samples_of
 
@@ -29,12 +29,12 @@ class Prepared:
 
 
 def loaded(ready: Prepared) -> Any:
-    """The model with its weights, on the device that the config chooses, for one process alone."""
+    """The model with its weights, on this machine's device, for this process alone."""
     import torch
 
     from workers.modeling import load
 
-    device = pick_workers(ready.config.cluster).device
+    device = own_device(ready.config.cluster)
     if device == "cpu":
         torch.set_num_threads(1)  # as a sweep's workers: more would change bits, and crawl beside them
     return load(ready.model.path, dtype=getattr(torch, ready.config.model.dtype_on(device)), device=device)

@@ -160,7 +160,8 @@ def _refuse_ahead(grid: Sequence[str], asked: Budget, target: Target) -> None:
         calibrated.
     """
     points = expand(grid, multirun=True).points
-    options = planned_options(plan_sweep(points, pick_workers(points[0].cluster).device))
+    workers = pick_workers(points[0].cluster)
+    options = planned_options(plan_sweep(points, workers.device, workers.nodes))
     rules = rules_of((), (), False, target, options)
     choice = solved(options, problem_of(options, rules), asked, rules)
     held_out(prepared(recipe(options, choice, "planned", target.name), points[0]))

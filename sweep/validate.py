@@ -15,7 +15,7 @@ from rich.console import Console
 from sweep.analysis import FloatArray, bootstrap_interval
 from sweep.errors import SweepError
 from sweep.export_checks import check_recipe
-from sweep.machine import pick_workers
+from sweep.machine import own_device
 from sweep.mixed import GroupChoice, GroupFormat, MixedRecipe, is_called
 from sweep.mixing import recipe as recipe_of_choice
 from sweep.options import Options, read_options
@@ -139,7 +139,7 @@ def validate(prepared: Prepared, recipes: Sequence[tuple[str, MixedRecipe]], on_
     """
     plan, digest = held_out(prepared)
     store, config = Store(prepared.config.store.uri), prepared.config
-    device = pick_workers(config.cluster).device
+    device = own_device(config.cluster)
     dtype = config.model.dtype_on(device)
     ids = [_identity(recipe, digest, dtype, device) for _, recipe in recipes]
     known = {key: found for key in ids if (found := store.validation(key)) is not None}

@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from sweep.machine import Needs
 from workers.task import GroupSpec, ModelSpec, Picture, Task
 
 GROUP: Final = GroupSpec(name="layers.0.a", modules=("layers.0.a",), part="layers.0", layer_index=0, weight_elements=4, n_inputs=2, n_outputs=2)
@@ -21,5 +22,6 @@ TASK: Final = Task(
     effective_bits=8.0,
     groups=(GROUP,),
     cells={"small": "cell"},
+    needs=Needs(),
 )
 PICTURE: Final = Picture(trials={}, groups_done=0, groups_total=0, groups_scored=0, failed_trials=0, queue=0, models=0, eta_seconds=None, trial_seconds=())

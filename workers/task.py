@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Final, Literal
 
+from sweep.machine import Needs
 from workers.data import SIZES
 
 _VISIT_COST: Final = 0.3  # of a task's quantizing and summing beside one product
@@ -59,6 +60,7 @@ class Task:
     effective_bits: float  # bits a weight, block scales counted
     groups: tuple[GroupSpec, ...]  # in the model's order
     cells: Mapping[str, str]  # cell id by size
+    needs: Needs  # of the GPU that scores it
 
     @property
     def n_steps(self) -> int:
