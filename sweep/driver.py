@@ -265,6 +265,8 @@ class _Arrivals:
         for name, loaded in self._crew.hire().items():
             self._waiting[loaded] = name
             self._n_hired += 1
+        if not self._waiting:
+            _get(self._pool.settle.remote())
 
     def _call_back(self, name: str) -> None:
         self.admitted.discard(name)

@@ -29,9 +29,13 @@ class Worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
         from workers.scorer import Scorer
 
-        self._metrics = WorkerMetrics(ray.get_runtime_context().get_actor_name() or "")
+        name = ray.get_runtime_context().get_actor_name() or ""
+        self._metrics = WorkerMetrics(name)
         self._scorer = Scorer(store_uri, device, memory_gb=memory_gb, n_workers=n_workers, n_gpus=n_gpus, on_timed=self._metrics.timed)
         self._lost = False
+        if device == "cuda":  # a CPU runs every recipe
+            pool: Any = ray.get_actor(POOL)
+            ray.get(pool.placed.remote(name, self._scorer.hardware()))
 
     def load(self, task: Task, mark: str | None) -> None:
         """Load the task's model before the first trial asks for it.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, count
 from typing import Any, Final
 
+from sweep.machine import Hardware
 from workers.task import Task, part_names
 
 POOL: Final = "sweep-pool"  # the actor's name
@@ -60,7 +61,8 @@ class Pool:
 
     Tasks that share a capture go out together, and several workers may be at them: each takes a decoder layer at a time and scores it for
     all recipes. What these have in common there (errors of the weights, errors of the inputs) is computed once, however many workers there
-    are, and nobody waits longer than a layer at the end.
+    are, and nobody waits longer than a layer at the end. Where GPUs are unlike, a worker is given what its own can
+    score.
     """
 
     def __init__(self, n_workers: int, tasks: Mapping[str, Task], plans: Mapping[str, list[Any]], windowed: frozenset[str] = frozenset()) -> None:
@@ -80,11 +82,16 @@ class Pool:
         self._free: dict[str, str] = {}  # worker -> revision of the model that it holds, as far as is known
         self._ended: dict[str, str | None] = {}  # task id -> why it failed, None if it is done
         self._workers: set[str] = set()  # all that were admitted
+        self._hardware: dict[str, Hardware] = {}  # by worker, as far as they have told
         self._deaths: dict[str, int] = {}  # by worker
         self._unfit: dict[str, dict[str, str]] = {}  # model revision -> why it does not load, by worker
         self._broken: str | None = None
         self._resting: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Condition()
+
+    async def placed(self, worker: str, hardware: Hardware) -> None:
+        """Where a worker has started, before it is admitted; or started again."""
+        self._hardware[worker] = hardware
 
     async def admit(self, worker: str) -> None:
         """A worker, named, is there to be lent out: at once, or later and later if it goes on dying."""
@@ -113,6 +120,15 @@ class Pool:
             self._workers.discard(worker)
             for revision in self._unfit:
                 self._check_loadable(revision)
+            self._changed.notify_all()
+
+    async def settle(self) -> None:
+        """No worker is about to come: what none that is there can score has failed."""
+        async with self._changed:
+            for task in [task for batch in self._batches for task in batch.tasks.values()]:
+                refusals = [why for worker in self._workers if (why := self._refusal(worker, task)) is not None]
+                if refusals and len(refusals) == len(self._workers):
+                    self._ended.setdefault(task.task_id, refusals[0])
             self._changed.notify_all()
 
     async def figures(self) -> dict[str, int]:
@@ -148,11 +164,13 @@ class Pool:
                 return Ended(dict(self._ended))
             # A batch that nobody is at, and the trial's own, if it can be; else help with another.
             batch = min(waiting, key=lambda batch: (batch.n_out, task_id not in batch.tasks))
+            fit = self._fit(batch)
+            worker = next((name for name in fit if self._free[name] == batch.first.model.revision), fit[0])
+            if beyond := [task for task in batch.tasks.values() if self._refusal(worker, task) is not None]:
+                self._split_off(batch, beyond)  # for the others
             first = batch.tasks.get(task_id, batch.first)
             if not self._loans and not self._ended and len(batch.tasks) > 1 and first.plan_id not in self._windowed:
-                batch = self._split_off(batch, first)  # a result to look at while the others are scored
-            fit = self._fit(first)
-            worker = next((name for name in fit if self._free[name] == first.model.revision), fit[0])
+                batch = self._split_off(batch, [first])  # a result to look at while the others are scored
             del self._free[worker]
             batch.n_out += 1
             number = next(self._numbers)
@@ -193,6 +211,7 @@ class Pool:
                     self._ended.setdefault(task_id, failure)
             left = {task.task_id: task for task in lease.tasks if task.task_id not in ended}
             if left and unfit:
+                batch.tasks |= left  # some may have been split off meanwhile, without the parts that it had taken
                 batch.parts[:] = [name for name in part_names(batch.first) if name in {*loan.taken, *batch.parts}]
                 self._unfit.setdefault(revision, {})[lease.worker] = unfit
                 self._check_loadable(revision)
@@ -213,12 +232,18 @@ class Pool:
 
     def _possible(self) -> list[_Batch]:
         """Batches with parts to take, for which there is a free worker."""
-        return [batch for batch in self._batches if batch.parts and self._fit(batch.first)]
+        return [batch for batch in self._batches if batch.parts and self._fit(batch)]
 
-    def _fit(self, task: Task) -> list[str]:
-        """Free workers, but for those that cannot load the task's model."""
-        unfit = self._unfit.get(task.model.revision, {})
-        return [name for name in self._free if name not in unfit]
+    def _fit(self, batch: _Batch) -> list[str]:
+        """Free workers that can score some of a batch."""
+        return [name for name in self._free if any(self._refusal(name, task) is None for task in batch.tasks.values())]
+
+    def _refusal(self, worker: str, task: Task) -> str | None:
+        """Why a worker cannot score a task, because of its model or of what it needs; None: it can."""
+        if (unfit := self._unfit.get(task.model.revision, {}).get(worker)) is not None:
+            return unfit
+        hardware = self._hardware.get(worker)
+        return None if hardware is None else hardware.refusal(task.needs)
 
     async def _set_free(self, worker: str) -> None:
         async with self._changed:
@@ -232,12 +257,11 @@ class Pool:
             why = next(iter(unfit.values()))
             self._ended |= {task_id: why for batch in self._batches for task_id, task in batch.tasks.items() if task.model.revision == revision}
 
-    def _split_off(self, batch: _Batch, task: Task) -> _Batch:
-        """Make a task a batch of its own."""
-        del batch.tasks[task.task_id]
-        alone = _Batch({task.task_id: task}, list(batch.parts))
-        self._batches.append(alone)
-        return alone
+    def _split_off(self, batch: _Batch, tasks: Sequence[Task]) -> _Batch:
+        """Make some of its tasks a batch of their own."""
+        apart = _Batch({task.task_id: batch.tasks.pop(task.task_id) for task in tasks}, list(batch.parts))
+        self._batches.append(apart)
+        return apart
 
     def _again(self, batch: _Batch, tasks: Mapping[str, Task], taken: Sequence[str], death: str) -> None:
         """What a dead worker had waits again, a quarter of the tasks at a time; so does what nobody had taken, since one of them may be what kills."""

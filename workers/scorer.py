@@ -1,6 +1,7 @@
 """One worker's work, without Ray: hold a model and its capture, score tasks together, put finished parts into the store."""
 
 import math
+import socket
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from sweep.errors import SweepError, Unfit
-from sweep.machine import memory_gb, n_cores
+from sweep.machine import Gpu, Hardware, has_compiler, memory_gb, n_cores
 from sweep.store import Store
 from workers import memory, modeling
 from workers.book import Book
@@ -102,6 +103,14 @@ class Scorer:
         """
         peak_gb = sum(torch.cuda.max_memory_allocated(index) for index in range(self._n_gpus)) / 1e9 if self.device.type == "cuda" else None
         return {"model_loads": self.model_loads, "peak_gb": peak_gb, **self._clock.figures()}
+
+    def hardware(self) -> Hardware:
+        """What its own GPUs can do, and this machine."""
+        gpus: list[Gpu] = []
+        for index in range(self._n_gpus if self.device.type == "cuda" else 0):
+            found = torch.cuda.get_device_properties(index)
+            gpus.append(Gpu(found.name, found.total_memory / 1e9, (found.major, found.minor)))
+        return Hardware(host=socket.gethostname(), gpus=tuple(gpus), has_nvcc=has_compiler(), memory_gb=memory_gb())
 
     def gpu_memory(self) -> tuple[int, int] | None:
         """Bytes of its GPUs that are used, and that they have; None on a CPU."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sweep.errors import WorkerLost
+from sweep.machine import Hardware
 from workers import actor
 from workers.scorer import Scorer
 from workers.task import Progress
@@ -25,6 +26,36 @@ class FailingScorer:
 
     def info(self) -> dict[str, Any]:
         return {"load_seconds": 0.0, "capture_seconds": 0.0}
+
+
+class Placing:
+    """The pool's method of that name: notes what it is called with."""
+
+    def __init__(self) -> None:
+        self.placed, self.called = self, list[tuple[str, Hardware]]()
+
+    def remote(self, worker: str, hardware: Hardware) -> None:
+        self.called.append((worker, hardware))
+
+
+class PlacedScorer:
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def hardware(self) -> Hardware:
+        return Hardware(host="here")
+
+
+def test_a_worker_with_a_gpu_first_tells_the_pool_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, context = Placing(), type("Context", (), {"get_actor_name": lambda self: "w0"})()
+    monkeypatch.setattr(actor.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(actor, "WorkerMetrics", lambda name: type("Metrics", (), {"timed": None}))
+    monkeypatch.setattr("workers.scorer.Scorer", PlacedScorer)
+    monkeypatch.setattr(actor.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(actor.ray, "get_actor", lambda name: pool)
+    monkeypatch.setattr(actor.ray, "get", lambda reference: reference)
+    for device in ("cpu", "cuda"):
+        actor.Worker("store", device, None, n_workers=1, n_gpus=1)
+    assert pool.called == [("w0", Hardware(host="here"))]
 
 
 def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> actor.Worker:

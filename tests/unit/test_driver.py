@@ -33,6 +33,7 @@ class FakePool:
         self.called: list[tuple[str, ...]] = []
         self.deaths: list[list[str]] = []
         self.admit, self.give_up, self.lost = Remote(self.called, "admit"), Remote(self.called, "give_up"), Remote(self.called, "lost", self.deaths)
+        self.settle = Remote([], "settle")
         self.forget, self.give_back = Remote(self.called, "forget"), Remote(self.called, "give_back")
 
 
@@ -114,6 +115,20 @@ def test_a_worker_that_has_died_is_admitted_again_when_it_has_restarted(pool: Fa
 def test_a_worker_that_dies_while_it_loads_is_waited_for(pool: FakePool) -> None:
     arrived(pool, FakeCrew({"w0": "dying"}), 1)
     assert pool.called == [("admit", "w0")]
+
+
+def test_the_pool_is_told_when_no_other_worker_is_about_to_come(pool: FakePool) -> None:
+    before: list[list[tuple[str, ...]]] = []
+    told = threading.Event()
+
+    def settle() -> None:
+        before.append(list(pool.called))
+        told.set()
+
+    pool.settle.remote = settle  # type: ignore[method-assign]
+    with driver._Arrivals(FakeCrew({"w0": "load0", "w1": "load1"}), pool, lambda: None, print, lambda _: None):
+        assert told.wait(10)
+    assert before[0] == [("admit", "w0"), ("admit", "w1")]
 
 
 def test_one_worker_that_cannot_work_is_left_out_and_named(pool: FakePool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sweep.machine import Gpu, Hardware, Needs
 from tests.tasks import GROUP, TASK
 from workers.pool import Ended, Lease, Pool, rest_seconds
 from workers.task import Task
@@ -343,6 +344,73 @@ def test_a_model_that_loads_on_one_worker_only_is_scored_there_and_one_that_load
         assert await waits(shared.lease("b"))  # the worker that cannot load it is free, and stays so
         await shared.give_back(again, {}, unfit="no such file")
         assert await shared.lease("b") == Ended({"!": None, "a": "no such file", "b": "no such file"})
+
+    asyncio.run(story())
+
+
+A100 = Hardware(host="n", gpus=(Gpu("A100", 85.9, (8, 0)),))
+H100 = Hardware(host="m", gpus=(Gpu("H100", 85.5, (9, 0)),))
+NVFP4 = Needs(capability=(8, 9))
+
+
+async def mixed_pool(some: Sequence[Task], **hardware: Hardware) -> Pool:
+    shared = await pool(some, workers="")
+    for worker, here in hardware.items():
+        await shared.placed(worker, here)
+        await shared.admit(worker)
+    return shared
+
+
+def test_of_unlike_gpus_each_scores_what_it_can() -> None:
+    async def story() -> None:
+        fp4, others = tasks("a", needs=NVFP4, groups=LAYERS), tasks("bc", groups=LAYERS)
+        shared = await mixed_pool([*fp4, *others], old=A100, new=H100)
+        one, two = await leased(shared, "a"), await leased(shared, "a")
+        assert [(lease.worker, names(lease)) for lease in (one, two)] == [("old", "b"), ("new", "a")]
+        assert await taken(shared, two) == await taken(shared, one) == "0123456789"
+        await done(shared, one)
+        one = await leased(shared, "a")
+        assert (one.worker, names(one), await taken(shared, one, 3)) == ("old", "c", "012")
+        await done(shared, two)
+        two = await leased(shared, "a")  # the better one helps
+        assert (two.worker, names(two), await taken(shared, two)) == ("new", "c", "3456789")
+        await done(shared, one)
+        await done(shared, two)
+        assert await shared.lease("a") == Ended(dict.fromkeys("bac"))
+
+    asyncio.run(story())
+
+
+def test_a_task_waits_for_a_gpu_that_can_score_it_and_fails_when_none_is_to_come() -> None:
+    async def story(late: str) -> Lease | Ended:
+        shared = await mixed_pool([*tasks("a", needs=NVFP4), *tasks("b")], old=A100)
+        lease = await leased(shared, "a")
+        assert (names(lease), await taken(shared, lease)) == ("b", "0")
+        await done(shared, lease)
+        assert await waits(shared.lease("a"))
+        if late:
+            await shared.placed(late, H100)
+            await shared.admit(late)
+        await shared.settle()
+        return await shared.lease("a")
+
+    lease = asyncio.run(story("new"))
+    assert isinstance(lease, Lease)
+    assert (lease.worker, names(lease)) == ("new", "a")
+    lease = asyncio.run(story("old"))  # it has died, and restarted on another node
+    assert isinstance(lease, Lease)
+    assert (lease.worker, names(lease)) == ("old", "a")
+    ended = asyncio.run(story(""))
+    assert isinstance(ended, Ended)
+    assert "NVFP4 needs a GPU of compute capability 8.9; A100 has 8.0." in str(ended.failures["a"])
+    assert ended.failures["b"] is None
+
+
+def test_before_the_first_worker_is_there_nothing_has_failed() -> None:
+    async def story() -> None:
+        shared = await mixed_pool(tasks("a", needs=NVFP4))
+        await shared.settle()
+        assert await shared.failures() == {}
 
     asyncio.run(story())
 
