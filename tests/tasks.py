@@ -3,6 +3,7 @@
 from typing import Final
 
 from sweep.core.groups import GroupSpec
+from sweep.core.machine import Needs
 from workers.task import ModelSpec, Picture, Task
 
 GROUP: Final = GroupSpec(
@@ -30,6 +31,7 @@ TASK: Final = Task(
     effective_bits=8.0,
     groups=(GROUP,),
     cells={"small": "cell"},
+    needs=Needs(),
 )
 PICTURE: Final = Picture(
     trials={},

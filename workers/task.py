@@ -6,9 +6,9 @@ from itertools import groupby
 from typing import Any, Final, Literal
 
 from sweep.core.groups import GroupSpec
+from sweep.core.machine import Needs
 from sweep.core.sizes import SIZES
 
-POOL: Final = "sweep-pool"  # name of the actor that assigns parts to workers
 _VISIT_COST: Final = 0.3  # of a task's quantizing and summing beside one product
 
 
@@ -40,6 +40,7 @@ class Task:
     effective_bits: float  # bits a weight, block scales counted
     groups: tuple[GroupSpec, ...]  # in the model's order
     cells: Mapping[str, str]  # cell id by size
+    needs: Needs  # of the GPU that scores it
 
     @property
     def n_steps(self) -> int:

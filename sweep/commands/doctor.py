@@ -5,10 +5,12 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +20,7 @@ from sweep.config.compose import DEFAULT_GRID, Grid, expand
 from sweep.config.schema import SweepConfig
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE, EXIT_WRONG_INPUT
-from sweep.core.machine import memory_gb, n_cores, n_gpus
+from sweep.core.machine import Workers, n_cores, n_gpus
 from sweep.core.text import count
 from sweep.plan.subject import checkpoint_dir, checkpoint_gb
 from sweep.plan.trials import plan_sweep
@@ -64,13 +66,14 @@ def examine_store(overrides: list[str], *, as_json: bool) -> int:
 
 def _findings(grid: Grid) -> list[Finding]:
     base = grid.points[0]
+    workers = cache(lambda: pick_workers(base.cluster))  # a cluster is asked once
     checks: dict[str, Callable[[], Finding]] = {
         "python": _python,
         "packages": _packages,
-        "workers": lambda: _workers(base),
+        "workers": lambda: _workers(workers()),
         "store": lambda: _store(base),
-        "model": lambda: _model(base),
-        "grid": lambda: _grid(grid),
+        "model": lambda: _model(base, workers),
+        "grid": lambda: _grid(grid, workers()),
     }
     findings: list[Finding] = []
     for subject, check in checks.items():
@@ -82,9 +85,8 @@ def _findings(grid: Grid) -> list[Finding]:
 
 
 def _python() -> Finding:
-    return Finding(
-        subject="python", verdict="ok", text=f"{platform.python_version()}, {n_cores()} cores, {n_gpus()} GPUs"
-    )
+    text = f"{platform.python_version()}, {n_cores()} cores and {n_gpus()} GPUs here"
+    return Finding(subject="python", verdict="ok", text=text)
 
 
 def _packages() -> Finding:
@@ -107,9 +109,11 @@ def _packages() -> Finding:
     )
 
 
-def _workers(config: SweepConfig) -> Finding:
-    workers = pick_workers(config.cluster)
-    return Finding(subject="workers", verdict="ok", text=f"{workers.count} on {workers.device}")
+def _workers(workers: Workers) -> Finding:
+    gpus = dict.fromkeys(gpu.name for node in workers.nodes for gpu in node.gpus)
+    warnings = [node.warning for node in workers.nodes if node.warning is not None]
+    text = f"{workers.count} on {workers.device}" + (f" ({', '.join(gpus)})" if gpus else "")
+    return Finding(subject="workers", verdict="warning" if warnings else "ok", text=". ".join([text, *warnings]))
 
 
 def _store(config: SweepConfig) -> Finding:
@@ -125,19 +129,22 @@ def _store(config: SweepConfig) -> Finding:
     )
 
 
-def _model(config: SweepConfig) -> Finding:
+def _model(config: SweepConfig, pick: Callable[[], Workers]) -> Finding:
     path = checkpoint_dir(config.model)
     gb = checkpoint_gb(path)
-    here_gb = memory_gb()
-    verdict: Literal["ok", "warning"] = "warning" if not n_gpus() and gb * 3 > here_gb else "ok"
-    return Finding(
-        subject="model", verdict=verdict, text=f"{path}: {gb:.2f} GB of safetensors, {here_gb:.0f} GB of memory here"
-    )
+    text, verdict = f"{path}: {gb:.2f} GB of safetensors", "ok"
+    with suppress(SweepError):  # without workers, their own finding says why
+        workers = pick()
+        known = [node for node in workers.nodes if node.unknown is None]
+        if known and workers.device == "cpu":
+            least = min(known, key=lambda node: node.memory_gb)
+            verdict = "warning" if gb * 3 > least.memory_gb else "ok"
+            text += f", {least.memory_gb:.0f} GB of memory on {least.host}"
+    return Finding(subject="model", verdict=verdict, text=text)
 
 
-def _grid(grid: Grid) -> Finding:
-    workers = pick_workers(grid.points[0].cluster)
-    plan = plan_sweep(grid.points, workers.device)
+def _grid(grid: Grid, workers: Workers) -> Finding:
+    plan = plan_sweep(grid.points, workers.device, workers.nodes)
     store = Store(grid.points[0].store.uri)
     cells = {trial.cell_id for trial in plan.trials if trial.cell_id}
     done = sum(store.is_finished(cell) for cell in cells)

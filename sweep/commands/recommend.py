@@ -28,7 +28,7 @@ from sweep.mixed_precision.summary import front_rows, summary, uniform_rows
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.plan.trials import SweepPlan, plan_sweep
 from sweep.report.plots import front_picture
-from sweep.run.resources import pick_workers
+from sweep.run.resources import own_device, pick_workers
 from sweep.run.session import row_of
 from sweep.store.outputs import OutputDirectory, place_of, typed_path
 from sweep.store.store import Store
@@ -97,7 +97,7 @@ def recommend(request: Request, console: Console) -> int:
     rows = validate(
         ready,
         [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)],
-        pick_workers(config.cluster).device,
+        own_device(config.cluster),
     )
     summaries = [summary(options, problem, choices[name], each) for name, each in made.items()]
     measured = {row.name: row for row in rows}
@@ -207,7 +207,8 @@ def _refuse_ahead(grid: Sequence[str], asked: Budget, target: Target) -> None:
         calibrated.
     """
     points = expand(grid, multirun=True).points
-    options = planned_options(plan_sweep(points, pick_workers(points[0].cluster).device))
+    workers = pick_workers(points[0].cluster)
+    options = planned_options(plan_sweep(points, workers.device, workers.nodes))
     rules = rules_of((), (), False, target, options)
     choice = solved(options, problem_of(options, rules), asked, rules)
     held_out(prepared(recipe(options, choice, "planned", target.name), points[0]))

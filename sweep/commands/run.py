@@ -58,7 +58,10 @@ def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
     grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
     base = grid.points[0]
     workers = pick_workers(base.cluster)
-    plan = plan_sweep(grid.points, workers.device)
+    for node in workers.nodes:
+        if node.warning is not None:
+            console.print(node.warning, style="yellow", highlight=False, soft_wrap=True)
+    plan = plan_sweep(grid.points, workers.device, workers.nodes)
     store = Store(base.store.uri)
     store.files.check_writable("store.uri")
     store.drop_leftovers()

@@ -16,7 +16,7 @@ from sweep.mixed_precision.knapsack import Problem, cost_range
 from sweep.mixed_precision.recipe import SIXTEEN, Budget, problem_of, recipe, rules_of, solved
 from sweep.mixed_precision.summary import front_rows, ranked, summary, uniform_rows
 from sweep.report.plots import FRONT_BEGINS, front_picture
-from sweep.run.resources import pick_workers
+from sweep.run.resources import own_device
 from sweep.store.outputs import OutputFile, typed_path
 from sweep.store.select import opened
 
@@ -69,7 +69,7 @@ def solve_command(request: Request) -> int:
         from sweep.mixed_precision.recapture import recaptured_damage
 
         ready = prepared(made, replace(options.config, cluster=config.cluster))
-        damage = recaptured_damage(ready, made, options, pick_workers(config.cluster).device)
+        damage = recaptured_damage(ready, made, options, own_device(config.cluster))
         problem = problem_of(options, rules, damage)
         choice = solved(options, problem, budget, rules)
         made = recipe(options, choice, name, target.name, damage)

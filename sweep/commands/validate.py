@@ -19,7 +19,7 @@ from sweep.mixed_precision.candidates import Options, read_options
 from sweep.mixed_precision.measured import Measured, markdown_table, random_mixes, uniform_recipes, validate
 from sweep.mixed_precision.prepared import Prepared, prepare
 from sweep.mixed_precision.recipe import recipe as recipe_of_choice
-from sweep.run.resources import pick_workers
+from sweep.run.resources import own_device
 from sweep.store.outputs import OutputFile
 from sweep.store.store import Store
 
@@ -52,7 +52,7 @@ def validate_command(request: Request) -> int:
     document = OutputFile(path=path.with_suffix(".validation.json"), begins=_DOCUMENT_BEGINS, way_out=_WAY_OUT)
     for file in (page, document):
         file.check()
-    rows = validate(prepared, wanted(prepared, request), pick_workers(prepared.config.cluster).device)
+    rows = validate(prepared, wanted(prepared, request), own_device(prepared.config.cluster))
     text = json.dumps([asdict(row) for row in rows], indent=1)
     document.put(f"{text}\n".encode())
     page.put(render(prepared.recipe, rows).encode())

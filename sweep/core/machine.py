@@ -2,32 +2,14 @@
 
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workers:
-    """How many workers, on what."""
-
-    device: Literal["cpu", "cuda"]
-    count: int
-    gpus_each: float  # a fraction: several workers share a GPU; 2 or more: a worker spreads the model over so many
-    address: str | None = None  # of the Ray cluster that they work on; None: one of their own, on this machine
-    per_node: int | None = None  # at most, that share a node; None: all of them
-    elastic: bool = False  # more of them as nodes join
-    dashboard: bool = False  # of a cluster of their own
-
-
-def memory_gb() -> float:
-    """Memory of this machine that is available, in 1e9 bytes."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024 / 1e9
-    return 0.0
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +21,100 @@ class Gpu:
     capability: tuple[int, int]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a recipe needs of the GPU that scores it, and of its machine. A CPU runs every recipe."""
+
+    capability: tuple[int, int] = (0, 0)
+    nvcc: bool = False
+    gpu_gb: float = 0.0  # memory of each GPU, for one decoder layer at a time, at the share of it that a worker has
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What one machine that may hold workers can do. What is not known refuses nothing."""
+
+    host: str
+    gpus: tuple[Gpu, ...] = ()  # none: not known
+    has_nvcc: bool = False
+    memory_gb: float = 0.0  # of the machine, available
+    unknown: str | None = None  # why nothing of the above is known
+
+    @property
+    def warning(self) -> str | None:
+        """What people should know if nothing is known."""
+        if self.unknown is None:
+            return None
+        return f"{self.host} does not say what it can do ({self.unknown}): no recipe is refused on its account."
+
+    def refusal(self, needs: Needs) -> str | None:
+        """Why no GPU here does for a recipe, and what to type; None: one does, as far as is known."""
+        if self.unknown is not None:
+            return None
+        able = [gpu for gpu in self.gpus if gpu.capability >= needs.capability]
+        if self.gpus and not able:
+            best = max(self.gpus, key=lambda gpu: gpu.capability)
+            wanted, has = (".".join(map(str, each)) for each in (needs.capability, best.capability))
+            return f"NVFP4 needs a GPU of compute capability {wanted}; {best.name} has {has}. Type cluster.device=cpu."
+        if able and (most := max(able, key=lambda gpu: gpu.memory_gb)).memory_gb < needs.gpu_gb:
+            return (
+                f"One decoder layer at a time needs a GPU of about {needs.gpu_gb:.1f} GB; {most.name} has "
+                f"{most.memory_gb:.1f} GB. Type a smaller dataset.size, or a larger cluster.gpus_per_worker."
+            )
+        if needs.nvcc and not self.has_nvcc:
+            return (
+                f"ModelOpt builds its extension for MX formats with nvcc, which {self.host} lacks. "
+                "Install the CUDA toolkit there, or run it with cluster.device=cpu."
+            )
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """How many workers, on what."""
+
+    device: Device
+    count: int
+    gpus_each: float  # a fraction: several workers share a GPU; 2 or more: a worker spreads the model over so many
+    address: str | None = None  # of the Ray cluster that they work on; None: one of their own, on this machine
+    per_node: int | None = None  # at most, that share a node; None: all of them
+    elastic: bool = False  # more of them as nodes join
+    dashboard: bool = False  # of a cluster of their own
+    nodes: tuple[Hardware, ...] = ()  # machines that have room for them now
+
+
+def memory_gb() -> float:
+    """Memory of this machine that is available, in 1e9 bytes."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 / 1e9
+    return 0.0
+
+
+def own_hardware(device: Device) -> Hardware:
+    """This machine's; its GPUs only if workers compute on them.
+
+    As a Ray task it answers for its node. Ray hides the GPUs from a task that asks for none (CUDA_VISIBLE_DEVICES is
+    empty there), but not from nvidia-smi.
+    """
+    gpus = _gpus() if device == "cuda" else ()
+    return Hardware(host=socket.gethostname(), gpus=gpus, has_nvcc=has_compiler(), memory_gb=memory_gb())
+
+
 @cache
-def first_gpu() -> Gpu | None:
-    """The first GPU that this machine shows, None without nvidia-smi or a GPU."""
-    if not n_gpus() or (tool := shutil.which("nvidia-smi")) is None:
-        return None
-    asked = subprocess.run(
-        [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if asked.returncode or not asked.stdout.strip():
-        return None
-    name, mib, capability = (field.strip() for field in asked.stdout.splitlines()[0].rsplit(",", 2))
-    major, _, minor = capability.partition(".")
-    return Gpu(name, int(mib) * 2**20 / 1e9, (int(major), int(minor)))
+def _gpus() -> tuple[Gpu, ...]:
+    """The GPUs that nvidia-smi lists; none without it."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return ()
+    query = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    asked = subprocess.run(query, capture_output=True, text=True, check=False)
+    found: list[Gpu] = []
+    for line in asked.stdout.splitlines() if asked.returncode == 0 else ():
+        name, mib, capability = (field.strip() for field in line.rsplit(",", 2))
+        if mib.isdigit():  # not "[N/A]", where a GPU has no memory of its own
+            major, _, minor = capability.partition(".")
+            found.append(Gpu(name, int(mib) * 2**20 / 1e9, (int(major), int(minor))))
+    return tuple(found)
 
 
 def has_compiler() -> bool:

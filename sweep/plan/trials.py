@@ -5,18 +5,19 @@ Needs no GPU and, once its facts are remembered on disk, no heavy import: a run 
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache as cached
 from importlib import metadata
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from sweep.config.schema import ModelConfig, SweepConfig
 from sweep.core import cache
 from sweep.core.batches import Plan
 from sweep.core.errors import InvalidRecipe, SweepError
 from sweep.core.groups import GroupSpec, part_of, parts_of
-from sweep.core.machine import first_gpu, has_compiler
+from sweep.core.machine import Device, Hardware, Needs
 from sweep.core.sizes import SIZES
 from sweep.formats.recipe import Recipe, attributes_for, resolve
 from sweep.plan.subject import Model, checkpoint_dir, samples_of
@@ -29,7 +30,7 @@ SCORE_VERSION: Final = 1
 
 ELEMENTS: Final = ("parameters", "embeddings", "lm_head")  # what a store keeps of each model: see SweepPlan.models
 
-Device = Literal["cpu", "cuda"]
+_NVFP4_CAPABILITY: Final = (8, 9)  # of ModelOpt's kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +73,18 @@ class SweepPlan:
         return {task_id: replace(self.tasks[task_id], cells=cells) for task_id, cells in left.items() if cells}
 
 
-def plan_sweep(points: Sequence[SweepConfig], device: Device) -> SweepPlan:
-    """Resolve every point of a grid.
+def plan_sweep(points: Sequence[SweepConfig], device: Device, nodes: Sequence[Hardware] = ()) -> SweepPlan:
+    """Resolve every point of a grid. What this machine can do does not matter: the workers may be on others.
 
     Args:
         points: composed configs.
-        device: what the workers compute on; it decides the default precision and which formats can run.
+        device: what the workers compute on; it decides the default precision.
+        nodes: machines that have room for workers: they decide which recipes can run, and whether captures need
+            windows. None: they are not known, and no recipe is refused on their account.
 
     Raises: SweepError: wrong input, or not one point of the grid makes a valid recipe.
     """
-    planner = _Planner(points, device)
+    planner = _Planner(points, device, nodes)
     trials = tuple(planner.trial(point) for point in points)
     if all(trial.cell_id is None for trial in trials):
         reasons = list(dict.fromkeys(f"{trial.name}: {trial.reason}" for trial in trials))
@@ -115,8 +118,9 @@ def versions() -> dict[str, str]:
 class _Planner:
     """Finds each fact once, however many points ask for it."""
 
-    def __init__(self, points: Sequence[SweepConfig], device: Device) -> None:
+    def __init__(self, points: Sequence[SweepConfig], device: Device, nodes: Sequence[Hardware]) -> None:
         self.device: Device = device
+        self.nodes = nodes
         self.tasks: dict[str, Task] = {}
         self.plans: dict[str, Plan] = {}
         self.windowed: set[str] = set()
@@ -177,8 +181,6 @@ class _Planner:
         recipe = recipe_of(point)
         groups = self._covered(model, recipe)
         _check_block_size(recipe, model, groups)
-        if self.device == "cuda":
-            _check_gpu(recipe)
         dtype = point.model.dtype_on(self.device)
         common = {
             "score_version": SCORE_VERSION,
@@ -196,8 +198,9 @@ class _Planner:
             common["scales"] = "fused"
         cell_id = _hash(common | {"data": digest})[:20]
         task_id = _hash(common | {"plan": plan_id})[:20]
-        if task_id not in self.tasks:
-            self.tasks[task_id] = Task(
+        task = self.tasks.get(task_id)
+        if task is None:
+            task = Task(
                 task_id=task_id,
                 label=_label(point),
                 model=ModelSpec(path=str(model.path), revision=model.revision, dtype=dtype),
@@ -213,34 +216,66 @@ class _Planner:
                 effective_bits=recipe.effective_bits,
                 groups=groups,
                 cells={},
+                needs=Needs(),
             )
-        self._check_memory(point, replace(self.tasks[task_id], cells={point.dataset.size: cell_id}), model)
-        cells = {**self.tasks[task_id].cells, point.dataset.size: cell_id}
+        needs = self._needs(point, recipe, replace(task, cells={point.dataset.size: cell_id}), model)
+        needs = replace(needs, gpu_gb=max(needs.gpu_gb, task.needs.gpu_gb))  # of the other sizes
+        self._check_nodes(needs)
+        cells = {**task.cells, point.dataset.size: cell_id}
         ordered = {size: cells[size] for size in SIZES if size in cells}
-        self.tasks[task_id] = replace(self.tasks[task_id], cells=ordered)
+        self.tasks[task_id] = replace(task, cells=ordered, needs=needs)
         return cell_id, task_id
 
-    def _check_memory(self, point: SweepConfig, task: Task, model: Model) -> None:
-        """Refuse what does not fit even one decoder layer at a time; note what does not fit at once."""
-        budget_gb = point.sensitivity.memory_gb
-        if budget_gb is None and self.device == "cuda" and (gpu := first_gpu()) is not None:
-            budget_gb = gpu.memory_gb * point.cluster.gpus_per_worker
-        if budget_gb is None or task.engine == "modelopt" or task.method == "kl_div":
-            return
+    def _needs(self, point: SweepConfig, recipe: Recipe, task: Task, model: Model) -> Needs:
+        """What a GPU and its machine must have for a task."""
+        gpu_gb = self._gpu_gb(point, task, model)
+        if self.device == "cpu":
+            return Needs()
+        specs = [spec for spec in (recipe.weight, recipe.activation) if spec is not None and spec.has_dynamic_blocks]
+        return Needs(
+            capability=_NVFP4_CAPABILITY if any(spec.is_nvfp4 for spec in specs) else (0, 0),
+            nvcc=not all(spec.is_nvfp4 for spec in specs),
+            gpu_gb=gpu_gb,
+        )
+
+    def _gpu_gb(self, point: SweepConfig, task: Task, model: Model) -> float:
+        """Memory that a GPU must have for one decoder layer at a time, or 0; note what does not fit at once.
+
+        Raises: InvalidRecipe: it is more than the user lets a worker have.
+        """
+        typed_gb, share = point.sensitivity.memory_gb, point.cluster.gpus_per_worker
+        if (typed_gb is None and self.device == "cpu") or task.engine == "modelopt" or task.method == "kl_div":
+            return 0.0
         plan = self.plans[task.plan_id]
         parts = [part.groups for part in parts_of(task.groups)]
         model_bytes = model.structure["parameters"] * (2 if task.model.dtype == "bfloat16" else 4)
         work = memory.workload(
             [task], plan, plan.segments_of(point.dataset.size), model_bytes, model.structure["vocabulary"]
         )
-        if memory.whole_bytes(task.groups, work) > budget_gb * 1e9:
+        # Of unlike GPUs the smallest decides about windows: taken for kept where it is not, a capture costs that GPU
+        # seconds a lease; taken for not kept where it is, only the first result comes later. Whether a task is
+        # possible at all the largest decides: workers on the others leave the task to it (sweep.run.pool).
+        sizes = [gpu.memory_gb for node in self.nodes for gpu in node.gpus]
+        room_gb = min(sizes, default=math.inf) * share if typed_gb is None else typed_gb
+        if memory.whole_bytes(task.groups, work) > room_gb * 1e9:
             self.windowed.add(task.plan_id)
         needed_gb = memory.needed_bytes(parts, work) / 1e9
-        if needed_gb > budget_gb:
+        if typed_gb is None:
+            return needed_gb / share
+        if needed_gb > typed_gb:
             raise InvalidRecipe(
-                f"{budget_gb:g} GB are too little for one decoder layer at a time: a model of {model_bytes / 1e9:.1f} GB and {work.n_tokens} tokens "
-                f"need about {needed_gb:.1f} GB. Type sensitivity.memory_gb={needed_gb + 0.5:.0f} or more, or a smaller dataset.size."
+                f"{typed_gb:g} GB are too little for one decoder layer at a time: "
+                f"a model of {model_bytes / 1e9:.1f} GB and {work.n_tokens} tokens need about {needed_gb:.1f} GB. "
+                f"Type sensitivity.memory_gb={needed_gb + 0.5:.0f} or more, or a smaller dataset.size."
             )
+        return 0.0
+
+    def _check_nodes(self, needs: Needs) -> None:
+        """Refuse what no machine with room for a worker can run, before hours are spent on the rest."""
+        refusals = [why for node in self.nodes if (why := node.refusal(needs)) is not None]
+        if self.nodes and len(refusals) == len(self.nodes):
+            several = f"None of the {len(refusals)} nodes can run it. " if len(refusals) > 1 else ""
+            raise InvalidRecipe(several + refusals[0])
 
     def _model(self, config: ModelConfig) -> Model:
         if config.path not in self._models:
@@ -367,22 +402,6 @@ def _check_block_size(recipe: Recipe, model: Model, groups: Sequence[GroupSpec])
             f"Blocks of {rows} rows do not divide the {outputs[bad[0]]} outputs of {bad[0]} ({len(bad)} such layers): ModelOpt would pad silently. "
             "Choose a granularity without blocks on axis -2."
         )
-
-
-def _check_gpu(recipe: Recipe) -> None:
-    """Refuse formats that this machine's GPU has no kernels for, before hours are spent on the others."""
-    gpu = first_gpu()
-    for spec in (recipe.weight, recipe.activation):
-        if spec is None or not spec.has_dynamic_blocks:
-            continue
-        if spec.is_nvfp4 and gpu is not None and gpu.capability < (8, 9):
-            raise InvalidRecipe(
-                f"NVFP4 needs a GPU of compute capability 8.9; {gpu.name} has {gpu.capability[0]}.{gpu.capability[1]}. Run it with cluster.device=cpu."
-            )
-        if not spec.is_nvfp4 and not has_compiler():
-            raise InvalidRecipe(
-                "ModelOpt builds its extension for MX formats with nvcc, which is not here. Install the CUDA toolkit, or run it with cluster.device=cpu."
-            )
 
 
 def _data_key(point: SweepConfig) -> tuple[object, ...]:

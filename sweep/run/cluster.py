@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import psutil
 from sweep.config.schema import ClusterConfig
 from sweep.core.errors import ClusterLost, SweepError
 from sweep.core.interrupts import rearm, signals_wait
-from sweep.core.machine import Workers, fit
+from sweep.core.machine import Device, Hardware, Workers, fit, own_hardware
 
 # Read by Ray when it is imported. Loggers would write three files a trial; Tune's own Ctrl-C handling would hide ours.
 _ENVIRONMENT = {
@@ -40,8 +40,9 @@ from ray._common import utils as common_utils  # noqa: E402
 from ray._private import parameter, services, utils  # noqa: E402
 from ray._private.node import Node  # noqa: E402
 from ray._private.state import GlobalState  # noqa: E402
-from ray.exceptions import AuthenticationError, RayError  # noqa: E402
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayError  # noqa: E402
 from ray.util import list_named_actors  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 _LOOPBACK = "127.0.0.1"
 _RAYLET_SECONDS = 30.0  # until a new raylet must have registered, as Ray has it
@@ -50,6 +51,7 @@ _SLOT = "sweep_trial"  # a resource that lets as many trials run at a time as th
 _HEAD = "node:__internal_head__"  # which every cluster has once, 1.0 of it
 WORKER = "sweep-worker-"  # what the names of workers start with
 _SPACE = "sweep-"  # and those of namespaces
+_HARDWARE_SECONDS = 30.0  # for a node to say what it can do; a new process takes about 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,14 +122,11 @@ def join(config: ClusterConfig) -> Workers:
             "ray job submit --working-dir . -- sweep run cluster=auto ..."
         )
     _join(address, "type cluster=local")
-    device = (
-        config.device
-        if config.device != "auto"
-        else "cuda"
-        if any(node["Resources"].get("GPU") for node in _alive_nodes())
-        else "cpu"
-    )
-    rooms = _rooms(device, config.gpus_per_worker)
+    nodes = _alive_nodes()
+    device = config.device
+    if device == "auto":
+        device = "cuda" if any(node["Resources"].get("GPU") for node in nodes) else "cpu"
+    rooms = _rooms(nodes, device, config.gpus_per_worker)
     if config.workers == "auto" and not sum(rooms):
         what = f"GPU for cluster.gpus_per_worker={config.gpus_per_worker:g}" if device == "cuda" else "CPU"
         raise SweepError(
@@ -140,6 +139,7 @@ def join(config: ClusterConfig) -> Workers:
         address=address,
         per_node=max([*rooms, 1]),
         elastic=config.workers == "auto",
+        nodes=_hardware([node for node, room in zip(nodes, rooms, strict=True) if room], device),
     )
 
 
@@ -164,7 +164,7 @@ def stop() -> None:
 
 def room(workers: Workers) -> int:
     """Workers that the nodes of the cluster have room for now, whoever is there."""
-    return sum(_rooms(workers.device, workers.gpus_each))
+    return sum(_rooms(_alive_nodes(), workers.device, workers.gpus_each))
 
 
 def look(address: str, *, on_loopback: bool = False) -> dict[str, Any]:
@@ -351,10 +351,31 @@ def _alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _rooms(device: str, share: float) -> list[int]:
+def _rooms(nodes: Sequence[Mapping[str, Any]], device: Device, share: float) -> list[int]:
     """Workers that each node has room for, whoever is there now."""
-    cpus = [int(node["Resources"].get("CPU", 0.0)) for node in _alive_nodes()]
+    cpus = [int(node["Resources"].get("CPU", 0.0)) for node in nodes]
     if device == "cpu":
         return cpus
-    gpus = [node["Resources"].get("GPU", 0.0) for node in _alive_nodes()]
+    gpus = [node["Resources"].get("GPU", 0.0) for node in nodes]
     return [min(n_cpus, fit(n_gpus, share)) for n_cpus, n_gpus in zip(cpus, gpus, strict=True)]
+
+
+def _hardware(nodes: Sequence[Mapping[str, Any]], device: Device) -> tuple[Hardware, ...]:
+    """What nodes can do, as they say themselves. A question takes no CPU and no GPU: busy nodes answer, too."""
+    ask: Any = ray.remote(num_cpus=0, max_retries=0)(own_hardware)
+    deadline = time.monotonic() + _HARDWARE_SECONDS
+    asked: list[Any] = []
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked.append(ask.options(scheduling_strategy=there).remote(device))
+    found: list[Hardware] = []
+    for node, answer in zip(nodes, asked, strict=True):
+        try:
+            found.append(ray.get(answer, timeout=max(0.0, deadline - time.monotonic())))
+            continue
+        except GetTimeoutError:
+            why = f"no answer in {_HARDWARE_SECONDS:g} s"
+        except RayError as error:  # of what went wrong there the last line names the cause
+            why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        found.append(Hardware(host=node["NodeManagerHostname"], unknown=why))
+    return tuple(found)

@@ -2,7 +2,20 @@
 
 from sweep.config.schema import ClusterConfig
 from sweep.core.errors import SweepError
-from sweep.core.machine import Workers, fit, n_cores, n_gpus
+from sweep.core.machine import Device, Workers, fit, n_cores, n_gpus, own_hardware
+
+
+def own_device(cluster: ClusterConfig) -> Device:
+    """Device of this process itself, on which it validates and exports, whatever the workers of a sweep have.
+
+    Raises: SweepError: the config asks for a GPU of this machine, which has none.
+    """
+    # Beside a cluster that exists, cluster.device=cuda is about the cluster's nodes.
+    wanted = cluster.device if cluster.address == "local" or cluster.device == "cpu" else "auto"
+    if wanted == "cuda" and not n_gpus():
+        advice = "Type cluster.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
+        raise SweepError(f"cluster.device=cuda, but no NVIDIA GPU is visible here. {advice}")
+    return wanted if wanted != "auto" else "cuda" if n_gpus() else "cpu"
 
 
 def pick_workers(cluster: ClusterConfig) -> Workers:
@@ -14,12 +27,7 @@ def pick_workers(cluster: ClusterConfig) -> Workers:
         from sweep.run.cluster import join  # imports Ray
 
         return join(cluster)
-    gpus = n_gpus()
-    device = cluster.device if cluster.device != "auto" else "cuda" if gpus else "cpu"
-    if device == "cuda" and not gpus:
-        raise SweepError(
-            "cluster.device=cuda, but no NVIDIA GPU is visible here. Type cluster.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
-        )
+    device, gpus = own_device(cluster), n_gpus()
     share = cluster.gpus_per_worker
     room = n_cores() if device == "cpu" else fit(gpus, share)
     if room < 1:
@@ -32,4 +40,5 @@ def pick_workers(cluster: ClusterConfig) -> Workers:
             f"cluster.workers={count} at {cluster.gpus_per_worker:g} GPU(s) each do not fit {gpus} GPU(s). Type cluster.workers={room} or less."
         )
     dashboard = device == "cuda" if cluster.dashboard == "auto" else cluster.dashboard
-    return Workers(device=device, count=count, gpus_each=cluster.gpus_per_worker, dashboard=dashboard)
+    nodes = (own_hardware(device),)
+    return Workers(device=device, count=count, gpus_each=share, dashboard=dashboard, nodes=nodes)

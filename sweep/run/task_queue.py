@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, count
 from typing import Final
 
+from sweep.core.machine import Hardware
 from workers.task import Task, part_names
 
 _PARTS_EACH: Final = 4  # a worker: where there are fewer, recipes are split as well
@@ -60,7 +61,8 @@ class TaskQueue:
 
     Tasks that share a capture are assigned together, and several workers may be at them: each takes a decoder layer at a time and
     scores it for all recipes. What these have in common there (errors of the weights, errors of the inputs) is computed once,
-    however many workers there are, and nobody waits longer than a layer at the end.
+    however many workers there are, and nobody waits longer than a layer at the end. Where GPUs are unlike, a worker is
+    assigned what its own can score.
     """
 
     def __init__(self, n_workers: int, tasks: Iterable[Task], windowed: frozenset[str] = frozenset()) -> None:
@@ -80,6 +82,7 @@ class TaskQueue:
         self._ended: dict[str, str | None] = {}  # task id -> why it failed, None if it is done
         self._workers: set[str] = set()
         self._unfit: dict[str, dict[str, str]] = {}  # model revision -> why it does not load, by worker
+        self._hardware: dict[str, Hardware] = {}  # of each worker, as far as it is known
         self._broken: str | None = None
         self._changed = threading.Condition()
 
@@ -88,12 +91,18 @@ class TaskQueue:
         with self._changed:
             self._workers.add(worker)
 
+    def place(self, worker: str, hardware: Hardware) -> None:
+        """A worker has started on a machine, or started again on another one; it is assigned what its GPUs can score."""
+        with self._changed:
+            self._hardware[worker] = hardware
+            self._drop_impossible()
+            self._changed.notify_all()
+
     def remove_worker(self, worker: str) -> None:
         """A worker will not ask any more."""
         with self._changed:
             self._workers.discard(worker)
-            for revision in self._unfit:
-                self._check_loadable(revision)
+            self._drop_impossible()
             self._changed.notify_all()
 
     @property
@@ -151,9 +160,11 @@ class TaskQueue:
             batch = min(
                 waiting, key=lambda batch: (batch.n_out, batch.first.model.revision != holds, self._rank_of(batch))
             )
+            if beyond := [task for task in batch.tasks.values() if self._refusal(worker, task) is not None]:
+                self._split_off(batch, beyond)  # for other workers
             first = min(batch.tasks.values(), key=lambda task: self._rank[task.task_id])
             if not self._given and not self._ended and len(batch.tasks) > 1 and first.plan_id not in self._windowed:
-                batch = self._split_off(batch, first)  # a result to look at while the others are scored
+                batch = self._split_off(batch, [first])  # a result to look at while the others are scored
             batch.n_out += 1
             number = next(self._numbers)
             self._given[number] = _Given(batch)
@@ -188,9 +199,10 @@ class TaskQueue:
                     self._ended.setdefault(task_id, failure)
             left = {task.task_id: task for task in assignment.tasks if task.task_id not in ended}
             if left and loss is not None and loss.is_unfit:
+                batch.tasks |= left  # some may have been split off meanwhile, without the parts that it had taken
                 batch.parts[:] = [name for name in part_names(batch.first) if name in {*given.taken, *batch.parts}]
                 self._unfit.setdefault(revision, {})[assignment.worker] = loss.reason
-                self._check_loadable(revision)
+                self._drop_impossible()
             elif left and loss is not None:
                 self._again(batch, left, given.taken, loss)
             self._drop_ended(assignment)
@@ -198,42 +210,46 @@ class TaskQueue:
 
     def _drop_ended(self, assignment: Assignment) -> None:
         """Forget batches with nothing left, and note which of an assignment's tasks are done."""
-        for each in self._batches:
-            each.tasks = {task_id: task for task_id, task in each.tasks.items() if task_id not in self._ended}
-        self._batches = [each for each in self._batches if each.tasks and (each.parts or each.n_out)]
+        self._forget_ended()
         busy = {task_id for each in self._batches for task_id in each.tasks}
         for task in assignment.tasks:
             if task.task_id not in busy:
                 self._ended.setdefault(task.task_id, None)
 
+    def _forget_ended(self) -> None:
+        for batch in self._batches:
+            batch.tasks = {task_id: task for task_id, task in batch.tasks.items() if task_id not in self._ended}
+        self._batches = [batch for batch in self._batches if batch.tasks and (batch.parts or batch.n_out)]
+
     def _rank_of(self, batch: _Batch) -> int:
         return min(self._rank[task_id] for task_id in batch.tasks)
 
     def _possible(self, worker: str) -> list[_Batch]:
-        """Batches with parts to take, whose model the worker is not known to be unable to load."""
-        return [
-            batch
-            for batch in self._batches
-            if batch.parts and worker not in self._unfit.get(batch.first.model.revision, {})
-        ]
+        """Batches with parts to take, of which the worker can score some tasks."""
+        waiting = [batch for batch in self._batches if batch.parts]
+        return [batch for batch in waiting if any(self._refusal(worker, task) is None for task in batch.tasks.values())]
 
-    def _check_loadable(self, revision: str) -> None:
-        """Tasks of a model that no worker can load have failed."""
-        unfit = self._unfit[revision]
-        if unfit.keys() < self._workers:
-            return
-        why = next(iter(unfit.values()))
+    def _refusal(self, worker: str, task: Task) -> str | None:
+        """Why a worker cannot score a task, because of its model or of what it needs; None: it can, as far as is known."""
+        if (unfit := self._unfit.get(task.model.revision, {}).get(worker)) is not None:
+            return unfit
+        hardware = self._hardware.get(worker)
+        return None if hardware is None else hardware.refusal(task.needs)
+
+    def _drop_impossible(self) -> None:
+        """Tasks that no worker can score have failed."""
         for batch in self._batches:
-            if batch.first.model.revision == revision:
-                self._ended |= dict.fromkeys(batch.tasks, why)
-        self._batches = [batch for batch in self._batches if batch.first.model.revision != revision]
+            for task in batch.tasks.values():
+                refusals = [self._refusal(worker, task) for worker in self._workers]
+                if refusals and (why := refusals[0]) is not None and None not in refusals:
+                    self._ended.setdefault(task.task_id, why)
+        self._forget_ended()
 
-    def _split_off(self, batch: _Batch, task: Task) -> _Batch:
-        """Make a task a batch of its own."""
-        del batch.tasks[task.task_id]
-        alone = _Batch({task.task_id: task}, list(batch.parts))
-        self._batches.append(alone)
-        return alone
+    def _split_off(self, batch: _Batch, tasks: Sequence[Task]) -> _Batch:
+        """Make some of its tasks a batch of their own."""
+        apart = _Batch({task.task_id: batch.tasks.pop(task.task_id) for task in tasks}, list(batch.parts))
+        self._batches.append(apart)
+        return apart
 
     def _again(self, batch: _Batch, tasks: Mapping[str, Task], taken: Sequence[str], loss: Loss) -> None:
         """What a dead worker had waits again, a quarter of the tasks at a time; so does what nobody had taken: it may hold what kills."""

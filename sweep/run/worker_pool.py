@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import ActorAlreadyExistsError, OutOfMemoryError, RayError, RayTaskError
 
 from sweep.core.errors import MemoryShort, StoreFailed, SweepError, Unfit, WorkerLost
-from sweep.core.machine import Workers
+from sweep.core.machine import Hardware, Workers
 from sweep.run.task_queue import Assignment, Loss, TaskQueue
 from workers.service.actor import Worker
 from workers.task import Progress, Task
@@ -208,6 +208,9 @@ class WorkerPool:
             member.actor = self._actor(member)
             if self._spec.extensions:
                 member.actor.warm_up.remote(self._spec.extensions)
+            if self._workers.device == "cuda":  # a CPU runs every recipe
+                hardware: Hardware = ray.get(member.actor.hardware.remote())
+                self._queue.place(member.name, hardware)
             ray.get(member.actor.load.remote(self._spec.first, self._spec.mark))
         except RayTaskError as error:
             if isinstance(error.cause, SweepError):  # without Ray's wrapping

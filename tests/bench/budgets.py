@@ -37,7 +37,7 @@ from sweep.mixed_precision.candidates import Options, read_options
 from sweep.mixed_precision.measured import Measured, uniform_recipes, validate
 from sweep.mixed_precision.prepared import Prepared, config_of, loaded, prepared
 from sweep.mixed_precision.recipe import Budget, problem_of, recipe, rules_of, solved
-from sweep.run.resources import pick_workers
+from sweep.run.resources import own_device
 from sweep.store.store import Store
 from tests.bench.setup import report
 from workers.quant.block_formats import BACKEND, register
@@ -129,7 +129,7 @@ class Comparison:
 
     def measured(self, recipes: Sequence[tuple[str, MixedRecipe]]) -> list[Measured]:
         ready = self.ready(recipes[0][1])
-        return validate(ready, recipes, pick_workers(ready.config.cluster).device)
+        return validate(ready, recipes, own_device(ready.config.cluster))
 
     def ready(self, made: MixedRecipe) -> Prepared:
         return prepared(made, config_of(made, [*self._typed, "cluster.device=cpu"]))
@@ -184,7 +184,7 @@ def main() -> None:
     formats = [option.format for option in comparison.options.formats]
     ready = comparison.ready(uniform_recipes(comparison.options)[0])
     register()
-    model, batches = loaded(ready, pick_workers(ready.config.cluster).device), list(ready.plan.batches("large"))
+    model, batches = loaded(ready, own_device(ready.config.cluster)), list(ready.plan.batches("large"))
     covered = [module for group in comparison.options.groups for module in group["modules"]]
     for sizes in ("ModelOpt's", "ours"):
         candidates = [quantize_config(each, each.effective_bits if sizes == "ours" else None) for each in formats]

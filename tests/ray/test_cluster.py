@@ -79,7 +79,13 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A head node with ports and a folder of its own, beside whatever else runs here."""
+    with head_node() as found:
+        yield found
+
+
+@contextlib.contextmanager
+def head_node(n_gpus: int = 0, path: str | None = None) -> Iterator[Head]:
+    """A head node with ports and a folder of its own, beside whatever else runs here; its PATH may be another one."""
     ports = {
         name: free_port()
         for name in (
@@ -98,11 +104,13 @@ def head() -> Iterator[Head]:
         "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
         "RAY_metrics_report_interval_ms": "500",
     }
-    command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0", f"--temp-dir={folder}", *options]
+    options += ["--num-cpus=2", f"--num-gpus={n_gpus}", f"--temp-dir={folder}"]
+    command = [RAY, "start", "--head", "--block", *options]
     with pytest.MonkeyPatch.context() as patch, Path(folder, "head.log").open("wb") as log:
         for name, value in environment.items():
             patch.setenv(name, value)
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        own = {**os.environ, "PATH": path or os.environ["PATH"]}
+        process = subprocess.Popen(command, env=own, stdout=log, stderr=log, start_new_session=True)
         dashboard = f"http://127.0.0.1:{ports['dashboard-port']}"
         found = Head(
             process, f"127.0.0.1:{ports['port']}", dashboard, f"127.0.0.1:{ports['metrics-export-port']}", token

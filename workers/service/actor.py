@@ -14,6 +14,7 @@ import ray
 
 from sweep.core.batches import Plan
 from sweep.core.errors import WorkerLost
+from sweep.core.machine import Hardware
 from workers.service.metrics import WorkerMetrics
 from workers.service.node import check_shared
 from workers.task import Progress, Task
@@ -31,7 +32,8 @@ class Worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
         from workers.service.scorer import Scorer
 
-        self._metrics = WorkerMetrics(ray.get_runtime_context().get_actor_name() or "")
+        name = ray.get_runtime_context().get_actor_name() or ""
+        self._metrics = WorkerMetrics(name)
         self._scorer = Scorer(
             store_uri,
             device,
@@ -55,6 +57,10 @@ class Worker:
         if mark is not None:
             check_shared(self._scorer.store, mark, Path(task.model.path))
         self._scorer.load(task.model)
+
+    def hardware(self) -> Hardware:
+        """What its GPUs and its machine can do."""
+        return self._scorer.hardware()
 
     def warm_up(self, extensions: frozenset[str]) -> None:
         """Build CUDA extensions; workers of one machine wait for the one that came first."""

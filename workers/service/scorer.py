@@ -1,6 +1,7 @@
 """One worker's work, without Ray: hold a model and its capture, score tasks together, put finished parts into the store."""
 
 import math
+import socket
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from sweep.core.batches import Plan
 from sweep.core.errors import SweepError, Unfit
 from sweep.core.groups import GroupSpec, Part, parts_of
-from sweep.core.machine import memory_gb, n_cores
+from sweep.core.machine import Gpu, Hardware, has_compiler, memory_gb, n_cores
 from sweep.store.store import Store
 from workers.model import loading, memory
 from workers.quant.modelopt import auto_quantize_scores
@@ -111,6 +112,14 @@ class Scorer:
             else None
         )
         return {"model_loads": self.model_loads, "peak_gb": peak_gb, **self._clock.figures()}
+
+    def hardware(self) -> Hardware:
+        """What its own GPUs can do, and this machine."""
+        gpus: list[Gpu] = []
+        for index in range(self._n_gpus if self.device.type == "cuda" else 0):
+            found = torch.cuda.get_device_properties(index)
+            gpus.append(Gpu(found.name, found.total_memory / 1e9, (found.major, found.minor)))
+        return Hardware(host=socket.gethostname(), gpus=tuple(gpus), has_nvcc=has_compiler(), memory_gb=memory_gb())
 
     def gpu_memory(self) -> tuple[int, int] | None:
         """Bytes of its GPUs that are used, and that they have; None on a CPU."""

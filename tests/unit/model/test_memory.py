@@ -9,6 +9,7 @@ import torch
 from sweep.config.compose import expand
 from sweep.core.errors import SweepError
 from sweep.core.groups import GroupSpec
+from sweep.core.machine import Gpu, Hardware
 from sweep.plan.subject import Model
 from sweep.plan.trials import SweepPlan, plan_sweep
 from tests.models import overrides_of, place_at
@@ -148,3 +149,23 @@ def test_the_plan_says_whose_captures_need_windows(place: Path) -> None:
     between = (memory.whole_bytes(task.groups, load) + memory.needed_bytes(layers, load)) / 2
     narrow = plan(place, f"sensitivity.memory_gb={between / 1e9:.6f}")
     assert (roomy.windowed, narrow.windowed) == (frozenset(), {task.plan_id})
+
+
+def test_the_smallest_gpu_decides_about_windows_and_the_largest_about_what_is_possible(place: Path) -> None:
+    def planned(*sizes_gb: float, share: float = 1.0) -> SweepPlan:
+        nodes = [Hardware(host="n", gpus=(Gpu("GPU", gb, (9, 0)),)) for gb in sizes_gb]
+        own = [*overrides_of(place), "quant_pair=wint8_aint8", f"cluster.gpus_per_worker={share}"]
+        return plan_sweep(expand(own, multirun=True).points, "cuda", nodes)
+
+    (task,), (plan,) = planned().tasks.values(), planned().plans.values()
+    load = memory.workload([task], plan, 1, 2 * Model(place / "model").structure["parameters"], 512)
+    layers = [task.groups[start : start + 4] for start in range(0, len(task.groups), 4)]
+    whole, least = memory.whole_bytes(task.groups, load) / 1e9, memory.needed_bytes(layers, load) / 1e9
+    roomy, narrow, tiny = whole * 1.1, (whole + least) / 2, least * 0.9
+    assert [len(planned(*sizes).windowed) for sizes in ([], [roomy], [roomy, narrow], [tiny, roomy])] == [0, 0, 1, 1]
+    with pytest.raises(SweepError, match=r"None of the 2 nodes can run it\. One decoder layer at a time needs"):
+        planned(tiny, tiny)
+    assert task.needs.gpu_gb == pytest.approx(least)
+    assert len(planned(2 * narrow, share=0.5).windowed) == 1
+    with pytest.raises(SweepError, match="One decoder layer at a time"):
+        planned(2 * tiny, share=0.5)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sweep.config.compose import expand
+from sweep.core import machine
 from sweep.core.errors import SweepError
+from sweep.core.machine import Gpu, Hardware
 from sweep.core.sizes import SIZES
 from sweep.plan import trials
 from sweep.plan.trials import PlannedTrial, SweepPlan, plan_sweep
@@ -297,3 +300,46 @@ def test_pending_is_what_lacks_cells_each_with_only_those() -> None:
     assert [(task.label, task.cells) for task in left.values()] == [
         ("wint8_afp16/default", {"medium": cells["wint8_afp16/default/medium"]})
     ]
+
+
+A100 = Hardware(host="a", gpus=(Gpu("A100", 85.9, (8, 0)),), has_nvcc=True)
+H100 = Hardware(host="h", gpus=(Gpu("H100", 85.5, (9, 0)),))
+SILENT = Hardware(host="s", unknown="no answer")
+NVFP4, MX, BOTH, INT8 = "wfp4_afp16/default", "wfp4_afp16/w_mx", "wfp4_afp4/w_mx", "wint8_aint8/default"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "runs"),
+    [
+        ([A100], {MX, INT8}),
+        ([H100], {NVFP4, INT8}),
+        ([A100, H100], {NVFP4, MX, INT8}),
+        ([replace(H100, has_nvcc=True)], {NVFP4, MX, BOTH, INT8}),
+        ([A100, SILENT], {NVFP4, MX, BOTH, INT8}),
+        ([], {NVFP4, MX, BOTH, INT8}),
+    ],
+)
+@pytest.mark.parametrize("here", [A100, H100])
+def test_formats_that_run_are_those_of_the_nodes_not_of_the_drivers_machine(
+    here: Hardware,
+    nodes: list[Hardware],
+    runs: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "has_compiler", lambda: here.has_nvcc)
+    monkeypatch.setattr(machine, "_gpus", lambda: here.gpus)
+    grid = ["quant_pair=wfp4_afp16,wfp4_afp4,wint8_aint8", "quant_granularity=default,w_mx"]
+    points = expand(grid, multirun=True).points
+    trials = {trial.name.removesuffix("/small"): trial for trial in plan_sweep(points, "cuda", nodes).trials}
+    assert {name for name in (NVFP4, MX, BOTH, INT8) if trials[name].cell_id is not None} == runs
+
+
+def test_what_no_node_can_run_is_skipped_with_the_reason_of_one() -> None:
+    points = expand(["quant_pair=wfp4_afp16", "quant_granularity=default,w_mx"], multirun=True).points
+    for nodes, reason in (
+        ([A100], "NVFP4 needs a GPU of compute capability 8.9; A100 has 8.0. Type cluster.device=cpu."),
+        ([A100, A100], "None of the 2 nodes can run it. NVFP4 needs a GPU of compute capability 8.9; A100 has 8.0."),
+        ([H100], "ModelOpt builds its extension for MX formats with nvcc, which h lacks. Install"),
+    ):
+        (skipped,) = (trial.reason for trial in plan_sweep(points, "cuda", nodes).trials if trial.reason)
+        assert skipped.startswith(reason)

@@ -1,19 +1,44 @@
 """Which workers a Ray cluster that exists gets, and what is said when it cannot be joined; no cluster is started."""
 
 import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from sweep.core.errors import SweepError
-from sweep.core.machine import Workers
+from sweep.core.machine import Hardware, Workers
 from sweep.run import cluster
 from sweep.run.resources import pick_workers
 from tests.unit.run.test_resources import cluster as config
 
 
-def node(*, cpus: float = 8, gpus: float = 0, alive: bool = True) -> dict[str, Any]:
-    return {"Alive": alive, "Resources": {"CPU": cpus} | ({"GPU": gpus} if gpus else {})}
+def node(*, cpus: float = 8, gpus: float = 0, alive: bool = True, host: str = "n") -> dict[str, Any]:
+    resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    identity = host.encode().hex().ljust(56, "0")
+    return {"Alive": alive, "Resources": resources, "NodeID": identity, "NodeManagerHostname": host}
+
+
+class Asking:
+    """A Ray task whose object references name the node that it runs on."""
+
+    def __init__(self, host: str = "") -> None:
+        self._host = host
+
+    def options(self, scheduling_strategy: Any) -> "Asking":
+        return Asking(bytes.fromhex(scheduling_strategy.node_id).rstrip(b"\0").decode())
+
+    def remote(self, device: str) -> tuple[str, str]:
+        return self._host, device
+
+
+def answer(reference: tuple[str, str], timeout: float) -> Hardware:
+    host, device = reference
+    if host == "silent":
+        raise cluster.GetTimeoutError("Get timed out: some object(s) not ready.")
+    if host == "bare":
+        raise cluster.RayError("ray::own_hardware() (pid=7)\nModuleNotFoundError: No module named 'sweep'")
+    return Hardware(host=f"{host}, {device}")
 
 
 @pytest.fixture
@@ -23,6 +48,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(cluster.ray, "nodes", lambda: found)
+    monkeypatch.setattr(cluster.ray, "remote", lambda **options: lambda function: Asking())
+    monkeypatch.setattr(cluster.ray, "get", answer)
     return found
 
 
@@ -44,7 +71,8 @@ def test_workers_of_a_cluster(
 ) -> None:
     nodes += has
     device, count, per_node, elastic = expected
-    assert pick_workers(config(**({"address": "h:6379"} | asked))) == Workers(
+    found = pick_workers(config(**({"address": "h:6379"} | asked)))
+    assert replace(found, nodes=()) == Workers(
         device=device,  # pyright: ignore[reportArgumentType]
         count=count,
         gpus_each=asked.get("gpus_per_worker", 1.0),
@@ -52,6 +80,25 @@ def test_workers_of_a_cluster(
         per_node=per_node,
         elastic=elastic,
     )
+
+
+def test_nodes_with_room_for_a_worker_say_what_they_can_do(nodes: list[dict[str, Any]]) -> None:
+    nodes += [node(host="head"), node(host="a", gpus=4), node(host="gone", gpus=8, alive=False), node(host="b", gpus=1)]
+    found = cluster.join(config(address="h:6379"))
+    assert found.nodes == (Hardware(host="a, cuda"), Hardware(host="b, cuda"))
+    found = cluster.join(config(address="h:6379", device="cpu"))
+    assert [each.host for each in found.nodes] == ["head, cpu", "a, cpu", "b, cpu"]
+
+
+def test_of_a_node_that_does_not_answer_nothing_is_known(nodes: list[dict[str, Any]]) -> None:
+    nodes += [node(host="a"), node(host="silent"), node(host="bare")]
+    known, *others = cluster.join(config(address="h:6379")).nodes
+    assert known == Hardware(host="a, cpu")
+    rest = "no recipe is refused on its account."
+    assert [each.warning for each in others] == [
+        f"silent does not say what it can do (no answer in 30 s): {rest}",
+        f"bare does not say what it can do (ModuleNotFoundError: No module named 'sweep'): {rest}",
+    ]
 
 
 @pytest.mark.parametrize(

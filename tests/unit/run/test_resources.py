@@ -6,9 +6,9 @@ import pytest
 
 from sweep.config.schema import ClusterConfig
 from sweep.core.errors import SweepError
-from sweep.core.machine import Workers
+from sweep.core.machine import Hardware, Workers
 from sweep.run import resources
-from sweep.run.resources import pick_workers
+from sweep.run.resources import own_device, pick_workers
 
 
 def cluster(**changed: Any) -> ClusterConfig:
@@ -32,6 +32,7 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Any:
     def machine_with(gpus: int, cores: int = 8) -> None:
         monkeypatch.setattr(resources, "n_gpus", lambda: gpus)
         monkeypatch.setattr(resources, "n_cores", lambda: cores)
+        monkeypatch.setattr(resources, "own_hardware", lambda device: Hardware(host=f"here, {device}"))
 
     return machine_with
 
@@ -61,6 +62,7 @@ def test_workers_of_a_machine(gpus: int, asked: dict[str, Any], expected: tuple[
         count=count,
         gpus_each=asked.get("gpus_per_worker", 1.0),
         dashboard=device == "cuda",
+        nodes=(Hardware(host=f"here, {device}"),),
     )
 
 
@@ -79,3 +81,27 @@ def test_what_the_machine_does_not_have_is_refused(gpus: int, asked: dict[str, A
     with pytest.raises(SweepError) as error:
         pick_workers(cluster(**asked))
     assert str(error.value).endswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "expected"),
+    [
+        (1, {}, "cuda"),
+        (0, {}, "cpu"),
+        (1, {"device": "cpu"}, "cpu"),
+        (1, {"address": "h:6379"}, "cuda"),
+        (1, {"address": "h:6379", "device": "cpu"}, "cpu"),
+        (0, {"address": "h:6379"}, "cpu"),
+        (0, {"address": "h:6379", "device": "cuda"}, "cpu"),  # the nodes shall use theirs
+        (0, {"address": None}, "cpu"),  # RAY_ADDRESS
+    ],
+)
+def test_what_a_process_computes_itself_is_on_its_own_machine(
+    gpus: int,
+    asked: dict[str, Any],
+    expected: str,
+    has: Any,
+) -> None:
+    """So `sweep validate` on a head without a GPU does not look for the nodes' GPUs; no cluster is asked."""
+    has(gpus=gpus)
+    assert own_device(cluster(**asked)) == expected

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sweep.core.machine import Gpu, Hardware, Needs
 from sweep.run.task_queue import Assignment, Loss, TaskQueue
 from tests.tasks import GROUP, TASK
 from workers.task import Task
@@ -306,3 +307,55 @@ def test_when_the_only_worker_that_can_load_a_model_is_gone_its_tasks_have_faile
     waiting = Waiting(shared, "1")
     shared.remove_worker("2")
     assert (waiting.result(), shared.failures()) == (None, {"a": "no such file"})
+
+
+def mixed(some: Sequence[Task], **hardware: Hardware) -> TaskQueue:
+    """A queue of workers on unlike machines."""
+    shared = TaskQueue(len(hardware), some)
+    for worker in hardware:
+        shared.add_worker(worker)
+    for worker, here in hardware.items():
+        shared.place(worker, here)
+    return shared
+
+
+A100 = Hardware(host="n", gpus=(Gpu("A100", 85.9, (8, 0)),))
+H100 = Hardware(host="m", gpus=(Gpu("H100", 85.5, (9, 0)),))
+NVFP4 = Needs(capability=(8, 9))
+
+
+def test_of_unlike_gpus_each_scores_what_it_can() -> None:
+    shared = mixed([*tasks("a", needs=NVFP4, groups=LAYERS), *tasks("bc", groups=LAYERS)], old=A100, new=H100)
+    one, two = assigned(shared, "old"), assigned(shared, "new")
+    assert [names(each) for each in (one, two)] == ["b", "a"]
+    assert taken(shared, two) == taken(shared, one) == "0123456789"
+    done(shared, one)
+    one = assigned(shared, "old")
+    assert (names(one), taken(shared, one, 3)) == ("c", "012")
+    done(shared, two)
+    two = assigned(shared, "new")  # the better one helps
+    assert (names(two), taken(shared, two)) == ("c", "3456789")
+    done(shared, one)
+    done(shared, two)
+    assert (ended(shared, "abc"), shared.failures()) == ("abc", {})
+
+
+@pytest.mark.parametrize(
+    "late", ["new", "old"]
+)  # another worker, or the same one, which has died and is on another node now
+def test_a_task_waits_for_a_gpu_that_can_score_it(late: str) -> None:
+    shared = TaskQueue(2, [*tasks("a", needs=NVFP4), *tasks("b")])
+    shared.add_worker("old")
+    shared.add_worker("new")
+    shared.place("old", A100)
+    first = assigned(shared, "old")
+    assert (names(first), taken(shared, first)) == ("b", "0")
+    done(shared, first)
+    shared.place(late, H100)
+    assert names(assigned(shared, late)) == "a"
+
+
+def test_a_task_that_no_gpu_can_score_has_failed_and_says_why() -> None:
+    shared = mixed([*tasks("a", needs=NVFP4), *tasks("b")], old=A100, older=A100)
+    assert "NVFP4 needs a GPU of compute capability 8.9; A100 has 8.0." in shared.failures()["a"]
+    assert names(assigned(shared, "old")) == "b"
