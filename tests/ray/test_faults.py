@@ -161,6 +161,52 @@ def test_a_sweep_that_loses_its_cluster_its_driver_and_its_disk_is_whole_in_the_
     assert [finding["subject"] for finding in json.loads(done.stdout) if finding["verdict"] == "error"] == []
 
 
+def test_a_machine_short_of_memory_ends_a_run_with_one_message_and_the_next_run_completes_it(
+    whole: Path, tmp_path: Path
+) -> None:
+    """Ray kills workers and trials from the moment that they start, as it does above a threshold of memory in use."""
+    store = tmp_path / "store"
+    short = {"RAY_memory_usage_threshold": "0.02", "RAY_memory_monitor_refresh_ms": "250"}
+    code, output = end(start(store, "short", **short))
+    assert (code, "Traceback" in output, "was killed 3 times: its machine is short of memory" in output) == (
+        75,
+        False,
+        True,
+    ), output
+    code, output = end(start(store, "enough"))
+    assert code == 0, output
+    assert cells(store) == cells(whole)
+
+
+# Found by every Python process of the run: the raylet that the driver starts first aborts.
+ABORTING_RAYLET = """
+import os
+if "ABORTED" in os.environ:
+    from ray._private import services
+    os.environ.setdefault("RAYLET", services.RAYLET_EXECUTABLE)
+    services.RAYLET_EXECUTABLE = os.environ["ABORTING"]
+"""
+ABORTING = """#!/bin/bash
+if [ ! -e "$ABORTED" ]; then touch "$ABORTED"; kill -ABRT $$; fi
+exec -a raylet "$RAYLET" "$@"
+"""
+
+
+def test_a_raylet_that_aborts_as_it_starts_is_started_once_more(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ABORTING_RAYLET)
+    script = tmp_path / "raylet"
+    script.write_text(ABORTING)
+    script.chmod(0o755)
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    aborted = {"PYTHONPATH": path, "ABORTED": str(tmp_path / "aborted"), "ABORTING": str(script)}
+    process = start(tmp_path / "store", "aborting", **aborted)
+    code, output = end(process)
+    assert code == 0, output
+    assert (tmp_path / "aborted").exists()
+    assert cells(tmp_path / "store") == cells(whole)
+    assert gone("aborting", process)
+
+
 def two_drivers(tmp_path: Path, uri: str) -> None:
     """At once, on one store: three of the four cells, one of them wanted by both."""
     one = start(tmp_path, "one", "quant_pair=wfp8_afp8", f"store.uri={uri}", f"output_layout.root={tmp_path}/one")
