@@ -22,6 +22,8 @@ from sweep.run import cluster  # before ray: sets what Ray reads from the enviro
 # isort: split
 import ray
 from ray import tune
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.tune.execution import class_cache
 
 from sweep.core.batches import Plan
@@ -45,6 +47,20 @@ _POLL_SECONDS: Final = (
 class_cache.ENV_VARS_TO_PROPAGATE = frozenset[str]()
 # A trial's process that is killed is started again, and nothing is lost with it: no reason for forty lines of traceback.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+
+
+def _take_kills_as_deaths() -> None:
+    """Have Tune start a trial again whose process was killed for want of memory; it takes that error for a bug (2.60)."""
+    fail = RayActorManager._actor_task_failed  # pyright: ignore[reportPrivateUsage]
+
+    def fail_or_die(self: RayActorManager, task: Any, error: Exception) -> None:
+        is_kill = isinstance(error, RayError) and not isinstance(error, RayTaskError)
+        fail(self, task, RayActorError() if is_kill else error)
+
+    RayActorManager._actor_task_failed = fail_or_die  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+
+
+_take_kills_as_deaths()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
