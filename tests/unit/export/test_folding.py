@@ -27,7 +27,7 @@ from tests.recipes import recipe_of as recipe_over
 from workers.data.batches import make_plan
 from workers.data.samples import Sample
 from workers.export.checkpoint import check_expressible, write_checkpoint
-from workers.export.folding import check_folds, output_scales, providers
+from workers.export.folding import check_folds, output_scales, folding_modules
 from workers.export.readback import check_export
 from workers.export.schemes import Inexpressible
 from workers.model.loading import load
@@ -209,10 +209,10 @@ def test_v_proj_takes_the_scale_of_o_proj_where_heads_do_not_share_it(n_value_he
             Inexpressible,
             match=r"v_proj has 64 outputs for its 128 inputs.*--pin o_proj=int4/default \(algorithm max\) or --exclude o_proj",
         ):
-            providers(recipe, linears)
+            folding_modules(recipe, linears)
         return
-    assert [*providers(recipe, linears)] == ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
-    check_folds(model, dict.fromkeys(providers(recipe, linears), torch.linspace(0.5, 2, 128)), linears, batches)
+    assert [*folding_modules(recipe, linears)] == ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
+    check_folds(model, dict.fromkeys(folding_modules(recipe, linears), torch.linspace(0.5, 2, 128)), linears, batches)
 
 
 def test_a_norm_that_does_not_multiply_by_its_weight_is_seen() -> None:
