@@ -7,8 +7,8 @@ of its own. ModelOpt's export does the same and, with `fuse_grouped_heads`, aver
 that share a value head: another recipe than was scored, so it is not done here.
 
 The products are written in float32; those of a quantized linear's rows go into its scales, which are float32, too. A
-reader that loads norms in bfloat16 rounds the product
-there: KL 1e-5 on the bundled model in INT4 with awq_lite, whose own is 6e-2.
+reader that loads norms in bfloat16 rounds the product there: KL 1e-5 on the bundled model in INT4 with awq_lite, whose
+own KL is 6e-2.
 """
 
 import re
@@ -70,8 +70,8 @@ def folding_modules(recipe: MixedRecipe, linears: Linears) -> dict[str, GroupCho
             raise _refuse(choice, chosen, reason)
         if chosen.scales == "private" and len(choice.modules) > 1:
             raise Inexpressible(
-                f"{choice.group}: compressed-tensors has no pre-quantization scale. That of {chosen.algorithm} is "
-                f"folded into {before}, whose output {len(choice.modules)} linears share, each with a scale of its own. "
+                f"{choice.group}: compressed-tensors has no pre-quantization scale. That of {chosen.algorithm} goes "
+                f"into {before}, which {len(choice.modules)} linears read, each with a scale of its own. "
                 "Score with sensitivity.scales=fused, which gives them one, and solve again."
             )
         if before in shapes:

@@ -1,8 +1,8 @@
 """One linear's tensors in a compressed-tensors checkpoint: packed weight and scales, by the library's own compressors.
 
-The compressors are given the weight as ModelOpt has quantized it, not the original: `x / scale` and ModelOpt's `x * (1
-/ scale)` fall on different sides of a tie now and then, but a value that is a multiple of its scale already has one
-nearest code.
+The compressors are given the weight as ModelOpt has quantized it, not the original: `x / scale` and ModelOpt's
+`x * (1 / scale)` fall on different sides of a tie now and then, but a value that is a multiple of its scale already has
+one nearest code.
 
 Readers, by the code of compressed-tensors 0.20 and transformers 5.24, use it as follows: `from_pretrained` puts the
 tensors into the modules as they are, and the first forward pass decompresses every weight, once. From then on inputs

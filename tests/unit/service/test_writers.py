@@ -16,7 +16,7 @@ from sweep.core.groups import Part
 from sweep.store.store import Store
 from tests.tasks import GROUP, TASK
 from workers.scoring.scores import GroupScore
-from workers.service.rows import Ledger
+from workers.service.rows import TaskWriter
 from workers.service.writers import Writers
 from workers.task import Task
 
@@ -43,7 +43,7 @@ def task(name: str) -> Task:
 
 def opened(writers: Writers, store: Path, names: Sequence[str]) -> None:
     for name in names:
-        writers.open(Ledger(task(name), {"small": 3}, PARTS, str(store)))
+        writers.open(TaskWriter(task(name), {"small": 3}, PARTS, str(store)))
 
 
 @pytest.mark.parametrize("processes", [False, True])
