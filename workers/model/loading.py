@@ -1,4 +1,4 @@
-"""Checkpoints, read with transformers: structure without weights, token ids, the loaded model. Home of `transformers`."""
+"""Checkpoints through transformers: structure without weights, token ids, loaded models. The home of `transformers`."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -51,7 +51,7 @@ class _Captured:
 
 
 class Scorer:
-    """Scores tasks; loads a model only when tasks need another one, and captures only rows that no earlier task captured."""
+    """Scores tasks; loads a model only when tasks need another one, and captures only what no earlier task captured."""
 
     def __init__(
         self,
@@ -296,7 +296,7 @@ class Scorer:
             return memory.windows(several, sizes, room)
 
         wanted = parts.wanted()
-        lacking = [part for part in parts.whole if any(state.lacks(part) for state in states.values())]
+        lacking = parts.lacking()
         held = self._captured is not None and {*modules_of(lacking)} <= self._captured.modules
         if held or not lacking or len(windows(lacking)) == 1:
             for part in wanted:  # among those lacking, unless its file was damaged
@@ -396,6 +396,13 @@ class _AssignedParts:
                 state.take(part)
             if self._is_wanted(part):
                 yield part
+
+    def lacking(self) -> list[Part]:
+        """All parts of the model that a cell of some task lacks, assigned or not."""
+        return [part for part in self.whole if self._is_lacking(part)]
+
+    def _is_lacking(self, part: Part) -> bool:
+        return any(state.lacks(part) for state in self._states)
 
     def _is_wanted(self, part: Part) -> bool:
         return any(state.wants(part) for state in self._books)

@@ -85,7 +85,8 @@ def test_what_goes_wrong_with_a_part_is_told(tmp_path: Path, processes: bool) ->
 
 
 def test_a_process_ends_when_its_worker_is_killed() -> None:
-    script = "import time\nfrom workers.service.writers import Writers\nif __name__ == '__main__':\n    writers = Writers(1, processes=True)\n"
+    script = "import time\nfrom workers.service.writers import Writers\n"
+    script += "if __name__ == '__main__':\n    writers = Writers(1, processes=True)\n"
     script += "    print(*writers._executors[0]._processes, flush=True)\n    time.sleep(60)\n"
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
