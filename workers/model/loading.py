@@ -203,7 +203,7 @@ def _model_class(config: Any) -> Any:
 
 
 def _be_quiet() -> None:
-    """No progress bars and no advice on standard error while a checkpoint is read."""
+    """Have transformers print no progress bars and no advice while a checkpoint is read."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

@@ -143,10 +143,10 @@ def score_rows(
 
 
 def fake_quantize(values: Tensor, amax: Tensor, num_bits: int | tuple[int, int], *, narrow_range: bool) -> Tensor:
-    """Integers or E4M3, in float32: what ModelOpt's CUDA kernels give for float32 values, read from any float dtype.
+    """Fake-quantize to integers or E4M3, in float32, with the bits of ModelOpt's CUDA kernels on float32 values.
 
     Args:
-        values: [rows, columns], contiguous.
+        values: [rows, columns], any float dtype, contiguous.
         amax: one range for all, or [rows, 1], or [1, columns].
         num_bits: bits of an integer, or (4, 3).
         narrow_range: leave out the least integer.

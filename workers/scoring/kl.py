@@ -63,7 +63,7 @@ class KlEngine:
 
         Returns: a function that waits for the GPU and gives each job's scores by size (or NotFinite), None if no module
             of the group was called. A sample's score is the sum of KL(base || quantized) over its predictions, in nats;
-            the square sums of outputs are 0, since the group's own outputs are not looked at. Call it after the next
+            the square sums of outputs are 0, since the group's own outputs are not recorded. Call it after the next
             group has been started, so that the GPU never waits.
         """
         called = [name for name in modules if name in self._base.inputs.amaxes]

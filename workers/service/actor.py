@@ -41,7 +41,7 @@ class Worker:
             n_halvings=n_halvings,
             on_timed=self._metrics.timed,
         )
-        self._parts: dict[int, _Parts] = {}  # by assignment
+        self._parts: dict[int, _PartQueue] = {}  # by assignment
 
     def load(self, task: Task, mark: str | None) -> None:
         """Load the task's model before there is an assignment.
@@ -76,7 +76,7 @@ class Worker:
 
         Returns: whether more are needed; False: `score` has ended.
         """
-        parts = self._parts.setdefault(assignment, _Parts())
+        parts = self._parts.setdefault(assignment, _PartQueue())
         if names is not None:
             parts.given.put(names)
         if (is_needed := parts.needed.get()) is False:
@@ -88,7 +88,7 @@ class Worker:
 
         Raises: WorkerLost: this process cannot go on.
         """
-        parts = self._parts.setdefault(assignment, _Parts())
+        parts = self._parts.setdefault(assignment, _PartQueue())
         try:
             yield from self._score(tasks, plan, assignment, parts.taken())
         finally:
@@ -126,8 +126,8 @@ class Worker:
             self._metrics.gpu_memory(*memory)
 
 
-class _Parts:
-    """Names of parts on their way from the thread that gets them from the driver to the one that scores."""
+class _PartQueue:
+    """A queue of part names from the thread that receives them from the driver to the thread that scores."""
 
     def __init__(self) -> None:
         self.needed: SimpleQueue[bool] = SimpleQueue()
