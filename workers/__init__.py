@@ -1,1 +1,1 @@
-"""What runs where the model is: data, capture, scoring, and the Ray actor around them."""
+"""Code that runs beside the model: data, loading, quantizers, scoring, export, and the Ray actor around them."""

@@ -1,4 +1,4 @@
-"""What the driver asks of a worker: plain values that travel between processes."""
+"""Tasks, progress and pictures of a sweep: the plain values that driver and workers exchange."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,12 +9,12 @@ from sweep.core.groups import GroupSpec
 from sweep.core.machine import Needs
 from sweep.core.sizes import SIZES
 
-_VISIT_COST: Final = 0.3  # of a task's quantizing and summing beside one product
+_VISIT_COST: Final = 0.3  # of a task's quantizing and summing, in units of one product (GEMM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Which model, by content and precision. A worker keeps the last one it loaded."""
+    """A model by content and precision. A worker keeps the last one that it loaded."""
 
     path: str  # checkpoint directory on the worker's machine
     revision: str  # hash of weights and config.json
@@ -33,7 +33,9 @@ class Task:
     engine: Literal["layerwise", "modelopt"]
     quant_cfg: tuple[Mapping[str, Any], ...]  # ModelOpt's ordered entries
     algorithm: str
-    fused: bool  # linears of a group share ranges of whole tensors and scales of the inputs; False too where it makes no difference
+    # Linears of a group share ranges of whole tensors and pre-quantization scales; False too where it makes no
+    # difference.
+    fused: bool
     weight_attributes: Mapping[str, Any] | None  # ModelOpt's QuantizerAttributeConfig fields; None: left unquantized
     input_attributes: Mapping[str, Any] | None
     calibrates_inputs: bool  # the input quantizer has a static range: scores depend on the calibration size
@@ -49,14 +51,14 @@ class Task:
 
     @property
     def cost(self) -> float:
-        """About its time on a part beside others, in products of all rows of the largest size."""
+        """Roughly its time on a part, scored together with other tasks, in products of all rows of the largest size."""
         sizes = [SIZES[size] / max(SIZES.values()) for size in self.cells]
         products = 0.0 if self.input_attributes is None else sum(sizes) if self.calibrates_inputs else max(sizes)
         return _VISIT_COST + products
 
     @property
     def extensions(self) -> frozenset[str]:
-        """ModelOpt's CUDA extensions that a GPU needs for it; NVFP4 and our own engine's integers and FP8 need none."""
+        """ModelOpt's CUDA extensions needed on a GPU: none for NVFP4, nor for our own engine's integers and FP8."""
         needed: set[str] = {"integers", "fp8"} if self.engine == "modelopt" else set()
         for attributes in (self.weight_attributes, self.input_attributes):
             blocks: Mapping[Any, Any] = (attributes or {}).get("block_sizes") or {}
@@ -69,30 +71,30 @@ class Task:
         return frozenset(needed)
 
     def shares_capture_with(self, other: "Task") -> bool:
-        """Whether a worker can score both in one visit to each layer."""
+        """Whether a worker can score both tasks from one capture, layer by layer."""
         mine, others = ((task.model, task.plan_id, task.groups, task.engine, task.method) for task in (self, other))
         return mine == others and self.engine == "layerwise"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a worker is with a task; what it counts is on disk already."""
+    """A worker's progress with a task; the layer groups that it counts are on disk already."""
 
     task_id: str
-    done: int  # layer groups of the parts that it took, over all cells of the task
-    found: int  # of them those that were in the store before
-    lease: int = 0  # under which: several workers may be at one task
+    done: int  # layer groups of the parts assigned so far, over all cells of the task
+    found: int  # of these the ones that were in the store before
+    assignment: int = 0  # number of the assignment: several workers may score parts of one task
     failure: str | None = None  # why the task has ended without all its scores
-    warning: str | None = None  # what the person who watches should know
+    warning: str | None = None  # for the user
 
     def after(self, earlier: "Progress | None") -> "Progress":
-        """This progress, with an earlier one's warning if that was not told yet."""
+        """This progress, with the warning of an earlier one that has not been reported yet."""
         return self if earlier is None or self.warning is not None else replace(self, warning=earlier.warning)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """How far a sweep is: what a person wants to know of it at a glance."""
+    """The progress of a whole sweep, for displays and metrics."""
 
     trials: Mapping[str, int]  # of the grid, by state: planned, running, done, failed, skipped
     groups_done: int  # layer groups of this run, over all cells
@@ -100,11 +102,12 @@ class Picture:
     groups_scored: int  # of those done, the ones that were not in the store before
     failed_trials: int  # in this run
     queue: int  # trials that wait for a worker
-    models: int  # that this run's tasks are of
+    models: int  # distinct models of this run's tasks
     eta_seconds: float | None
     trial_seconds: tuple[float, ...]  # of the trials that have ended since the last picture
 
 
 def part_names(task: Task) -> tuple[str, ...]:
     """Names of a task's parts, in the model's order."""
-    return tuple(name for name, _ in groupby(group.part for group in task.groups))
+    parts = [group.part for group in task.groups]
+    return tuple(name for name, _ in groupby(parts))

@@ -25,7 +25,7 @@ from sweep.store.records import VALIDATIONS_SCHEMA
 from sweep.store.store import Store
 
 if TYPE_CHECKING:
-    from workers.scoring.validation import Damage
+    from workers.scoring.validation import MeasuredKl
 
 VALIDATION_VERSION: Final = 1
 # How the files begin that `validate_command` writes, by which they are known again.
@@ -156,7 +156,7 @@ def markdown_table(rows: Sequence[Measured]) -> str:
 
 def _measurer(
     prepared: Prepared, recipes: Sequence[MixedRecipe], plan: Plan, device: Device
-) -> "Callable[[MixedRecipe], Damage]":
+) -> "Callable[[MixedRecipe], MeasuredKl]":
     from workers.scoring.validation import measurer
 
     calibration = list(prepared.plan.batches(prepared.recipe.size))
@@ -169,7 +169,7 @@ def _measurer(
     )
 
 
-def _table(damage: "Damage", recipe: MixedRecipe, held_out: str, dtype: str) -> pa.Table:
+def _table(damage: "MeasuredKl", recipe: MixedRecipe, held_out: str, dtype: str) -> pa.Table:
     n = len(damage.kl)
     columns = {
         "recipe": [recipe.name] * n,

@@ -34,8 +34,8 @@ class Tally:
         self.total_groups = sum(task.n_steps for task in tasks.values())
         self.n_trials = n_trials
         self._trials_of = trials_of
-        self._done: dict[str, dict[int, int]] = {task_id: {} for task_id in tasks}  # by lease
-        self._found: dict[tuple[str, int], int] = {}  # groups that were in the store before, by task and lease
+        self._done: dict[str, dict[int, int]] = {task_id: {} for task_id in tasks}  # by assignment
+        self._found: dict[tuple[str, int], int] = {}  # groups that were in the store before, by task and assignment
         self._started: float | None = None
         self._begun: dict[str, float] = {}  # when, by task id
         self._ended: set[str] = set()
@@ -48,8 +48,8 @@ class Tally:
 
     def update(self, progress: Progress) -> None:
         """Take over a task's progress."""
-        self._found[progress.task_id, progress.lease] = progress.found
-        self._done[progress.task_id][progress.lease] = progress.done
+        self._found[progress.task_id, progress.assignment] = progress.found
+        self._done[progress.task_id][progress.assignment] = progress.done
         task_id, now = progress.task_id, time.monotonic()
         self._begun.setdefault(task_id, now)
         if progress.failure is not None:
@@ -77,7 +77,7 @@ class Tally:
         return states
 
     def take_trial_seconds(self) -> tuple[float, ...]:
-        """How long trials took that have ended since this was last asked, from their first lease on."""
+        """How long trials took that have ended since this was last asked, from their first assignment on."""
         taken, self._trial_seconds = self._trial_seconds, []
         return tuple(taken)
 

@@ -59,7 +59,7 @@ class SleepingWorker(Worker):
                 "a"
             ) as file:  # one write: workers of a node do not tear each other's lines
                 file.write("".join(f"{task.task_id} {name}\n" for task in tasks))
-            yield [Progress(task_id=task.task_id, done=done, found=0, lease=assignment) for task in tasks]
+            yield [Progress(task_id=task.task_id, done=done, found=0, assignment=assignment) for task in tasks]
 
 
 def grid() -> dict[str, Task]:

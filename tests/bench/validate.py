@@ -26,7 +26,7 @@ from workers.scoring.capture import capture
 from workers.scoring.gradient import Engine
 from workers.scoring.kl import KlEngine
 from workers.scoring.scores import NotFinite, Scores
-from workers.scoring.validation import Damage, Validator
+from workers.scoring.validation import MeasuredKl, Validator
 from workers.task import Task
 
 _RECIPES = (
@@ -105,7 +105,7 @@ def mixes(
     ]
     rng = np.random.default_rng(0)
     sums: list[float] = []
-    damages: list[list[Damage]] = []
+    damages: list[list[MeasuredKl]] = []
     for _ in range(_MIXES):
         chosen = rng.integers(0, len(formats) + 1, len(groups))  # the last stands for 16 bits
         picked = [(index, number) for index, number in enumerate(chosen.tolist()) if number < len(formats)]

@@ -85,7 +85,8 @@ def n_different(left: Tensor, right: Tensor, signed_zeros: bool) -> int:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_cpu_equals_cuda_to_the_bit(name: str) -> None:
-    # Other than NVFP4's kernel, the MX extension leaves the sign of a zero input undefined: there zeros of either sign are equal.
+    # Unlike NVFP4's kernel, the MX extension leaves the sign of a zero input undefined: there zeros of either sign are
+    # equal.
     signed_zeros = name.startswith("nvfp4")
     counts = {
         label: n_different(quantized(x, name), quantized(x.cuda(), name).cpu(), signed_zeros) for label, x in inputs()
@@ -104,7 +105,10 @@ def test_on_a_gpu_the_backend_is_modelopts_own_kernel(name: str) -> None:
     reason="a fault of the kernel for 8.9 and above",
 )
 def test_stock_modelopt_runs_nvfp4_in_blocks_of_16_whatever_is_asked() -> None:
-    """Why the backend calls the kernel itself; once this fails, ModelOpt is mended and `_quantize` can drop its special case."""
+    """The backend calls the kernel itself for this reason.
+
+    Once this fails, ModelOpt is mended and `_quantize` can drop its special case.
+    """
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5)).cuda()
     assert n_different(quantized(x, "nvfp4_64", backend=None), quantized(x, "nvfp4_16"), signed_zeros=True) == 0
     assert n_different(quantized(x, "nvfp4_64"), quantized(x, "nvfp4_16"), signed_zeros=True) > 0

@@ -11,7 +11,8 @@ from tests.ray.test_faults import end, start
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-# Found by every Python process of the run: the first that uses CUDA when there are parts has a device-side assertion fail, once.
+# Every Python process of the run finds this file: the first that uses CUDA when there are parts has a device-side
+# assertion fail, once.
 FAILING_GPU = """
 import os, sys, threading, time
 from pathlib import Path
@@ -20,7 +21,9 @@ def fail():
     while True:
         time.sleep(0.005)
         torch = sys.modules.get("torch")
-        if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized() or not any(Path(os.environ["STORE"]).glob("parts/*/*.parquet")):
+        if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized():
+            continue
+        if not any(Path(os.environ["STORE"]).glob("parts/*/*.parquet")):
             continue
         try:
             os.rename(os.environ["FAULT"], os.environ["FAULT"] + ".done")

@@ -39,10 +39,8 @@ def scores(place: Path, root: Path, n_gpus: int, *, windows: bool = False) -> di
     if windows:
         scorer._halvings = 30  # of the room: a window a layer
     ((plan_id, samples),) = plan.plans.items()
-    assert {
-        progress.failure
-        for progress in scorer.score([task for task in plan.tasks.values() if task.plan_id == plan_id], samples)
-    } == {None}
+    tasks = [task for task in plan.tasks.values() if task.plan_id == plan_id]
+    assert {progress.failure for progress in scorer.score(tasks, samples)} == {None}
     store = Store(str(root))
     return {
         cell: store.files.read(f"scores/cell={cell}/scores.parquet")

@@ -14,7 +14,7 @@ from sweep.core.batches import Batch, Plan
 from sweep.core.sizes import SIZES
 from workers.data.samples import Sample
 
-MAX_BATCH_TOKENS: Final = 2048  # what fills a GPU; attention over a packed row costs its square
+MAX_BATCH_TOKENS: Final = 2048  # enough to fill a GPU; attention over a packed row costs its square
 
 
 def make_plan(samples: Sequence[Sample], *, packed: bool) -> Plan:
@@ -22,8 +22,8 @@ def make_plan(samples: Sequence[Sample], *, packed: bool) -> Plan:
 
     Args:
         samples: in data set order; their number is one of SIZES.
-        packed: several samples a row, told apart by positions that start again at 0 (right only for models whose attention
-            reads that, see workers.model.loading.PACKABLE). Otherwise a batch holds samples of one length.
+        packed: several samples a row, kept apart by positions that start again at 0 (right only for models whose
+            attention respects that, see workers.model.loading.PACKABLE). Otherwise a batch holds samples of one length.
     """
     if any(sample.pixel_values is not None for sample in samples):
         packed = False  # image positions have three coordinates, which cannot tell samples apart
@@ -33,12 +33,8 @@ def make_plan(samples: Sequence[Sample], *, packed: bool) -> Plan:
         if start >= len(samples):
             break
         indices = sorted(range(start, min(boundary, len(samples))), key=lambda i: (len(samples[i].token_ids), i))
-        segments.append(
-            tuple(
-                _packed(samples, chunk) if packed else _stacked(samples, chunk)
-                for chunk in _chunks(samples, indices, packed=packed)
-            )
-        )
+        layout = _packed if packed else _stacked
+        segments.append(tuple(layout(samples, chunk) for chunk in _chunks(samples, indices, packed=packed)))
         start = boundary
     return Plan(segments=tuple(segments))
 
@@ -72,9 +68,8 @@ def _stacked(samples: Sequence[Sample], indices: Sequence[int]) -> Batch:
     pixels = [p for i in indices if (p := samples[i].pixel_values) is not None]
     if pixels:
         tensors["pixel_values"] = np.concatenate(pixels)
-        tensors["image_grid_thw"] = np.array(
-            [samples[i].image_grid_thw for i in indices if samples[i].image_grid_thw], dtype=np.int64
-        )
+        grids = [samples[i].image_grid_thw for i in indices if samples[i].image_grid_thw]
+        tensors["image_grid_thw"] = np.array(grids, dtype=np.int64)
         tensors["mm_token_type_ids"] = (input_ids == samples[indices[0]].image_token).astype(np.int64)
     else:
         tensors["position_ids"] = np.broadcast_to(np.arange(input_ids.shape[1], dtype=np.int64), input_ids.shape).copy()

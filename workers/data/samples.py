@@ -1,4 +1,4 @@
-"""Samples: captions of a file or of a data set of the hub, tokenized, with drawn scenes before them where asked."""
+"""Samples: captions of a file or of a data set of the hub, tokenized, with drawn scenes before them if configured."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +21,8 @@ def read_captions(path: Path, n_samples: int) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut captions at U+2028, too
     except (OSError, UnicodeDecodeError) as error:
         raise SweepError(
-            f"Cannot read the captions file {path}: {error}. Give a UTF-8 text file with one caption a line: dataset.captions_path=FILE."
+            f"Cannot read the captions file {path}: {error}. "
+            "Give a UTF-8 text file with one caption a line: dataset.captions_path=FILE."
         ) from error
     return first_texts([line.strip() for line in lines], n_samples, f"captions file {path}")
 
@@ -42,14 +43,18 @@ def read_hub_captions(hub_id: str, split: str, column: str, n_samples: int) -> l
             texts.append("" if first is None else str(first).strip())
     except (OSError, ValueError, KeyError, ConnectionError) as error:
         raise SweepError(
-            f"Cannot read data set {hub_id!r} (split {split!r}, column {column!r}) from the hub: {type(error).__name__}: {error}. "
+            f"Cannot read data set {hub_id!r} (split {split!r}, column {column!r}) from the hub: "
+            f"{type(error).__name__}: {error}. "
             "Give a local file with one caption a line instead: dataset.captions_path=FILE."
         ) from error
     return first_texts(texts, n_samples, f"data set {hub_id!r}")
 
 
 def first_texts(texts: Sequence[str], n_samples: int, source: str) -> list[str]:
-    """The first `n_samples` texts, refused with what is wrong if there are fewer or one of them is blank."""
+    """The first `n_samples` texts.
+
+    Raises: SweepError: there are fewer, or one of them is blank.
+    """
     while texts and not texts[-1]:
         texts = texts[:-1]
     fitting = [f"dataset.size={size}" for size, n in SIZES.items() if n <= len(texts)]
@@ -74,7 +79,8 @@ def text_samples(token_ids: Sequence[Sequence[int]], max_tokens: int) -> list[Sa
     for number, ids in enumerate(token_ids, start=1):
         if len(ids) < 2:
             raise SweepError(
-                f"Sample {number} has {len(ids)} token(s); at least 2 are needed to predict one. Remove or lengthen that caption."
+                f"Sample {number} has {len(ids)} token(s); at least 2 are needed to predict one. "
+                "Remove or lengthen that caption."
             )
     return [Sample(token_ids=np.array(ids[:max_tokens], dtype=np.int64)) for ids in token_ids]
 
@@ -91,9 +97,9 @@ def with_scenes(
 
     Args:
         captions: samples of scene_captions, in order.
-        vision_start: token id that opens an image; vision_end closes it; image_token stands for one merged patch.
-        vision_end: see vision_start.
-        image_token: see vision_start.
+        vision_start: token id that opens an image.
+        vision_end: token id that closes it.
+        image_token: token id that stands for one merged patch.
         merge: patches merged into one token along each side (the model's spatial_merge_size).
     """
     samples: list[Sample] = []

@@ -1,7 +1,7 @@
 """Drawn calibration images: coloured shapes on a plain background, each with a caption that is true of it.
 
-Deterministic by index, so nothing is shipped. Indices below TRAINING_BASE are calibration data that the bundled model never
-saw; its training draws from TRAINING_BASE on.
+Deterministic by index, so nothing is shipped. Indices below TRAINING_BASE are calibration data that the bundled model
+never saw; its training draws from TRAINING_BASE on.
 """
 
 from dataclasses import dataclass
@@ -42,14 +42,14 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """An image and what is to be seen on it."""
+    """An image and a caption that describes it."""
 
     pixels: Pixels  # [SIDE, SIDE, 3]
     caption: str
 
 
 def scene(index: int) -> Scene:
-    """The scene of that index, equal on every machine."""
+    """The scene of an index, equal on every machine."""
     random = np.random.Generator(np.random.PCG64(index))
     background = list(BACKGROUNDS)[random.integers(len(BACKGROUNDS))]
     colours = [list(COLOURS)[i] for i in random.permutation(len(COLOURS))[:2]]
@@ -61,7 +61,8 @@ def scene(index: int) -> Scene:
     for i in range(2):
         column, row = (round(place * SIDE) + int(jitter[i, axis]) for axis, place in enumerate(PLACES[relation][i]))
         pixels[_mask(shapes[i], column, row, int(radii[i]))] = COLOURS[colours[i]]
-    caption = f"{_article(colours[0])} {shapes[0]} {relation} {_article(colours[1])} {shapes[1]} on {_article(background)} background"
+    things = [f"{_article(colour)} {shape}" for colour, shape in zip(colours, shapes, strict=True)]
+    caption = f"{things[0]} {relation} {things[1]} on {_article(background)} background"
     return Scene(pixels=pixels, caption=caption)
 
 
@@ -73,7 +74,8 @@ def patches(pixels: Pixels) -> tuple[npt.NDArray[np.float32], tuple[int, int, in
 
     Returns: [n_patches, 3 * 2 * 16 * 16] float32, and the number of patches in time, height and width.
 
-    Source: the layout of transformers' Qwen2VLImageProcessor (patch 16, merge 2, mean = std = 0.5), against which it is tested.
+    Source: the layout of transformers' Qwen2VLImageProcessor (patch 16, merge 2, mean = std = 0.5); it is tested
+        against that.
     """
     rows, columns = pixels.shape[0] // PATCH, pixels.shape[1] // PATCH
     values = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)

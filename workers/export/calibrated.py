@@ -1,4 +1,4 @@
-"""The quantizers of an export: calibrated on a CPU, whose arithmetic a reader has everywhere."""
+"""The quantizers of an export, calibrated on a CPU: a reader can repeat that arithmetic on any machine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +16,17 @@ from workers.quant.linear import LinearQuant
 def calibrated(
     path: Path, dtype: str, recipe: MixedRecipe, linears: Linears, batches: Sequence[Batch]
 ) -> dict[str, LinearQuant]:
-    """ModelOpt's ranges and scales by module name, of a recipe whose scales of inputs can be folded.
+    """ModelOpt's calibration ranges and pre-quantization scales by module name, checked to be foldable.
 
     Args:
         path: checkpoint directory.
-        dtype: what the model computes in, by torch's name.
-        recipe: what each layer group gets.
+        dtype: the model's, by torch's name.
+        recipe: the format of each layer group.
         linears: of the whole model.
         batches: calibration samples.
 
-    Raises: Inexpressible: a scale that cannot be multiplied into what computes the inputs (workers.export.folding.check_folds).
+    Raises: Inexpressible: a pre-quantization scale that cannot be folded into the module before
+        (workers.export.folding.check_folds).
     """
     model = load(path, dtype=getattr(torch, dtype), device="cpu")
     quants = calibrated_model(model, batches, recipe)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sweep.core.errors import SweepError
 from sweep.formats.mixed import MixedRecipe
-from workers.export.folding import Linears, check_weights_take, output_scales, providers, scaled_rows
+from workers.export.folding import Linears, check_foldable, folding_modules, output_scales, scaled_rows
 from workers.export.schemes import Inexpressible, scheme_of
 from workers.export.weights import packed
 from workers.model.checkpoint import index_files, settings_files, weight_files
@@ -25,32 +26,35 @@ _VISION: Final = "visual"
 
 
 def quantization_config(recipe: MixedRecipe, linears: Linears) -> dict[str, Any]:
-    """What config.json says of the quantization.
+    """The `quantization_config` of config.json.
 
-    Modules are named one by one: a runtime renames prefixes and joins q/k/v and gate/up by name, and a pattern that means the same modules
-    under either naming is easily one that means more. Every other linear is named under `ignore`, for vLLM refuses those of which it finds nothing.
+    Modules are named one by one: a runtime renames prefixes and joins q/k/v and gate/up by name, and a pattern that
+    means the same modules under either naming is easily one that means more. Every other linear is named under
+    `ignore`, for vLLM refuses those of which it finds nothing.
 
     Args:
-        recipe: what each layer group gets.
+        recipe: the format of each layer group.
         linears: of the whole model.
 
-    Raises: Inexpressible: a format that compressed-tensors has no words for.
+    Raises: Inexpressible: a format that compressed-tensors cannot express.
     """
     schemes = schemes_of(recipe)
-    targets = {
-        label: [m for choice in recipe.groups if choice.format == label for m in choice.modules] for label in schemes
-    }
+    targets: dict[str, list[str]] = {label: [] for label in schemes}
+    for choice in recipe.groups:
+        if choice.format is not None:
+            targets[choice.format] += choice.modules
     formats = {scheme.format for scheme in schemes.values()}
-    quantized = {module for modules in targets.values() for module in modules}
+    quantized = set(chain.from_iterable(targets.values()))
     ignored = [name for name, _, _ in linears if name not in quantized]
     if not any(_VISION in module for module in quantized) and any(_VISION in name for name in ignored):
-        ignored.append(f"re:.*{_VISION}.*")  # its convolution, which some runtimes hold as a linear
+        ignored.append(f"re:.*{_VISION}.*")  # the convolution, which some runtimes hold as a linear
+    file_format: Any = formats.pop() if len(formats) == 1 else "mixed-precision"  # Any: the value of an enum
     config = QuantizationConfig(
         config_groups={
             f"group_{i}": scheme.model_copy(update={"targets": targets[label]})
             for i, (label, scheme) in enumerate(schemes.items())
         },
-        format=formats.pop() if len(formats) == 1 else "mixed-precision",  # pyright: ignore[reportArgumentType] -- enum by value
+        format=file_format,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=ignored,
     )
@@ -58,9 +62,9 @@ def quantization_config(recipe: MixedRecipe, linears: Linears) -> dict[str, Any]
 
 
 def schemes_of(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
-    """The scheme of each format that a group has.
+    """The compressed-tensors scheme of each format that a group has, by the format's label.
 
-    Raises: Inexpressible: a format that compressed-tensors has no words for, with the first group that has it.
+    Raises: Inexpressible: a format that compressed-tensors cannot express, with the first group that has it.
     """
     schemes: dict[str, QuantizationScheme] = {}
     for choice in recipe.groups:
@@ -80,7 +84,7 @@ def write_checkpoint(
     Args:
         source: the checkpoint that the recipe is for.
         directory: exists, without files of these names.
-        recipe: what each layer group gets.
+        recipe: the format of each layer group.
         quants: calibrated quantizers by module, of all modules that the recipe quantizes.
         linears: of the whole model.
 
@@ -90,11 +94,8 @@ def write_checkpoint(
         OSError: the directory cannot be written.
     """
     check_expressible(source, recipe, linears)
-    schemes, config, scales = (
-        _by_module(recipe),
-        quantization_config(recipe, linears),
-        output_scales(recipe, quants, linears),
-    )
+    schemes, config = _by_module(recipe), quantization_config(recipe, linears)
+    scales = output_scales(recipe, quants, linears)
     weight_map: dict[str, str] = {}
     n_bytes = 0
     for shard in weight_files(source):
@@ -115,10 +116,8 @@ def write_checkpoint(
         weight_map |= dict.fromkeys(tensors, shard.name)
         n_bytes += sum(tensor.nbytes for tensor in tensors.values())
     for index in index_files(source):
-        _write_json(
-            directory / index.name,
-            {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))},
-        )
+        held = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(directory / index.name, held)
     document: dict[str, Any] = json.loads((source / "config.json").read_bytes())
     _write_json(directory / "config.json", {**document, "quantization_config": config})
     for path in settings_files(source):
@@ -130,8 +129,9 @@ def check_expressible(source: Path, recipe: MixedRecipe, linears: Linears) -> No
 
     Args: as for `write_checkpoint`.
 
-    Raises: SweepError: a format without words; a scale of inputs that nothing takes exactly; a module whose weight is not in the checkpoint
-        under its name, because it is tied to another or renamed on loading.
+    Raises: SweepError: a format that compressed-tensors cannot express; a pre-quantization scale that cannot be folded
+        exactly; a module whose weight is not in the checkpoint under its name, because it is tied to another or renamed
+        on loading.
     """
     modules = _by_module(recipe)
     with ExitStack() as stack:
@@ -139,20 +139,19 @@ def check_expressible(source: Path, recipe: MixedRecipe, linears: Linears) -> No
         for module in modules:
             if f"{module}.weight" not in held:
                 raise SweepError(
-                    f"The checkpoint {source} holds no {module}.weight: it is tied to another module or has another name there, "
-                    "and compressed-tensors can't express that. Leave that group in 16 bits (format: null)."
+                    f"The checkpoint {source} holds no {module}.weight: it is tied to another module or has another "
+                    "name there, and compressed-tensors can't express that. Leave that group in 16 bits (format: null)."
                 )
-        weights = {provider: held.get(f"{provider}.weight") for provider in providers(recipe, linears)}
-        slices = {
-            provider: file.get_slice(f"{provider}.weight") for provider, file in weights.items() if file is not None
-        }
-        check_weights_take(
-            {name: (each.get_dtype(), each.get_shape()[0]) for name, each in slices.items()}, recipe, linears
-        )
+        weights: dict[str, tuple[str, int]] = {}
+        for module in folding_modules(recipe, linears):
+            if (file := held.get(f"{module}.weight")) is not None:
+                weight = file.get_slice(f"{module}.weight")
+                weights[module] = weight.get_dtype(), weight.get_shape()[0]
+        check_foldable(weights, recipe, linears)
 
 
 def held_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
-    """The open file that holds each tensor of a checkpoint, by the tensor's name. Args: stack: closes them."""
+    """The open file that holds each tensor of a checkpoint, by the tensor's name. Args: stack: closes the files."""
     found: dict[str, Any] = {}
     for shard in weight_files(directory):
         file: Any = stack.enter_context(safe_open(shard, framework="pt"))

@@ -1,12 +1,14 @@
-"""Scales of inputs, which no checkpoint format has, multiplied into what computes those inputs. Exact, or refused by name.
+"""Folding of pre-quantization scales, which no checkpoint format has, into the modules before: exactly, or refused.
 
-awq_lite and smoothquant multiply a linear's inputs by a scale and divide the weight by it. A norm before the linear takes the scale in its own weight and
-bias; so does a linear in the rows of its weight, where nothing but a product by channel lies between: up_proj before down_proj, v_proj before o_proj
-where every head has a value head of its own. ModelOpt's export does the same and, with `fuse_grouped_heads`, averages o_proj's scale over
-the query heads that share a value head: another recipe than was scored, so it is not done here.
+awq_lite and smoothquant multiply a linear's inputs by a pre-quantization scale and divide the weight by it. The scale
+can be folded into the weight and bias of a norm before the linear, or into the rows of a linear's weight, where nothing
+but a product by channel lies between: up_proj before down_proj, v_proj before o_proj where every head has a value head
+of its own. ModelOpt's export does the same and, with `fuse_grouped_heads`, averages o_proj's scale over the query heads
+that share a value head: another recipe than was scored, so it is not done here.
 
-What is multiplied is written in float32; a quantized linear's rows in its scales, which are. A reader that loads norms in bfloat16 rounds the product
-there: KL 1e-5 on the bundled model in INT4 with awq_lite, whose own is 6e-2.
+The products are written in float32; those of a quantized linear's rows go into its scales, which are float32, too. A
+reader that loads norms in bfloat16 rounds the product there: KL 1e-5 on the bundled model in INT4 with awq_lite, whose
+own KL is 6e-2.
 """
 
 import re
@@ -23,11 +25,12 @@ from sweep.formats.quantizer import QuantizerSpec
 from sweep.formats.recipe import SCALES_INPUTS
 from workers.export.schemes import Inexpressible
 from workers.model.forward import batch_to
+from workers.model.hooks import removed_after
 from workers.quant.linear import LinearQuant
 
 Linears = Sequence[tuple[str, int, int]]  # name, inputs, outputs of every nn.Linear, in the model's order
 
-# What computes a linear's inputs, by name. `check_folds` tries it on the model itself.
+# Name of a linear, and of the module before, whose output is its input. `check_folds` tries it on the model itself.
 _BEFORE: Final[Sequence[tuple[str, str]]] = (
     (r"(.*)self_attn\.[qkv]_proj", r"\1input_layernorm"),
     (r"(.*self_attn\.)o_proj", r"\1v_proj"),
@@ -37,113 +40,119 @@ _BEFORE: Final[Sequence[tuple[str, str]]] = (
     (r"(.*)mlp\.linear_fc1", r"\1norm2"),
     (r"(.*merger.*\.)linear_fc1", r"\1norm"),
 )
-_ROWS: Final = 64  # of what a linear reads that are compared
+_ROWS: Final = 64  # rows of each linear's input that are compared
 
 
-def providers(recipe: MixedRecipe, linears: Linears) -> dict[str, GroupChoice]:
-    """The modules that take a scale of inputs into their weights, with the group whose inputs it is.
+def folding_modules(recipe: MixedRecipe, linears: Linears) -> dict[str, GroupChoice]:
+    """The modules into whose weights a pre-quantization scale is folded, with the layer group that has the scale.
 
     Args:
-        recipe: what each layer group gets.
+        recipe: the format of each layer group.
         linears: of the whole model.
 
-    Raises: Inexpressible: a group whose scale nothing takes exactly, with the way out.
+    Raises: Inexpressible: a group whose scale cannot be folded exactly, with the way out.
     """
     shapes = {name: (n_in, n_out) for name, n_in, n_out in linears}
-    formats = {
-        module: chosen for choice in recipe.groups if (chosen := recipe.format_of(choice)) for module in choice.modules
-    }
+    formats: dict[str, GroupFormat] = {}
+    for choice in recipe.groups:
+        if (chosen := recipe.format_of(choice)) is not None:
+            formats |= dict.fromkeys(choice.modules, chosen)
     found: dict[str, GroupChoice] = {}
     for choice in recipe.groups:
         chosen = recipe.format_of(choice)
         if chosen is None or chosen.algorithm not in SCALES_INPUTS:
             continue
-        provider, n_in = _provider(choice.group), shapes[choice.group][0]
-        if provider is None:
-            raise _refuse(
-                choice,
-                chosen,
-                "nothing before it is known to take a scale: there is attention or an activation function between",
+        before, n_in = _module_before(choice.group), shapes[choice.group][0]
+        if before is None:
+            reason = (
+                "no module before it is known to fold a scale: there is attention or an activation function between"
             )
+            raise _refuse(choice, chosen, reason)
         if chosen.scales == "private" and len(choice.modules) > 1:
             raise Inexpressible(
-                f"{choice.group}: compressed-tensors has no scale of a linear's inputs. That of {chosen.algorithm} goes into {provider}, which "
-                f"{len(choice.modules)} linears read, each with a scale of its own. Score with sensitivity.scales=fused, which gives them one, and solve again."
+                f"{choice.group}: compressed-tensors has no pre-quantization scale. That of {chosen.algorithm} goes "
+                f"into {before}, which {len(choice.modules)} linears read, each with a scale of its own. "
+                "Score with sensitivity.scales=fused, which gives them one, and solve again."
             )
-        if provider in shapes:
-            _check_linear_takes(choice, chosen, provider, shapes[provider][1], n_in, formats.get(provider))
-        found[provider] = choice
+        if before in shapes:
+            _check_rows_foldable(choice, chosen, before, shapes[before][1], n_in, formats.get(before))
+        found[before] = choice
     return found
 
 
-def check_weights_take(held: Mapping[str, tuple[str, int]], recipe: MixedRecipe, linears: Linears) -> None:
-    """Refuse a scale that what the checkpoint holds can't take.
+def check_foldable(held: Mapping[str, tuple[str, int]], recipe: MixedRecipe, linears: Linears) -> None:
+    """Refuse a pre-quantization scale that cannot be folded into the weights that the checkpoint holds.
 
     Args:
-        held: dtype, as safetensors call it, and output channels of the providers' weights that the checkpoint holds.
-        recipe: what each layer group gets.
+        held: dtype, by safetensors' name, and output channels of the `folding_modules` whose weights the checkpoint
+            holds.
+        recipe: the format of each layer group.
         linears: of the whole model.
 
-    Raises: Inexpressible: a provider without a weight, of another width, or a linear that is left in 16 bits, which a product does not fit.
+    Raises: Inexpressible: a module without a weight, of another width, or a linear that is left in 16 bits, which a
+        product does not fit.
     """
     widths = {name: n_in for name, n_in, _ in linears}
     matrices = widths.keys() - {
         module for choice in recipe.groups if choice.format is not None for module in choice.modules
     }
-    for provider, choice in providers(recipe, linears).items():
+    for before, choice in folding_modules(recipe, linears).items():
         chosen, n_in = recipe.format_of(choice), widths[choice.group]
-        assert chosen is not None  # providers names groups with a format only
-        dtype, n_out = held.get(provider, ("", 0))
+        assert chosen is not None  # folding_modules names groups with a format only
+        dtype, n_out = held.get(before, ("", 0))
         if n_out != n_in:
-            raise _refuse(
-                choice,
-                chosen,
-                f"the checkpoint has no {provider}.weight of {n_in} channels" + (f", but of {n_out}" if n_out else ""),
+            but = f", but of {n_out}" if n_out else ""
+            raise _refuse(choice, chosen, f"the checkpoint has no {before}.weight of {n_in} channels{but}")
+        if before in matrices and dtype != "F32":
+            reason = (
+                f"rows of {before} would be multiplied, which is left in 16 bits, and the products need more "
+                "(or give it a format)"
             )
-        if provider in matrices and dtype != "F32":
-            raise _refuse(
-                choice,
-                chosen,
-                f"rows of {provider} would be multiplied, which is left in 16 bits, and the products need more (or give it a format)",
-            )
+            raise _refuse(choice, chosen, reason)
 
 
 def output_scales(recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears) -> dict[str, Tensor]:
-    """What each provider's output is multiplied by.
+    """The scale that is folded into each of the `folding_modules`: their outputs are multiplied by it.
 
     Args:
-        recipe: one that `providers` accepts.
+        recipe: one that `folding_modules` accepts.
         quants: calibrated quantizers by module.
         linears: of the whole model.
 
     Returns: [channels] float32, by module name.
     Raises: ValueError: quantizers that are not the recipe's.
     """
-    known = providers(recipe, linears)
+    known = folding_modules(recipe, linears)
     found: dict[str, Tensor] = {}
     for module, quant in quants.items():
         if quant.pre_quant_scale is None:
             continue
-        provider, scale = _provider(module), quant.pre_quant_scale.float().flatten().cpu()
-        if provider is None or provider not in known:
-            raise ValueError(f"{module} has a scale of its inputs, which the recipe's algorithm does not give")
-        if not torch.equal(found.setdefault(provider, scale), scale):
-            raise ValueError(
-                f"{module} has another scale of its inputs than the linears beside it, which read the same"
-            )
+        before, scale = _module_before(module), quant.pre_quant_scale.float().flatten().cpu()
+        if before is None or before not in known:
+            raise ValueError(f"{module} has a pre-quantization scale, which the recipe's algorithm does not give")
+        if not torch.equal(found.setdefault(before, scale), scale):
+            raise ValueError(f"{module} has another scale than the linears beside it, which share its input")
     return found
 
 
 def scaled_rows(tensor: Tensor, scale: Tensor) -> Tensor:
-    """A weight or bias whose output channels are multiplied. Args: tensor: [channels, ...]; scale: [channels]. Returns: float32."""
+    """A weight or bias with a scale folded into its output channels.
+
+    Args:
+        tensor: [channels, ...].
+        scale: [channels].
+
+    Returns: [channels, ...] float32.
+    """
     return tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))
 
 
 @torch.no_grad()
 def check_folds(model: nn.Module, scales: Mapping[str, Tensor], linears: Linears, batches: Iterable[Batch]) -> None:
-    """Try the folds on the unquantized model: with each reader's input divided again, nothing may change.
+    """Try the folds on the unquantized model: with the inputs of the scaled linears divided again, nothing may change.
 
-    Names alone don't say that a norm multiplies by its weight (some by 1 + weight) or that nobody else reads what it gives.
+    Names alone don't say that a norm multiplies by its weight (some by 1 + weight) or that no other module uses its
+    output.
 
     Args:
         model: unquantized; its parameters are put back.
@@ -151,64 +160,73 @@ def check_folds(model: nn.Module, scales: Mapping[str, Tensor], linears: Linears
         linears: of the whole model.
         batches: samples; as many are run as it takes to reach every linear with a scale.
 
-    Raises: Inexpressible: names the linear that would read something else or that no sample reaches, or says that the logits would differ.
+    Raises: Inexpressible: names the linear that would get another input or that no sample reaches, or says that the
+        logits would differ.
     """
-    readers = {name: scale for name, _, _ in linears if (scale := scales.get(_provider(name) or "")) is not None}
-    missing = readers.keys()
+    scaled = {name: scale for name, _, _ in linears if (scale := scales.get(_module_before(name) or "")) is not None}
+    missing = scaled.keys()
     for batch in batches if scales else ():
-        missing = missing - _tried(model, scales, readers, batch)
+        missing = missing - _checked(model, scales, scaled, batch)
         if not missing:
             return
     if missing:
         raise Inexpressible(
-            f"{min(missing)}: no sample reaches it, so nothing shows that its inputs can be scaled. Choose a data set that does."
+            f"{min(missing)}: no sample reaches it, so nothing shows that its inputs can be scaled. "
+            "Choose a data set that does."
         )
 
 
-def _tried(model: nn.Module, scales: Mapping[str, Tensor], readers: Mapping[str, Tensor], batch: Batch) -> set[str]:
-    """The linears that a batch reaches, each of which reads what it should."""
-    plain, plain_logits = _rows_read(model, batch, readers, divided=False)
+def _checked(model: nn.Module, scales: Mapping[str, Tensor], scaled: Mapping[str, Tensor], batch: Batch) -> set[str]:
+    """The linears that a batch reaches, all of which get the same input with the scales folded and divided out again.
+
+    Args:
+        model: unquantized.
+        scales: of the folding modules.
+        scaled: the same scales, by the linears whose inputs they multiply.
+        batch: samples.
+    """
+    plain, plain_logits = _inputs_and_logits(model, batch, scaled, divided=False)
     with _folded(model, scales):
-        folded, folded_logits = _rows_read(model, batch, readers, divided=True)
-    tolerance = (
-        torch.finfo(next(model.parameters()).dtype).eps ** 0.5
-    )  # 3e-4 in float32; rounding alone gives 1e-6, a wrong fold some tenths
+        folded, folded_logits = _inputs_and_logits(model, batch, scaled, divided=True)
+    # 3e-4 in float32; rounding alone gives 1e-6, a wrong fold some tenths.
+    tolerance = torch.finfo(next(model.parameters()).dtype).eps ** 0.5
     for name, rows in plain.items():
         if _differ(folded[name], rows, tolerance):
             raise Inexpressible(
-                f"{name}: multiplying {_provider(name)} by the scale of this linear's inputs does not multiply these: this model is built otherwise. "
-                f"Solve again with --exclude {name}, or with a format of algorithm max or mse there."
+                f"{name}: multiplying {_module_before(name)} by this linear's pre-quantization scale does not multiply "
+                f"its inputs: this model is built otherwise. Solve again with --exclude {name}, or with a format of "
+                "algorithm max or mse there."
             )
     if _differ(folded_logits, plain_logits, tolerance):
         raise Inexpressible(
-            f"With the scales of inputs multiplied into {', '.join([*scales][:3])} the model gives other logits: something else reads these. "
-            "Solve again with formats of algorithm max or mse."
+            f"With the pre-quantization scales folded into {', '.join([*scales][:3])} the model gives other logits: "
+            "something else reads these. Solve again with formats of algorithm max or mse."
         )
     return {*plain}
 
 
-def _provider(module: str) -> str | None:
-    """The module whose output a linear reads, but for a product by channel."""
+def _module_before(module: str) -> str | None:
+    """The module whose output is a linear's input, but for a product by channel."""
     return next((match.expand(before) for pattern, before in _BEFORE if (match := re.fullmatch(pattern, module))), None)
 
 
-def _check_linear_takes(
-    choice: GroupChoice, chosen: GroupFormat, provider: str, n_out: int, n_in: int, format_: GroupFormat | None
+def _check_rows_foldable(
+    choice: GroupChoice, chosen: GroupFormat, before: str, n_out: int, n_in: int, format_: GroupFormat | None
 ) -> None:
+    """Refuse a scale of a group that cannot be folded into the rows of the linear before, which has `n_out` of them."""
     if n_out != n_in:
-        raise _refuse(
-            choice,
-            chosen,
-            f"{provider} has {n_out} outputs for its {n_in} inputs: query heads share a value head, but not a scale",
-        )
+        reason = f"{before} has {n_out} outputs for its {n_in} inputs: query heads share a value head, but not a scale"
+        raise _refuse(choice, chosen, reason)
     if format_ is None or format_.weight is None:
-        return  # whether the checkpoint's precision holds the product is seen there
+        return  # check_foldable sees whether the checkpoint's precision holds the product
     spec = QuantizerSpec(attributes=format_.weight)
-    along_rows = spec.attributes.get("axis") == 0 or {axis for axis in spec.block_sizes if isinstance(axis, int)} == {
-        -1
-    }
+    block_axes = {axis for axis in spec.block_sizes if isinstance(axis, int)}
+    along_rows = spec.attributes.get("axis") == 0 or block_axes == {-1}
     if spec.has_dynamic_blocks or not along_rows:
-        reason = f"rows of {provider} would be multiplied, and its format {format_.label!r} has no scale a row (a channel, or groups along the inputs)"
+        reason = (
+            f"rows of {before} would be multiplied, and its format {format_.label!r} has no scale a row "
+            "(a channel, or groups along the inputs)"
+        )
         raise _refuse(choice, chosen, reason)
 
 
@@ -216,13 +234,15 @@ def _refuse(choice: GroupChoice, chosen: GroupFormat, reason: str) -> Inexpressi
     end = choice.group.rsplit(".", 1)[-1]
     plain = f"{chosen.quant_pair}/{chosen.quant_granularity}"
     return Inexpressible(
-        f"{choice.group}: compressed-tensors can't express the scale of inputs that algorithm {chosen.algorithm!r} gives it: {reason}. "
-        f"Solve again with --pin {end}={plain} (algorithm max) or --exclude {end}; --format modelopt takes one algorithm for all groups."
+        f"{choice.group}: compressed-tensors can't express the pre-quantization scale that algorithm "
+        f"{chosen.algorithm!r} gives it: {reason}. Solve again with --pin {end}={plain} (algorithm max) or "
+        f"--exclude {end}; --format modelopt takes one algorithm for all groups."
     )
 
 
 @contextmanager
 def _folded(model: nn.Module, scales: Mapping[str, Tensor]) -> Generator[None]:
+    """Fold the scales into the model's modules until the block ends."""
     kept: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for name, scale in scales.items():
@@ -235,27 +255,23 @@ def _folded(model: nn.Module, scales: Mapping[str, Tensor]) -> Generator[None]:
             parameter.data = data
 
 
-def _rows_read(
-    model: nn.Module, batch: Batch, readers: Mapping[str, Tensor], *, divided: bool
+def _inputs_and_logits(
+    model: nn.Module, batch: Batch, scaled: Mapping[str, Tensor], *, divided: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The first rows of what each linear reads, and of the logits; before it reads, its input is divided by its scale or left alone."""
+    """The first rows of each linear's input, and of the logits. Args: divided: first divide inputs by their scales."""
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
         def before(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            x = (args[0] / readers[name].to(args[0].device)).to(args[0].dtype) if divided else args[0]
+            x = (args[0] / scaled[name].to(args[0].device)).to(args[0].dtype) if divided else args[0]
             found[name] = x.flatten(0, -2)[:_ROWS].float()
             return (x,)
 
         return before
 
     parameter = next(model.parameters())
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in readers]
-    try:
+    with removed_after([model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in scaled]):
         logits: Tensor = model(**batch_to(batch, parameter.device, parameter.dtype), use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
     return found, logits.flatten(0, -2)[:_ROWS].float()
 
 

@@ -1,4 +1,4 @@
-"""ModelOpt's own reader of recipe files."""
+"""PTQ recipe files, read by ModelOpt's own reader."""
 
 import io
 import warnings
@@ -12,22 +12,23 @@ with warnings.catch_warnings():
 
 
 def read_modelopt(path: Path) -> tuple[list[dict[str, Any]], object]:
-    """The `quant_cfg` entries of a PTQ recipe file as ModelOpt reads them, only with the fields that the file names, and its `algorithm`.
+    """The `quant_cfg` entries of a PTQ recipe file as ModelOpt reads them, and its `algorithm`.
+
+    Entries have only the fields that the file names.
 
     Args:
         path: absolute; ModelOpt would look a relative one up among its own recipes first.
 
     Raises: ValueError: ModelOpt refuses the file.
     """
-    with redirect_stdout(io.StringIO()):  # it says what it loads
+    with redirect_stdout(io.StringIO()):  # it prints the file's name
         recipe: Any = load_recipe(path)
-    return [
-        _entry(entry.model_dump(exclude_unset=True)) for entry in recipe.quantize.quant_cfg
-    ], recipe.quantize.algorithm
+    entries = [_entry(entry.model_dump(exclude_unset=True)) for entry in recipe.quantize.quant_cfg]
+    return entries, recipe.quantize.algorithm
 
 
 def _entry(entry: dict[str, Any]) -> dict[str, Any]:
-    """Blocks' axes are written as numbers, and read by ModelOpt as numbers or as text."""
+    """An entry with the axes of blocks as numbers: ModelOpt reads them as numbers or as text."""
     cfg = entry.get("cfg")
     if cfg and cfg.get("block_sizes"):
         blocks = {

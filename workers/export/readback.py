@@ -1,4 +1,4 @@
-"""An exported checkpoint, read back with compressed-tensors itself and compared with what was meant: all of it, before it counts."""
+"""Check of an exported checkpoint: read back with compressed-tensors itself and compared with the recipe, all of it."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from torch import Tensor, nn
 
 from sweep.core.errors import SweepError
-from sweep.formats.mixed import GroupChoice, MixedRecipe
+from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import canonical_attributes
 from workers.export.checkpoint import held_tensors
 from workers.export.folding import Linears, output_scales, scaled_rows
@@ -20,21 +20,21 @@ from workers.export.weights import input_scales, unpacked
 from workers.quant.calibration import fake_quantized
 from workers.quant.linear import LinearQuant
 
-# Relative to the element: float32 scales come back to the last bits, what decompresses to bfloat16 to its 8.
+# Relative to the element: under float32 scales all but the last bits agree, of what decompresses to bfloat16 its 8.
 _TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 
 def check_export(
     directory: Path, source: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears
 ) -> None:
-    """Read an export back with the reader's own library and compare all of it with what was meant.
+    """Read an export back with the reader's own library and compare all of it with the recipe.
 
-    A linear whose inputs have a scale holds W / scale, quantized, and what computes its inputs must hold its own weight times that scale:
-    each is compared for itself, so their product is the recipe's.
+    A linear whose inputs have a pre-quantization scale holds W / scale, quantized, and the module before must hold its
+    own weight times that scale: each is compared for itself, so their product is the recipe's.
 
     Args: as for `write_checkpoint`.
 
-    Raises: SweepError: names the module and what came back: another format, other numbers, a tensor too many or too few.
+    Raises: SweepError: names the module and the fault: another format, other numbers, a tensor too many or too few.
     """
     read = read_schemes(directory, linears)
     _check_formats(read, recipe, linears)
@@ -51,9 +51,10 @@ def check_export(
                 meant = scaled_rows(original, scales[module]) if module in scales else original
                 found = tensors[name].get_tensor(name) if name in tensors else None
                 if found is None or found.dtype != meant.dtype or not torch.equal(found, meant):
-                    times = ", times the scale of the inputs that it gives" if module in scales else ""
+                    times = ", times the pre-quantization scale folded into it" if module in scales else ""
                     raise SweepError(
-                        f"{directory}: {name} is not what {source} holds{times}, though the recipe leaves it in 16 bits. Export again."
+                        f"{directory}: {name} is not what {source} holds{times}, "
+                        "though the recipe leaves it in 16 bits. Export again."
                     )
                 continue
             prefix = f"{module}."
@@ -93,16 +94,15 @@ def _check_formats(read: Mapping[str, QuantizationScheme], recipe: MixedRecipe, 
         choice = meant.get(name)
         chosen = None if choice is None else recipe.format_of(choice)
         scheme = read.get(name)
-        wanted = (
-            (None, None)
-            if chosen is None
-            else (canonical_attributes(chosen.weight), canonical_attributes(chosen.inputs))
-        )
+        wanted = (None, None)
+        if chosen is not None:
+            wanted = canonical_attributes(chosen.weight), canonical_attributes(chosen.inputs)
         args = (None, None) if scheme is None else (scheme.weights, scheme.input_activations)
         found = tuple(None if item is None else canonical_attributes(attributes_of(item)) for item in args)
         if found != wanted:
             raise Inexpressible(
-                f"{_group(choice, name)}: compressed-tensors can't express this: module {name} would be read as {found}, not {wanted}."
+                f"{name if choice is None else choice.group}: compressed-tensors can't express this: "
+                f"module {name} would be read as {found}, not {wanted}."
             )
 
 
@@ -128,16 +128,12 @@ def _check_linear(
     if found.shape != meant.shape or not bool((off <= 0).all()):  # a NaN is not <= 0
         share = float((~(off <= 0)).float().mean()) if found.shape == meant.shape else 1.0
         raise SweepError(
-            f"{where}: {share:.2%} of the weights that a reader would compute with are not the recipe's (allowed: {tolerance:.1e} of each). "
-            "A scale or a packed weight is damaged. Export again."
+            f"{where}: {share:.2%} of the weights that a reader would compute with are not the recipe's "
+            f"(allowed: {tolerance:.1e} of each). A scale or a packed weight is damaged. Export again."
         )
     for name, scale in input_scales(linear, scheme).items():
         if name not in state or not torch.equal(state[name].float(), scale):
             raise SweepError(f"{where}: {name} is {state.get(name)}, calibrated was {scale}. Export again.")
-
-
-def _group(choice: GroupChoice | None, name: str) -> str:
-    return name if choice is None else choice.group
 
 
 def _skeleton(linears: Linears) -> nn.Module:

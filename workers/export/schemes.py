@@ -1,7 +1,8 @@
-"""ModelOpt's quantizer attributes as compressed-tensors schemes, and back. With the three modules beside it the home of `compressed_tensors`.
+"""ModelOpt's quantizer attributes as compressed-tensors schemes, and back.
 
-The two directions are written apart, so that a round trip through them is a check: what one forgets, the other does not return.
-Formats as of compressed-tensors 0.20.
+The two directions are written apart, so that a round trip through them is a check: a field that one forgets, the other
+does not return. Formats as of compressed-tensors 0.20. With the three modules beside it this is the home of
+`compressed_tensors`.
 """
 
 from collections.abc import Mapping
@@ -24,20 +25,20 @@ _NVFP4_BLOCK, _MX_BLOCK = 16, 32  # the only lengths that the format's compresso
 
 
 class Inexpressible(SweepError):
-    """A recipe that a file format has no words for."""
+    """A recipe that a file format cannot express."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Where:
-    """What a refusal names."""
+    """The quantizer that an error message names."""
 
     label: str  # of the recipe's format
     quantizer: str  # "weight" or "inputs"
 
     def refuse(self, field: str, found: object, allowed: str) -> Inexpressible:
         return Inexpressible(
-            f"compressed-tensors can't express {self.quantizer}.{field}: {found!r} of format {self.label!r}. It has {allowed}. "
-            "Choose another format for these groups, or --format modelopt."
+            f"compressed-tensors can't express {self.quantizer}.{field}: {found!r} of format {self.label!r}. "
+            f"It has {allowed}. Choose another format for these groups, or --format modelopt."
         )
 
 
@@ -66,7 +67,7 @@ def scheme_of(label: str, chosen: GroupFormat) -> QuantizationScheme:
 
 
 def attributes_of(args: QuantizationArgs) -> dict[str, Any]:
-    """What a reader of the file quantizes with, in ModelOpt's words: fields that differ from its defaults.
+    """The quantizer that a reader of the file uses, as ModelOpt's attributes: fields that differ from its defaults.
 
     Args:
         args: of weights or of inputs, symmetric.
@@ -122,7 +123,7 @@ def _input_args(attributes: Mapping[str, Any], where: _Where) -> QuantizationArg
     common: dict[str, Any] = {**_number(spec, where), "symmetric": True}
     if spec.has_dynamic_blocks:
         if not spec.is_nvfp4 and spec.num_bits == _E2M1:
-            # generate_mx_scales rounds a block's range to the nearest power of two and saturates, ModelOpt rounds up: other numbers.
+            # generate_mx_scales rounds a block's range to the nearest power of two and saturates, ModelOpt rounds up.
             raise where.refuse(
                 "num_bits",
                 spec.num_bits,

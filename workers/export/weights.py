@@ -1,17 +1,20 @@
-"""One linear in compressed-tensors' words: packed weight and scales, by the library's own compressors, and back.
+"""One linear's tensors in a compressed-tensors checkpoint: packed weight and scales, by the library's own compressors.
 
-The compressors are given the weight as ModelOpt has quantized it, not the original: `x / scale` and ModelOpt's `x * (1 / scale)` fall on
-different sides of a tie now and then, but a value that is a multiple of its scale already has one nearest code.
+The compressors are given the weight as ModelOpt has quantized it, not the original: `x / scale` and ModelOpt's
+`x * (1 / scale)` fall on different sides of a tie now and then, but a value that is a multiple of its scale already has
+one nearest code.
 
-What readers do with it, read in compressed-tensors 0.20 and transformers 5.24: `from_pretrained` puts the tensors into the modules as they
-are, and the first forward pass decompresses every weight, once. From then on inputs are quantized at each pass and weights are not, so the
-model computes what it was fitted to, in floating point. Of the packed formats NVFP4 and MX decompress to bfloat16, all others to the
-scales' dtype, float32 here. Dynamic INT8 inputs have a range of amax / 127.5 there, amax / 127 in ModelOpt and in vLLM's kernels.
+Readers, by the code of compressed-tensors 0.20 and transformers 5.24, use it as follows: `from_pretrained` puts the
+tensors into the modules as they are, and the first forward pass decompresses every weight, once. From then on inputs
+are quantized at each pass and weights are not, so the model computes what it was fitted to, in floating point. Of the
+packed formats NVFP4 and MX decompress to bfloat16, all others to the scales' dtype, float32 here. Dynamic INT8 inputs
+have a range of amax / 127.5 there, amax / 127 in ModelOpt and in vLLM's kernels.
 
-What bounds their agreement with us. Weights: 1e-6 of each element, or bfloat16's 2^-9. Inputs: one in 1e5 to 1e6 rounds the other way, because they
-divide where ModelOpt multiplies by the reciprocal, and from the first such element on the whole model drifts: KL a tenth (FP8) to nearly a half (NVFP4) of
-the quantization's own, as far as our model drifts from itself when its embeddings move in their last bits. In their order of operations our ranges and
-codes give their logits to the bit, in every format (tests/unit/test_compressed_checkpoint.py).
+Their agreement with us is bounded. Weights: 1e-6 of each element, or bfloat16's 2^-9. Inputs: one in 1e5 to 1e6 rounds
+the other way, because they divide where ModelOpt multiplies by the reciprocal, and from the first such element on the
+whole model drifts: KL a tenth (FP8) to nearly a half (NVFP4) of the quantization's own, as far as our model drifts from
+itself when its embeddings move in their last bits. In their order of operations our ranges and codes give their logits
+to the bit, in every format (tests/unit/export/test_checkpoint.py).
 """
 
 from collections.abc import Mapping
@@ -41,11 +44,12 @@ def packed(
     Args:
         weight_OI: [out, in], the checkpoint's.
         linear: its quantizers.
-        scheme: what `scheme_of` made of its format.
-        output_scale_O: [out], multiplied to its outputs through the scales of its weights, of which each row has its own; codes stay as they are.
+        scheme: of its format, by `scheme_of`.
+        output_scale_O: [out], a pre-quantization scale of the linear behind, folded into the scales of the weight's
+            rows; codes stay as they are.
 
-    Returns: tensors by local name: `weight_packed` or `weight`, `weight_scale` and what else the format has; scales in float32 unless the
-        format gives them another dtype.
+    Returns: tensors by local name: `weight_packed` or `weight`, `weight_scale` and the format's others; scales in
+        float32 unless the format gives them another dtype.
     """
     assert scheme.weights is not None  # scheme_of refuses others
     quantized_OI = fake_quantized(linear, weight_OI)
@@ -65,7 +69,7 @@ def packed(
 
 
 def unpacked(state: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
-    """The weight that a reader computes with. Args: state: as `packed` returns. Returns: [out, in], bfloat16 or float32."""
+    """The weight that a reader computes with, [out, in], bfloat16 or float32. Args: state: as `packed` returns it."""
     weight = _compressor(scheme).decompress(dict(state), scheme)["weight"]
     assert weight is not None
     return weight
@@ -96,9 +100,8 @@ def _weight_scales(
     if args.strategy == QuantizationStrategy.TENSOR_GROUP:
         block_scales, _ = nvfp4_scales(original_OI, amax, args.group_size or 0)
         blocks = quantized_OI.unflatten(-1, (-1, args.group_size or 0))
-        scales = torch.where(
-            (blocks == 0).all(-1) | (block_scales.squeeze(-1) == 0), _UNUSED_SCALE, block_scales.squeeze(-1)
-        )
+        block_scales = block_scales.squeeze(-1)
+        scales = torch.where((blocks == 0).all(-1) | (block_scales == 0), _UNUSED_SCALE, block_scales)
         return {"weight_scale": scales, "weight_global_scale": _NVFP4_RANGE / _positive(amax.reshape(1))}
     return {"weight_scale": _positive(amax.reshape(_scale_shape(weight_OI, args)) / _largest(args))}
 
@@ -118,7 +121,7 @@ def _largest(args: QuantizationArgs) -> Tensor:
 
 
 def _positive(scale: Tensor) -> Tensor:
-    """Where there is nothing but zeros, any scale will do but 0."""
+    """The scales with 1 in place of 0: of nothing but zeros any scale is right except 0."""
     return torch.where(scale > 0, scale, 1.0)
 
 

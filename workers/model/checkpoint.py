@@ -1,4 +1,4 @@
-"""A checkpoint on disk: what makes it loadable, and the hash that names its content. Imports nothing heavy."""
+"""A checkpoint on disk: checks that it can be loaded safely, and the hash of its content. Imports nothing heavy."""
 
 import hashlib
 import json
@@ -50,7 +50,8 @@ def check_weights(path: Path) -> None:
             raise SweepError(f"{index} is damaged: it names no weight files. Download it again.") from error
         if missing:
             raise SweepError(
-                f"{path} lacks {missing[0]} ({len(missing)} such files), which {index.name} names. Download the checkpoint again."
+                f"{path} lacks {missing[0]} ({len(missing)} such files), which {index.name} names. "
+                "Download the checkpoint again."
             )
     for file in weight_files(path):
         if not _is_whole(file):
@@ -65,12 +66,12 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def index_files(path: Path) -> list[Path]:
-    """What says which weight file holds which tensor; a checkpoint of one file needs none."""
+    """The files that map tensors to weight files; a checkpoint of one weight file needs none."""
     return sorted(path.glob("*.safetensors.index.json"))
 
 
 def settings_files(path: Path) -> list[Path]:
-    """What a checkpoint holds beside weights, their index and config.json, and takes along when it is written anew."""
+    """The files beside weights, their index and config.json, which are copied into an exported checkpoint."""
     others = {"config.json", MANIFEST, *(file.name for file in path.glob("*.index.json"))}
     found = [file for file in path.iterdir() if file.suffix in _SETTINGS and file.name not in others]
     return sorted(file for file in found if file.is_file())
@@ -90,9 +91,8 @@ def revision(path: Path) -> str:
     files = [path / "config.json", *weight_files(path)]
     with ThreadPoolExecutor() as threads:  # hashing lets other threads run
         hashes = list(threads.map(file_hash, files))
-    return hashlib.sha256(
-        "".join(f"{file.name}:{found}\n" for file, found in zip(files, hashes, strict=True)).encode()
-    ).hexdigest()
+    lines = "".join(f"{file.name}:{found}\n" for file, found in zip(files, hashes, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:
@@ -104,7 +104,7 @@ def file_hash(path: Path) -> str:
 
 
 def file_key(path: Path) -> list[str | int]:
-    """What tells that a file has not changed: path, size, mtime and inode.
+    """A key that changes when a file does: path, size, mtime and inode.
 
     Raises: SweepError: the file is not there.
     """
@@ -122,9 +122,8 @@ def _is_whole(file: Path) -> bool:
             n_header = int.from_bytes(handle.read(8), "little")
             n_rest = file.stat().st_size - 8 - n_header
             header = json.loads(handle.read(n_header) if n_rest >= 0 else b"")
-        return n_rest == max(
-            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-        )
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return n_rest == max(ends, default=0)
     except OSError as error:
         raise SweepError(f"Cannot read {file}: {error.strerror}. Check the path and its permissions.") from error
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):

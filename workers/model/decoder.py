@@ -1,7 +1,7 @@
 """A language model's decoder layers, run a range at a time.
 
-One ordinary forward of a batch is recorded: with what arguments each layer was called, and what the model put in between
-layers. From a kept hidden state any range of layers then runs again, with the same bits.
+One ordinary forward of a batch is recorded: the arguments with which each layer was called, and the features that the
+model added between layers. From a kept hidden state any range of layers then runs again, with the same bits.
 """
 
 from collections.abc import Callable, Collection, Generator, Mapping
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workers.model.hooks import removed_after
 from workers.model.loading import PACKABLE
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What Qwen3-VL's deepstack adds to a hidden state at an image's positions."""
+    """The features that Qwen3-VL's deepstack adds to a hidden state at an image's positions."""
 
     positions: Tensor  # [visual tokens] int64, of the flattened batch
     values: Tensor  # [visual tokens, hidden]
@@ -30,17 +31,14 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """How one batch went through the decoder layers."""
+    """The recorded pass of one batch through the decoder layers."""
 
-    hidden: dict[
-        int, Tensor
-    ]  # inputs of the layers asked for, [batch, tokens, hidden]; n_layers: what the final norm gets
-    arguments: list[Mapping[str, Any]] = field(
-        default_factory=list[Mapping[str, Any]]
-    )  # keyword arguments of each layer
-    features: dict[int, Features] = field(
-        default_factory=dict[int, Features]
-    )  # by the layer after which they are added
+    # Inputs of the layers asked for, [batch, tokens, hidden]; n_layers: the input of the final norm.
+    hidden: dict[int, Tensor]
+    # Keyword arguments of each layer.
+    arguments: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
+    # By the layer after which they are added.
+    features: dict[int, Features] = field(default_factory=dict[int, Features])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ class Decoder:
         """An ordinary forward up to the final norm: [batch, tokens, hidden].
 
         Args:
-            inputs: what workers.model.forward.batch_to gives.
+            inputs: from workers.model.forward.batch_to.
         """
         return self.base(**inputs, use_cache=False)[0]
 
@@ -83,20 +81,21 @@ class Decoder:
         """Run a batch once, without gradients.
 
         Args:
-            inputs: what workers.model.forward.batch_to gives.
+            inputs: from workers.model.forward.batch_to.
             keep: layers whose input is kept.
 
         Returns: the trace, and the output of the final norm.
 
-        Raises: RuntimeError: the model does something between two layers that is not known here.
+        Raises: RuntimeError: the model changes the hidden state between two layers in an unknown way.
         """
         trace = Trace({})
-        with self._watched(trace, keep):
+        with self._traced(trace, keep):
             output = self.output(inputs)
         return trace, output
 
     @contextmanager
-    def _watched(self, trace: Trace, keep: Collection[int]) -> Generator[None]:
+    def _traced(self, trace: Trace, keep: Collection[int]) -> Generator[None]:
+        """Record the forward pass of the block in `trace`."""
         last_output: Tensor | None = None
 
         def enter_text(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -111,7 +110,8 @@ class Decoder:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if last_output is not None and args[0] is not last_output and index - 1 not in trace.features:
                     raise RuntimeError(
-                        f"The model changes the hidden state between decoder layers {index - 1} and {index} in an unknown way."
+                        f"The model changes the hidden state between decoder layers {index - 1} and {index} "
+                        "in an unknown way."
                     )
                 if index < len(self.layers):
                     trace.arguments.append(kwargs)
@@ -130,11 +130,8 @@ class Decoder:
         ]
         handles += [layer.register_forward_hook(leave) for layer in self.layers]
         handles.append(self.text.register_forward_pre_hook(enter_text, with_kwargs=True))
-        try:
+        with removed_after(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def decoder_of(model: Any) -> Decoder | None:

@@ -1,4 +1,7 @@
-"""A batch's decoder layers as CUDA graphs: launching their kernels one by one costs the host more time than they take the GPU."""
+"""A batch's decoder layers as CUDA graphs.
+
+Launching their kernels one by one costs the host more time than they take the GPU.
+"""
 
 from typing import Any
 
@@ -9,15 +12,18 @@ from workers.model.decoder import Decoder, Trace
 
 
 class LayerGraphs:
-    """Each layer of one batch is recorded at its first use and replayed from then on; the same kernels, so the same bits."""
+    """CUDA graphs of the decoder layers for one batch, each recorded at its first use and replayed from then on.
+
+    They launch the same kernels, so they give the same bits.
+    """
 
     def __init__(self, decoder: Decoder, trace: Trace, pool: Any) -> None:
-        """Prepare an empty recording.
+        """Start with no layer recorded.
 
         Args:
             decoder: on a GPU, its weights and modules as they will be at every replay.
             trace: of the batch, with the input of layer 0.
-            pool: memory that graphs share which never run at the same time (torch.cuda.graph_pool_handle).
+            pool: memory shared by graphs that never run at the same time (torch.cuda.graph_pool_handle).
         """
         self._decoder, self._trace, self._pool = decoder, trace, pool
         self._hidden = torch.empty_like(trace.hidden[0])  # every graph reads and writes it
@@ -40,9 +46,8 @@ class LayerGraphs:
         aside.wait_stream(main)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(aside):
-            self._decoder.run(
-                self._trace, self._hidden, layer, layer + 1
-            )  # whatever is set up at a first use is set up outside the graph
+            # A first run outside the graph: kernels and libraries are set up at their first use.
+            self._decoder.run(self._trace, self._hidden, layer, layer + 1)
             graph.capture_begin(pool=self._pool)
             self._hidden.copy_(self._decoder.run(self._trace, self._hidden, layer, layer + 1))
             graph.capture_end()

@@ -1,4 +1,4 @@
-"""Checkpoints through transformers: structure without weights, token ids, the loaded model. The home of `transformers`."""
+"""Checkpoints through transformers: structure without weights, token ids, loaded models. The home of `transformers`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from workers.model.checkpoint import check_checkpoint
 # Any other model gets batches of equal lengths, which is right for every architecture and slower on a GPU.
 PACKABLE = frozenset({"qwen3_vl", "qwen2", "qwen3", "llama", "mistral"})
 
-# What transformers raises on a config.json or on weights that make no model.
+# The errors that transformers raises on a config.json or on weights that make no model.
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -43,13 +43,13 @@ def local_checkpoint(path: str) -> Path:
     if not directory.exists() and looks_like_hub_id:
         from huggingface_hub import snapshot_download
 
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
         try:
-            directory = Path(
-                snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
-            )
+            directory = Path(snapshot_download(path, allow_patterns=patterns))
         except (OSError, ValueError) as error:
             raise SweepError(
-                f"Checkpoint {path!r} is neither a local directory nor in reach on the hub ({type(error).__name__}). Give a local copy: model.path=DIR."
+                f"Checkpoint {path!r} is neither a local directory nor in reach on the hub "
+                f"({type(error).__name__}). Give a local copy: model.path=DIR."
             ) from error
     check_checkpoint(directory)
     return directory
@@ -68,10 +68,11 @@ def read_config(path: Path) -> Any:
 
 
 def structure(path: Path) -> dict[str, Any]:
-    """What the checkpoint's model is made of; no weight is read.
+    """Linears and sizes of the checkpoint's model; no weight is read.
 
-    Returns: `linears`, [name, inputs, outputs] of every nn.Linear in the model's order; `parameters` and `vocabulary`, their
-        numbers; `embeddings` and `lm_head`, weight elements of the token embedding and of the output layer, 0 where it is tied to that; `packable`.
+    Returns: `linears`, [name, inputs, outputs] of every nn.Linear in the model's order; `parameters` and `vocabulary`,
+        their numbers; `embeddings` and `lm_head`, weight elements of the token embedding and of the output layer, 0
+        where it is tied to that; `packable`.
 
     Raises: SweepError: the configuration makes no model.
     """
@@ -84,12 +85,12 @@ def structure(path: Path) -> dict[str, Any]:
     modules = model.named_modules()
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         "linears": [
             [name, module.in_features, module.out_features] for name, module in modules if isinstance(module, nn.Linear)
         ],
-        "parameters": sum(parameter.numel() for parameter in model.parameters())
-        - (head.weight.numel() if tied and head.weight is not embedding else 0),
+        "parameters": n_parameters - (head.weight.numel() if tied and head.weight is not embedding else 0),
         "embeddings": embedding.numel(),
         "lm_head": 0 if tied or head is None else head.weight.numel(),
         "vocabulary": config.get_text_config().vocab_size,
@@ -109,7 +110,7 @@ def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
             f"{path} has no tokenizer that loads: {_first_line(error)} Copy the model's tokenizer files there."
         ) from error
     tokens = [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
-    if not any(tokens):  # what transformers makes of a directory without tokenizer files
+    if not any(tokens):  # transformers makes such a tokenizer for a directory without tokenizer files
         raise SweepError(f"{path} has no tokenizer: no text gives a token. Copy the model's tokenizer files there.")
     return tokens
 
@@ -129,7 +130,8 @@ def image_tokens(path: Path) -> dict[str, int]:
     )
     if patch != (16, 2, 2) or any(not hasattr(config, name) for name in names):
         raise SweepError(
-            f"dataset=scenes needs a model that reads images in patches of 16 as Qwen3-VL does; {config.model_type!r} does not. Choose a text data set."
+            "dataset=scenes needs a model that reads images in patches of 16 as Qwen3-VL does; "
+            f"{config.model_type!r} does not. Choose a text data set."
         )
     return {
         "vision_start": config.vision_start_token_id,
@@ -146,38 +148,40 @@ def load(path: Path, *, dtype: torch.dtype, device: str, n_gpus: int = 1) -> Pre
         path: checkpoint directory.
         dtype: of the weights.
         device: "cpu" or "cuda".
-        n_gpus: that its decoder layers are spread over, the first ones that are visible; each layer computes where its weights are.
+        n_gpus: that its decoder layers are spread over, the first ones that are visible; each layer computes where its
+            weights are.
 
     Raises: SweepError: the weights do not fit the configuration or the GPUs, or cannot be read.
     """
     model_class = _model_class(read_config(path))
+    # Straight to the GPU, without a copy in the host's memory.
+    on_gpus = device if n_gpus == 1 else "balanced"
     try:
         model, info = model_class.from_pretrained(
             path,
             dtype=dtype,
-            device_map=None
-            if device == "cpu"
-            else device
-            if n_gpus == 1
-            else "balanced",  # straight to the GPU, no copy in the host's memory
+            device_map=None if device == "cpu" else on_gpus,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
     except torch.OutOfMemoryError as error:
         raise SweepError(
-            f"The checkpoint {path} does not fit the GPU's memory. Type cluster.gpus_per_worker={n_gpus + 1}, or take a larger GPU."
+            f"The checkpoint {path} does not fit the GPU's memory. "
+            f"Type cluster.gpus_per_worker={n_gpus + 1}, or take a larger GPU."
         ) from error
     except _UNREADABLE as error:
         advice = "Its weights must fit its config.json: download both again."
         raise SweepError(f"The checkpoint {path} does not load: {_first_line(error)} {advice}") from error
     if missing := sorted(info["missing_keys"]):
         raise SweepError(
-            f"The checkpoint {path} lacks {len(missing)} weights, the first {missing[0]!r}: they would be random. Download it again."
+            f"The checkpoint {path} lacks {len(missing)} weights, the first {missing[0]!r}: they would be random. "
+            "Download it again."
         )
     if away := {str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}:
         raise SweepError(
-            f"The checkpoint {path} does not fit {n_gpus} GPU(s), {away.pop()} would hold the rest. Type cluster.gpus_per_worker={n_gpus + 1}."
+            f"The checkpoint {path} does not fit {n_gpus} GPU(s), {away.pop()} would hold the rest. "
+            f"Type cluster.gpus_per_worker={n_gpus + 1}."
         )
     return model.eval().requires_grad_(False)
 
@@ -185,7 +189,8 @@ def load(path: Path, *, dtype: torch.dtype, device: str, n_gpus: int = 1) -> Pre
 def _no_model(path: Path, error: BaseException) -> SweepError:
     version = transformers.__version__
     return SweepError(
-        f"{path / 'config.json'} is no model that transformers {version} knows: {_first_line(error)} Give another checkpoint: model.path=DIR."
+        f"{path / 'config.json'} is no model that transformers {version} knows: {_first_line(error)} "
+        "Give another checkpoint: model.path=DIR."
     )
 
 
@@ -198,15 +203,13 @@ def _model_class(config: Any) -> Any:
 
 
 def _be_quiet() -> None:
-    """No progress bars and no advice on standard error while a checkpoint is read."""
+    """Have transformers print no progress bars and no advice while a checkpoint is read."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:
     first, *rest = str(error).strip().splitlines() or ["no message"]
-    return (
-        f"{type(error).__name__}: {first} {rest[0].strip()}"
-        if rest and first.endswith(":")
-        else f"{type(error).__name__}: {first}"
-    )
+    if rest and first.endswith(":"):
+        first = f"{first} {rest[0].strip()}"
+    return f"{type(error).__name__}: {first}"

@@ -1,28 +1,31 @@
-"""How much memory scoring takes, and how many decoder layers' inputs and gradients fit at a time. Pure arithmetic, in bytes.
+"""Estimates of the memory that scoring takes, and windows of decoder layers that fit into it. Arithmetic on bytes.
 
 The estimates are for planning; running out of memory all the same halves the window (workers.service.scorer).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from sweep.core.batches import Plan
+from sweep.core.batches import Batch, Plan
 from sweep.core.groups import GroupSpec, is_vision
 from workers.task import Task
 
-# One batch's activations that the backward pass needs, over the x and g that one batch adds to the capture: attention, norms and
-# products keep 1.7 times as much (16 GB for 2,048 tokens through the 36 layers of a 4B model, measured).
+# One batch's activations that the backward pass needs, over the x and g that one batch adds to the capture: attention,
+# norms and products keep 1.7 times as much (16 GB for 2,048 tokens through the 36 layers of a 4B model, measured).
 _GRAPH_SHARE: Final = 1.7
-_HEAD_ROWS: Final = 512  # rows of logits held at once, see workers.scoring.capture
 _PRODUCTS: Final = 3  # [rows, out] tensors: x dW^T, and at least two of dx Q(W)^T
 _RESERVE: Final = 1.5e9  # a module's weight under two recipes, quantizers, workspaces of cuBLAS, fragments
 T = TypeVar("T")
 
+# Rows whose logits are held at once: 2,048 in fp32 with their gradient would be 2.5 GB for a vocabulary of 151,936. A
+# GEMM's shape decides its bits, so another number is another score version.
+HEAD_ROWS: Final = 512
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What decides how much memory a capture and its scoring take."""
+    """The numbers that the memory of a capture and its scoring depends on."""
 
     n_tokens: int  # of all samples
     n_patches: int  # of all images
@@ -34,7 +37,15 @@ class Workload:
 
 
 def workload(tasks: Sequence[Task], plan: Plan, n_segments: int, model_bytes: int, vocabulary: int) -> Workload:
-    """What scoring the tasks together takes."""
+    """The workload of scoring these tasks together.
+
+    Args:
+        tasks: of one model and plan.
+        plan: of their data set.
+        n_segments: leading segments of the plan that are captured.
+        model_bytes: of the weights.
+        vocabulary: its size.
+    """
     batches = [batch for segment in plan.segments[:n_segments] for batch in segment]
     inputs = {
         (repr(task.input_attributes), size if task.calibrates_inputs else None)
@@ -54,20 +65,24 @@ def workload(tasks: Sequence[Task], plan: Plan, n_segments: int, model_bytes: in
 
 
 def capture_bytes(groups: Sequence[GroupSpec], work: Workload) -> int:
-    """X and g of layer groups, and the graph of one batch through them."""
+    """Bytes of x and g of layer groups, and of the autograd graph of one batch through them."""
     graph_rows = _GRAPH_SHARE * min(work.n_tokens, work.batch_tokens)
-    return round(
-        sum((group.n_inputs + group.n_outputs) * (_rows(group, work) + graph_rows) for group in groups) * work.itemsize
-    )
+    values = sum((group.n_inputs + group.n_outputs) * (_rows(group, work) + graph_rows) for group in groups)
+    return round(values * work.itemsize)
 
 
 def fixed_bytes(groups: Sequence[GroupSpec], work: Workload) -> int:
-    """All else: the model, logits, and the operands of the widest layer group."""
-    logits = min(work.n_tokens, _HEAD_ROWS) * work.vocabulary * (work.itemsize + 3 * 4)
+    """Bytes of all else: the model, logits, and the operands of the widest layer group."""
+    logits = min(work.n_tokens, HEAD_ROWS) * work.vocabulary * (work.itemsize + 3 * 4)
     operands = max(
         _rows(group, work) * (group.n_inputs * (work.n_inputs + 1) + group.n_outputs * _PRODUCTS) for group in groups
     )
     return round(work.model_bytes + logits + operands * work.itemsize + _RESERVE * min(1.0, work.model_bytes / 1e9))
+
+
+def n_rows(batches: Iterable[Batch]) -> int:
+    """The most rows that a linear is called on over these batches: of their tokens or of their patches."""
+    return sum(max(sum(batch.lengths), sum(batch.patch_counts)) for batch in batches)
 
 
 def _rows(group: GroupSpec, work: Workload) -> int:
@@ -75,13 +90,13 @@ def _rows(group: GroupSpec, work: Workload) -> int:
 
 
 def needed_bytes(parts: Sequence[Sequence[GroupSpec]], work: Workload) -> int:
-    """The least that a sweep can do with: one part at a time."""
+    """The fewest bytes that a sweep can run in: one part captured at a time."""
     groups = [group for part in parts for group in part]
     return fixed_bytes(groups, work) + max(capture_bytes(part, work) for part in parts)
 
 
 def whole_bytes(groups: Sequence[GroupSpec], work: Workload) -> int:
-    """What a sweep takes that captures everything at once."""
+    """Bytes that a sweep takes that captures everything at once."""
     return fixed_bytes(groups, work) + capture_bytes(groups, work)
 
 

@@ -1,4 +1,4 @@
-"""A mixed-precision recipe on a whole model: the quantizers of every linear, calibrated, and the model as if it were quantized."""
+"""A mixed-precision recipe on a whole model: calibrated quantizers of every linear, and fake-quantized passes."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,8 @@ from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
 from sweep.formats.quantizer import QuantizerSpec
 from sweep.formats.recipe import SCALES_INPUTS
 from workers.model.forward import batch_to
-from workers.model.memory import windows
+from workers.model.hooks import removed_after
+from workers.model.memory import n_rows, windows
 from workers.quant.calibration import (
     calibrated_linears,
     fake_quantized,
@@ -24,21 +25,21 @@ from workers.quant.calibration import (
 )
 from workers.quant.linear import LinearQuant
 
-_ROOM_BYTES: Final = 4e9  # for what linears read in one pass
+_ROOM_BYTES: Final = 4e9  # for the inputs of linears that one pass keeps
 
 
 def calibrated_model(
     model: nn.Module, batches: Sequence[Batch], recipe: MixedRecipe, room_bytes: float = _ROOM_BYTES
 ) -> dict[str, LinearQuant]:
-    """ModelOpt's ranges and scales by module name.
+    """ModelOpt's calibration ranges (amax) and pre-quantization scales for a recipe, by module name.
 
     Args:
         model: unquantized, evaluation mode.
-        batches: calibration samples; run through the model only if a format needs what its linears read.
-        recipe: what each layer group gets.
-        room_bytes: for what linears read.
+        batches: calibration samples; run through the model only if a format needs its linears' inputs.
+        recipe: the format of each layer group.
+        room_bytes: for the inputs that are kept at a time.
 
-    Raises: SweepError: no calibration sample reaches a group that needs them.
+    Raises: SweepError: no calibration sample reaches a group whose format needs its inputs.
     """
     formats = {choice.group: [chosen] for choice in recipe.groups if (chosen := recipe.format_of(choice)) is not None}
     found = calibrated_groups(model, batches, recipe.groups, formats, room_bytes)
@@ -53,58 +54,52 @@ def calibrated_groups(
     formats: Mapping[str, Sequence[GroupFormat]],
     room_bytes: float = _ROOM_BYTES,
 ) -> dict[str, list[dict[str, LinearQuant]]]:
-    """ModelOpt's ranges and scales for several formats of each layer group.
+    """ModelOpt's calibration ranges (amax) and pre-quantization scales for several formats of each layer group.
 
     Args:
         model: unquantized, evaluation mode.
-        batches: calibration samples; run through the model only if a format needs what its linears read, once for as many groups as
-            have room.
-        groups: in the model's order; their choices are not looked at.
-        formats: those wanted, by group.
-        room_bytes: for what linears read.
+        batches: calibration samples; run through the model only if a format needs its linears' inputs, once for as many
+            groups as fit into `room_bytes`.
+        groups: in the model's order; the formats chosen for them are ignored.
+        formats: those to calibrate, by group; groups that are absent are left out.
+        room_bytes: for the inputs that are kept at a time.
 
-    Returns: by group, for each of its formats: by module name.
+    Returns: by group, for each of its formats in the order given: quantizers by module name.
 
-    Raises: SweepError: no calibration sample reaches a group that needs them.
+    Raises: SweepError: no calibration sample reaches a group one of whose formats needs its inputs.
     """
     wanted = [choice for choice in groups if choice.group in formats]
-    n_rows = sum(max(sum(batch.lengths), sum(batch.patch_counts)) for batch in batches)
-    itemsize = next(model.parameters()).element_size()
-    reading = {choice.group for choice in wanted if any(map(needs_inputs, formats[choice.group]))}
+    row_bytes = n_rows(batches) * next(model.parameters()).element_size()
+    with_inputs = {choice.group for choice in wanted if any(map(needs_inputs, formats[choice.group]))}
     sizes = [
-        n_rows * _linear(model, choice.group).in_features * itemsize if choice.group in reading else 0
-        for choice in wanted
+        row_bytes * _linear(model, choice.group).in_features if choice.group in with_inputs else 0 for choice in wanted
     ]
     found: dict[str, list[dict[str, LinearQuant]]] = {}
     for window in windows(wanted, sizes, room_bytes):
-        inputs = _inputs(model, batches, [choice.group for choice in window if choice.group in reading])
+        inputs = _inputs(model, batches, [choice.group for choice in window if choice.group in with_inputs])
         for choice in window:
             seen = inputs.pop(choice.group, [])
-            if choice.group in reading and not seen:
+            if choice.group in with_inputs and not seen:
                 raise SweepError(
-                    f"No calibration sample reaches {choice.group}, so its inputs have no range. Choose a data set that does, or another format."
+                    f"No calibration sample reaches {choice.group}, so its inputs have no range. "
+                    "Choose a data set that does, or another format."
                 )
             weights: dict[str, Tensor] = {module: _linear(model, module).weight.detach() for module in choice.modules}
-            found[choice.group] = [
-                calibrated_linears(
-                    weights,
-                    seen if needs_inputs(chosen) else [],
-                    chosen.weight,
-                    chosen.inputs,
-                    chosen.algorithm,
-                    chosen.scales,
+            found[choice.group] = []
+            for chosen in formats[choice.group]:
+                x = seen if needs_inputs(chosen) else []
+                found[choice.group].append(
+                    calibrated_linears(weights, x, chosen.weight, chosen.inputs, chosen.algorithm, chosen.scales)
                 )
-                for chosen in formats[choice.group]
-            ]
     return found
 
 
 @contextmanager
 def applied(model: nn.Module, quants: Mapping[str, LinearQuant]) -> Generator[None]:
-    """The model as if it were quantized, in its own dtype, until the block ends; gradients pass straight through quantizers of inputs.
+    """Fake-quantize the model, in its own dtype, until the block ends; input quantizers are straight-through.
 
-    A linear's forward is replaced, not its weight: embeddings that share the weight keep it, whoever measures the linear's error
-    finds the original, and hooks see what it reads before that is quantized.
+    A linear's forward is replaced, not its weight: embeddings that share the weight keep it, code that measures the
+    linear's error finds the original, and hooks get the linear's input before that is quantized.
 
     Args:
         model: unquantized.
@@ -118,19 +113,19 @@ def applied(model: nn.Module, quants: Mapping[str, LinearQuant]) -> Generator[No
         yield
     finally:
         for linear in linears.values():
-            vars(linear).pop("forward", None)  # the instance's: the class's is back
+            vars(linear).pop("forward", None)  # the instance's attribute: the class's method is in force again
 
 
 @torch.no_grad()
 def output_error(quant: LinearQuant, weight_OI: Tensor, x_TI: Tensor) -> Tensor:
-    """How far a linear's output moves when it is quantized, in float32 and in delta form: x' dW'^T + dx' Q(W')^T.
+    """The error of a quantized linear's output, in float32 and in delta form: x' dW'^T + dx' Q(W')^T.
 
     The difference of two outputs would cancel.
 
     Args:
         quant: calibrated.
         weight_OI: [out, in], unquantized.
-        x_TI: [rows, in], what the linear reads.
+        x_TI: [rows, in], the linear's input, unquantized.
 
     Returns: [rows, out].
     """
@@ -168,25 +163,23 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def needs_inputs(chosen: GroupFormat) -> bool:
-    """Whether ranges or scales depend on calibration samples."""
+    """Whether a format's ranges or scales depend on calibration samples."""
     is_static = chosen.inputs is not None and QuantizerSpec(attributes=chosen.inputs).is_calibrated
     return is_static or chosen.algorithm in SCALES_INPUTS
 
 
 def _inputs(model: nn.Module, batches: Sequence[Batch], groups: Sequence[str]) -> dict[str, list[Tensor]]:
+    """The input of each group's first linear, [rows, in] for each batch that reaches it; one pass over all batches."""
     kept: dict[str, list[Tensor]] = {name: [] for name in groups}
     if not groups:
         return kept
 
-    def keep(name: str) -> object:
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: kept[name].append(args[0].detach().flatten(0, -2))
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in groups]  # pyright: ignore[reportArgumentType]
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in groups]
     parameter = next(model.parameters())
-    try:
+    with removed_after(handles):
         for batch in batches:
             model(**batch_to(batch, parameter.device, parameter.dtype), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return kept

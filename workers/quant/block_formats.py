@@ -1,12 +1,15 @@
 """Dynamic block formats on any device: ModelOpt's own kernels on a CUDA GPU, their arithmetic bit for bit on the CPU.
 
-ModelOpt 0.47 has NVFP4, the MX formats and the other dynamic block formats as CUDA kernels only, and its TensorQuantizer runs the NVFP4 kernel on blocks
-of 16 whatever the recipe says (compute capability 8.9 and above). The backend below runs on the CPU too and keeps the recipe's block length.
+ModelOpt 0.47 has NVFP4, the MX formats and the other dynamic block formats as CUDA kernels only, and its
+TensorQuantizer runs the NVFP4 kernel on blocks of 16 whatever the recipe says (compute capability 8.9 and above). The
+backend below runs on the CPU too and keeps the recipe's block length.
 
-The kernels divide as `x * rcp(y)` with the GPU's approximate reciprocal, one unit in the last place off in 13% of all mantissas. A correctly rounded division
-moves some elements across a tie (1% of NVFP4 values made of quarters) and some block scales, and with them whole blocks. `_reciprocal` is the GPU's, fitted to
-its output for all 2^23 mantissas on an H100 and equal in each: in every 128th of [1, 2) a quadratic with coefficients of 26, 16 and 10 bits, whose square
-leaves out the low columns of partial products (the unit of Oberman and Siu, "A High-Performance Area-Efficient Multifunction Interpolator", ARITH 2005).
+The kernels divide as `x * rcp(y)` with the GPU's approximate reciprocal, one unit in the last place off in 13% of all
+mantissas. A correctly rounded division moves some elements across a tie (1% of NVFP4 values made of quarters) and some
+block scales, and with them whole blocks. `_reciprocal` is the GPU's, fitted to its output for all 2^23 mantissas on an
+H100 and equal in each: in every 128th of [1, 2) a quadratic with coefficients of 26, 16 and 10 bits, whose square
+leaves out the low columns of partial products (the unit of Oberman and Siu, "A High-Performance Area-Efficient
+Multifunction Interpolator", ARITH 2005).
 """
 
 import warnings
@@ -40,11 +43,8 @@ _LARGEST: Final[dict[NumBits, float]] = {
     (2, 1): 6.0,
     8: 127.0,
 }
-_KERNEL_BLOCKS: Final = (
-    8,
-    16,
-    32,
-)  # lengths that ModelOpt's MX extension takes; its NVFP4 kernel takes any power of two
+# Block lengths that ModelOpt's MX extension takes; its NVFP4 kernel takes any power of two.
+_KERNEL_BLOCKS: Final = (8, 16, 32)
 _SMALLEST_NORMAL: Final = torch.finfo(torch.float32).tiny
 
 
@@ -78,7 +78,8 @@ def _quantize(inputs: Tensor, quantizer: Any) -> Tensor:
         )
     if not is_nvfp4 and block not in _KERNEL_BLOCKS:
         raise SweepError(
-            f"num_bits={num_bits} in dynamic blocks of {block}: ModelOpt's kernel takes blocks of 8, 16 or 32. Set block_sizes to one of these."
+            f"num_bits={num_bits} in dynamic blocks of {block}: ModelOpt's kernel takes blocks of 8, 16 or 32. "
+            "Set block_sizes to one of these."
         )
     amax: Any = None if scale_bits == _E8M0 else quantizer._get_amax(inputs).amax()
     if inputs.is_cuda:
@@ -112,28 +113,30 @@ def nvfp4_cpu(x: Tensor, amax: Tensor, block: int) -> Tensor:
 def nvfp4_scales(x: Tensor, amax: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """The two levels of NVFP4's scales, as `nvfp4_cpu` uses them.
 
-    Returns: float32 values of E4M3, one a block, ``[..., blocks, 1]``; and the tensor's scale, a scalar. Where their product is under 1e-5
-        the kernel takes 1 instead.
+    Returns: float32 values of E4M3, one a block, ``[..., blocks, 1]``; and the tensor's scale, a scalar. Where their
+        product is under 1e-5 the kernel takes 1 instead.
     """
-    tensor_scale = amax.float() * (
-        torch.ones(()) / (6.0 * 448.0)
-    )  # CUDA tensors are divided by a Python number this way
+    tensor_scale = amax.float() * (torch.ones(()) / (6.0 * 448.0))  # as CUDA divides a tensor by a Python number
     tensor_scale = torch.where(tensor_scale > 0, tensor_scale, 1e-12)
     scale = _divide(_blocked(x, block).abs().amax(-1, keepdim=True), 6.0 * tensor_scale).clamp(max=448.0)
     return _round_to_float(scale, _E4M3), tensor_scale
 
 
 def mx_cpu(x: Tensor, block: int, num_bits: NumBits) -> Tensor:
-    """Elements of an MX format in blocks whose scale is a power of two: the least that keeps the block's largest element in range.
+    """Elements of an MX format in blocks whose scale is a power of two.
+
+    That is the least that keeps the block's largest element in range.
 
     Args:
         x: ``[..., n]``, finite, any float dtype; a last block that is not full counts as padded with zeros.
         block: elements along the last axis that share a scale.
         num_bits: element format: E4M3, E5M2, E3M2, E2M3, E2M1 or 8-bit integers.
 
-    Returns: ``[..., n]`` in x's dtype. Zeros come back as -0.0: the kernel leaves their sign undefined, and its binary gives the minus.
+    Returns: ``[..., n]`` in x's dtype. Zeros come back as -0.0: the kernel leaves their sign undefined, and its binary
+        gives the minus.
     Raises: SweepError: ModelOpt's kernel has no such element format here.
-    Source: `amax_and_convert_kernel` of ModelOpt 0.47 with E8M0 scales, compiled with --use_fast_math: subnormals become zero.
+    Source: `amax_and_convert_kernel` of ModelOpt 0.47 with E8M0 scales, compiled with --use_fast_math: subnormals
+        become zero.
     """
     blocks, exponent = _flushed(_blocked(x, block)), mx_exponents(x, block, num_bits)
     scale, unscale = ((127 + power << 23).view(torch.float32) for power in (-exponent, exponent))  # 2^-127 becomes zero
@@ -150,7 +153,9 @@ def mx_exponents(x: Tensor, block: int, num_bits: NumBits) -> Tensor:
 
 
 def e4m3_scaled_cpu(x: Tensor, amax: Tensor, block: int, num_bits: NumBits) -> Tensor:
-    """Elements of any format in blocks with an E4M3 scale each, under one scale for the tensor, where NVFP4's kernel does not apply.
+    """Elements of any format in blocks with an E4M3 scale each, under one scale for the tensor.
+
+    This is for formats that NVFP4's kernel does not apply to.
 
     Args:
         x: ``[..., n]``, finite, any float dtype; a last block that is not full counts as padded with zeros.
@@ -158,7 +163,8 @@ def e4m3_scaled_cpu(x: Tensor, amax: Tensor, block: int, num_bits: NumBits) -> T
         block: elements along the last axis that share a scale.
         num_bits: element format, as for `mx_cpu`.
 
-    Returns: ``[..., n]`` in x's dtype; as on the GPU NaN everywhere for an amax above 2^126, and for zeros in 8-bit floats under a scale that underflows.
+    Returns: ``[..., n]`` in x's dtype; as on the GPU NaN everywhere for an amax above 2^126, and for zeros in 8-bit
+        floats under a scale that underflows.
     Raises: SweepError: ModelOpt's kernel has no such element format here.
     Source: `compute_scale_with_global` of ModelOpt 0.47, compiled with --use_fast_math.
     """
@@ -228,7 +234,7 @@ def _reciprocal(y: Tensor) -> Tensor:
 
 @cache
 def _interpolator() -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Coefficients of each segment, each ``[128]``, and the truncated square of each offset in it, ``[65536]``; all int64."""
+    """The three coefficients of the segments, ``[128]``, and the truncated squares of offsets, ``[65536]``; int64."""
     packed = torch.tensor([int(_COEFFICIENTS[i : i + 13], 16) for i in range(0, len(_COEFFICIENTS), 13)])
     bits = torch.arange(1 << 16)[:, None] >> torch.arange(16) & 1
     squares = torch.zeros(1 << 16, dtype=torch.long)
@@ -240,18 +246,22 @@ def _interpolator() -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     return ((packed >> 26) + (1 << 25), packed >> 10 & 0xFFFF, packed & 0x3FF), squares
 
 
-# One segment in 13 hex digits: C0 - 2^25 in 26 bits, C1 in 16, C2 in 10.
+# One segment in 13 hex digits, eight a line: C0 - 2^25 in 26 bits, C1 in 16, C2 in 10.
 _COEFFICIENTS: Final = (
-    "8000003fffbf57e03f8bf02bdd7c0fc1be0b7c67a232d7d19fb1783e0fbc2db9b76603e3b46f8674898e3a6577372b9d6b988b5f70f0f138b0f4d6f2eb7b7ddf3b6d7304770f729"
-    "6bbdb2f6453176a0ea1757f7066865ad34bdef666c2b4f4006e6652598b346ed7638e3972912c761fc78b1df2b8607038b130eaa5ee95cb08629d5d67c8efdee905beb626f3ae82"
-    "5a740dee9a6775901b2adfce6a5794366d6265d562b81accb25254c77bac36a4653680daba523c520d21ab1663150b6a06a8a2254f64756a00e1c4e168ae979e114ccccd68f5a07"
-    "4b87286873dfe4a458827f45f54907dae7771ea47ce0ce6fc5e246980d2683dda4565c9260d5d144373065991c9430c316526dc141e4bc64b69b940c0c164485b13fa030a3dc1aa"
-    "3e82faa3719a23d6910e30919c3c5264a2a21933b3ee7a23d18d3a2e8c61d9d86392144617817f3817032118179370fbc20b9d73360b61605d16e3509e72001966340b411fa7d61"
-    "330f639f4f95c3216435ef8955311fd49ea3551302c0b9e4f14b2f3ade1dfc5462e4c41ddaad402d602c1d5ad3c2c76925d0bd362b8f6a5cbe1312aaaab1c71d2e29c84b1c26929"
-    "28e8401bdc523280a811b9351f272f05db4b91b2655c49b04d17257eb59abf11224a9cfda7a90f23d70ada36d0a23065ed9f45072237c399b2902216b31997210020a0a159324fb"
-    "1fd80a98f38f81f116698b58f31e4cad98788f01d89d9183c8ed1cc8e218014e91c09c157c70e71b4c70578d4e21a90e857548df19d723571ccde191f1ad6e58da1868c896af0d6"
-    "17b42696798d417012ed6448d0164fdad6104cd15a02615dd0cc14f209d5aa0c714458115780c5139a865546cc412f11415160c112492514e5cbd11a2b454b64ba10fdbcd4878b8"
-    "105a38d4594b60fb824942bcb40f177a53fecb20e7835d3d24af0dda5293a68ad0d3dcb937b4ab0ca29c53508a90c08c113264a60b7034d2fcca50ad8f392d38a10a42f912ab0a0"
-    "09ae41128309f091ac7d25b49b088889123449a07f781120dc990767abd1e789606d90611c2095064b8b119cc9305bf37d1780910534091153c8f04a9fa113008f042108d10c88c"
-    "03993110e988a03126f50c7089028cc050a4c87020821108308501848e5061c840102045040c83008080d020482"
+    "8000003fffbf57e03f8bf02bdd7c0fc1be0b7c67a232d7d19fb1783e0fbc2db9b76603e3b46f8674898e3a6577372b9d6b988b5f"
+    "70f0f138b0f4d6f2eb7b7ddf3b6d7304770f7296bbdb2f6453176a0ea1757f7066865ad34bdef666c2b4f4006e6652598b346ed7"
+    "638e3972912c761fc78b1df2b8607038b130eaa5ee95cb08629d5d67c8efdee905beb626f3ae825a740dee9a6775901b2adfce6a"
+    "5794366d6265d562b81accb25254c77bac36a4653680daba523c520d21ab1663150b6a06a8a2254f64756a00e1c4e168ae979e11"
+    "4ccccd68f5a074b87286873dfe4a458827f45f54907dae7771ea47ce0ce6fc5e246980d2683dda4565c9260d5d144373065991c9"
+    "430c316526dc141e4bc64b69b940c0c164485b13fa030a3dc1aa3e82faa3719a23d6910e30919c3c5264a2a21933b3ee7a23d18d"
+    "3a2e8c61d9d86392144617817f3817032118179370fbc20b9d73360b61605d16e3509e72001966340b411fa7d61330f639f4f95c"
+    "3216435ef8955311fd49ea3551302c0b9e4f14b2f3ade1dfc5462e4c41ddaad402d602c1d5ad3c2c76925d0bd362b8f6a5cbe131"
+    "2aaaab1c71d2e29c84b1c2692928e8401bdc523280a811b9351f272f05db4b91b2655c49b04d17257eb59abf11224a9cfda7a90f"
+    "23d70ada36d0a23065ed9f45072237c399b2902216b31997210020a0a159324fb1fd80a98f38f81f116698b58f31e4cad98788f0"
+    "1d89d9183c8ed1cc8e218014e91c09c157c70e71b4c70578d4e21a90e857548df19d723571ccde191f1ad6e58da1868c896af0d6"
+    "17b42696798d417012ed6448d0164fdad6104cd15a02615dd0cc14f209d5aa0c714458115780c5139a865546cc412f11415160c1"
+    "12492514e5cbd11a2b454b64ba10fdbcd4878b8105a38d4594b60fb824942bcb40f177a53fecb20e7835d3d24af0dda5293a68ad"
+    "0d3dcb937b4ab0ca29c53508a90c08c113264a60b7034d2fcca50ad8f392d38a10a42f912ab0a009ae41128309f091ac7d25b49b"
+    "088889123449a07f781120dc990767abd1e789606d90611c2095064b8b119cc9305bf37d1780910534091153c8f04a9fa113008f"
+    "042108d10c88c03993110e988a03126f50c7089028cc050a4c87020821108308501848e5061c840102045040c83008080d020482"
 )

@@ -1,7 +1,8 @@
-"""ModelOpt's calibration algorithms on the linears of one layer group, fed with what those read in the unquantized model.
+"""ModelOpt's calibration algorithms on the linears of one layer group, fed with their inputs in the unquantized model.
 
-That is what the algorithms see in a whole model too: max, mse and smoothquant calibrate with every quantizer off, awq_lite hands
-each linear's unquantized output on. So a group calibrates alone and gets the ranges and scales that it would get in its model.
+The algorithms get the same inputs in a whole model: max, mse and smoothquant calibrate with every quantizer off,
+awq_lite passes each linear's unquantized output on. So a group calibrates alone and gets the ranges and scales that it
+would get in its model.
 """
 
 import io
@@ -31,7 +32,7 @@ _ALGORITHMS: Final[Mapping[str, Callable[..., None]]] = {
     "awq_lite": model_calib.awq_lite,
     "smoothquant": model_calib.smoothquant,
 }
-_NEEDS_OUTPUTS: Final = frozenset({"awq_lite"})  # compares outputs; the others look at inputs and weights only
+_NEEDS_OUTPUTS: Final = frozenset({"awq_lite"})  # compares outputs; the others use inputs and weights only
 
 
 @torch.no_grad()
@@ -43,16 +44,18 @@ def calibrated_linears(
     algorithm: str,
     scales: Scales,
 ) -> dict[str, LinearQuant]:
-    """The ranges and scales that ModelOpt finds for linears of one layer group that read the same tensor, all in float32.
+    """Calibration ranges (amax) and pre-quantization scales, by ModelOpt in float32, of linears that share their input.
 
     Args:
-        weights: [out, in], by module name.
-        x_batches: what they read, [rows, in] a batch of the plan: awq_lite gives every batch the same say. May be empty where neither the
-            algorithm nor a static range of the inputs needs them.
+        weights: [out, in], by module name; of one layer group.
+        x_batches: the input, [rows, in] for each batch of the plan: awq_lite gives every batch the same weight. May be
+            empty where neither the algorithm nor a static range of the inputs needs them.
         weight_attributes: a valid QuantizerAttributeConfig; None: left unquantized.
         input_attributes: the same of the inputs.
-        algorithm: one of sweep.formats.recipe.ALGORITHMS, with a recipe that it can calibrate (sweep.formats.recipe.resolve).
-        scales: "fused": linears share the range of the whole tensor and the scale of the inputs, as runtimes have it; "private": each its own.
+        algorithm: one of sweep.formats.recipe.ALGORITHMS, with a recipe that it can calibrate
+            (sweep.formats.recipe.resolve).
+        scales: "fused": linears share the range of the whole tensor and the pre-quantization scale, as in runtimes;
+            "private": each its own.
     """
     linears: Any = _quant_linears(weights, weight_attributes, input_attributes)
     _run(algorithm, linears, x_batches)
@@ -70,22 +73,27 @@ def calibrated_linears(
 
 
 def fake_quantized(quant: LinearQuant, weight_OI: Tensor) -> Tensor:
-    """Q(W') in float32, where W' is the weight with the inputs' scale divided out. Args: weight_OI: [out, in], unquantized."""
+    """Q(W') in float32, where W' is the weight with the pre-quantization scale divided out.
+
+    Args:
+        quant: calibrated.
+        weight_OI: [out, in], unquantized.
+    """
     return _applied(quant.weight, quant.weight_amax, smoothed_weight(quant, weight_OI))
 
 
 def quantized_inputs(quant: LinearQuant, x_TI: Tensor) -> Tensor:
-    """Q(x') in float32, where x' is the input times its scale. Args: x_TI: [..., in], unquantized."""
+    """Q(x') in float32, where x' is the input times the pre-quantization scale. Args: x_TI: [..., in], unquantized."""
     return _applied(quant.inputs, quant.input_amax, smoothed_inputs(quant, x_TI).flatten(0, -2)).view(x_TI.shape)
 
 
 def smoothed_weight(quant: LinearQuant, weight_OI: Tensor) -> Tensor:
-    """W' in float32: the weight with the inputs' scale divided out, by the multiplication that ModelOpt does."""
+    """W' in float32: the weight with the pre-quantization scale divided out, as ModelOpt does: times the reciprocal."""
     return weight_OI.float() if quant.pre_quant_scale is None else weight_OI.float() * (1.0 / quant.pre_quant_scale)
 
 
 def smoothed_inputs(quant: LinearQuant, x_TI: Tensor) -> Tensor:
-    """X' in float32: the input times its scale."""
+    """The scaled input x' in float32: the input times the pre-quantization scale."""
     return x_TI.float() if quant.pre_quant_scale is None else x_TI.float() * quant.pre_quant_scale
 
 
@@ -101,13 +109,13 @@ def _applied(attributes: Attributes | None, amax: Tensor | None, tensor: Tensor)
 def _quant_linears(
     weights: Mapping[str, Tensor], weight_attributes: Attributes | None, input_attributes: Attributes | None
 ) -> nn.ModuleList:
-    """ModelOpt's quantized linears with these weights, which algorithms may change, and with our quantizers in their places."""
+    """ModelOpt's quantized linears with copies of the weights, which algorithms may change, and with our quantizers."""
     linears: Any = nn.ModuleList()  # Any: ModelOpt changes their class
     for weight_OI in weights.values():
         linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight_OI.to(torch.float32, copy=True), requires_grad=False)
         linears.append(linear)
-    with redirect_stdout(io.StringIO()):  # it says how many
+    with redirect_stdout(io.StringIO()):  # it prints how many
         mtq.replace_quant_module(linears)
     device = next(iter(weights.values())).device
     for linear in linears:
@@ -130,20 +138,18 @@ def _run(algorithm: str, linears: Any, x_batches: Sequence[Tensor]) -> None:
             for linear in linears:
                 (linear if algorithm in _NEEDS_OUTPUTS else linear.input_quantizer)(x)
 
-    with (
-        warnings.catch_warnings(),
-        redirect_stdout(io.StringIO()),
-        redirect_stderr(io.StringIO()),
-    ):  # it prints its steps and a bar
+    # The algorithms print their steps and a progress bar.
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         _ALGORITHMS[algorithm](linears, feed)
 
 
 def _fused(weights: Mapping[str, Tensor], quants: Mapping[str, LinearQuant]) -> dict[str, LinearQuant]:
-    """Linears of a group with the scales that runtimes give them.
+    """Linears of a group with the ranges and scales that they share in runtimes.
 
-    Source: `preprocess_linear_fusion` of ModelOpt 0.47's export: the mean of the inputs' scales, under which the weights' ranges are found anew
-    as their largest magnitudes; then the largest of the ranges that cover a whole tensor.
+    Source: `preprocess_linear_fusion` of ModelOpt 0.47's export: the mean of the pre-quantization scales, under which
+    the weights' ranges are found anew as their largest magnitudes; then the largest of the ranges that cover a whole
+    tensor.
     """
     found = dict(quants)
     own = [quant.pre_quant_scale for quant in found.values() if quant.pre_quant_scale is not None]
@@ -175,6 +181,7 @@ def _shared(ranges: Sequence[tuple[Attributes | None, Tensor | None]]) -> dict[i
 
 
 def _largest(attributes: Attributes | None, weight_OI: Tensor) -> Tensor | None:
+    """A weight's range by ModelOpt's `max` calibrator, None where it has no static range."""
     if attributes is None or attributes.get("type") == "dynamic":
         return None
     quantizer = new_quantizer(attributes, weight_OI.device)

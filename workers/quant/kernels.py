@@ -1,4 +1,4 @@
-"""The two element-wise steps of the hot loop. Plain PyTorch on a CPU, one Triton kernel each on a GPU; both mean the same."""
+"""The two element-wise steps of gradient scoring: plain PyTorch on a CPU, one Triton kernel each on a GPU."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -7,24 +7,26 @@ import torch
 from torch import Tensor
 
 COLUMNS: Final = 8  # recipes that one launch of score_rows takes
-_CHUNK_ROWS: Final = 1024  # that a CPU works on at a time: they stay in its cache
+_CHUNK_ROWS: Final = 1024  # rows that a CPU works on at a time: they stay in its cache
 
 
 def deltas(quantized: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What quantizing changed, small enough to survive a cast.
+    """Quantized values and their errors as operands; an error is small, so it survives the cast.
 
     Args:
         quantized: [rows, columns] float32.
         original: [rows, columns] in the operand dtype.
 
-    Returns: quantized and quantized - original in the operand dtype, and the sum of squares of the difference, a float64 scalar.
+    Returns: quantized and quantized - original in the operand dtype, and the sum of squares of the difference, a
+        float64 scalar.
     """
     if quantized.is_cuda:
         from workers.quant import kernels_triton
 
         return kernels_triton.deltas(quantized, original)
     difference = quantized - original.float()
-    return quantized.to(original.dtype), difference.to(original.dtype), _row_square_sums(difference).double().sum()
+    square_sum = torch.linalg.vecdot(difference, difference).double().sum()
+    return quantized.to(original.dtype), difference.to(original.dtype), square_sum
 
 
 def score_rows(
@@ -66,7 +68,3 @@ def score_rows(
             torch.linalg.vecdot(dy, dy, out=square[column, rows])
             dy.mul_(gradient[rows])
             torch.linalg.vecdot(dy, dy, out=score[column, rows])
-
-
-def _row_square_sums(values: Tensor) -> Tensor:
-    return torch.linalg.vecdot(values, values)

@@ -1,6 +1,7 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
-"""Triton kernels of workers.quant.kernels. Triton comes with PyTorch's CUDA builds; nothing imports this module without a GPU.
+"""Triton kernels of workers.quant.kernels, and fake quantization.
 
+Triton comes with PyTorch's CUDA builds; nothing imports this module without a GPU.
 Each program walks its rows in one order, so results do not depend on what else the GPU does.
 """
 
@@ -117,7 +118,8 @@ def score_rows(
 ) -> None:
     """See workers.quant.kernels.score_rows.
 
-    One kernel serves any number of recipes, so that a row's sum is taken in the same order whatever is scored beside it.
+    One kernel serves any number of recipes, so that a row's sum is taken in the same order whatever is scored beside
+    it.
     """
     if not seconds.numel():
         assert first is not None
@@ -141,17 +143,18 @@ def score_rows(
 
 
 def fake_quantize(values: Tensor, amax: Tensor, num_bits: int | tuple[int, int], *, narrow_range: bool) -> Tensor:
-    """Integers or E4M3, in float32: what ModelOpt's CUDA kernels give for float32 values, read from any float dtype.
+    """Fake-quantize to integers or E4M3, in float32, with the bits of ModelOpt's CUDA kernels on float32 values.
 
     Args:
-        values: [rows, columns], contiguous.
+        values: [rows, columns], any float dtype, contiguous.
         amax: one range for all, or [rows, 1], or [1, columns].
         num_bits: bits of an integer, or (4, 3).
         narrow_range: leave out the least integer.
 
     Returns: [rows, columns] float32.
 
-    Source: `fake_tensor_quant_*` and `fake_e4m3fy_*` of ModelOpt 0.47's CUDA extensions; tests/gpu compares bit for bit.
+    Source: `fake_tensor_quant_*` and `fake_e4m3fy_*` of ModelOpt 0.47's CUDA extensions; tests/gpu compares bit for
+        bit.
     """
     result = torch.empty(values.shape, dtype=torch.float32, device=values.device)
     kind = 0 if amax.numel() == 1 else 1 if amax.shape[0] > 1 else 2
@@ -177,5 +180,5 @@ def fake_quantize(values: Tensor, amax: Tensor, num_bits: int | tuple[int, int],
 
 @cache
 def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Whole numbers on the GPU, kept: a copy for each launch would cost more than the kernel."""
+    """Integers on the GPU, cached: a copy for each launch would cost more than the kernel."""
     return torch.tensor([*values, *[0] * (COLUMNS - len(values))], dtype=torch.int32, device=device)

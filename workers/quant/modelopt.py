@@ -1,4 +1,4 @@
-"""ModelOpt's quantizers on captured tensors, its grouping rule, its presets, its own searcher. The home of `modelopt`."""
+"""ModelOpt's presets, grouping rules, quantizers on captured tensors and stock searcher. The home of `modelopt`."""
 
 import copy
 import re
@@ -77,10 +77,10 @@ def _group_key(name: str) -> str:
 
 
 class Quantizers:
-    """ModelOpt's quantizers, made once for each recipe and shape and used again for every module, and the weights' ranges.
+    """A cache of ModelOpt's quantizers, one for each recipe and shape, and of the weights' ranges.
 
-    Building one costs the host more than its arithmetic costs a GPU. A quantizer that a method returns is right until the
-    next call with the same attributes.
+    Building one costs the host more than its arithmetic costs a GPU. A quantizer that a method returns is valid until
+    the next call with the same attributes.
     """
 
     def __init__(self) -> None:
@@ -88,31 +88,30 @@ class Quantizers:
         self._weight_ranges: dict[tuple[str, str], Tensor] = {}
 
     def weight(
-        self, module: str, attributes: Attributes, weight_OI: Tensor, together: Mapping[str, Tensor] | None = None
+        self, module: str, attributes: Attributes, weight_OI: Tensor, fused: Mapping[str, Tensor] | None = None
     ) -> TensorQuantizer:
-        """A quantizer whose range was set on a module's weight by ModelOpt's own `max` calibrator, or is known from an earlier call.
+        """A quantizer with a weight's range, set by ModelOpt's own `max` calibrator or known from an earlier call.
 
         Args:
             module: names the weight; an equal name means an equal weight.
             attributes: a valid QuantizerAttributeConfig.
             weight_OI: [out, in].
-            together: weights, this one among them, that share the largest of their ranges, each of its whole tensor.
+            fused: weights by module, this one among them, that share the largest of their ranges, each of its whole
+                tensor.
 
         Raises: AssertionError: ModelOpt's calibrator met a NaN; callers check for it first.
         """
-        if together is not None and len(together) > 1:
-            shared = (",".join(together), _range_of(attributes))
+        if fused is not None and len(fused) > 1:
+            shared = (",".join(fused), _range_key(attributes))
             if shared not in self._weight_ranges:
-                ranges = [range_of(self.weight(name, attributes, weight)) for name, weight in together.items()]
-                self._weight_ranges[shared] = torch.stack([amax.clone() for amax in ranges if amax is not None]).amax(
-                    dim=0
-                )
+                ranges = [range_of(self.weight(name, attributes, weight)) for name, weight in fused.items()]
+                amaxes = torch.stack([amax.clone() for amax in ranges if amax is not None])
+                self._weight_ranges[shared] = amaxes.amax(dim=0)
             return self._calibrated(attributes, tuple(weight_OI.shape), [weight_OI], self._weight_ranges[shared])
-        key = (module, _range_of(attributes))
+        key = (module, _range_key(attributes))
         known = self._weight_ranges.get(key)
-        quantizer = self._calibrated(
-            attributes, tuple(weight_OI.shape), [weight_OI if known is not None else weight_OI.float()], known
-        )
+        calibrates_on = weight_OI if known is not None else weight_OI.float()
+        quantizer = self._calibrated(attributes, tuple(weight_OI.shape), [calibrates_on], known)
         if known is None and (amax := getattr(quantizer, "_amax", None)) is not None:
             self._weight_ranges[key] = amax.clone()
         return quantizer
@@ -124,15 +123,15 @@ class Quantizers:
         amaxes: Sequence[float],
         known: MutableMapping[tuple[str, int], Tensor] | None = None,
     ) -> TensorQuantizer:
-        """A quantizer whose range was set on calibration inputs by ModelOpt's own `max` calibrator, or is known.
+        """A quantizer with the range of calibration inputs, set by ModelOpt's own `max` calibrator or known.
 
         Args:
             attributes: a valid QuantizerAttributeConfig.
             x_TI: the inputs, [rows, in]: leading rows of one tensor.
-            amaxes: largest magnitudes of parts of `x_TI`, all it takes to calibrate one range for the whole tensor.
-            known: ranges of that tensor, by what decides them and number of rows; receives this one.
+            amaxes: largest magnitudes of parts of `x_TI`: they suffice to calibrate one range for the whole tensor.
+            known: ranges of that tensor, by axis and blocks and by number of rows; receives this one.
         """
-        known, key = {} if known is None else known, (_range_of(attributes), len(x_TI))
+        known, key = {} if known is None else known, (_range_key(attributes), len(x_TI))
         if (amax := known.get(key)) is not None:
             return self._calibrated(attributes, (x_TI.shape[1],), [x_TI], amax)
         seen = torch.tensor(amaxes, device=x_TI.device) if attributes.get("axis") is None else x_TI.float()
@@ -158,7 +157,10 @@ class Quantizers:
 
 
 class _RowBlocks(TensorQuantizer):
-    """Blocks of a row with a range each, found as the row comes, of tensors of any number of rows: ModelOpt's own keeps to the first shape it sees."""
+    """Dynamic blocks of a row with a range each, for tensors of any number of rows.
+
+    ModelOpt's own quantizer of such blocks accepts only the shape of the first tensor that it quantizes.
+    """
 
     def __init__(self, config: QuantizerAttributeConfig, block: int) -> None:
         super().__init__(config)
@@ -173,19 +175,18 @@ def new_quantizer(attributes: Attributes, device: torch.device) -> TensorQuantiz
 
     Args:
         attributes: a valid QuantizerAttributeConfig.
-        device: where it will work; it decides which kernels.
+        device: of the tensors that it will quantize; it decides which kernels.
     """
     block = _row_block(attributes)
     plain = {**attributes, "block_sizes": {-1: None}} if block is not None else attributes
     fast = device.type == "cuda" and tensor_formats.supports(plain)
-    config = QuantizerAttributeConfig(
-        **({**plain, "backend": tensor_formats.BACKEND} if fast else _with_backend(plain))
-    )
+    fields = {**plain, "backend": tensor_formats.BACKEND} if fast else _with_backend(plain)
+    config = QuantizerAttributeConfig(**fields)
     return (TensorQuantizer(config) if block is None else _RowBlocks(config, block)).to(device)
 
 
 def _row_block(attributes: Attributes) -> int | None:
-    """The block length of a format whose blocks lie along rows and have a range each that is found as they come."""
+    """The block length of a format whose blocks lie along rows and have a dynamic range each, None for others."""
     blocks: Mapping[Any, Any] = attributes.get("block_sizes") or {}
     along_rows = (
         attributes.get("type") == "dynamic"
@@ -196,7 +197,7 @@ def _row_block(attributes: Attributes) -> int | None:
 
 
 def range_of(quantizer: Any) -> Tensor | None:
-    """A calibrated quantizer's range, None where values alone decide."""
+    """A calibrated quantizer's range (amax), None for dynamic ranges and MX formats."""
     return None if quantizer._dynamic or quantizer.is_mx_format else getattr(quantizer, "_amax", None)
 
 
@@ -218,18 +219,20 @@ def calibrate(quantizer: Any, tensors: Iterable[Tensor]) -> None:
 
 
 def _with_backend(attributes: Attributes) -> Attributes:
-    """Dynamic blocks go through our backend: exact on a CPU, and ModelOpt's kernels with the block size that the recipe says on a GPU."""
+    """The attributes with our backend for dynamic blocks.
+
+    It is exact on a CPU, and on a GPU calls ModelOpt's kernels with the recipe's block size.
+    """
     dynamic = (attributes.get("block_sizes") or {}).get("type") == "dynamic"
     return {**attributes, "backend": block_formats.BACKEND} if dynamic else attributes
 
 
-def _range_of(attributes: Attributes) -> str:
-    """What decides a range: recipes of one axis or block size share it, whatever their number of bits."""
+def _range_key(attributes: Attributes) -> str:
+    """A key of the range: formats of one axis or static block size share it, whatever their number of bits."""
     blocks: Mapping[Any, Any] = attributes.get("block_sizes") or {}
     static = blocks if blocks.get("type", "static") != "dynamic" else {}
-    return repr(
-        (attributes.get("axis"), sorted((axis, length) for axis, length in static.items() if isinstance(axis, int)))
-    )
+    lengths = sorted((axis, length) for axis, length in static.items() if isinstance(axis, int))
+    return repr((attributes.get("axis"), lengths))
 
 
 @torch.enable_grad()
@@ -250,9 +253,9 @@ def auto_quantize_state(
         batches: calibrated and scored on, all of them.
         covered: names of the modules to choose for; all others, convolutions too, stay unquantized.
         bits: its `effective_bits` constraint, over all linears of the model, disabled ones too.
-        options: more of its own.
+        options: further arguments of `mtq.auto_quantize`.
 
-    Returns: its search state.
+    Returns: the searcher's state.
     """
     parameter = next(model.parameters())
 
@@ -298,9 +301,8 @@ def auto_quantize_scores(
         {**entry, "cfg": _with_backend(entry["cfg"])} if entry.get("cfg") else dict(entry) for entry in quant_cfg
     ]
     recipe = {"quant_cfg": entries, "algorithm": algorithm}
-    state = auto_quantize_state(
-        model, [recipe], batches, covered, bits=16.0, verbose=False
-    )  # lets any search pass: only the scores are wanted
+    # 16 bits let any search pass: only the scores are used.
+    state = auto_quantize_state(model, [recipe], batches, covered, bits=16.0, verbose=False)
     scores: dict[str, float] = {}
     for name, stats in state["candidate_stats"].items():
         if len(stats["scores"]) == 2:  # groups that are disabled have the unquantized choice only

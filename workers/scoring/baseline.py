@@ -1,4 +1,4 @@
-"""The unquantized model on calibration data, kept ready to start again at any decoder layer: what KL divergence compares with."""
+"""The unquantized model's outputs on calibration data: what KL divergence compares with. Any layer can be rerun."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -13,10 +13,11 @@ from sweep.core.batches import Batch
 from workers.model.decoder import Trace, decoder_of
 from workers.model.forward import batch_to, labels_of
 from workers.model.graphs import LayerGraphs
+from workers.model.hooks import removed_after
+from workers.model.memory import HEAD_ROWS
 from workers.scoring.capture import Segments, layout_of
 from workers.scoring.divergence import divergence
 
-_HEAD_ROWS: Final = 512  # rows whose logits are held in float32 at once
 _CPU_BYTES: Final = 2 << 30  # for the log-probabilities; on a GPU half of the free memory
 
 
@@ -26,15 +27,16 @@ class _Run:
 
     batch: Batch
     predictions: Tensor  # [predictions] int64: rows of the flattened batch whose next token is valid
-    output_TH: Tensor  # what the head reads, all rows; for unknown model types the logits, at the predictions
+    output_TH: Tensor  # the head's input, all rows; for unknown model types the logits, at the predictions
     trace: Trace | None  # None for unknown model types
 
 
 class Baseline:
-    """One forward pass, and what it takes to measure against it.
+    """One forward pass of the unquantized model, and the KL divergence of a changed model from it.
 
-    Besides the model it holds two hidden states a token, and the log-probabilities at the predictions where they fit (2.0 GB
-    for 6,600 predictions of 151,936 words in bf16); otherwise they are made again whenever needed, with the same bits.
+    Besides the model it holds two hidden states a token, and the log-probabilities at the predictions where they fit
+    (2.0 GB for 6,600 predictions over a vocabulary of 151,936 in bf16); otherwise they are computed again whenever
+    needed, with the same bits.
     """
 
     @torch.no_grad()
@@ -44,17 +46,16 @@ class Baseline:
         Args:
             model: evaluation mode, no parameter requiring a gradient (workers.model.loading.load).
             segments: leading segments of the plan.
-            modules: linears whose inputs are looked at.
+            modules: names of the linears whose calibration ranges (amax) of the inputs are recorded.
         """
         parameter = next(model.parameters())
         self.decoder = decoder_of(model)
-        self.inputs = _Inputs(len(segments))
-        self.layout = layout_of(
-            segments, lambda batch: [length - 1 for length in batch.lengths], parameter.device
-        )  # of predictions
+        self.inputs = _InputRanges(len(segments))
+        # Its rows are predictions: one fewer a sample than tokens.
+        self.layout = layout_of(segments, lambda batch: [length - 1 for length in batch.lengths], parameter.device)
         self._model, self._device, self._dtype = model, parameter.device, parameter.dtype
         self._batch_ends = [sum(map(len, segments[: index + 1])) for index in range(len(segments))]
-        with self.inputs.watched(model, modules):
+        with self.inputs.recorded(model, modules):
             self._runs = [self._run(segment, batch) for segment, batches in enumerate(segments) for batch in batches]
         self._layer, self._hidden = 0, self._embedded()
         self._log_probs: dict[int, Tensor] = {}
@@ -68,7 +69,10 @@ class Baseline:
         return range(self._batch_ends[n_segments - 1])
 
     def start_at(self, layer: int) -> None:
-        """Bring the kept hidden states to the input of a decoder layer; all layers, in the model's order, cost one forward."""
+        """Advance the kept hidden states to the input of a decoder layer.
+
+        All layers, in the model's order, cost one forward.
+        """
         assert self.decoder is not None
         if layer < self._layer:
             self._layer, self._hidden = 0, self._embedded()
@@ -78,13 +82,13 @@ class Baseline:
         self._layer = layer
 
     def divergence_after(self, number: int, layer: int | None) -> Tensor:
-        """Run a batch again, with whatever has been changed in the model.
+        """KL divergence of the model, as it is now, from the unquantized one on a batch.
 
         Args:
             number: of the batch.
-            layer: where `start_at` is; None: run the whole model.
+            layer: the one that `start_at` was last given: all before it is unchanged; None: run the whole model.
 
-        Returns: KL divergence of each prediction in nats, [predictions] float64.
+        Returns: KL(unquantized || changed) of each prediction in nats, [predictions] float64.
         """
         run, decoder = self._runs[number], self.decoder
         if decoder is None:
@@ -95,13 +99,12 @@ class Baseline:
             else:
                 assert layer == self._layer, "start_at comes first"
                 output = decoder.norm(self._run_from(number, run.trace, layer))
-            change = F.linear(
-                output.flatten(0, 1)[run.predictions] - run.output_TH[run.predictions], decoder.head.weight
-            )
+            moved = output.flatten(0, 1)[run.predictions] - run.output_TH[run.predictions]
+            change = F.linear(moved, decoder.head.weight)
         return divergence(self.log_probs(number), change)
 
     def _run_from(self, number: int, trace: Trace, layer: int) -> Tensor:
-        """A batch from the input of `layer` to the final norm's; only that layer may have been changed."""
+        """Run a batch from the input of `layer` to that of the final norm; only that layer may have been changed."""
         assert self.decoder is not None
         hidden, n_layers = self._hidden[number], len(self.decoder.layers)
         if not hidden.is_cuda:
@@ -111,28 +114,26 @@ class Baseline:
         return self._graphs[number].run(self.decoder.run(trace, hidden, layer, layer + 1), layer + 1)
 
     def divergence_in_head(self, number: int, change_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """KL divergence of each prediction in nats, [predictions] float64, when the head changes.
+        """KL divergence of each prediction in nats, [predictions] float64, when only the head changes.
 
         Args:
             number: of the batch.
-            change_of: from the head's input, [rows, hidden], and the rows at which something is predicted, to the change of
-                the logits, [predictions, words].
+            change_of: from the head's input, [rows, hidden], and the rows at which something is predicted, to the
+                change of the logits, [predictions, vocabulary].
         """
         run = self._runs[number]
         return divergence(self.log_probs(number), change_of(run.output_TH, run.predictions))
 
     def log_probs(self, number: int) -> Tensor:
-        """Log-probabilities at a batch's predictions, [predictions, words] in the model's dtype."""
+        """Log-probabilities at a batch's predictions, [predictions, vocabulary] in the model's dtype."""
         if (known := self._log_probs.get(number)) is not None:
             return known
         run = self._runs[number]
         if self.decoder is None:
             made = run.output_TH.float().log_softmax(-1).to(self._dtype)
         else:
-            rows, head = run.output_TH[run.predictions], self.decoder.head
-            made = torch.cat(
-                [float_logits(head, part).log_softmax(-1).to(self._dtype) for part in rows.split(_HEAD_ROWS)]
-            )
+            pieces, head = run.output_TH[run.predictions].split(HEAD_ROWS), self.decoder.head
+            made = torch.cat([float_logits(head, piece).log_softmax(-1).to(self._dtype) for piece in pieces])
         if made.nbytes <= self._room:
             self._room -= made.nbytes
             self._log_probs[number] = made
@@ -145,7 +146,7 @@ class Baseline:
             return _Run(batch, predictions, self._logits(batch)[predictions], None)
         trace, output = self.decoder.record(batch_to(batch, self._device, self._dtype), (0,))
         output_TH = output.flatten(0, 1)
-        self.inputs.see(self.decoder.head_name, output_TH)
+        self.inputs.record(self.decoder.head_name, output_TH)
         return _Run(batch, predictions, output_TH, trace)
 
     def _logits(self, batch: Batch) -> Tensor:
@@ -156,7 +157,7 @@ class Baseline:
 
     def _first_broken_sample(self) -> int | None:
         finite = torch.cat([torch.isfinite(run.output_TH).all(1) for run in self._runs]).tolist()
-        unseen = self.decoder is None  # of each sample, the row that predicts nothing
+        unseen = self.decoder is None  # then outputs lack each sample's last row, which predicts nothing
         owners = (
             sample
             for run in self._runs
@@ -166,32 +167,31 @@ class Baseline:
         return min((sample for sample, is_finite in zip(owners, finite, strict=True) if not is_finite), default=None)
 
 
-class _Inputs:
-    """Forward hooks that keep the ranges of what linears read."""
+class _InputRanges:
+    """Calibration ranges (amax) of linears' inputs, recorded by forward hooks."""
 
     def __init__(self, n_segments: int) -> None:
         self.segment = 0
-        self.amaxes: dict[
-            str, Tensor
-        ] = {}  # [segments, in] float32 by module: largest |x| of each channel, NaN if there is one
-        self.source: dict[str, str] = {}  # the first module that reads the same tensor
+        # By module, [segments, in] float32: largest |x| of each channel, NaN if there is one.
+        self.amaxes: dict[str, Tensor] = {}
+        self.source: dict[str, str] = {}  # by module: the first module with the same input tensor
         self._n_segments = n_segments
         self._last: tuple[Tensor, str] | None = None
 
     @contextmanager
-    def watched(self, model: nn.Module, modules: Sequence[str]) -> Generator[None]:
+    def recorded(self, model: nn.Module, modules: Sequence[str]) -> Generator[None]:
+        """Record the inputs of these modules in every forward pass of the block."""
+
         def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _module, args: self.see(name, args[0])
+            return lambda _module, args: self.record(name, args[0])
 
         handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
-        try:
+        with removed_after(handles):
             yield
-        finally:
-            self._last = None
-            for handle in handles:
-                handle.remove()
+        self._last = None
 
-    def see(self, name: str, x: Tensor) -> None:
+    def record(self, name: str, x: Tensor) -> None:
+        """Extend a module's range for the current segment by an input, [..., in]."""
         if self._last is not None and self._last[0] is x:
             self.source[name] = self._last[1]
             self.amaxes[name] = self.amaxes[self._last[1]]
@@ -205,7 +205,16 @@ class _Inputs:
 
 
 def float_logits(head: nn.Linear, x_TH: Tensor) -> Tensor:
-    """Logits in float32, accumulated and returned: in bf16 one of 20 is rounded by up to 0.06. No known type's head has a bias."""
+    """Logits in float32, accumulated and returned: in bf16 one of 20 is rounded by up to 0.06.
+
+    No known model type's head has a bias.
+
+    Args:
+        head: the output layer.
+        x_TH: [rows, hidden], its input.
+
+    Returns: [rows, vocabulary].
+    """
     if x_TH.is_cuda and x_TH.dtype != torch.float32:
         return torch.mm(x_TH, head.weight.T, out_dtype=torch.float32)
     return x_TH.float() @ head.weight.float().T

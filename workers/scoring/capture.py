@@ -1,4 +1,4 @@
-"""Capture: one forward and backward pass of the unquantized model, keeping what every linear saw.
+"""Capture: one forward and backward pass of the unquantized model that keeps every linear's input and output gradient.
 
 For each linear its input x [rows, in] and the gradient g [rows, out] of the summed loss with respect to its output.
 That is all that any recipe's score needs, so the model runs once, not once a recipe.
@@ -7,7 +7,7 @@ That is all that any recipe's score needs, so the model runs once, not once a re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,10 @@ from sweep.core.errors import SweepError
 from sweep.core.groups import is_vision
 from workers.model.decoder import decoder_of
 from workers.model.forward import batch_to, labels_of, summed_loss
+from workers.model.hooks import removed_after
+from workers.model.memory import HEAD_ROWS
 
 Segments = Sequence[Sequence[Batch]]  # of a plan, up to the largest size wanted
-
-# Rows whose logits are held at once: 2,048 in fp32 with their gradient would be 2.5 GB at 151,936 words. A GEMM's shape decides
-# its bits, so another number is another score version.
-_HEAD_ROWS: Final = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +40,15 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """What one linear saw, over all segments."""
+    """One linear's inputs and output gradients, over all segments."""
 
-    x_TI: Tensor  # [rows, in], model dtype; linears that read the same tensor share it
+    x_TI: Tensor  # [rows, in], model dtype; linears with the same input tensor share it
     g_TO: Tensor  # [rows, out], dLoss/dy, model dtype
     y_square_sums: tuple[float, ...]  # by segment: sum of squares of the unquantized output
     input_amaxes: tuple[float, ...]  # by segment: largest |x|; NaN if there is one
     layout: Layout
-    input_ranges: dict[
-        tuple[str, int], Tensor
-    ]  # that were found so far (workers.quant.modelopt.Quantizers.inputs), shared as x is
+    # Calibration ranges found so far, see workers.quant.modelopt.Quantizers.inputs; shared as x is.
+    input_ranges: dict[tuple[str, int], Tensor]
 
 
 def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dict[str, Rows]:
@@ -64,7 +61,7 @@ def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dic
         segments: leading segments of the plan, in canonical order.
         modules: names of nn.Linear modules of `model`.
 
-    Returns: by module name; a module that no batch called is absent.
+    Returns: rows by module name; a module that no batch called is absent.
 
     Raises: SweepError: a module is called on other rows than the batch's tokens or patches, or twice in one pass.
     """
@@ -82,19 +79,17 @@ def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dic
 
 
 def backward_from(output_BTH: Tensor, head: nn.Module, labels: Tensor) -> None:
-    """Backward pass of the summed loss through head and model, which never holds the logits of more than 512 rows.
+    """Backward pass of the summed loss through head and model, with the logits of at most HEAD_ROWS rows in memory.
 
     Args:
         output_BTH: the final norm's output, with the graph that made it.
-        head: makes logits of it.
+        head: the output layer, from [rows, hidden] to logits.
         labels: [batch, tokens], already shifted.
     """
     gradient_BTH = output_BTH.new_zeros(output_BTH.shape)
-    pieces = zip(
-        *(tensor.flatten(0, 1).split(_HEAD_ROWS) for tensor in (output_BTH.detach(), labels[..., None], gradient_BTH)),
-        strict=True,
-    )
-    for piece_TH, piece_labels, piece_gradient_TH in pieces:
+    tensors = (output_BTH.detach(), labels[..., None], gradient_BTH)
+    pieces = [tensor.flatten(0, 1).split(HEAD_ROWS) for tensor in tensors]
+    for piece_TH, piece_labels, piece_gradient_TH in zip(*pieces, strict=True):
         leaf_TH = piece_TH.detach().requires_grad_(output_BTH.requires_grad)
         _backward(summed_loss(head(leaf_TH)[None], piece_labels))
         if leaf_TH.grad is not None:
@@ -109,7 +104,13 @@ def _backward(loss: Tensor) -> None:
 
 
 def layout_of(segments: Segments, rows_of: Callable[[Batch], Sequence[int]], device: torch.device) -> Layout:
-    """The layout of rows of which each sample of a batch has as many as `rows_of` says."""
+    """The layout of captured rows.
+
+    Args:
+        segments: in canonical order.
+        rows_of: from a batch to the number of rows of each of its samples.
+        device: where the layout's `lengths` are needed.
+    """
     ends, sample_ends, batch_ends, samples, lengths = list[int](), list[int](), [0], list[int](), list[int]()
     for batches in segments:
         for batch in batches:
@@ -128,40 +129,35 @@ def layout_of(segments: Segments, rows_of: Callable[[Batch], Sequence[int]], dev
 
 
 class _Buffer:
-    """Room for all rows of one module; rows that no call fills stay 0 and add nothing to any score."""
+    """Memory for all rows of one module; rows that no call fills stay 0 and add nothing to any score."""
 
     def __init__(self, layout: Layout, in_features: int, y_TO: Tensor, shares: "_Buffer | None") -> None:
         n_rows = layout.ends[-1]
         self.layout, self.shares = layout, shares
-        self.x_TI = (
-            y_TO.new_zeros(n_rows, in_features) if shares is None else shares.x_TI
-        )  # where the module is: its input may come from another GPU
+        # On the module's device: its input may come from another GPU.
+        self.x_TI = y_TO.new_zeros(n_rows, in_features) if shares is None else shares.x_TI
         self.g_TO = y_TO.new_zeros(n_rows, y_TO.shape[1])
         self.y_square_sums = torch.zeros(len(layout.ends), dtype=torch.float64, device=y_TO.device)
         self.batch, self.end = -1, 0  # the last batch that called it, and the rows filled then
 
 
 class Recorder:
-    """Forward hooks that keep x, and put a hook on the output that keeps g."""
+    """Forward hooks that keep x, and put a backward hook on the output that keeps g."""
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
         self._segments, self._device = segments, device
         self._layouts: dict[int, Layout] = {}  # by patches a row; 0: rows are tokens
         self._buffers: dict[str, _Buffer] = {}
         self._n_batch = -1
-        self._seen: dict[
-            int, tuple[_Buffer, Tensor]
-        ] = {}  # inputs of this batch by address; held, so that no address is used twice
+        # Inputs of this batch by address; the tensors are held, so that no address is used twice.
+        self._seen: dict[int, tuple[_Buffer, Tensor]] = {}
 
     @contextmanager
     def attached(self, model: nn.Module, modules: Sequence[str]) -> Generator[None]:
-        """Listen to the named modules."""
+        """Record the named modules in every forward and backward pass of the block."""
         handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in modules]
-        try:
+        with removed_after(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def batches(self) -> Generator[Batch]:
         """Every batch in canonical order; each is to be run before the next is taken."""
@@ -179,9 +175,8 @@ class Recorder:
             x_TI, y_TO = args[0].detach().flatten(0, -2), output.detach().flatten(0, -2)
             found = self._seen.get(x_TI.data_ptr())
             if (buffer := self._buffers.get(name)) is None:
-                buffer = self._buffers[name] = _Buffer(
-                    self._layout(name, len(x_TI)), x_TI.shape[1], y_TO, found and found[0]
-                )
+                layout = self._layout(name, len(x_TI))
+                buffer = self._buffers[name] = _Buffer(layout, x_TI.shape[1], y_TO, found and found[0])
             rows = self._rows(name, buffer, len(x_TI))
             if buffer.shares is None:
                 buffer.x_TI[rows] = x_TI
@@ -200,14 +195,13 @@ class Recorder:
         return keep
 
     def rows(self) -> dict[str, Rows]:
-        """What was kept, by module name."""
+        """The recorded rows, by module name."""
         amaxes: dict[int, tuple[float, ...]] = {}
         ranges: dict[int, dict[tuple[str, int], Tensor]] = {}
         for buffer in self._buffers.values():
             if buffer.shares is None:
-                parts = buffer.x_TI.split(
-                    [end - start for start, end in zip((0, *buffer.layout.ends), buffer.layout.ends, strict=False)]
-                )
+                segment_rows = [end - start for start, end in pairwise((0, *buffer.layout.ends))]
+                parts = buffer.x_TI.split(segment_rows)
                 amaxes[id(buffer.x_TI)] = tuple(torch.stack([_amax(part) for part in parts]).tolist())
                 ranges[id(buffer.x_TI)] = {}
         return {
@@ -234,12 +228,16 @@ class Recorder:
         return self._layouts[patches_a_row]
 
     def _rows(self, name: str, buffer: _Buffer, n_rows: int) -> slice:
-        """Where a call's rows go. A module may see a batch in several calls, one after another."""
+        """The place of a call's rows in the buffer.
+
+        A module may be called several times for one batch, each time on the rows after those of the call before.
+        """
         first, last = buffer.layout.batch_ends[self._n_batch : self._n_batch + 2]
         start = buffer.end if buffer.batch == self._n_batch else first
         if start + n_rows > last:
+            called = start + n_rows - first
             raise SweepError(
-                f"{name} is called on {start + n_rows - first} rows where the batch has {last - first}: it cannot be scored."
+                f"{name} is called on {called} rows where the batch has {last - first}: it cannot be scored."
             )
         buffer.batch, buffer.end = self._n_batch, start + n_rows
         return slice(start, buffer.end)
@@ -252,7 +250,10 @@ def row_square_sums(tensor_TO: Tensor) -> Tensor:
 
 
 def square_sum(tensor_TO: Tensor) -> Tensor:
-    """Sum of squares of a matrix, a float64 scalar: rows in fp32, over rows in fp64, which costs a seventh of fp64 throughout."""
+    """Sum of squares of a matrix, a float64 scalar: rows in fp32, over rows in fp64.
+
+    That costs a seventh of fp64 throughout.
+    """
     return row_square_sums(tensor_TO).double().sum()
 
 

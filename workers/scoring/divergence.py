@@ -1,4 +1,4 @@
-"""KL divergence of next-token distributions from the change of their logits. PyTorch on a CPU, a Triton kernel on a GPU."""
+"""KL divergence of next-token distributions, from the change of their logits. On a GPU it is a Triton kernel."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -6,19 +6,20 @@ from typing import Final
 import torch
 from torch import Tensor
 
-_COLUMNS: Final = 8192  # words held in float32 at once
+_COLUMNS: Final = 8192  # entries of the vocabulary held in float32 at once
 _LARGEST_EXPONENT: Final = 80.0  # exp() of more overflows in float32
 
 
 def divergence(log_probs_TV: Tensor, change_TV: Tensor) -> Tensor:
     """KL(base || changed) of each row, in nats.
 
-    Two almost equal log-softmaxes would cancel. With x = change - E[change] under the base's probabilities, the divergence
-    is log(1 + E[e^x - 1 - x]): no term is negative, and a shift of all logits drops out.
+    Two almost equal log-softmaxes would cancel. With x = change - E[change] under the base's probabilities, the
+    divergence is log(1 + E[e^x - 1 - x]): no term is negative, and a shift of all logits drops out.
 
     Args:
-        log_probs_TV: [rows, words] of the base, any float dtype; rounding is evened out, as if each row summed to 1.
-        change_TV: [rows, words], logits minus the base's logits, any float dtype.
+        log_probs_TV: [rows, vocabulary] of the base, any float dtype; each row is normalized to sum to 1 in spite of
+            rounding.
+        change_TV: [rows, vocabulary], logits minus the base's logits, any float dtype.
 
     Returns: [rows] float64, not negative; NaN or infinite where a change is; more than about 80 nats are cut to 80.
     """
@@ -41,9 +42,8 @@ def _excess(log_probs: Tensor, x: Tensor) -> Tensor:
     """The probability times e^x - 1 - x: by its series near 0, where the difference would cancel."""
     probs = log_probs.exp()
     series = x * x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7)))))
-    return torch.where(
-        x.abs() < 0.5, probs * series, (log_probs + x).clamp(max=_LARGEST_EXPONENT).exp() - probs - probs * x
-    )
+    large = (log_probs + x).clamp(max=_LARGEST_EXPONENT).exp() - probs - probs * x
+    return torch.where(x.abs() < 0.5, probs * series, large)
 
 
 def _blocks(log_probs_TV: Tensor, change_TV: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

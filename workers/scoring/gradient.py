@@ -8,7 +8,7 @@ A GEMM's shape depends on the cell alone, so the bits of a score do not depend o
 segment by segment; so does dx Q(W)^T where the inputs' range is dynamic, and as one piece where each size has its own.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -31,23 +31,23 @@ from workers.quant.calibration import (
 from workers.quant.linear import LinearQuant
 from workers.quant.modelopt import Attributes, Quantizers, quantized
 from workers.scoring.capture import Layout, Rows, square_sum
-from workers.scoring.scores import GroupScore, NotFinite, Scores
-from workers.scoring.transfer import sent_home
+from workers.scoring.host_copy import start_host_copy
+from workers.scoring.scores import GroupScore, NotFinite, Scores, not_finite_weight
 
 _PRODUCT_BYTES = 2e9  # of dx Q(W)^T held at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One recipe, and the calibration sizes in which it is wanted."""
+    """One recipe, and the calibration sizes in which it is to be scored."""
 
-    name: str  # for errors
+    name: str  # for error messages
     weight: Attributes | None  # None: left unquantized
     inputs: Attributes | None
     calibrates_inputs: bool  # the inputs' range or scale is static, set by the samples of each size
     sizes: Mapping[str, int]  # number of leading segments, by size
-    algorithm: str = "max"  # ModelOpt's, that finds ranges and scales
-    fused: bool = False  # linears of a group share ranges of whole tensors and scales of the inputs
+    algorithm: str = "max"  # ModelOpt's calibration algorithm
+    fused: bool = False  # linears of a group share the ranges of whole tensors and the pre-quantization scale
     weight_key: str = field(init=False)  # equal for equal attributes
     input_key: str = field(init=False)
 
@@ -58,16 +58,19 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """Where one pass of one job puts its row sums: a pass serves every size, or one if each size has its own range."""
+    """The column of a matrix of row sums that one pass of one job fills.
+
+    A pass serves every size, or one size if each has its own range of the inputs.
+    """
 
     index: int
     job: int
     size: str | None
-    ranges: tuple[tuple[int, int], ...]  # of rows, one GEMM each
+    pieces: tuple[tuple[int, int], ...]  # of rows, first and past the last; one GEMM each
 
     @property
     def end(self) -> int:
-        return self.ranges[-1][1]
+        return self.pieces[-1][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,10 @@ class _Weight:
 
 @dataclass(frozen=True, slots=True)
 class _Visit:
-    """One module under one weight recipe: its operands are ready (or will be, when the stream gets there)."""
+    """The operands of one module under one weight recipe, for all jobs that share it.
+
+    They are ready on the main stream, although the kernels that make them may not have run yet.
+    """
 
     name: str
     weight: _Weight
@@ -90,12 +96,15 @@ class _Visit:
 
 
 class Engine:
-    """Scores layer groups of one device; keeps quantizers and weight ranges between calls, so use one for each loaded model."""
+    """Scores layer groups of one device by their gradients.
+
+    It keeps quantizers and weight ranges between calls, so use one for each loaded model.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._quantizers = Quantizers()
-        self._finite: set[str] = set()  # weights that were looked at
+        self._finite: set[str] = set()  # names of modules whose weights have been checked
         self._weight_squares: dict[str, Tensor] = {}
         self._stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
@@ -103,15 +112,16 @@ class Engine:
     def score_group(
         self, weights: Mapping[str, Tensor], rows: Mapping[str, Rows], jobs: Sequence[Job]
     ) -> Callable[[], list[Scores] | None]:
-        """Start scoring one layer group under several recipes in one visit.
+        """Start scoring one layer group under several recipes.
 
         Args:
             weights: the group's weights [out, in] in the model's dtype, by module name.
-            rows: captured rows by module name, over at least the segments that the jobs want.
+            rows: captured rows by module name, over at least the segments of every job.
             jobs: recipes.
 
-        Returns: a function that waits for the GPU and gives each job's scores (or what is not finite in them), None if no
-            module of the group was called. Call it after the next group has been started, so that the GPU never waits.
+        Returns: a function that waits for the GPU and gives each job's scores (or NotFinite), None if
+            no module of the group was called. Call it after the next group has been started, so that the GPU never
+            waits.
         """
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             return self._score_group(weights, rows, jobs)
@@ -129,7 +139,7 @@ class Engine:
         if any(rows[name].layout is not layout for name in called):
             raise SweepError(f"The linears of layer group {group} do not see the same rows: it cannot be scored.")
         columns = _columns(jobs, layout)
-        total = _Total(group, jobs, columns, [rows[name] for name in called])
+        total = _GroupSums(group, jobs, columns, [rows[name] for name in called])
         for visit in self._visits(called, weights, rows, jobs, columns):
             if visit.name not in self._weight_squares:
                 self._weight_squares[visit.name] = square_sum(weights[visit.name])
@@ -138,9 +148,8 @@ class Engine:
             total.add_weight(visit, self._weight_squares[visit.name])
         for index, job in enumerate(jobs):
             if job.algorithm != "max":
-                self._score_calibrated(
-                    index, called, weights, rows, jobs, [column for column in columns if column.job == index], total
-                )
+                own = [column for column in columns if column.job == index]
+                self._score_calibrated(index, called, weights, rows, jobs, own, total)
         total.close()
         return total.results
 
@@ -152,6 +161,7 @@ class Engine:
         jobs: Sequence[Job],
         columns: Sequence[_Column],
     ) -> Iterator[_Visit]:
+        """The operands of every module and distinct weight recipe, for the jobs whose ranges `max` finds."""
         by_weight: dict[str, list[int]] = {}
         for index, job in enumerate(jobs):
             if job.algorithm == "max":
@@ -164,19 +174,15 @@ class Engine:
         for name in called:
             if rows[name].x_TI is not x_TI:
                 x_TI = rows[name].x_TI
-                with self._aside():
+                with self._on_side_stream():
                     inputs = self._input_deltas(rows[name], jobs, columns)
                 fresh = list(inputs.values())
             for indices in by_weight.values():
                 first = jobs[indices[0]]
-                with self._aside():
-                    operand = self._weight(
-                        name,
-                        first.weight,
-                        weights[name],
-                        {module: weights[module] for module in called} if first.fused else None,
-                    )
-                self._hand_over(operand.quantized_OI, operand.delta_OI, operand.dw_square_sum, *fresh)
+                fused = {module: weights[module] for module in called} if first.fused else None
+                with self._on_side_stream():
+                    operand = self._weight(name, first.weight, weights[name], fused)
+                self._wait_for_side_stream(operand.quantized_OI, operand.delta_OI, operand.dw_square_sum, *fresh)
                 fresh = []
                 yield _Visit(name, operand, tuple(indices), inputs)
 
@@ -188,12 +194,16 @@ class Engine:
         rows: Mapping[str, Rows],
         jobs: Sequence[Job],
         columns: Sequence[_Column],
-        total: "_Total",
+        total: "_GroupSums",
     ) -> None:
-        """Score a recipe whose ranges or scales another algorithm than `max` finds: on the inputs of each size, and on these scaled."""
+        """Score a recipe whose ranges or scales are found by another algorithm than `max`.
+
+        Each size is calibrated on its own inputs, and scored on these times the pre-quantization scale, where there is
+        one.
+        """
         job, largest = jobs[index], max(columns, key=lambda column: column.end)
         for column in columns:
-            for names in _reading_alike(called, rows):
+            for names in _by_shared_input(called, rows):
                 x_TI, layout = rows[names[0]].x_TI[: column.end], rows[names[0]].layout
                 ends = [end for end in layout.batch_ends if end <= column.end]
                 batches = [x_TI[start:end] for start, end in pairwise(ends) if end > start]
@@ -204,33 +214,29 @@ class Engine:
                 for name in names:
                     quant, dtype = found[name], weights[name].dtype
                     x = smoothed_inputs(quant, x_TI)
-                    inputs = (
-                        {}
-                        if job.inputs is None
-                        else {(job.input_key, column.size): (quantized_inputs(quant, x_TI) - x).to(dtype)}
-                    )
+                    inputs: dict[tuple[str, str | None], Tensor] = {}
+                    if job.inputs is not None:
+                        inputs[job.input_key, column.size] = (quantized_inputs(quant, x_TI) - x).to(dtype)
                     visit = _Visit(name, _smoothed(quant, weights[name]), (index,), inputs)
-                    _score_visit(
-                        visit, replace(rows[name], x_TI=x.to(dtype)), jobs, [column], total.sums[called.index(name)]
-                    )
+                    seen = replace(rows[name], x_TI=x.to(dtype))
+                    _score_visit(visit, seen, jobs, [column], total.sums[called.index(name)])
                     if column is largest:
                         if name not in self._weight_squares:
                             self._weight_squares[name] = square_sum(weights[name])
                         total.add_weight(visit, self._weight_squares[name])
 
     def _weight(
-        self, name: str, attributes: Attributes | None, weight: Tensor, together: Mapping[str, Tensor] | None
+        self, name: str, attributes: Attributes | None, weight: Tensor, fused: Mapping[str, Tensor] | None
     ) -> _Weight:
         if attributes is None:
             return _Weight(weight, None, 0.0)
-        return _Weight(
-            *kernels.deltas(quantized(self._quantizers.weight(name, attributes, weight, together), weight), weight)
-        )
+        quantizer = self._quantizers.weight(name, attributes, weight, fused)
+        return _Weight(*kernels.deltas(quantized(quantizer, weight), weight))
 
     def _input_deltas(
         self, rows: Rows, jobs: Sequence[Job], columns: Sequence[_Column]
     ) -> dict[tuple[str, str | None], Tensor]:
-        """Dx of every recipe of the inputs that the jobs have, over the rows of its largest column."""
+        """The dx of every distinct recipe of the inputs, by its key and size, over the rows of its longest column."""
         wanted: dict[tuple[str, str | None], tuple[Attributes, int]] = {}
         for column in columns:
             attributes = jobs[column.job].inputs
@@ -246,13 +252,16 @@ class Engine:
         return deltas
 
     @contextmanager
-    def _aside(self) -> Generator[None]:
-        """Work on the second stream, where ModelOpt's calibrators may wait for the GPU while it multiplies for the visit before."""
+    def _on_side_stream(self) -> Generator[None]:
+        """Launch kernels on a second stream.
+
+        There ModelOpt's calibrators may wait for the GPU while the main stream multiplies the operands before.
+        """
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             yield
 
-    def _hand_over(self, *values: object) -> None:
-        """Let the main stream use what the second one makes."""
+    def _wait_for_side_stream(self, *values: object) -> None:
+        """Have the main stream wait for the second one, and use the tensors among `values`, which that one makes."""
         if self._stream is not None:
             main = torch.cuda.current_stream()
             main.wait_stream(self._stream)
@@ -263,7 +272,7 @@ class Engine:
     def _not_finite(
         self, group: str, weights: Mapping[str, Tensor], rows: Mapping[str, Rows], jobs: Sequence[Job]
     ) -> list[Scores] | None:
-        """What no recipe can score: a NaN or an infinity in a weight or an input."""
+        """NotFinite for every job if a weight or an input has a NaN or an infinity, else None."""
         text = None
         for name, weight in weights.items():
             if name in self._finite:
@@ -271,7 +280,7 @@ class Engine:
             if torch.isfinite(weight).all():
                 self._finite.add(name)
             else:
-                text = f"the weight of {name} is NaN or infinite. Compare the checkpoint's checksum with the published one."
+                text = not_finite_weight(name)
         for name in weights:
             if text is None and name in rows and not all(amax < float("inf") for amax in rows[name].input_amaxes):
                 bad_row = int((~torch.isfinite(rows[name].x_TI)).any(dim=1).nonzero()[0])
@@ -279,48 +288,46 @@ class Engine:
         return None if text is None else [NotFinite(f"Layer group {group} under {job.name}: {text}") for job in jobs]
 
 
-class _Total:
-    """Sums over the modules of a group, always in the model's order."""
+class _GroupSums:
+    """Sums over the modules of a layer group, always in the model's order."""
 
     def __init__(self, group: str, jobs: Sequence[Job], columns: Sequence[_Column], rows: Sequence[Rows]) -> None:
         self._group, self._jobs, self._columns, self._layout = group, jobs, columns, rows[0].layout
         self._y_squares, self._amaxes = [seen.y_square_sums for seen in rows], [seen.input_amaxes for seen in rows]
-        x_TI = rows[0].x_TI  # not kept: its memory may be wanted before the results are
-        self.sums = torch.zeros(
-            len(rows), 2, len(columns), len(x_TI), device=x_TI.device
-        )  # by module: (g * dy)^2 and dy^2
-        self._weights: list[
-            tuple[tuple[int, ...], Tensor | float]
-        ] = []  # jobs that a module's sum of dW^2 belongs to, and the sum
+        x_TI = rows[0].x_TI  # not kept: its memory may be needed before the results are
+        # [modules, 2, columns, rows]: sums of (g * dy)^2 and of dy^2 over the outputs.
+        self.sums = torch.zeros(len(rows), 2, len(columns), len(x_TI), device=x_TI.device)
+        # Of each module and weight recipe, the jobs that have it and the sum of dW^2.
+        self._weights: list[tuple[tuple[int, ...], Tensor | float]] = []
         self._w_squares: dict[str, Tensor] = {}
-        self._home: Callable[[], Tensor] | None = None
+        self._on_host: Callable[[], Tensor] | None = None
 
     def add_weight(self, visit: _Visit, w_square: Tensor) -> None:
+        """Add the squares of a module's weight and of its error."""
         self._w_squares[visit.name] = w_square
         self._weights.append((visit.jobs, visit.weight.dw_square_sum))
 
     def close(self) -> None:
-        """Sum rows to samples and send everything home, without waiting for the GPU."""
+        """Sum rows to samples and start the copy of all sums to the host, without waiting for the GPU."""
         by_row = self.sums.flatten(0, 2).T.to(torch.float64, memory_format=torch.contiguous_format)
-        by_sample = torch.segment_reduce(
-            by_row, "sum", lengths=self._layout.lengths.to(by_row.device), axis=0, unsafe=True
-        )  # its checks wait for the GPU
+        lengths = self._layout.lengths.to(by_row.device)
+        # unsafe: a check of the lengths would wait for the GPU.
+        by_sample = torch.segment_reduce(by_row, "sum", lengths=lengths, axis=0, unsafe=True)
         modules = by_sample.unflatten(1, (len(self._amaxes), -1)).unbind(1)
         samples = sum(modules[1:], start=modules[0])
         squares = [*self._w_squares.values(), *(square for _, square in self._weights if isinstance(square, Tensor))]
-        self._home = sent_home(torch.cat([torch.stack(squares), samples.flatten()]))
+        self._on_host = start_host_copy(torch.cat([torch.stack(squares), samples.flatten()]))
 
     def results(self) -> list[Scores]:
-        """Each job's scores. Waits for what `close` has sent, not for what the GPU was given since."""
-        assert self._home is not None
+        """Each job's scores. Waits for the copy that `close` has started, not for kernels launched since."""
+        assert self._on_host is not None
         jobs, layout = self._jobs, self._layout
-        home = self._home().numpy()
-        in_rows = home[-len(layout.samples) * 2 * len(self._columns) :].reshape(len(layout.samples), -1)
-        samples = np.zeros(
-            (in_rows.shape[1], max(layout.samples) + 1)
-        )  # a row a column, so that a sum's order is its own
+        values = self._on_host().numpy()
+        in_rows = values[-len(layout.samples) * 2 * len(self._columns) :].reshape(len(layout.samples), -1)
+        # One row for each column, so that the order of its sum doesn't depend on the others.
+        samples = np.zeros((in_rows.shape[1], max(layout.samples) + 1))
         samples[:, list(layout.samples)] = in_rows.T
-        squares = iter(home[: len(home) - in_rows.size].tolist())
+        squares = iter(values[: len(values) - in_rows.size].tolist())
         w_square = sum(next(squares) for _ in self._w_squares)
         dw_squares = [0.0] * len(jobs)
         for indices, square in self._weights:
@@ -330,8 +337,8 @@ class _Total:
         all_finite = bool(np.isfinite(samples).all())
         sizes = {size: n_segments for job in jobs for size, n_segments in job.sizes.items()}
         sums = {size: samples[:, : SIZES[size]].sum(axis=1) for size in sizes}
-        y_squares = {size: sum(sum(squares[:n]) for squares in self._y_squares) for size, n in sizes.items()}
-        amaxes = {size: max(max(amaxes[:n]) for amaxes in self._amaxes) for size, n in sizes.items()}
+        y_squares = {size: _over_modules(sum, self._y_squares, n) for size, n in sizes.items()}
+        amaxes = {size: _over_modules(max, self._amaxes, n) for size, n in sizes.items()}
         found: list[dict[str, GroupScore] | NotFinite] = [{} for _ in jobs]
         for column in self._columns:
             job, by_size = jobs[column.job], found[column.job]
@@ -358,8 +365,23 @@ class _Total:
         return list(found)
 
 
+def _over_modules(
+    reduce: Callable[[Iterable[float]], float], by_module: Sequence[Sequence[float]], n_segments: int
+) -> float:
+    """The sum or largest of the modules' values, each of which is the sum or largest over leading segments."""
+    return reduce([reduce(values[:n_segments]) for values in by_module])
+
+
 def _score_visit(visit: _Visit, rows: Rows, jobs: Sequence[Job], columns: Sequence[_Column], sums: Tensor) -> None:
-    """Row sums of one module under one weight recipe, for every recipe of the inputs that comes with it."""
+    """Add up the row sums of one module under one weight recipe, for every recipe of the inputs that occurs with it.
+
+    Args:
+        visit: the module's operands.
+        rows: its captured rows.
+        jobs: all of them.
+        columns: those of the visit's jobs.
+        sums: [2, columns, rows], receives the sums of (g * dy)^2 and of dy^2.
+    """
     delta, weight = visit.weight.delta_OI, visit.weight.quantized_OI
     dtype, n_out = _result_dtype(weight), len(weight)
     by_weight: Tensor | None = None  # x dW^T
@@ -370,7 +392,8 @@ def _score_visit(visit: _Visit, rows: Rows, jobs: Sequence[Job], columns: Sequen
             if start < n_rows:
                 _matmul(rows.x_TI[start:end], delta, by_weight[start:end])
     room = max(1, int(_PRODUCT_BYTES / (rows.layout.ends[-1] * n_out * 4)))
-    step = min(kernels.COLUMNS, room) if weight.is_cuda else 1  # a CPU gains nothing from it, and loses its cache
+    # On a CPU several at once gain nothing, and fall out of its cache.
+    step = min(kernels.COLUMNS, room) if weight.is_cuda else 1
     for first in range(0, len(columns), step):
         together = columns[first : first + step]
         ends = [column.end for column in together]
@@ -379,14 +402,17 @@ def _score_visit(visit: _Visit, rows: Rows, jobs: Sequence[Job], columns: Sequen
         for place, column in enumerate(together):
             if input_ends[place]:
                 deltas = visit.inputs[jobs[column.job].input_key, column.size]
-                for start, end in column.ranges:
+                for start, end in column.pieces:
                     _matmul(deltas[start:end], weight, by_inputs[place, start:end])
         into = slice(together[0].index, together[-1].index + 1)
         kernels.score_rows(by_weight, by_inputs, rows.g_TO, ends, input_ends, sums[0, into], sums[1, into])
 
 
 def _smoothed(quant: LinearQuant, weight: Tensor) -> _Weight:
-    """A weight with the inputs' scale divided out. Its change is taken before the cast: rounded to bf16 first, W' would change by that as well."""
+    """A weight W' with the pre-quantization scale divided out, quantized.
+
+    Its change is taken before the cast: rounded to bf16 first, W' would change by that as well.
+    """
     quantized_OI = fake_quantized(quant, weight)
     if quant.weight is None:
         return _Weight(quantized_OI.to(weight.dtype), None, 0.0)
@@ -395,8 +421,8 @@ def _smoothed(quant: LinearQuant, weight: Tensor) -> _Weight:
     return _Weight(quantized_OI.to(weight.dtype), delta_OI.to(weight.dtype), square_sum(own))
 
 
-def _reading_alike(called: Sequence[str], rows: Mapping[str, Rows]) -> list[list[str]]:
-    """Modules that read the same tensor, together."""
+def _by_shared_input(called: Sequence[str], rows: Mapping[str, Rows]) -> list[list[str]]:
+    """Consecutive modules that share their input tensor, together."""
     groups: list[list[str]] = []
     for name in called:
         if groups and rows[groups[-1][0]].x_TI is rows[name].x_TI:
@@ -407,7 +433,7 @@ def _reading_alike(called: Sequence[str], rows: Mapping[str, Rows]) -> list[list
 
 
 def _columns(jobs: Sequence[Job], layout: Layout) -> list[_Column]:
-    """Columns of jobs with equal weights lie side by side."""
+    """The columns of all jobs; those of jobs with equal weights lie side by side."""
     order: dict[str, int] = {}
     for job in jobs:
         order.setdefault(job.weight_key, len(order))
@@ -423,7 +449,8 @@ def _columns(jobs: Sequence[Job], layout: Layout) -> list[_Column]:
 
 
 def _pieces(layout: Layout) -> list[tuple[int, int]]:
-    return list(zip((0, *layout.ends), layout.ends, strict=False))
+    """The first row of each segment, and the one past its last."""
+    return list(pairwise((0, *layout.ends)))
 
 
 def _matmul(a_TI: Tensor, b_OI: Tensor, out_TO: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""method=kl_div: how far quantizing one layer group moves the model's predictions, in nats.
+"""method=kl_div: the KL divergence, in nats, of the model with one layer group quantized from the unquantized model.
 
-The unquantized model runs once. For a group in a decoder layer each batch then starts again at the kept input of that layer, so
-half the model runs on average. The change of the logits is computed from the change of the final hidden state: the difference of
-two outputs of the head would cancel, and bf16 logits would round away most of what a mild recipe does.
+The unquantized model runs once. For a group in a decoder layer each batch then starts again at the kept input of that
+layer, so half the model runs on average. The change of the logits is computed from the change of the final hidden
+state: the difference of two outputs of the head would cancel, and bf16 logits would round away most of a mild recipe's
+effect.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -21,13 +22,13 @@ from workers.quant.modelopt import Attributes, Quantizers, quantized
 from workers.scoring.baseline import Baseline
 from workers.scoring.capture import Segments, square_sum
 from workers.scoring.gradient import Job
-from workers.scoring.scores import GroupScore, NotFinite, Scores
-from workers.scoring.transfer import sent_home
+from workers.scoring.host_copy import start_host_copy
+from workers.scoring.scores import GroupScore, NotFinite, Scores, not_finite_weight
 
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """A module of the group under one recipe."""
+    """One linear of a layer group under one recipe."""
 
     weight_OI: Tensor  # quantized, model dtype
     delta_OI: Tensor | None  # its change; None: left unquantized
@@ -43,13 +44,13 @@ class KlEngine:
 
         Args:
             model: evaluation mode, no parameter requiring a gradient (workers.model.loading.load).
-            segments: leading segments of the plan, up to the largest size that a job will want.
+            segments: leading segments of the plan, up to the largest size of any job.
             modules: names of all linears that a group may hold.
         """
         self._model = model
         self._base = Baseline(model, segments, modules)
         self._quantizers, self._input_quantizers = Quantizers(), dict[int, Quantizers]()
-        self._finite: dict[str, bool] = {}  # weights that were looked at
+        self._finite: dict[str, bool] = {}  # by module, of the weights checked so far
         self._weight_squares: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -57,12 +58,12 @@ class KlEngine:
         """Start scoring one layer group under several recipes.
 
         Args:
-            modules: the group's, all of them named when the engine was made.
+            modules: the group's, all of them among the engine's `modules`.
             jobs: recipes.
 
-        Returns: a function that waits for the GPU and gives each job's scores by size (or what is not finite in them), None if
-            no module of the group was called. A sample's score is the sum of KL(base || quantized) over its predictions, in
-            nats; the square sums of outputs are 0, since the group's own outputs are not looked at. Call it after the next
+        Returns: a function that waits for the GPU and gives each job's scores by size (or NotFinite), None if no module
+            of the group was called. A sample's score is the sum of KL(base || quantized) over its predictions, in nats;
+            the square sums of outputs are 0, since the group's own outputs are not recorded. Call it after the next
             group has been started, so that the GPU never waits.
         """
         called = [name for name in modules if name in self._base.inputs.amaxes]
@@ -75,8 +76,8 @@ class KlEngine:
         return lambda: [finish(modules[0]) for finish in started]
 
     def _start(self, modules: Sequence[str], job: Job) -> Callable[[str], Scores]:
-        together = {name: self._model.get_submodule(name).weight.detach() for name in modules} if job.fused else None
-        linears = {name: self._linear(name, job.weight, together) for name in modules}
+        fused = {name: self._model.get_submodule(name).weight.detach() for name in modules} if job.fused else None
+        linears = {name: self._linear(name, job.weight, fused) for name in modules}
         by_size: dict[str, Tensor] = {}  # [samples] float64, in the order of the rows
         if job.calibrates_inputs:
             by_size |= {
@@ -91,14 +92,14 @@ class KlEngine:
         for name, linear in linears.items():
             squares[0] += linear.dw_square_sum
             squares[1] += self._weight_square(name)
-        samples_home = {size: sent_home(samples) for size, samples in by_size.items()}
-        rest_home = sent_home(torch.cat([squares, amaxes]))
+        samples_on_host = {size: start_host_copy(samples) for size, samples in by_size.items()}
+        rest_on_host = start_host_copy(torch.cat([squares, amaxes]))
 
         def finish(group: str) -> Scores:
-            dw_square, w_square, *input_amaxes = rest_home().tolist()
+            dw_square, w_square, *input_amaxes = rest_on_host().tolist()
             found: dict[str, GroupScore] = {}
             for size, n_segments in job.sizes.items():
-                scores = self._in_order(samples_home[size](), size, n_segments)
+                scores = self._in_order(samples_on_host[size](), size, n_segments)
                 if not np.isfinite(scores).all():
                     first = int(np.flatnonzero(~np.isfinite(scores))[0])
                     return NotFinite(
@@ -118,7 +119,7 @@ class KlEngine:
         return finish
 
     def _samples(self, linears: Mapping[str, _Linear], n_segments: int) -> Tensor:
-        """Divergence of each sample of leading segments, in the order of the rows."""
+        """KL divergence of each sample of leading segments, [samples] in the order of the rows."""
         base, batches = self._base, self._base.batches(n_segments)
         if base.decoder is not None and base.decoder.head_name in linears:
             (linear,) = linears.values()
@@ -130,9 +131,8 @@ class KlEngine:
             with self._replaced(linears):
                 rows = [base.divergence_after(number, layer) for number in batches]
         lengths = base.layout.lengths[: base.layout.sample_ends[n_segments - 1]]
-        return torch.segment_reduce(
-            torch.cat(rows), "sum", lengths=lengths, unsafe=True
-        )  # checking them would wait for the GPU
+        # unsafe: a check of the lengths would wait for the GPU.
+        return torch.segment_reduce(torch.cat(rows), "sum", lengths=lengths, unsafe=True)
 
     def _in_order(self, samples: Tensor, size: str, n_segments: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """Sample scores in data set order."""
@@ -150,7 +150,7 @@ class KlEngine:
 
     @contextmanager
     def _replaced(self, linears: Mapping[str, _Linear]) -> Generator[None]:
-        """The group's linears compute Q(x) Q(W)^T."""
+        """Have the group's linears compute Q(x) Q(W)^T until the block ends."""
         replaced = {name: self._model.get_submodule(name) for name in linears}
         for name, module in replaced.items():
             module.forward = _forward(linears[name], module.bias)
@@ -158,32 +158,28 @@ class KlEngine:
             yield
         finally:
             for module in replaced.values():
-                del module.forward  # the instance's: the class's is back
+                del module.forward  # the instance's attribute: the class's method is in force again
 
-    def _linear(self, name: str, attributes: Attributes | None, together: Mapping[str, Tensor] | None) -> _Linear:
+    def _linear(self, name: str, attributes: Attributes | None, fused: Mapping[str, Tensor] | None) -> _Linear:
         weight = self._model.get_submodule(name).weight.detach()
         if attributes is None:
             return _Linear(weight, None, 0.0)
-        return _Linear(
-            *kernels.deltas(quantized(self._quantizers.weight(name, attributes, weight, together), weight), weight)
-        )
+        quantizer = self._quantizers.weight(name, attributes, weight, fused)
+        return _Linear(*kernels.deltas(quantized(quantizer, weight), weight))
 
     def _with_inputs(self, linears: Mapping[str, _Linear], job: Job, n_segments: int) -> Mapping[str, _Linear]:
-        """The linears with a quantizer for each tensor that they read, its range set by leading segments."""
+        """The linears with one quantizer for each distinct input tensor, its range set by leading segments."""
         if job.inputs is None:
             return linears
         shared: dict[str, _SharedInput] = {}
         for name in linears:
             source = self._base.inputs.source[name]
             if source not in shared:
-                # Quantizers of one recipe are one object to `Quantizers`, but the tensors of a group have a range each at the same time.
-                # A range is remembered as a weight's is: finding one makes the host wait for the GPU.
+                # `Quantizers` keeps one object for a recipe, but the input tensors of a group have a range each at the
+                # same time. A range is remembered as a weight's is: finding one makes the host wait for the GPU.
                 quantizers = self._input_quantizers.setdefault(len(shared), Quantizers())
-                shared[source] = _SharedInput(
-                    quantizers.weight(
-                        f"{source} {n_segments}", job.inputs, self._base.inputs.amaxes[source][:n_segments]
-                    )
-                )
+                amaxes = self._base.inputs.amaxes[source][:n_segments]
+                shared[source] = _SharedInput(quantizers.weight(f"{source} {n_segments}", job.inputs, amaxes))
         return {
             name: replace(linear, inputs=shared[self._base.inputs.source[name]]) for name, linear in linears.items()
         }
@@ -194,18 +190,18 @@ class KlEngine:
         return self._weight_squares[name]
 
     def _not_finite(self, modules: Sequence[str]) -> str | None:
-        """What no recipe can score: a NaN or an infinity in the unquantized model."""
+        """A message if the unquantized model has a NaN or an infinity, under which no recipe can be scored."""
         for name in modules:
             if name not in self._finite:
                 self._finite[name] = bool(torch.isfinite(self._model.get_submodule(name).weight).all())
             if not self._finite[name]:
-                return f"the weight of {name} is NaN or infinite. Compare the checkpoint's checksum with the published one."
+                return not_finite_weight(name)
         sample = self._base.first_broken_sample
         return None if sample is None else f"the unquantized model's output for sample {sample} is NaN or infinite."
 
 
 class _SharedInput:
-    """Quantizes what linears read, once for those that read the same tensor."""
+    """Quantizes the input of several linears once."""
 
     def __init__(self, quantizer: Any) -> None:
         self.quantizer = quantizer
@@ -222,7 +218,7 @@ def _forward(linear: _Linear, bias: Tensor | None) -> Callable[[Tensor], Tensor]
 
 
 def _change(linear: _Linear) -> Callable[[Tensor, Tensor], Tensor]:
-    """How far the outputs move: x dW^T + dx Q(W)^T."""
+    """A function that gives the change of the linear's outputs at some rows: x dW^T + dx Q(W)^T."""
 
     def change(x_TI: Tensor, rows: Tensor) -> Tensor:
         terms: list[Tensor] = []

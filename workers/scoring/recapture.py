@@ -1,21 +1,22 @@
-"""Scores around a recipe instead of around the unquantized model: layers do not act alone.
+"""Scores around a mixed-precision recipe instead of around the unquantized model: layers do not act alone.
 
-A sweep scores each layer group with all others in 16 bits. Once a recipe is chosen, every group reads what quantized layers
-before it give, and its errors pass through quantized layers behind it. So the model is captured again with the recipe applied,
-and every format of every group is scored on what is seen then:
+A sweep scores each layer group with all others in 16 bits. Once a recipe is chosen, the inputs of every group come from
+quantized layers, and its errors pass through quantized layers. So the model is captured again with the recipe applied,
+and every format of every group is scored on this capture:
 
-* x is what the group reads in the quantized network, before its own quantizer. Formats calibrate on it.
-* dy is the group's error against its own unquantized linears on this x: what its format adds, the others being what they are.
-* g is the gradient of the same loss at the group's output in the quantized network. The group's own current format is in it, too:
-  one capture then serves all groups, and one group among many moves the gradient little.
+* x is the group's input in the quantized network, before its own quantizer. Formats calibrate on it.
+* dy is the group's error against its own unquantized linears on this x: the error that its format adds to those of the
+  other groups' formats.
+* g is the gradient of the same loss at the group's output in the quantized network. The group's own current format is
+  in it, too: one capture then serves all groups, and one group among many moves the gradient little.
 
-The result stands where a sweep's scores stand: sum of (g dy)^2 over 2 n_predictions. Solving again with these numbers, and once more
-from there, is what `sweep solve --recapture N` does.
+The predicted KL follows as in a sweep: sum of (g dy)^2 over 2 n_predictions. `sweep solve --recapture N` solves again
+with these numbers, and once more from there, N times in all.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,12 @@ from workers.scoring.capture import Rows, Segments
 from workers.scoring.windows import captures
 
 _CPU_BYTES = 4e9  # for x and g; on a GPU half of the free memory
-_ROWS = 2048  # whose errors are held at once
+_ROWS = 2048  # rows whose errors are held at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecapturedScore:
-    """One format of one layer group, all others being as the recipe has them."""
+    """The score of one format of one layer group, all other groups having the formats of the recipe."""
 
     group: str
     format: str  # label
@@ -52,15 +53,16 @@ class RecapturedScore:
 def recaptured_scores(
     model: Any, recipe: MixedRecipe, formats: Mapping[str, Sequence[GroupFormat]], plan: Plan, room: float | None = None
 ) -> list[RecapturedScore]:
-    """Score formats of layer groups on what they see in the model that a recipe makes.
+    """Score formats of layer groups on their inputs and gradients in the model quantized by a recipe.
 
     Args:
-        model: unquantized, evaluation mode, no parameter requiring a gradient (workers.model.loading.load); it is left as it was.
+        model: unquantized, evaluation mode, no parameter requiring a gradient (workers.model.loading.load); it is left
+            as it was.
         recipe: the current choice of every group.
         formats: those to score, by group.
         plan: of the recipe's own calibration samples.
-        room: bytes for x and g; where they need more, a window of decoder layers at a time. None: half of what is free on a GPU,
-            4 GB on a CPU.
+        room: bytes for x and g; where they need more, a window of decoder layers at a time. None: half of what is free
+            on a GPU, 4 GB on a CPU.
 
     Returns: rows in the model's order, formats in the order given; none for a group that no sample reaches.
 
@@ -75,9 +77,7 @@ def recaptured_scores(
     windows = _windows(model, wanted, segments, room)
     n_predictions = plan.n_predictions(recipe.size)
     with applied(model, quants):
-        for index, rows in captures(
-            model, segments, [[name for choice in window for name in choice.modules] for window in windows]
-        ):
+        for index, rows in captures(model, segments, [_modules(window) for window in windows]):
             for choice in windows[index]:
                 found[choice.group] = list(_scored(model, choice, formats[choice.group], rows, n_predictions))
     return [row for choice in wanted for row in found[choice.group]]
@@ -98,7 +98,8 @@ def _scored(
         assert isinstance(samples, np.ndarray)
         if not np.isfinite(samples).all():
             raise SweepError(
-                f"Layer group {choice.group} under {chosen.label}: its score in the quantized model is NaN or infinite. Exclude the format."
+                f"Layer group {choice.group} under {chosen.label}: "
+                "its score in the quantized model is NaN or infinite. Exclude the format."
             )
         score = float(samples.sum())
         yield RecapturedScore(
@@ -128,8 +129,14 @@ def _windows(
     parameter = next(model.parameters())
     if room is None:
         room = torch.cuda.mem_get_info(parameter.device)[0] / 2 if parameter.device.type == "cuda" else _CPU_BYTES
-    n_rows = sum(max(sum(batch.lengths), sum(batch.patch_counts)) for batches in segments for batch in batches)
+    row_bytes = memory.n_rows(chain.from_iterable(segments)) * parameter.element_size()
     parts = [list(members) for _, members in groupby(groups, key=lambda choice: part_of(choice.group)[0])]
-    weights = [[model.get_submodule(name).weight for choice in part for name in choice.modules] for part in parts]
-    sizes = [sum(sum(weight.shape) for weight in part) * n_rows * parameter.element_size() for part in weights]
-    return [[choice for part in window for choice in part] for window in memory.windows(parts, sizes, room)]
+    sizes: list[int] = []
+    for part in parts:
+        shapes = [model.get_submodule(name).weight.shape for name in _modules(part)]
+        sizes.append(sum(map(sum, shapes)) * row_bytes)
+    return [list(chain.from_iterable(window)) for window in memory.windows(parts, sizes, room)]
+
+
+def _modules(groups: Sequence[GroupChoice]) -> list[str]:
+    return [name for choice in groups for name in choice.modules]

@@ -1,4 +1,4 @@
-"""What a layer group's quantization does, in numbers."""
+"""Scores and error sums of one layer group under one recipe."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,21 +13,25 @@ class NotFinite(ArithmeticError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupScore:
-    """What quantizing one layer group does, in one calibration size."""
+    """Score and error sums of one layer group under one recipe, in one calibration size, over all its linears."""
 
-    score: float  # the sum of:
+    score: float  # the sum of `sample_scores`
     sample_scores: npt.NDArray[
         np.float64
     ]  # [n_samples], in data set order; 0 for a sample that never reached the group
-    dy_square_sum: float
-    y_square_sum: float
-    dw_square_sum: float
-    w_square_sum: float
-    input_amax: float
+    dy_square_sum: float  # of the errors of the outputs
+    y_square_sum: float  # of the unquantized outputs
+    dw_square_sum: float  # of the errors of the weights
+    w_square_sum: float  # of the unquantized weights
+    input_amax: float  # largest |x|
 
 
 Scores = Mapping[str, GroupScore] | NotFinite  # by size
-PartScores = Mapping[
-    str, Sequence[GroupScore | float | None]
-]  # of a part's groups, by size; float: only the score is known; None: never called
+# Of a part's groups, by size; float: only the score is known; None: never called.
+PartScores = Mapping[str, Sequence[GroupScore | float | None]]
 Measured = PartScores | NotFinite
+
+
+def not_finite_weight(module: str) -> str:
+    """The reason why no recipe of a module can be scored: a NaN or an infinity in its weight."""
+    return f"the weight of {module} is NaN or infinite. Compare the checkpoint's checksum with the published one."

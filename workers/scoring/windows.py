@@ -1,13 +1,13 @@
 """Capture a window of decoder layers at a time, where the inputs and gradients of all linears would not fit in memory.
 
-One forward without gradients keeps each window's hidden input. Then, from the top down, each window's layers alone run again
-with gradients, from that hidden state, and back from the gradient that the window above has left at it. So all windows
-together cost one forward more than one capture, however many they are, and give the same bits.
+One forward without gradients keeps each window's hidden input. Then, from the top down, each window's layers alone run
+again with gradients, from that hidden state, and back from the gradient that the window above has left at it. So all
+windows together cost one forward more than one capture, however many they are, and give the same bits.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,19 @@ class _Window:
 def captures(
     model: nn.Module, segments: Segments, windows: Sequence[Sequence[str]]
 ) -> Iterator[tuple[int, dict[str, Rows]]]:
-    """What `workers.scoring.capture.capture` gives for all modules at once, a window at a time.
+    """Capture modules as `workers.scoring.capture.capture` does, but a window at a time.
 
     Args:
         model: as for `capture`.
         segments: as for `capture`.
-        windows: module names. A window's decoder layers are all below those of another or all above; it may name modules
-            outside the decoder layers too, and those cost a pass of their own, except for the head in the topmost window.
+        windows: module names. A window's decoder layers are all below those of another or all above; it may name
+            modules outside the decoder layers too, and those cost a pass of their own, except for the head in the
+            topmost window.
 
-    Yields: a window's index and its rows, from the last decoder layers to the first, then windows without decoder layers.
-        For a model of another type than workers.model.loading.PACKABLE in the order given, each an ordinary capture. A window's
-        dictionary is emptied when the next is asked for, so that it need not be let go of to free its memory.
+    Yields: a window's index and its rows, from the last decoder layers to the first, then windows without decoder
+        layers. For a model of another type than workers.model.loading.PACKABLE in the order given, each an ordinary
+        capture. A window's dictionary is emptied when the next is asked for, so that it need not be let go of to free
+        its memory.
 
     Raises: ValueError: two windows share a decoder layer, or reach into each other's.
     """
@@ -59,10 +61,9 @@ def _captures(
     recorded = _Recorded(model, decoder, segments, [window.start for window in inner])
     stop = len(decoder.layers)
     for window in inner:
-        yield (
-            window.index,
-            recorded.rows(window, stop, is_lowest=window is inner[-1]) | _ordinary(model, segments, window),
-        )
+        rows = recorded.rows(window, stop, is_lowest=window is inner[-1])
+        rows |= _ordinary(model, segments, window)  # not a second dictionary: the caller empties this one
+        yield window.index, rows
         stop = window.start
     del recorded
     for window in rest:
@@ -70,14 +71,14 @@ def _captures(
 
 
 class _Recorded:
-    """Every batch's way through the decoder, and the gradient at the input of the last window that ran."""
+    """Every batch's trace through the decoder, and the gradient at the input of the last window that ran."""
 
     def __init__(self, model: nn.Module, decoder: Decoder, segments: Segments, starts: Sequence[int]) -> None:
         parameter = next(model.parameters())
         self._model, self._decoder, self._segments, self._device = model, decoder, segments, parameter.device
         self._traces: list[Trace] = []
         self._gradients: list[Tensor | None] = []  # by batch
-        for batch in (batch for batches in segments for batch in batches) if starts else ():
+        for batch in chain.from_iterable(segments) if starts else ():
             self._traces.append(decoder.record(batch_to(batch, parameter.device, parameter.dtype), starts)[0])
             self._gradients.append(None)
 
@@ -102,22 +103,23 @@ def _arranged(decoder: Decoder, windows: Sequence[Sequence[str]]) -> tuple[list[
     inner: list[_Window] = []
     rest: list[_Window] = []
     n_layers = len(decoder.layers)
-    layers = [[layer for name in modules if (layer := decoder.layer_of(name)) is not None] for modules in windows]
+    layers: list[list[int]] = []
+    for modules in windows:
+        found = [decoder.layer_of(name) for name in modules]
+        layers.append([layer for layer in found if layer is not None])
     highest = max((max(found, default=-1) for found in layers), default=-1)
     for index, modules in enumerate(windows):
         has_top = max(layers[index], default=n_layers) >= highest  # with the topmost layers, or with none
-        inside = [
-            name for name in modules if decoder.layer_of(name) is not None or (name == decoder.head_name and has_top)
-        ]
+        top = decoder.head_name if has_top else None
+        inside = tuple(name for name in modules if decoder.layer_of(name) is not None or name == top)
         outside = tuple(name for name in modules if name not in inside)
-        window = _Window(index, min(layers[index], default=n_layers), tuple(inside), outside)
+        window = _Window(index, min(layers[index], default=n_layers), inside, outside)
         (inner if inside else rest).append(window)
     inner.sort(key=lambda window: window.start, reverse=True)
     for upper, lower in pairwise(inner):
         if max(layers[lower.index], default=n_layers) >= upper.start:
-            raise ValueError(
-                f"Windows {lower.index} and {upper.index} are not apart: one must end below decoder layer {upper.start}."
-            )
+            pair = f"Windows {lower.index} and {upper.index}"
+            raise ValueError(f"{pair} are not apart: one must end below decoder layer {upper.start}.")
     return inner, rest
 
 

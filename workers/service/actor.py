@@ -1,4 +1,4 @@
-"""Ray's side of a worker. No arithmetic and no file formats live here."""
+"""The Ray actor of a worker. No arithmetic and no file formats live here."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from workers.service.metrics import WorkerMetrics
 from workers.service.node import check_shared
 from workers.task import Progress, Task
 
-_TELL_SECONDS = 0.2  # between messages; one costs Ray about a millisecond
+_REPORT_SECONDS = 0.2  # between messages; one costs Ray about a millisecond
 
 
 class Worker:
@@ -29,7 +29,7 @@ class Worker:
         self, store_uri: str, device: str, memory_gb: float | None, n_workers: int, n_gpus: int, n_halvings: int
     ) -> None:
         """Import the heavy libraries and prepare an empty worker; see workers.service.scorer.Scorer."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C
         from workers.service.scorer import Scorer
 
         name = ray.get_runtime_context().get_actor_name() or ""
@@ -43,7 +43,7 @@ class Worker:
             n_halvings=n_halvings,
             on_timed=self._metrics.timed,
         )
-        self._parts: dict[int, _Parts] = {}  # by assignment
+        self._parts: dict[int, _PartQueue] = {}  # by assignment
 
     def load(self, task: Task, mark: str | None) -> None:
         """Load the task's model before there is an assignment.
@@ -63,26 +63,26 @@ class Worker:
         return self._scorer.hardware()
 
     def warm_up(self, extensions: frozenset[str]) -> None:
-        """Build CUDA extensions; workers of one machine wait for the one that came first."""
+        """Build CUDA extensions; of several workers of a machine the first builds, the others wait."""
         from workers.quant.modelopt import build_extensions
 
         build_extensions(extensions)
 
     def info(self) -> dict[str, Any]:
-        """Node, process, and what its scorer says of itself."""
+        """Node and process id, and the figures of workers.service.scorer.Scorer.info."""
         return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), **self._scorer.info()}
 
     @ray.method(concurrency_group="parts")
     def next_parts(self, assignment: int, names: tuple[str, ...] | None) -> bool:
-        """Take over names of parts to score, and wait until more are needed.
+        """Receive names of parts to score, and wait until more are needed.
 
         Args:
-            assignment: whose.
-            names: none: there are no more; None: nothing has been asked for yet.
+            assignment: its number.
+            names: empty: there are no more; None: nothing has been asked for yet.
 
         Returns: whether more are needed; False: `score` has ended.
         """
-        parts = self._parts.setdefault(assignment, _Parts())
+        parts = self._parts.setdefault(assignment, _PartQueue())
         if names is not None:
             parts.given.put(names)
         if (is_needed := parts.needed.get()) is False:
@@ -90,11 +90,11 @@ class Worker:
         return is_needed
 
     def score(self, tasks: Sequence[Task], plan: Plan, assignment: int) -> Iterator[list[Progress]]:
-        """Stream progress, the latest of each task, a few times a second; what it counts is in the store already.
+        """Stream the latest progress of each task, a few times a second; the groups that it counts are in the store.
 
         Raises: WorkerLost: this process cannot go on.
         """
-        parts = self._parts.setdefault(assignment, _Parts())
+        parts = self._parts.setdefault(assignment, _PartQueue())
         try:
             yield from self._score(tasks, plan, assignment, parts.taken())
         finally:
@@ -104,17 +104,17 @@ class Worker:
         self, tasks: Sequence[Task], plan: Plan, assignment: int, names: Iterator[str]
     ) -> Iterator[list[Progress]]:
         latest: dict[str, Progress] = {}
-        told = time.monotonic()
+        reported_at = time.monotonic()
         meter = _Rows(self._scorer.info, self._metrics)
         try:
             for progress in self._scorer.score(tasks, plan, names):
-                latest[progress.task_id] = replace(progress, lease=assignment).after(latest.get(progress.task_id))
+                latest[progress.task_id] = replace(progress, assignment=assignment).after(latest.get(progress.task_id))
                 meter.update(progress)
-                if time.monotonic() - told > _TELL_SECONDS:
-                    self._tell_metrics(meter)
+                if time.monotonic() - reported_at > _REPORT_SECONDS:
+                    self._report_metrics(meter)
                     yield list(latest.values())
                     latest.clear()
-                    told = time.monotonic()
+                    reported_at = time.monotonic()
         except RuntimeError as error:
             if isinstance(error, BrokenProcessPool):
                 reason = "a process that writes its scores has died"
@@ -123,17 +123,17 @@ class Worker:
             else:
                 raise
             raise WorkerLost(reason) from None
-        self._tell_metrics(meter)
+        self._report_metrics(meter)
         yield list(latest.values())
 
-    def _tell_metrics(self, rows: "_Rows") -> None:
-        rows.tell()
+    def _report_metrics(self, rows: "_Rows") -> None:
+        rows.report()
         if (memory := self._scorer.gpu_memory()) is not None:
             self._metrics.gpu_memory(*memory)
 
 
-class _Parts:
-    """Names of parts on their way from the thread that gets them from the driver to the one that scores."""
+class _PartQueue:
+    """A queue of part names from the thread that receives them from the driver to the thread that scores."""
 
     def __init__(self) -> None:
         self.needed: SimpleQueue[bool] = SimpleQueue()
@@ -153,18 +153,18 @@ class _Rows:
     def __init__(self, info: Callable[[], dict[str, Any]], metrics: WorkerMetrics) -> None:
         self._info, self._metrics = info, metrics
         self._rows: dict[str, int] = {}  # by task id, those found in the store not counted
-        self._told = 0
+        self._reported = 0
         self._spent = self._busy()
 
     def update(self, progress: Progress) -> None:
         self._rows[progress.task_id] = progress.done - progress.found
 
-    def tell(self) -> None:
-        """What has come since this was last told. Loading and capturing are no part of its time."""
-        if (rows := sum(self._rows.values()) - self._told) > 0:
+    def report(self) -> None:
+        """Report the rows since the last report. Their time leaves out loading and capturing."""
+        if (rows := sum(self._rows.values()) - self._reported) > 0:
             spent = self._busy()
             self._metrics.written(rows, max(spent - self._spent, 1e-6))
-            self._told, self._spent = self._told + rows, spent
+            self._reported, self._spent = self._reported + rows, spent
 
     def _busy(self) -> float:
         info = self._info()

@@ -1,4 +1,4 @@
-"""Where a worker's time goes."""
+"""Wall seconds that a worker spends on loading, capturing and scoring."""
 
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -10,7 +10,7 @@ _Item = TypeVar("_Item")
 
 
 class Clock:
-    """Sums of wall seconds by kind, and when the worker was first and last busy."""
+    """Sums of wall seconds by kind, and the times at which the worker was first and last busy."""
 
     def __init__(self, on_timed: Callable[[_Kind, float], None] | None = None) -> None:
         """Start with nothing.
@@ -33,7 +33,7 @@ class Clock:
             self._add(kind, started, time.time())
 
     def timed_items(self, kind: _Kind, items: Iterator[_Item]) -> Iterator[_Item]:
-        """Count the time that it takes to make items, not what is done with them."""
+        """Count the time that the iterator takes to produce items, not that of the loop's body."""
         started = time.time()
         for item in items:
             self._add(kind, started, time.time())

@@ -1,4 +1,4 @@
-"""What Prometheus sees of a sweep on Ray's metrics port. The home of `ray.util.metrics`.
+"""A sweep's Prometheus metrics on Ray's metrics port. The home of `ray.util.metrics`.
 
 Ray puts `ray_` before the names, and adds labels of the node and the process: sum or take the maximum over these.
 """
@@ -18,7 +18,7 @@ _NO_ETA: Final = -1.0
 
 
 class SweepMetrics:
-    """The driver's side."""
+    """The driver's metrics."""
 
     def __init__(self) -> None:
         """Name the metrics; each appears when it first has a value."""
@@ -29,13 +29,13 @@ class SweepMetrics:
         self._workers = Gauge("sweep_workers", "Workers by state: starting, idle, busy.", ("state",))
         self._eta = Gauge("sweep_eta_seconds", "Time left at this rate; -1 while there is none.")
         self._trial_seconds = Histogram(
-            "sweep_trial_seconds", "From a trial's first lease to its last row.", _TRIAL_BUCKETS
+            "sweep_trial_seconds", "From a trial's first assignment to its last row.", _TRIAL_BUCKETS
         )
         self._counters = {
             "scored": _Total("sweep_groups_scored_total", "Layer groups scored, over all cells."),
             "failed": _Total("sweep_failed_trials_total", "Trials that failed in this run."),
             "replacements": _Total("sweep_worker_replacements_total", "Workers that took a dead one's place."),
-            "retries": _Total("sweep_retries_total", "Leases given out again after a worker died."),
+            "retries": _Total("sweep_retries_total", "Assignments repeated after a worker died."),
         }
 
     def show(self, picture: Picture, workers: Mapping[str, int], *, deaths: int, replacements: int) -> None:
@@ -44,7 +44,7 @@ class SweepMetrics:
         Args:
             picture: the trials.
             workers: by state.
-            deaths: of workers that had a lease, since the run began.
+            deaths: of workers that had an assignment, since the run began.
             replacements: workers that came back after they had died, since the run began.
         """
         for state, n in picture.trials.items():
@@ -69,13 +69,13 @@ class SweepMetrics:
 
 
 class WorkerMetrics:
-    """One worker's side."""
+    """One worker's metrics."""
 
     def __init__(self, worker: str) -> None:
         """Name the metrics.
 
         Args:
-            worker: the actor's name; few, and the same after a restart.
+            worker: the actor's name: there are few, and a restarted worker keeps its own.
         """
         self._loads = Counter("sweep_model_loads_total", "Times a worker loaded a model.")
         self._rows = Counter("sweep_rows_written_total", "Rows that reached the store.")
@@ -89,34 +89,34 @@ class WorkerMetrics:
         self._worker = worker
 
     def timed(self, kind: str, seconds: float) -> None:
-        """Take over what workers.service.clock.Clock has timed."""
+        """Record a time that workers.service.clock.Clock has measured."""
         if kind == "load_seconds":
             self._loads.inc()
         elif kind == "capture_seconds":
             self._capture_seconds.observe(seconds)
 
     def written(self, rows: int, seconds: float) -> None:
-        """Rows that reached the store, and how long they took together."""
+        """Record rows that reached the store, and the seconds that they took together."""
         if rows > 0:
             self._rows.inc(rows)
             for _ in range(min(rows, _MAX_OBSERVATIONS)):
                 self._group_seconds.observe(seconds / rows)
 
     def gpu_memory(self, used: int, total: int) -> None:
-        """Bytes of this worker's GPUs."""
+        """Record the memory of this worker's GPUs, in bytes."""
         self._gpu_memory.set(used, {"worker": self._worker, "kind": "used"})
         self._gpu_memory.set(total, {"worker": self._worker, "kind": "total"})
 
 
 class _Total:
-    """A counter that is told where it stands."""
+    """A Prometheus counter that is set to totals."""
 
     def __init__(self, name: str, description: str) -> None:
         self._counter: Any = Counter(name, description)
         self._reached = 0
 
     def reach(self, total: int) -> None:
-        """Count what is new; a total that has shrunk waits until it is exceeded."""
+        """Raise the counter to a total; a lower total changes nothing."""
         if total > self._reached:
             self._counter.inc(total - self._reached)
             self._reached = total

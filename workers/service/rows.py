@@ -1,4 +1,4 @@
-"""One task's rows on their way into the store. Needs neither PyTorch nor what made the scores."""
+"""Rows of one task's scores, and their parts and cells in the store. Needs neither PyTorch nor the scoring engines."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,25 +15,22 @@ from workers.scoring.scores import GroupScore, PartScores
 from workers.task import Task
 
 
-class Ledger:
+class TaskWriter:
     """Writes a task's parts, and turns them into cells when all are there."""
 
     def __init__(self, task: Task, n_predictions: Mapping[str, int], parts: Sequence[Part], store_uri: str) -> None:
-        """Start with nothing.
+        """Start with no part written.
 
         Args:
-            task: whose rows they are.
+            task: of the rows.
             n_predictions: by size.
-            parts: all of them, in the model's order.
-            store_uri: where parts and cells go.
+            parts: all parts of the model, in its order.
+            store_uri: of the store for parts and cells.
         """
         self.task = task
-        self._n_predictions, self._parts, self._store = (
-            n_predictions,
-            {part.name: part for part in parts},
-            Store(store_uri),
-        )
-        self._tables: dict[str, dict[str, pa.Table]] = {size: {} for size in task.cells}  # what was written here
+        self._n_predictions, self._store = n_predictions, Store(store_uri)
+        self._parts = {part.name: part for part in parts}
+        self._tables: dict[str, dict[str, pa.Table]] = {size: {} for size in task.cells}  # written by this worker
 
     def write(self, part: str, measured: PartScores) -> None:
         """Put a part's rows into the store."""
@@ -47,27 +44,28 @@ class Ledger:
             self._tables[size][part] = table
 
     def complete(self) -> None:
-        """Turn the parts of each cell into its scores, if all are there: several workers may be at one cell, and the last one does it."""
+        """Turn the parts of each cell into its scores, if all are in the store.
+
+        Several workers may score parts of one cell; the last one completes it.
+        """
         for size, tables in self._tables.items():
             cell_id = self.task.cells[size]
-            if self._parts.keys() <= tables.keys() | (
-                self._store.part_names(cell_id) if len(tables) < len(self._parts) else set[str]()
-            ):
+            others = self._store.part_names(cell_id) if len(tables) < len(self._parts) else set[str]()
+            if self._parts.keys() <= tables.keys() | others:
                 self._store.complete(cell_id, {name: tables.get(name) for name in self._parts})
             elif self._store.is_finished(cell_id):
                 self._store.drop_parts(cell_id)
 
     def _row(self, group: GroupSpec, size: str, columns: Mapping[str, Any]) -> dict[str, Any]:
         n_predictions, score = self._n_predictions[size], columns["score"]
+        divisor = n_predictions if self.task.method == "kl_div" else 2 * n_predictions
         return {
             "cell_id": self.task.cells[size],
             "group": group.name,
             "modules": list(group.modules),
             "layer_index": group.layer_index,
             "sensitivity": None if score is None else score / n_predictions,
-            "predicted_kl": None
-            if score is None
-            else score / (n_predictions if self.task.method == "kl_div" else 2 * n_predictions),
+            "predicted_kl": None if score is None else score / divisor,
             "n_predictions": n_predictions,
             "n_samples": SIZES[size],
             "weight_elements": group.weight_elements,

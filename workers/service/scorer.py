@@ -1,4 +1,4 @@
-"""One worker's work, without Ray: hold a model and its capture, score tasks together, put finished parts into the store."""
+"""A worker without Ray: it holds a model and its capture, scores tasks together, and stores finished parts."""
 
 import math
 import socket
@@ -20,21 +20,22 @@ from sweep.core.groups import GroupSpec, Part, parts_of
 from sweep.core.machine import Gpu, Hardware, has_compiler, memory_gb, n_cores
 from sweep.store.store import Store
 from workers.model import loading, memory
+from workers.model.hooks import removed_after
 from workers.quant.modelopt import auto_quantize_scores
 from workers.scoring.capture import Rows, capture
 from workers.scoring.gradient import Engine, Job
 from workers.scoring.kl import KlEngine
-from workers.scoring.scores import Measured, NotFinite, Scores
+from workers.scoring.scores import GroupScore, Measured, NotFinite, Scores
 from workers.scoring.windows import captures
 from workers.service.clock import Clock
 from workers.service.node import first_alone
-from workers.service.parts import Book
-from workers.service.rows import Ledger
+from workers.service.rows import TaskWriter
+from workers.service.task_state import TaskState
 from workers.service.writers import Writers
 from workers.task import ModelSpec, Progress, Task, part_names
 
 _MAX_HALVINGS = 8
-_WRITERS = 8  # at most, that put parts on disk while the next layer is scored
+_MAX_WRITERS = 8  # that put parts on disk while the next layer is scored
 
 _Waiting = Callable[[], list[Scores] | None]  # see Engine.score_group
 _Start = Callable[[GroupSpec, Sequence[Job]], _Waiting]
@@ -42,6 +43,8 @@ _Start = Callable[[GroupSpec, Sequence[Job]], _Waiting]
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
+    """A capture that is kept for later tasks."""
+
     plan_id: str
     n_segments: int
     modules: frozenset[str]
@@ -49,7 +52,7 @@ class _Captured:
 
 
 class Scorer:
-    """Scores tasks; loads a model only when tasks need another one, and captures only what no earlier task had captured."""
+    """Scores tasks; loads a model only when tasks need another one, and captures only what no earlier task captured."""
 
     def __init__(
         self,
@@ -67,7 +70,8 @@ class Scorer:
         Args:
             store_uri: absolute path or URL of the store.
             device: "cpu" or "cuda".
-            memory_gb: memory to use on each device, 1e9 bytes; None: what is free on the GPU, or an even share of the machine's.
+            memory_gb: memory to use on each device, 1e9 bytes; None: what is free on the GPU, or an even share of the
+                machine's.
             n_workers: workers that share the machine.
             n_gpus: that a model is spread over.
             n_halvings: of the room for x and g, since an earlier process was killed for want of memory.
@@ -90,7 +94,7 @@ class Scorer:
         self._captured: _Captured | None = None
         self._divergence: tuple[tuple[str, int, tuple[str, ...]], KlEngine] | None = None
         # Beside a GPU, threads would wait for Python's lock as long as the GPU scores, and it for them.
-        self._writers = Writers(max(1, min(_WRITERS, n_cores() // n_workers - 1)), processes=device == "cuda")
+        self._writers = Writers(max(1, min(_MAX_WRITERS, n_cores() // n_workers - 1)), processes=device == "cuda")
 
     @staticmethod
     def is_device_fault(error: BaseException) -> bool:
@@ -100,10 +104,11 @@ class Scorer:
         )
 
     def info(self) -> dict[str, Any]:
-        """What it has done so far.
+        """The worker's figures so far.
 
-        Returns: `model_loads`; seconds: `load_seconds`, `capture_seconds` (the unquantized model's passes), `busy_seconds`
-            (with tasks, captures included); `first_at` and `last_at`: when it was first and last busy, seconds since 1970;
+        Returns: `model_loads`; seconds: `load_seconds`, `capture_seconds` (the unquantized model's passes),
+            `busy_seconds` (with tasks, captures included); `first_at` and `last_at`: when it was first and last busy,
+            seconds since 1970;
             `peak_gb`: the most memory that was allocated, in 1e9 bytes, over all its GPUs; None on a CPU.
         """
         peak_gb = (
@@ -125,11 +130,9 @@ class Scorer:
         """Bytes of its GPUs that are used, and that they have; None on a CPU."""
         if self.device.type == "cpu":
             return None
-        free, total = (
-            sum(values)
-            for values in zip(*(torch.cuda.mem_get_info(index) for index in range(self._n_gpus)), strict=True)
-        )
-        return total - free, total
+        memories = [torch.cuda.mem_get_info(index) for index in range(self._n_gpus)]
+        total = sum(total for _, total in memories)
+        return total - sum(free for free, _ in memories), total
 
     def load(self, spec: ModelSpec) -> None:
         """Hold this model, and no other."""
@@ -150,12 +153,14 @@ class Scorer:
         self.model_loads += 1
 
     def score(self, tasks: Sequence[Task], plan: Plan, names: Iterable[str] | None = None) -> Iterator[Progress]:
-        """Score what the tasks' cells lack, layer by layer; each part is on disk before its progress is yielded.
+        """Score the parts that the tasks' cells lack, layer by layer; each is on disk before its progress is yielded.
 
         Args:
-            tasks: of one model, plan, method, engine and set of layer groups; a layer is visited once for all of them.
-            plan: theirs.
-            names: of the parts to score, asked for one by one; None: all. Whoever finds that a cell has all its parts completes it.
+            tasks: of one model, plan, method, engine and set of layer groups; a layer is scored for all of them at a
+                time.
+            plan: of the tasks' data set.
+            names: of the parts to score, asked for one by one; None: all. The worker that finds all parts of a cell in
+                the store completes it.
 
         Yields: progress of each task; a task that meets a NaN or an infinity ends with a failure, the others go on.
         """
@@ -166,15 +171,15 @@ class Scorer:
         first = tasks[0]
         self.load(first.model)
         whole = parts_of(first.groups)
-        books = {task.task_id: Book(task, plan, whole, self.store) for task in tasks}
-        parts = _Parts(whole, part_names(first) if names is None else names, books.values())
-        for book in books.values():
-            n_predictions = {size: plan.n_predictions(size) for size in book.task.cells}
-            self._writers.open(Ledger(book.task, n_predictions, whole, self.store.uri))
-            yield book.progress()
+        states = {task.task_id: TaskState(task, plan, whole, self.store) for task in tasks}
+        parts = _AssignedParts(whole, part_names(first) if names is None else names, states.values())
+        for state in states.values():
+            n_predictions = {size: plan.n_predictions(size) for size in state.task.cells}
+            self._writers.open(TaskWriter(state.task, n_predictions, whole, self.store.uri))
+            yield state.progress()
         while True:
             try:
-                yield from self._written(books, self._measured_parts(books, plan, parts))
+                yield from self._written(states, self._measured_parts(states, plan, parts))
                 break
             except torch.OutOfMemoryError as error:  # what is in the store stays; go on with half the window
                 traceback.clear_frames(error.__traceback__)  # they hold the memory
@@ -186,71 +191,72 @@ class Scorer:
                     ) from error
                 self._halvings += 1
                 warning = f"{_out_of_memory(error)} Going on with a window of 1/{2**self._halvings} of the room."
-                yield replace(next(iter(books.values())).progress(), warning=warning)
-        for book, done in [
-            (book, self._writers.close(task_id, complete=book.failure is None)) for task_id, book in books.items()
-        ]:
+                yield replace(next(iter(states.values())).progress(), warning=warning)
+        closed = [self._writers.close(task_id, complete=state.failure is None) for task_id, state in states.items()]
+        for state, done in zip(states.values(), closed, strict=True):
             done.result()
-            yield book.progress()
+            yield state.progress()
 
     def _written(
-        self, books: Mapping[str, Book], measured: Iterable[tuple[Part, dict[str, Measured]]]
+        self, states: Mapping[str, TaskState], measured: Iterable[tuple[Part, dict[str, Measured]]]
     ) -> Iterator[Progress]:
         """Put parts into the store while the next ones are scored."""
-        writing: deque[tuple[Book, str, Collection[str], Future[None]]] = (
-            deque()
-        )  # a book, a part's name, and the sizes that have it then
+        # A task, a part's name, and the sizes that have the part once it is written.
+        writing: deque[tuple[TaskState, str, Collection[str], Future[None]]] = deque()
 
         def written() -> Progress:
-            book, name, sizes, done = writing.popleft()
+            state, name, sizes, done = writing.popleft()
             done.result()
             for size in sizes:
-                book.done[size].add(name)
-            return book.progress()
+                state.done[size].add(name)
+            return state.progress()
 
         for part, found in measured:
             for task_id, scores in found.items():
-                book = books[task_id]
+                state = states[task_id]
                 if isinstance(scores, NotFinite):
-                    book.failure = book.failure or str(self._explained(scores))
-                    yield book.progress()
-                elif book.failure is None:
-                    writing.append((book, part.name, scores.keys(), self._writers.write(task_id, part.name, scores)))
-            # Wait for the layer before: so no more than one that was scored is lost with this process.
+                    state.failure = state.failure or str(self._explained(scores))
+                    yield state.progress()
+                elif state.failure is None:
+                    writing.append((state, part.name, scores.keys(), self._writers.write(task_id, part.name, scores)))
+            # Wait for the layer before: so at most one scored layer is lost with this process.
             while writing and (writing[0][3].done() or writing[0][1] != part.name):
                 yield written()
         while writing:
             yield written()
 
     def _measured_parts(
-        self, books: Mapping[str, Book], plan: Plan, parts: "_Parts"
+        self, states: Mapping[str, TaskState], plan: Plan, parts: "_AssignedParts"
     ) -> Iterator[tuple[Part, dict[str, Measured]]]:
-        task = next(iter(books.values())).task
+        task = next(iter(states.values())).task
         if task.engine == "modelopt":
-            return self._stock(books, plan, parts)
-        return self._ahead(
-            books,
-            self._divergences(books, plan, parts) if task.method == "kl_div" else self._layerwise(books, plan, parts),
-        )
+            return self._auto_quantize(states, plan, parts)
+        start = self._divergences if task.method == "kl_div" else self._layerwise
+        return self._ahead(states, start(states, plan, parts))
 
     def _ahead(
-        self, books: Mapping[str, Book], starting: Iterable[tuple[Part, _Start]]
+        self, states: Mapping[str, TaskState], starting: Iterable[tuple[Part, _Start]]
     ) -> Iterator[tuple[Part, dict[str, Measured]]]:
-        """Start the groups of each part. On a GPU a part is started before the one before it is waited for: it always has work."""
-        started: deque[tuple[Part, list[Book], list[_Waiting]]] = deque()
+        """Start the groups of each part, and wait for their scores.
+
+        On a GPU a part is started before the scores of the part before are waited for, so that the GPU always has work.
+        """
+        started: deque[tuple[Part, list[TaskState], list[_Waiting]]] = deque()
         for part, start in starting:
-            asking = [book for book in books.values() if book.wants(part)]
-            if asking:
-                jobs = [book.job(part) for book in asking]
-                started.append((part, asking, [start(group, jobs) for group in part.groups]))
+            wanting = [state for state in states.values() if state.wants(part)]
+            if wanting:
+                jobs = [state.job(part) for state in wanting]
+                started.append((part, wanting, [start(group, jobs) for group in part.groups]))
             if len(started) > (self.device.type == "cuda"):
                 yield _measured(*started.popleft())
         for rest in started:
             yield _measured(*rest)
 
-    def _layerwise(self, books: Mapping[str, Book], plan: Plan, parts: "_Parts") -> Iterator[tuple[Part, _Start]]:
-        """method=gradient: each part, and what starts the scoring of one of its groups."""
-        for window, rows in self._windows(books, plan, parts):
+    def _layerwise(
+        self, states: Mapping[str, TaskState], plan: Plan, parts: "_AssignedParts"
+    ) -> Iterator[tuple[Part, _Start]]:
+        """method=gradient: each part, and a function that starts the scoring of one of its groups."""
+        for window, rows in self._windows(states, plan, parts):
 
             def start(group: GroupSpec, jobs: Sequence[Job], rows: Mapping[str, Rows] = rows) -> _Waiting:
                 weights = self._weights(group)
@@ -262,9 +268,11 @@ class Scorer:
             for part in window:
                 yield part, start
 
-    def _divergences(self, books: Mapping[str, Book], plan: Plan, parts: "_Parts") -> Iterator[tuple[Part, _Start]]:
+    def _divergences(
+        self, states: Mapping[str, TaskState], plan: Plan, parts: "_AssignedParts"
+    ) -> Iterator[tuple[Part, _Start]]:
         """method=kl_div: the same, from one pass of the unquantized model, which is kept for later tasks."""
-        task, n_segments = next(iter(books.values())).task, max(book.n_segments for book in books.values())
+        task, n_segments = next(iter(states.values())).task, max(state.n_segments for state in states.values())
         key = (task.plan_id, n_segments, modules_of(parts.whole))
         for part in parts.wanted():
             self._captured = None
@@ -276,35 +284,33 @@ class Scorer:
             yield part, lambda group, jobs, engine=engine: engine.score_group(group.modules, jobs)
 
     def _windows(
-        self, books: Mapping[str, Book], plan: Plan, parts: "_Parts"
+        self, states: Mapping[str, TaskState], plan: Plan, parts: "_AssignedParts"
     ) -> Iterator[tuple[Sequence[Part], Mapping[str, Rows]]]:
-        """The parts that are wanted, as they are taken, with what their linears saw.
+        """The parts still to be scored, as they are assigned, with the captured rows of their linears.
 
-        If memory holds all that the cells lack, that is captured, for other leases too. Else an even share of the parts is taken at once,
-        and captured in as many windows as it needs.
+        If memory holds all parts that the cells lack, these are captured, for later assignments too. Else an even share
+        of the parts is taken at once, and captured in as many windows as it needs.
         """
-        tasks, plan_id = [book.task for book in books.values()], next(iter(books.values())).task.plan_id
-        n_segments = max(book.n_segments for book in books.values())
+        tasks = [state.task for state in states.values()]
+        plan_id = tasks[0].plan_id
+        n_segments = max(state.n_segments for state in states.values())
         work = memory.workload(
             tasks, plan, n_segments, self._model_bytes(), self._model.config.get_text_config().vocab_size
         )
 
         def windows(several: Sequence[Part]) -> Sequence[Sequence[Part]]:
             sizes = [memory.capture_bytes(part.groups, work) for part in several]
-            room = (
-                self._memory_bytes() - memory.fixed_bytes([group for part in several for group in part.groups], work)
-            ) / 2**self._halvings
+            groups = [group for part in several for group in part.groups]
+            room = (self._memory_bytes() - memory.fixed_bytes(groups, work)) / 2**self._halvings
             return memory.windows(several, sizes, room)
 
         wanted = parts.wanted()
-        lacking = [part for part in parts.whole if any(book.lacks(part) for book in books.values())]
+        lacking = parts.lacking()
         held = self._captured is not None and {*modules_of(lacking)} <= self._captured.modules
         if held or not lacking or len(windows(lacking)) == 1:
-            for part in wanted:  # lacking, unless its file was damaged
-                yield (
-                    [part],
-                    self._rows(plan_id, plan, n_segments, modules_of(lacking if part in lacking else [*lacking, part])),
-                )
+            for part in wanted:  # among those lacking, unless its file was damaged
+                modules = modules_of(lacking if part in lacking else [*lacking, part])
+                yield [part], self._rows(plan_id, plan, n_segments, modules)
             return
         while several := list(islice(wanted, math.ceil(len(parts.whole) / self._n_workers))):
             if len(found := windows(several)) == 1:
@@ -316,7 +322,7 @@ class Scorer:
                 yield found[index], rows
 
     def _memory_bytes(self) -> float:
-        """Of one device: a window's layers may all lie there."""
+        """Bytes that scoring may use on one device: a window's layers may all lie there."""
         if self._memory_gb is not None:
             return self._memory_gb * 1e9
         if self.device.type == "cuda":
@@ -326,13 +332,12 @@ class Scorer:
         return memory_gb() * 1e9 / self._n_workers
 
     def _model_bytes(self) -> int:
-        """Of one device, over which the model is spread evenly."""
-        return (
-            sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters()) // self._n_gpus
-        )
+        """Bytes of the weights on one device: the model is spread evenly."""
+        n_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
+        return n_bytes // self._n_gpus
 
     def _rows(self, plan_id: str, plan: Plan, n_segments: int, modules: tuple[str, ...]) -> Mapping[str, Rows]:
-        """Capture, or what an earlier capture of at least as much left."""
+        """The captured rows of these modules at least, from the kept capture if it holds them."""
         if (
             (held := self._captured) is None
             or held.plan_id != plan_id
@@ -349,22 +354,23 @@ class Scorer:
         return {name: self._model.get_submodule(name).weight.detach() for name in group.modules}
 
     def _explained(self, error: NotFinite) -> NotFinite:
-        """Name the broken weight if there is one: a NaN travels forward and backward, and first shows in another layer's score."""
+        """The error, naming the broken weight if there is one.
+
+        A NaN travels forward and backward, and first shows in another layer's score.
+        """
         broken = (name for name, parameter in self._model.named_parameters() if not torch.isfinite(parameter).all())
         name = next(broken, None)
-        return (
-            error
-            if name is None or name.removesuffix(".weight") in str(error)
-            else NotFinite(f"{error} The checkpoint's {name} holds NaN or infinite values.")
-        )
+        if name is None or name.removesuffix(".weight") in str(error):
+            return error
+        return NotFinite(f"{error} The checkpoint's {name} holds NaN or infinite values.")
 
-    def _stock(
-        self, books: Mapping[str, Book], plan: Plan, parts: "_Parts"
+    def _auto_quantize(
+        self, states: Mapping[str, TaskState], plan: Plan, parts: "_AssignedParts"
     ) -> Iterator[tuple[Part, dict[str, Measured]]]:
         """The cross-check: ModelOpt's own searcher, one recipe and size at a time."""
         wanted = list(parts.wanted())
-        for task_id, book in books.items() if wanted else ():
-            task = book.task
+        for task_id, state in states.items() if wanted else ():
+            task = state.task
             covered = [name for group in task.groups for name in group.modules]
             scores: dict[str, dict[str, float | None]] = {}
             for size in task.cells:
@@ -376,33 +382,39 @@ class Scorer:
                     except AssertionError as error:  # ModelOpt's calibrator met a NaN
                         yield wanted[0], {task_id: NotFinite(f"{task.label}: ModelOpt {error}.")}
                         break
-                scores[size] = {
-                    group.name: found.get(group.name) if called & {*group.modules} else None for group in task.groups
-                }
+                reached = [group.name for group in task.groups if not called.isdisjoint(group.modules)]
+                scores[size] = {group.name: None for group in task.groups} | {name: found.get(name) for name in reached}
             for part in wanted if len(scores) == len(task.cells) else ():
-                yield part, {task_id: _stock_scores(part, task.label, scores)}
+                yield part, {task_id: _auto_quantize_scores(part, task.label, scores)}
 
 
-class _Parts:
-    """The parts of a lease, taken as they are asked for; from the first again after running out of memory."""
+class _AssignedParts:
+    """The parts of an assignment, taken as they are asked for; from the first again after running out of memory."""
 
-    def __init__(self, whole: tuple[Part, ...], names: Iterable[str], books: Iterable[Book]) -> None:
+    def __init__(self, whole: tuple[Part, ...], names: Iterable[str], states: Iterable[TaskState]) -> None:
         self.whole = whole
-        self._names, self._books, self._taken = iter(names), list(books), list[Part]()
+        self._names, self._books, self._taken = iter(names), list(states), list[Part]()
         self._by_name = {part.name: part for part in whole}
 
     def wanted(self) -> Iterator[Part]:
-        """Those that some task still wants scored."""
+        """The parts that are still to be scored for some task."""
         yield from [part for part in self._taken if self._is_wanted(part)]
         for name in self._names:
             self._taken.append(part := self._by_name[name])
-            for book in self._books:
-                book.take(part)
+            for state in self._books:
+                state.take(part)
             if self._is_wanted(part):
                 yield part
 
+    def lacking(self) -> list[Part]:
+        """All parts of the model that a cell of some task lacks, assigned or not."""
+        return [part for part in self.whole if self._is_lacking(part)]
+
+    def _is_lacking(self, part: Part) -> bool:
+        return any(state.lacks(part) for state in self._states)
+
     def _is_wanted(self, part: Part) -> bool:
-        return any(book.wants(part) for book in self._books)
+        return any(state.wants(part) for state in self._books)
 
 
 def modules_of(parts: Sequence[Part]) -> tuple[str, ...]:
@@ -411,45 +423,44 @@ def modules_of(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _out_of_memory(error: torch.OutOfMemoryError) -> str:
-    return (
-        "Out of GPU memory: "
-        + str(error).partition("Tried to allocate")[2].partition(". ")[0].strip()
-        + " more were needed."
-    )
+    n_bytes = str(error).partition("Tried to allocate")[2].partition(". ")[0].strip()
+    return f"Out of GPU memory: {n_bytes} more were needed."
 
 
-def _measured(part: Part, books: Sequence[Book], waiting: Sequence[_Waiting]) -> tuple[Part, dict[str, Measured]]:
-    """Wait for a part's groups: the scores of each task, by size; or what went wrong."""
+def _measured(part: Part, states: Sequence[TaskState], waiting: Sequence[_Waiting]) -> tuple[Part, dict[str, Measured]]:
+    """Wait for a part's groups: the scores of each task by size, or NotFinite."""
     by_group = [wait() for wait in waiting]
     result: dict[str, Measured] = {}
-    for index, book in enumerate(books):
+    for index, state in enumerate(states):
         found = [None if scores is None else scores[index] for scores in by_group]
         broken = next((scores for scores in found if isinstance(scores, NotFinite)), None)
-        sizes = book.job(part).sizes
+        sizes = state.job(part).sizes
         whole = [scores for scores in found if not isinstance(scores, NotFinite)]
-        result[book.task.task_id] = broken or {
-            size: [None if scores is None else scores[size] for scores in whole] for size in sizes
-        }
+        by_size: dict[str, list[GroupScore | float | None]] = {}
+        for size in sizes:
+            by_size[size] = [None if scores is None else scores[size] for scores in whole]
+        result[state.task.task_id] = broken or by_size
     return part, result
 
 
 @contextmanager
 def _calls(model: torch.nn.Module, modules: Sequence[str]) -> Generator[set[str]]:
-    """Collect which of the modules a copy of the model, made meanwhile, calls: ModelOpt scores 0 what never ran."""
+    """Collect the modules that a copy of the model, made in the block, calls: ModelOpt scores 0 for the others."""
     called: set[str] = set()
     handles = [
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in modules
     ]
-    try:
+    with removed_after(handles):
         yield called
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _stock_scores(part: Part, label: str, scores: Mapping[str, Mapping[str, float | None]]) -> Measured:
+def _auto_quantize_scores(part: Part, label: str, scores: Mapping[str, Mapping[str, float | None]]) -> Measured:
     """A part's scores by size, from ModelOpt's by size and layer group."""
     for group in part.groups:
         if not all(math.isfinite(found[group.name] or 0.0) for found in scores.values()):
             return NotFinite(f"Layer group {group.name} under {label}: its score is NaN or infinite.")
-    return {size: [found[group.name] for group in part.groups] for size, found in scores.items()}
+    names = [group.name for group in part.groups]
+    by_size: dict[str, list[GroupScore | float | None]] = {}
+    for size, found in scores.items():
+        by_size[size] = [found[name] for name in names]
+    return by_size

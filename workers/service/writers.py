@@ -1,4 +1,7 @@
-"""Parts are put on disk beside the scoring: by threads, or by processes where Python itself would hold the GPU up."""
+"""Threads or processes that write parts to the store while others are scored.
+
+They are processes beside a GPU, which would wait for Python's lock otherwise.
+"""
 
 import multiprocessing
 import os
@@ -11,18 +14,18 @@ from itertools import count
 from typing import Final
 
 from workers.scoring.scores import PartScores
-from workers.service.rows import Ledger
+from workers.service.rows import TaskWriter
 
 _WATCH_SECONDS: Final = 1.0
 
-_open: dict[str, Ledger] = {}  # of this process, by task id
+_open: dict[str, TaskWriter] = {}  # of this process, by task id
 
 
 class Writers:
-    """Writes what is submitted; what belongs to one task in the order in which it came."""
+    """Writes submitted parts; those of one task in the order of submission."""
 
     def __init__(self, n_writers: int, *, processes: bool) -> None:
-        """Start them.
+        """Start the threads or processes.
 
         Args:
             n_writers: threads or processes.
@@ -39,30 +42,30 @@ class Writers:
         self._turn = count()
         if processes:
             for executor in self._executors:
-                executor.submit(_nothing)  # starts it, while there is time
+                executor.submit(_nothing)  # starts the process now, not at the first part
 
-    def open(self, ledger: Ledger) -> None:
-        """A task's parts will come."""
+    def open(self, writer: TaskWriter) -> None:
+        """Prepare for a task's parts, to be written by `writer`."""
         executor = self._executors[next(self._turn) % len(self._executors)]
-        self._of_task[ledger.task.task_id] = executor
-        executor.submit(_open_ledger, ledger)
+        self._of_task[writer.task.task_id] = executor
+        executor.submit(_open_task, writer)
 
     def write(self, task_id: str, part: str, measured: PartScores) -> Future[None]:
-        """Put a part into the store; see workers.service.rows.Ledger.write."""
+        """Put a part into the store; see workers.service.rows.TaskWriter.write."""
         return self._of_task[task_id].submit(_write, task_id, part, measured)
 
     def close(self, task_id: str, *, complete: bool) -> Future[None]:
-        """No more parts of the task come; with `complete` they make up its cells."""
+        """End a task; with `complete`, turn its parts into its cells."""
         return self._of_task.pop(task_id).submit(_close, task_id, complete)
 
     def shutdown(self) -> None:
-        """Finish what was submitted, and end."""
+        """Write all that was submitted, and end the threads or processes."""
         for executor in self._executors:
             executor.shutdown()
 
     @contextmanager
     def tidied(self) -> Generator[None]:
-        """Drop what the block opens and does not close."""
+        """Close tasks that the block opens and does not close, without completing their cells."""
         try:
             yield
         finally:
@@ -70,8 +73,8 @@ class Writers:
                 self.close(task_id, complete=False)
 
 
-def _open_ledger(ledger: Ledger) -> None:
-    _open[ledger.task.task_id] = ledger
+def _open_task(writer: TaskWriter) -> None:
+    _open[writer.task.task_id] = writer
 
 
 def _write(task_id: str, part: str, measured: PartScores) -> None:
@@ -79,9 +82,9 @@ def _write(task_id: str, part: str, measured: PartScores) -> None:
 
 
 def _close(task_id: str, complete: bool) -> None:
-    ledger = _open.pop(task_id)
+    writer = _open.pop(task_id)
     if complete:
-        ledger.complete()
+        writer.complete()
 
 
 def _nothing() -> None:
@@ -89,7 +92,7 @@ def _nothing() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent is gone: one that was killed tells nobody."""
+    """End this process when its parent is gone: a killed parent can't end its children."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -76,8 +76,8 @@ def test_a_size_holds_its_samples_each_once(size: str, packed: bool) -> None:
 @LAYOUTS
 def test_no_segment_straddles_a_size_boundary(packed: bool) -> None:
     segments = make_plan(SAMPLES, packed=packed).segments
-    held = [sorted(i for batch in segment for i in batch.order) for segment in segments]
-    assert held == [list(range(0, 16)), list(range(16, 128)), list(range(128, 512))]
+    for segment, indices in zip(segments, (range(0, 16), range(16, 128), range(128, 512)), strict=True):
+        assert sorted(i for batch in segment for i in batch.order) == list(indices)
 
 
 @LAYOUTS
@@ -204,7 +204,8 @@ def test_a_caption_ends_at_its_line_and_nowhere_else(tmp_path: Path) -> None:
         (
             "\n".join(captions(130)).encode(),
             512,
-            "holds 130 captions; 512 are needed. Choose dataset.size=small or dataset.size=medium, or give more captions.",
+            "holds 130 captions; 512 are needed. "
+            "Choose dataset.size=small or dataset.size=medium, or give more captions.",
         ),
         ("\n".join([*captions(3), " ", *captions(20)]).encode(), 16, "Caption 4 of the captions file"),
         (

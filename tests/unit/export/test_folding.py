@@ -1,4 +1,4 @@
-"""Scales of inputs in an export: what computes the inputs takes them exactly, or the recipe is refused and told the way out."""
+"""Pre-quantization scales in an export: folded exactly into the module before, or refused with the way out."""
 
 import copy
 import re
@@ -27,7 +27,7 @@ from tests.recipes import recipe_of as recipe_over
 from workers.data.batches import make_plan
 from workers.data.samples import Sample
 from workers.export.checkpoint import check_expressible, write_checkpoint
-from workers.export.folding import check_folds, output_scales, providers
+from workers.export.folding import check_folds, folding_modules, output_scales
 from workers.export.readback import check_export
 from workers.export.schemes import Inexpressible
 from workers.model.loading import load
@@ -207,12 +207,13 @@ def test_v_proj_takes_the_scale_of_o_proj_where_heads_do_not_share_it(n_value_he
     if n_value_heads == 2:
         with pytest.raises(
             Inexpressible,
-            match=r"v_proj has 64 outputs for its 128 inputs.*--pin o_proj=int4/default \(algorithm max\) or --exclude o_proj",
+            match=r"v_proj has 64 outputs for its 128 inputs.*"
+            r"--pin o_proj=int4/default \(algorithm max\) or --exclude o_proj",
         ):
-            providers(recipe, linears)
+            folding_modules(recipe, linears)
         return
-    assert [*providers(recipe, linears)] == ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
-    check_folds(model, dict.fromkeys(providers(recipe, linears), torch.linspace(0.5, 2, 128)), linears, batches)
+    assert [*folding_modules(recipe, linears)] == ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
+    check_folds(model, dict.fromkeys(folding_modules(recipe, linears), torch.linspace(0.5, 2, 128)), linears, batches)
 
 
 def test_a_norm_that_does_not_multiply_by_its_weight_is_seen() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints through transformers: packing is right, tokens are the tokenizer's own, no code runs, no weight is made up."""
+"""Checkpoints through transformers: right packing, the tokenizer's own tokens, no code that runs, no random weight."""
 
 import json
 from pathlib import Path

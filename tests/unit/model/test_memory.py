@@ -1,4 +1,4 @@
-"""How much memory scoring takes, and what happens when there is less: windows, the same bits, a warning, a refusal in time."""
+"""Memory of scoring, and scoring with less: windows, the same bits, a warning, a refusal in time."""
 
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ def test_x_and_g_of_every_token_are_counted_and_the_graph_of_one_batch() -> None
 
 def test_a_4b_model_on_7100_captions_tokens_fits_16_gb_only_in_windows() -> None:
     sizes = {"qkv": (2560, 6144), "o": (4096, 2560), "gate_up": (2560, 19456), "down": (9728, 2560)}
-    parts = [[group(layer, *size) for size in sizes.values()] for layer in range(36)]
-    flat = [one for part in parts for one in part]
+    flat = [group(layer, *size) for layer in range(36) for size in sizes.values()]
+    parts = [flat[start : start + len(sizes)] for start in range(0, len(flat), len(sizes))]
     load = work(n_tokens=7100, batch_tokens=2048, model_bytes=8_900_000_000, vocabulary=151936, n_inputs=12)
     assert 26e9 < sum(capture_bytes(part, load) for part in parts) < 40e9  # 26 GB of x and g, measured, and the graph
     assert needed_bytes(parts, load) < 16e9 < fixed_bytes(flat, load) + sum(capture_bytes(part, load) for part in parts)

@@ -1,4 +1,4 @@
-"""A recipe at work in a model, against the engines that score one layer group: output errors, one-group KL, gradients."""
+"""A recipe applied to a model, against engines that score one layer group: output errors, one-group KL, gradients."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,8 @@
 """Dynamic block formats on the CPU: small cases by hand, and outputs of ModelOpt's CUDA kernels.
 
-`block_formats.npz` holds what ModelOpt 0.47 (torch 2.11, CUDA 13.0, Triton 3.6) computed on an H100 in fp32: `input/<family>`, three rows each, `amax/<family>`
-of the 256x256 tensor that the rows come from, and `<format>/<family>`. The rows are those where a correctly rounded division gives other values, if any do.
+`block_formats.npz` holds what ModelOpt 0.47 (torch 2.11, CUDA 13.0, Triton 3.6) computed on an H100 in fp32:
+`input/<family>`, three rows each, `amax/<family>` of the 256x256 tensor that the rows come from, and
+`<format>/<family>`. The rows are those where a correctly rounded division gives other values, if any do.
 """
 
 import hashlib

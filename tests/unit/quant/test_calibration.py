@@ -1,4 +1,4 @@
-"""One layer group calibrated alone, against stock mtq.quantize on linears in a row, where a later one reads what an earlier one gives."""
+"""One layer group calibrated alone, against stock mtq.quantize on linears in a row, each fed with the output before."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -61,7 +61,10 @@ def stock(
     inputs: Mapping[str, Any] | None,
     batches: Sequence[Tensor],
 ) -> Any:
-    """Quantized by ModelOpt. Its dynamic blocks have no kernel for a CPU: they take ours, which test_block_formats holds to a GPU's output."""
+    """The linears quantized by ModelOpt.
+
+    Its dynamic blocks have no kernel for a CPU: they take ours, which test_block_formats compares with a GPU's output.
+    """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, cfg in (("*weight_quantizer", weight), ("*input_quantizer", inputs)):
         if cfg is not None:
@@ -146,7 +149,10 @@ def test_fused_scales_are_those_of_modelopts_export(
 
 
 def test_blocks_of_128_inputs_get_a_range_each_token_whatever_the_number_of_rows() -> None:
-    """By hand: E4M3 with the block's largest magnitude at 448. ModelOpt's own quantizer takes tensors of one shape only."""
+    """By hand: E4M3 with the block's largest magnitude at 448.
+
+    ModelOpt's own quantizer takes tensors of one shape only.
+    """
     inputs: dict[str, Any] = {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: 128}}
     quant = calibrated_linears(weights(128), [], FP8_BLOCKS, inputs, "max", "private")["layer.0"]
     assert quant.input_amax is None

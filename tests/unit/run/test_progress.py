@@ -85,10 +85,10 @@ def test_rate_and_time_left_do_not_count_what_was_in_the_store(tally: Tally, clo
 
 
 def test_what_several_workers_have_done_of_a_task_adds_up_and_a_dead_ones_part_counts_once(tally: Tally) -> None:
-    tally.update(Progress(task_id="a", done=6, found=0, lease=1))
-    tally.update(Progress(task_id="a", done=10, found=0, lease=2))
+    tally.update(Progress(task_id="a", done=6, found=0, assignment=1))
+    tally.update(Progress(task_id="a", done=10, found=0, assignment=2))
     assert tally.done_of("a") == 16
-    tally.update(Progress(task_id="a", done=10, found=6, lease=3))  # what lease 1 left, and four more
+    tally.update(Progress(task_id="a", done=10, found=6, assignment=3))  # what assignment 1 left, and four more
     assert tally.done_of("a") == 20
 
 

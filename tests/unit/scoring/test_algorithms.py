@@ -1,4 +1,4 @@
-"""Calibration algorithms, layer by layer on captured inputs, against stock ModelOpt on the whole model; and scales as they are served."""
+"""Calibration algorithms, layer by layer on captured inputs, against stock ModelOpt on a whole model; fused scales."""
 
 import copy
 import warnings

@@ -29,7 +29,7 @@ PER_TOKEN: dict[str, Any] = {"type": "dynamic", "block_sizes": {-1: None}}
 
 
 class Bigrams(nn.Module):
-    """The smallest language model with a group of two linears: its logits are the sum of two linears of the token's embedding."""
+    """The smallest language model with a group of two linears: its logits are their sum, of a token's embedding."""
 
     config = SimpleNamespace(model_type="bigrams")
 
@@ -79,7 +79,7 @@ def score(
 
 
 def quantized(values: Array, attributes: dict[str, Any] | None) -> Array:
-    """What a format makes of a matrix, by its definition: scale = largest magnitude / largest number, round to nearest even."""
+    """A matrix quantized by a format's definition: scale = largest magnitude / largest number, ties to even."""
     if attributes is None:
         return values
     blocks, is_float = attributes.get("block_sizes") or {}, isinstance(attributes["num_bits"], tuple)

@@ -1,4 +1,4 @@
-"""KL divergence of one quantized layer group, against a copy of the model with fake-quantized linears and a full forward."""
+"""KL divergence of one quantized layer group, against a full forward of a copy with fake-quantized linears."""
 
 import copy
 from collections.abc import Sequence

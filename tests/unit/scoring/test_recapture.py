@@ -1,4 +1,4 @@
-"""Scores around a recipe: those of the sweep where the recipe leaves all in 16 bits, and else what plain autograd gives in the quantized model."""
+"""Scores around a recipe: the sweep's if the recipe leaves all in 16 bits, else autograd's in the quantized model."""
 
 from typing import Any
 
@@ -36,9 +36,8 @@ def covered(model: nn.Module, *formats: Any) -> MixedRecipe:
 
 def test_around_the_unquantized_model_the_scores_are_the_sweeps(model: Any) -> None:
     recipe = covered(model, None)
-    found = recaptured_scores(
-        model, recipe, {choice.group: [format_of(name) for name in FORMATS] for choice in recipe.groups}, PLAN
-    )
+    formats = [format_of(name) for name in FORMATS]
+    found = recaptured_scores(model, recipe, {choice.group: formats for choice in recipe.groups}, PLAN)
     rows = capture(model, PLAN.segments, [name for choice in recipe.groups for name in choice.modules])
     assert [(row.group, row.format) for row in found] == [
         (choice.group, format_of(name).label) for choice in recipe.groups for name in FORMATS

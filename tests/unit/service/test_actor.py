@@ -39,7 +39,7 @@ def a_worker(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> actor.
 
 
 def score(worker: actor.Worker, *parts: tuple[str, ...]) -> tuple[list[Progress], list[bool]]:
-    """What a worker streams that is given parts, as the driver gives them: one more each time it has asked. And what it answers."""
+    """Progress that a worker streams, and its answers, when the driver assigns one more part each time it has asked."""
     answers = [False]
 
     def give() -> None:
@@ -49,7 +49,8 @@ def score(worker: actor.Worker, *parts: tuple[str, ...]) -> tuple[list[Progress]
     giving = threading.Thread(target=give, daemon=True)
     giving.start()
     try:
-        return [progress for several in worker.score([TASK], None, 7) for progress in several], answers  # type: ignore[arg-type]
+        streamed = list(worker.score([TASK], None, 7))  # type: ignore[arg-type]
+        return [progress for several in streamed for progress in several], answers
     finally:
         giving.join(20)
         assert not giving.is_alive()

@@ -1,4 +1,4 @@
-"""What Prometheus is told, beside a Ray that writes it down."""
+"""The metrics of driver and workers, recorded by a stand-in for ray.util.metrics."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -13,7 +13,7 @@ from workers.service import metrics
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """Values by metric, with its labels."""
     values: dict[str, list[Any]] = defaultdict(list)
 
@@ -32,7 +32,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     return values
 
 
-def test_a_sweep_is_told_as_it_stands_and_counters_by_what_is_new(told: dict[str, list[Any]]) -> None:
+def test_a_sweep_is_recorded_as_it_stands_and_counters_by_what_is_new(recorded: dict[str, list[Any]]) -> None:
     pictures = [
         replace(
             PICTURE,
@@ -57,7 +57,7 @@ def test_a_sweep_is_told_as_it_stands_and_counters_by_what_is_new(told: dict[str
     meter = Meter(lambda: pictures.pop(0), pool)
     meter.show()
     meter.show()
-    assert told == {
+    assert recorded == {
         "sweep_trials": [(1, "done"), (2, "running"), (2, "done"), (1, "running")],
         "sweep_groups": [(5, "done"), (9, "total"), (7, "done"), (9, "total")],
         "sweep_queue": [(3,), (0,)],
@@ -72,7 +72,7 @@ def test_a_sweep_is_told_as_it_stands_and_counters_by_what_is_new(told: dict[str
     }
 
 
-def test_a_worker_counts_loads_and_rows_and_shares_the_time_among_these(told: dict[str, list[Any]]) -> None:
+def test_a_worker_counts_loads_and_rows_and_shares_the_time_among_these(recorded: dict[str, list[Any]]) -> None:
     worker = metrics.WorkerMetrics("sweep-worker-3")
     worker.timed("load_seconds", 12.0)
     worker.timed("capture_seconds", 2.0)
@@ -80,7 +80,7 @@ def test_a_worker_counts_loads_and_rows_and_shares_the_time_among_these(told: di
     worker.written(4, 2.0)
     worker.written(0, 2.0)
     worker.gpu_memory(3, 8)
-    assert told == {
+    assert recorded == {
         "sweep_model_loads_total": [(1,)],
         "sweep_capture_seconds": [(2.0,)],
         "sweep_rows_written_total": [(4,)],

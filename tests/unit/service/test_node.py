@@ -1,4 +1,4 @@
-"""What workers of several machines check and share."""
+"""Checks of the shared store and checkpoint, and the lock under which one worker of a machine loads first."""
 
 import multiprocessing
 import os

@@ -287,7 +287,10 @@ def test_a_broken_input_names_the_layer_group_the_recipe_and_the_sample(place: P
     broken = changed(
         place, tmp_path, "model.language_model.embed_tokens.weight", lambda weight: weight[9].fill_(float("inf"))
     )
-    lines = [" ".join(f"w{10 + i + j}" for j in range(3 + i)) for i in range(16)]
+    lines: list[str] = []
+    for i in range(16):
+        words = [f"w{10 + i + j}" for j in range(3 + i)]
+        lines.append(" ".join(words))
     lines[5] = lines[9] = "w20 w7 w21 w22"
     (broken / "captions.txt").write_text("\n".join(lines))
     wanted = plan(broken, "quant_pair=wint8_aint8,wint4_afp16")

@@ -16,7 +16,7 @@ from sweep.core.groups import Part
 from sweep.store.store import Store
 from tests.tasks import GROUP, TASK
 from workers.scoring.scores import GroupScore
-from workers.service.rows import Ledger
+from workers.service.rows import TaskWriter
 from workers.service.writers import Writers
 from workers.task import Task
 
@@ -43,7 +43,7 @@ def task(name: str) -> Task:
 
 def opened(writers: Writers, store: Path, names: Sequence[str]) -> None:
     for name in names:
-        writers.open(Ledger(task(name), {"small": 3}, PARTS, str(store)))
+        writers.open(TaskWriter(task(name), {"small": 3}, PARTS, str(store)))
 
 
 @pytest.mark.parametrize("processes", [False, True])
@@ -85,7 +85,8 @@ def test_what_goes_wrong_with_a_part_is_told(tmp_path: Path, processes: bool) ->
 
 
 def test_a_process_ends_when_its_worker_is_killed() -> None:
-    script = "import time\nfrom workers.service.writers import Writers\nif __name__ == '__main__':\n    writers = Writers(1, processes=True)\n"
+    script = "import time\nfrom workers.service.writers import Writers\n"
+    script += "if __name__ == '__main__':\n    writers = Writers(1, processes=True)\n"
     script += "    print(*writers._executors[0]._processes, flush=True)\n    time.sleep(60)\n"
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

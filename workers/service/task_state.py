@@ -1,4 +1,4 @@
-"""What one task has in the store and still lacks: its parts, and why it ends before its time."""
+"""The state of one task on a worker: parts that are in the store, parts still to be scored, and a failure."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,23 +9,23 @@ from workers.scoring.gradient import Job
 from workers.task import Progress, Task
 
 
-class Book:
-    """The accounts of one task."""
+class TaskState:
+    """The parts of one task that are assigned, finished and missing, and why the task has failed."""
 
     def __init__(self, task: Task, plan: Plan, parts: Sequence[Part], store: Store) -> None:
         """Look up what the store has.
 
         Args:
-            task: with the cells that are wanted.
+            task: with the cells to be completed.
             plan: of its data set.
-            parts: all of them, in the model's order.
-            store: where parts and cells go.
+            parts: all parts of the model, in its order.
+            store: of parts and cells.
         """
         self.task = task
         self.failure: str | None = None
         self._plan, self._store = plan, store
         names = {part.name for part in parts}
-        # A worker may have died between a cell's end and ours.
+        # By size. A cell may be finished already: the worker that completed it may have died before it reported so.
         self.done: Mapping[str, set[str]] = {
             size: set(names) if store.is_finished(cell) else set() for size, cell in task.cells.items()
         }
@@ -39,11 +39,11 @@ class Book:
         return max(self._plan.segments_of(size) for size in self.task.cells)
 
     def lacks(self, part: Part) -> bool:
-        """Whether a cell has yet to get a part, here or elsewhere; by its name alone."""
+        """Whether a cell has no file of a part yet, which this worker or another will write; the file is not read."""
         return any(part.name not in names for names in self._there.values())
 
     def take(self, part: Part) -> None:
-        """A part is to be scored here, unless the store has it whole."""
+        """Add a part to those assigned to this worker; it is done for the cells that hold it undamaged."""
         self._taken.append(part)
         for size, cell in self.task.cells.items():
             if part.name in self.done[size] or (
@@ -53,11 +53,11 @@ class Book:
                 self._n_found += len(part.groups)
 
     def wants(self, part: Part) -> bool:
-        """Whether a part that was taken is still to be scored."""
+        """Whether an assigned part is still to be scored."""
         return self.failure is None and any(part.name not in done for done in self.done.values())
 
     def job(self, part: Part) -> Job:
-        """What the engine must do for a part: the sizes that lack it."""
+        """The engine's job for a part: the task's recipe in the sizes that lack the part."""
         task = self.task
         return Job(
             name=task.label,
@@ -70,6 +70,6 @@ class Book:
         )
 
     def progress(self) -> Progress:
-        """Layer groups done of the parts that were taken, over all cells."""
+        """Layer groups done of the assigned parts, over all cells."""
         done = sum(len(part.groups) for names in self.done.values() for part in self._taken if part.name in names)
         return Progress(task_id=self.task.task_id, done=done, found=self._n_found, failure=self.failure)
