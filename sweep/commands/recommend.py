@@ -19,11 +19,11 @@ from sweep.config.targets import Target
 from sweep.core.exits import EXIT_DONE
 from sweep.core.sizes import SIZES
 from sweep.formats.mixed import MixedRecipe
-from sweep.mixed_precision.candidates import Option, Options, format_of, read_options, sized
+from sweep.mixed_precision.candidates import Candidate, Candidates, format_of, read_candidates, sized
 from sweep.mixed_precision.knapsack import cost_range
 from sweep.mixed_precision.measured import Measured, held_out, markdown_table, uniform_recipes, validate
-from sweep.mixed_precision.prepared import Prepared, prepared
-from sweep.mixed_precision.recipe import Budget, problem_of, recipe, rules_of, solved
+from sweep.mixed_precision.recipe import Budget, problem_of, recipe_of_choice, rules_of, solved
+from sweep.mixed_precision.recipe_context import RecipeContext, context_of
 from sweep.mixed_precision.summary import front_rows, summary, uniform_rows
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.plan.trials import SweepPlan, plan_sweep
@@ -79,39 +79,39 @@ def recommend(request: Request, console: Console) -> int:
     if code := checks or run(grid, multirun=True, console=console):
         return code
     typed = [*request.overrides, f"dataset.size={config.dataset.size}", "sensitivity.scales=fused"]
-    options = sized(read_options(Store(config.store.uri), _without_repeats(typed)))
-    rules = rules_of((), (), False, target, options)
-    problem = problem_of(options, rules)
-    choice = solved(options, problem, asked, rules)
+    candidates = sized(read_candidates(Store(config.store.uri), _without_repeats(typed)))
+    rules = rules_of((), (), False, target, candidates)
+    problem = problem_of(candidates, rules)
+    choice = solved(candidates, problem, asked, rules)
     low, high = cost_range(problem)
-    cost = min(asked.cost(options), high)
-    weights = float(options.weights.sum())
+    cost = min(asked.cost(candidates), high)
+    weights = float(candidates.weights.sum())
     budgets = dict(zip(_RECIPES, ((low + cost) / 2, cost, cost + (high - cost) / 4), strict=True))
     choices = {
-        name: choice if name == "balanced" else solved(options, problem, Budget(bits=each / weights), rules)
+        name: choice if name == "balanced" else solved(candidates, problem, Budget(bits=each / weights), rules)
         for name, each in budgets.items()
     }
-    made = {name: recipe(options, each, name, target.name) for name, each in choices.items()}
-    ready = prepared(made["balanced"], config)
-    uniform = [each for each in uniform_recipes(options) if rules.allowed(next(iter(each.formats.values())))]
+    made = {name: recipe_of_choice(candidates, each, name, target.name) for name, each in choices.items()}
+    context = context_of(made["balanced"], config)
+    uniform = [each for each in uniform_recipes(candidates) if rules.allowed(next(iter(each.formats.values())))]
     rows = validate(
-        ready,
+        context,
         [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)],
         pick_workers(config.cluster).device,
     )
-    summaries = [summary(options, problem, choices[name], each) for name, each in made.items()]
+    summaries = [summary(candidates, problem, choices[name], each) for name, each in made.items()]
     measured = {row.name: row for row in rows}
     for each in summaries:
         row = measured[each["name"]]
         each |= {"measured_kl": row.measured_kl, "measured_kl_interval": row.measured_kl_interval}
     picture = front_picture(
-        front_rows(options, problem, _FRONT) if high > low else [], uniform_rows(options, problem), summaries
+        front_rows(candidates, problem, _FRONT) if high > low else [], uniform_rows(candidates, problem), summaries
     )
     files = {f"{name}.yaml": each.to_yaml().encode() for name, each in made.items()}
-    files |= {_PICTURE: picture, **_export(ready, target, checkpoint)}
+    files |= {_PICTURE: picture, **_export(context, target, checkpoint)}
     exported = out / (_CHECKPOINT if _reads_checkpoint(target) else _MODELOPT)
-    page = render(ready, target, asked, summaries, rows, exported)
-    html = to_html(page, f"{options.trial.model} on {target.name}")
+    page = render(context, target, asked, summaries, rows, exported)
+    html = to_html(page, f"{candidates.trial.model} on {target.name}")
     files |= dict(zip(_PAGES, (page.encode(), html.encode()), strict=True))
     with results.filled() as partial:
         for name, content in files.items():
@@ -137,7 +137,7 @@ def recommend(request: Request, console: Console) -> int:
 
 
 def render(
-    ready: Prepared,
+    context: RecipeContext,
     target: Target,
     asked: Budget,
     summaries: Sequence[dict[str, Any]],
@@ -145,7 +145,7 @@ def render(
     exported: Path,
 ) -> str:
     """The page, as Markdown."""
-    made, first = ready.recipe, rows[0]
+    made, first = context.recipe, rows[0]
     parts = [
         f"# {made.model} on {target.runtime}: mixed precision under {asked}",
         f"Scored on {made.dataset}, {made.size} (revision {made.dataset_revision[:12]}); the model is revision {made.model_revision[:12]}. "
@@ -207,10 +207,10 @@ def _refuse_ahead(grid: Sequence[str], asked: Budget, target: Target) -> None:
         calibrated.
     """
     points = expand(grid, multirun=True).points
-    options = planned_options(plan_sweep(points, pick_workers(points[0].cluster).device))
-    rules = rules_of((), (), False, target, options)
-    choice = solved(options, problem_of(options, rules), asked, rules)
-    held_out(prepared(recipe(options, choice, "planned", target.name), points[0]))
+    candidates = planned_candidates(plan_sweep(points, pick_workers(points[0].cluster).device))
+    rules = rules_of((), (), False, target, candidates)
+    choice = solved(candidates, problem_of(candidates, rules), asked, rules)
+    held_out(context_of(recipe_of_choice(candidates, choice, "planned", target.name), points[0]))
 
 
 def _results_at(out: Path, target: Target) -> OutputDirectory:
@@ -221,12 +221,12 @@ def _results_at(out: Path, target: Target) -> OutputDirectory:
     return OutputDirectory(directory=place_of(out), kind="recommendation", names=names, overwrite=True)
 
 
-def _export(ready: Prepared, target: Target, checkpoint: OutputDirectory) -> dict[str, bytes]:
+def _export(context: RecipeContext, target: Target, checkpoint: OutputDirectory) -> dict[str, bytes]:
     """Have a compressed-tensors checkpoint in its place for vLLM; for the rest ModelOpt's recipe, to be written."""
     if not _reads_checkpoint(target):
-        return {_MODELOPT: checked_text(ready.recipe, "modelopt", ready.model).encode()}
-    if not is_exported(ready.recipe, checkpoint):
-        export_checkpoint(ready, checkpoint)
+        return {_MODELOPT: checked_text(context.recipe, "modelopt", context.model).encode()}
+    if not is_exported(context.recipe, checkpoint):
+        export_checkpoint(context, checkpoint)
     return {}
 
 
@@ -254,8 +254,8 @@ def _without_repeats(overrides: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
-def planned_options(plan: SweepPlan) -> Options:
-    """The options that a grid will give, with no damage yet: enough to tell what fits a budget before anything is scored.
+def planned_candidates(plan: SweepPlan) -> Candidates:
+    """The candidates that a grid will give, with no damage yet: enough to tell what fits a budget before anything is scored.
 
     Args:
         plan: of one model and one data set.
@@ -273,12 +273,12 @@ def planned_options(plan: SweepPlan) -> Options:
         for spec in specs
     )
     formats = {found.label: (found, trial.cell_id or "") for trial in trials for found in [format_of(trial.config)]}
-    return Options(
+    return Candidates(
         trial=row_of(first, "planned", None, ""),
         config=first.config,
         groups=groups,
         formats=tuple(
-            Option(format=found, cell_id=cell, predicted_kl=np.zeros(len(groups)), sample_kl=None)
+            Candidate(format=found, cell_id=cell, predicted_kl=np.zeros(len(groups)), sample_kl=None)
             for found, cell in formats.values()
         ),
         elements=plan.models[first.model_revision],

@@ -15,10 +15,10 @@ from sweep.core.exits import EXIT_DONE
 from sweep.core.groups import short_group
 from sweep.core.text import aligned
 from sweep.formats.mixed import MixedRecipe, is_called
-from sweep.mixed_precision.candidates import Options, read_options
+from sweep.mixed_precision.candidates import Candidates, read_candidates
 from sweep.mixed_precision.measured import Measured, markdown_table, random_mixes, uniform_recipes, validate
-from sweep.mixed_precision.prepared import Prepared, prepare
-from sweep.mixed_precision.recipe import recipe as recipe_of_choice
+from sweep.mixed_precision.recipe import recipe_of_choice
+from sweep.mixed_precision.recipe_context import RecipeContext, load_context
 from sweep.run.resources import pick_workers
 from sweep.store.outputs import OutputFile
 from sweep.store.store import Store
@@ -46,16 +46,16 @@ def validate_command(request: Request) -> int:
 
     Raises: SweepError: a recipe that is not of this model, or no samples that it has not seen.
     """
-    prepared = prepare(request.recipe_path, request.overrides)
+    context = load_context(request.recipe_path, request.overrides)
     path = Path(request.recipe_path)
     page = OutputFile(path=path.with_suffix(".validation.md"), begins=_PAGE_BEGINS, way_out=_WAY_OUT)
     document = OutputFile(path=path.with_suffix(".validation.json"), begins=_DOCUMENT_BEGINS, way_out=_WAY_OUT)
     for file in (page, document):
         file.check()
-    rows = validate(prepared, wanted(prepared, request), pick_workers(prepared.config.cluster).device)
+    rows = validate(context, wanted(context, request), pick_workers(context.config.cluster).device)
     text = json.dumps([asdict(row) for row in rows], indent=1)
     document.put(f"{text}\n".encode())
-    page.put(render(prepared.recipe, rows).encode())
+    page.put(render(context.recipe, rows).encode())
     if request.as_json:
         print(text)  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
@@ -67,12 +67,12 @@ def validate_command(request: Request) -> int:
     return EXIT_DONE
 
 
-def wanted(prepared: Prepared, request: Request) -> list[tuple[str, MixedRecipe]]:
+def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRecipe]]:
     """The recipe itself, and what was asked for beside it, each with its kind.
 
     Raises: SweepError: what is asked for needs finished cells that the store lacks, or the pattern matches no group.
     """
-    recipe = prepared.recipe
+    recipe = context.recipe
     found = [("recipe", recipe)]
     alone = [
         choice for choice in recipe.groups if request.groups is not None and is_called([choice.group], request.groups)
@@ -83,26 +83,26 @@ def wanted(prepared: Prepared, request: Request) -> list[tuple[str, MixedRecipe]
         )
     if not (request.uniform or request.n_random or alone):
         return found
-    options = _options_of(prepared)
+    candidates = _candidates_of(context)
     if request.uniform:
         found += [
             ("uniform", each)
-            for each in uniform_recipes(options)
+            for each in uniform_recipes(candidates)
             if each.effective_bits <= recipe.effective_bits + 1e-9
         ]
-    found += [("random", each) for each in random_mixes(options, request.n_random)]
+    found += [("random", each) for each in random_mixes(candidates, request.n_random)]
     for choice in alone:
-        index = [group["group"] for group in options.groups].index(choice.group)
-        for number, option in enumerate(options.formats):
-            only = np.full(len(options.groups), len(options.formats))
+        index = [group["group"] for group in candidates.groups].index(choice.group)
+        for number, candidate in enumerate(candidates.formats):
+            only = np.full(len(candidates.groups), len(candidates.formats))
             only[index] = number
             found.append(
                 (
                     "group",
                     recipe_of_choice(
-                        options,
+                        candidates,
                         only,
-                        f"{short_group(choice.group, choice.modules)} alone, {option.format.label}",
+                        f"{short_group(choice.group, choice.modules)} alone, {candidate.format.label}",
                         recipe.target,
                     ),
                 )
@@ -138,18 +138,18 @@ def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
     return head + markdown_table(rows) + "\n"
 
 
-def _options_of(prepared: Prepared) -> Options:
+def _candidates_of(context: RecipeContext) -> Candidates:
     """What the store knows of the recipe's model and samples. Raises: SweepError: nothing."""
-    config, recipe = prepared.config, prepared.recipe
+    config, recipe = context.config, context.recipe
     typed = [
         f"store.uri={config.store.uri}",
         f"dataset={recipe.dataset}",
         f"dataset.size={recipe.size}",
         f"sensitivity.coverage={recipe.coverage}",
     ]
-    options = read_options(Store(config.store.uri), typed)
-    if options.trial.model_revision != recipe.model_revision:
+    candidates = read_candidates(Store(config.store.uri), typed)
+    if candidates.trial.model_revision != recipe.model_revision:
         raise SweepError(
             f"The store {config.store.uri} holds cells of another revision of {recipe.model} than the recipe's. Type store.uri=DIR."
         )
-    return options
+    return candidates

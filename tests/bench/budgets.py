@@ -33,10 +33,10 @@ from sweep.config.targets import Target
 from sweep.core.batches import Batch
 from sweep.formats.mixed import GroupFormat, MixedRecipe
 from sweep.formats.quantizer import QuantizerSpec
-from sweep.mixed_precision.candidates import Options, read_options
+from sweep.mixed_precision.candidates import Candidates, read_candidates
 from sweep.mixed_precision.measured import Measured, uniform_recipes, validate
-from sweep.mixed_precision.prepared import Prepared, config_of, loaded, prepared
-from sweep.mixed_precision.recipe import Budget, problem_of, recipe, rules_of, solved
+from sweep.mixed_precision.recipe import Budget, problem_of, recipe_of_choice, rules_of, solved
+from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of, load_model
 from sweep.run.resources import pick_workers
 from sweep.store.store import Store
 from tests.bench.setup import report
@@ -103,13 +103,13 @@ def choice_of(state: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]])
     return numbers
 
 
-def read(typed: Sequence[str], target: Target) -> Options:
+def read(typed: Sequence[str], target: Target) -> Candidates:
     """What the store has of the formats that the target runs as they were scored and that `mtq.auto_quantize` can run, too."""
-    options = read_options(Store(expand(typed, multirun=True).points[0].store.uri), typed)
-    allowed = rules_of((), (), False, target, options).allowed
+    stored = read_candidates(Store(expand(typed, multirun=True).points[0].store.uri), typed)
+    allowed = rules_of((), (), False, target, stored).allowed
     return replace(
-        options,
-        formats=tuple(each for each in options.formats if allowed(each.format) and not needs_one_shape(each.format)),
+        stored,
+        formats=tuple(each for each in stored.formats if allowed(each.format) and not needs_one_shape(each.format)),
     )
 
 
@@ -122,26 +122,28 @@ def needs_one_shape(chosen: GroupFormat) -> bool:
 class Comparison:
     """Measures what is compared, each recipe once."""
 
-    def __init__(self, options: Options, target: Target, typed: Sequence[str]) -> None:
-        self.options, self.rules, self._typed = options, rules_of((), (), False, target, options), typed
-        self.problem = problem_of(options, self.rules)
-        self.uniform = self.measured([("uniform", each) for each in uniform_recipes(options)])
+    def __init__(self, stored: Candidates, target: Target, typed: Sequence[str]) -> None:
+        self.stored, self.rules, self._typed = stored, rules_of((), (), False, target, stored), typed
+        self.problem = problem_of(stored, self.rules)
+        self.uniform = self.measured([("uniform", each) for each in uniform_recipes(stored)])
 
     def measured(self, recipes: Sequence[tuple[str, MixedRecipe]]) -> list[Measured]:
-        ready = self.ready(recipes[0][1])
-        return validate(ready, recipes, pick_workers(ready.config.cluster).device)
+        context = self.context(recipes[0][1])
+        return validate(context, recipes, pick_workers(context.config.cluster).device)
 
-    def ready(self, made: MixedRecipe) -> Prepared:
-        return prepared(made, config_of(made, [*self._typed, "cluster.device=cpu"]))
+    def context(self, made: MixedRecipe) -> RecipeContext:
+        return context_of(made, config_of(made, [*self._typed, "cluster.device=cpu"]))
 
     def figures(self, numbers: Mapping[str, int], bits: float | None) -> dict[str, Any]:
         """Ours beside ModelOpt's choice. Args: bits: our budget; None: the size of ModelOpt's choice."""
-        groups = [group["group"] for group in self.options.groups]
-        theirs = recipe(self.options, np.array([numbers[group] for group in groups]), "mtq.auto_quantize", None)
+        groups = [group["group"] for group in self.stored.groups]
+        theirs = recipe_of_choice(
+            self.stored, np.array([numbers[group] for group in groups]), "mtq.auto_quantize", None
+        )
         budget = theirs.effective_bits if bits is None else bits
-        ours = recipe(
-            self.options,
-            solved(self.options, self.problem, Budget(bits=budget), self.rules),
+        ours = recipe_of_choice(
+            self.stored,
+            solved(self.stored, self.problem, Budget(bits=budget), self.rules),
             f"solved {budget:g}",
             None,
         )
@@ -181,11 +183,14 @@ def main() -> None:
     typed = [f"store.uri={args.store}", "dataset.size=large", f"target={args.target}"]
     target = Target.from_config(expand(typed, multirun=False).points[0].target)
     comparison = Comparison(read([*typed, *args.overrides], target), target, typed)
-    formats = [option.format for option in comparison.options.formats]
-    ready = comparison.ready(uniform_recipes(comparison.options)[0])
+    formats = [candidate.format for candidate in comparison.stored.formats]
+    context = comparison.context(uniform_recipes(comparison.stored)[0])
     register()
-    model, batches = loaded(ready, pick_workers(ready.config.cluster).device), list(ready.plan.batches("large"))
-    covered = [module for group in comparison.options.groups for module in group["modules"]]
+    model, batches = (
+        load_model(context, pick_workers(context.config.cluster).device),
+        list(context.plan.batches("large")),
+    )
+    covered = [module for group in comparison.stored.groups for module in group["modules"]]
     for sizes in ("ModelOpt's", "ours"):
         candidates = [quantize_config(each, each.effective_bits if sizes == "ours" else None) for each in formats]
         with tempfile.TemporaryDirectory() as place:
