@@ -1,4 +1,7 @@
-"""`sweep export`: a recipe as files that runtimes and people read. What cannot come back as it was is refused, and nothing is left of it."""
+"""`sweep export`: a recipe as files that runtimes and people read.
+
+Each file is read back; one that does not hold the same recipe is refused, and nothing is left of it.
+"""
 
 import tempfile
 from collections.abc import Sequence
@@ -33,7 +36,8 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
         out: a directory for compressed-tensors, else a file.
         overwrite: replace what an earlier export has put there, and nothing else.
 
-    Raises: SweepError: a recipe that cannot be meant, a format that can't express it, or something in the way at `out`.
+    Raises: SweepError: a recipe that cannot be applied to the model, a format that can't express it, or something in the
+        way at `out`.
     """
     require_known("export format", file_format, FORMATS)
     path, recipe = typed_path(out), read_recipe(Path(recipe_path))
@@ -74,7 +78,7 @@ def checked_text(recipe: MixedRecipe, file_format: str, model: Model) -> str:
 
 
 def checkpoint_at(path: Path, model: Model, *, overwrite: bool) -> OutputDirectory:
-    """Where a checkpoint goes, with the names of its files.
+    """The directory of an exported checkpoint, with the names of its files.
 
     Raises: SweepError: the model's own checkpoint is there.
     """
@@ -117,7 +121,8 @@ def is_exported(recipe: MixedRecipe, directory: OutputDirectory) -> bool:
 
 def _say(recipe: MixedRecipe, file_format: str, target: Path) -> None:
     lines = [
-        f"{target}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, predicted KL {recipe.predicted_kl:.3g} nats"
+        f"{target}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, "
+        f"predicted KL {recipe.predicted_kl:.3g} nats"
     ]
     if file_format == "compressed-tensors":
         lines += ["read back: every group's format and every weight is the recipe's", f"vllm serve {target}"]

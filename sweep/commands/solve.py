@@ -1,4 +1,4 @@
-"""`sweep solve`: the mixed-precision recipe of least predicted kl under a budget, from the store alone."""
+"""`sweep solve`: the mixed-precision recipe of least predicted KL under a budget, from the store alone."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ _SHOWN_RANKS: Final = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What was typed."""
+    """Options of one `sweep solve` command."""
 
     overrides: Sequence[str]
     bits: float | None
@@ -42,7 +42,7 @@ class Request:
 
 
 def solve_command(request: Request) -> int:
-    """Solve, write the recipe, and say what it is. Returns the exit code.
+    """Solve, write the recipe, and print its figures. Returns the exit code.
 
     Raises: SweepError: nothing to choose from, or a budget or rules that nothing fits.
     """
@@ -99,7 +99,7 @@ def solve_command(request: Request) -> int:
 
 
 def budget_of(request: Request, candidates: Candidates, problem: Problem) -> Budget:
-    """What was typed; the smallest recipe's size if the question is about ranks or the front alone.
+    """The typed budget; the smallest recipe's size where only ranks or the front are asked for.
 
     Raises: SweepError: no budget, two of them, or none that is above 0.
     """
@@ -109,10 +109,12 @@ def budget_of(request: Request, candidates: Candidates, problem: Problem) -> Bud
 
 
 def lines(document: Mapping[str, Any]) -> Iterator[str]:
-    """A solved recipe for people: size, kl, formats, and the tables that were asked for."""
-    yield f"Recipe {document['name']} for {document['target']}: {document['effective_bits']:.3f} bits a weight of the covered layers"
+    """A solved recipe for the screen: size, predicted KL, formats, and the tables that were asked for."""
+    bits = f"{document['effective_bits']:.3f} bits a weight of the covered layers"
+    yield f"Recipe {document['name']} for {document['target']}: {bits}"
     scored = document["scored"]
-    yield f"from {scored['usable']} of {scored['recipes']} recipes scored on {scored['dataset']}/{scored['size']} that the target runs as scored, and 16 bits"
+    recipes = f"{scored['usable']} of {scored['recipes']} recipes scored on {scored['dataset']}/{scored['size']}"
+    yield f"from {recipes} that the target runs as scored, and 16 bits"
     if document["gb"] is not None:
         yield from _size(document)
     spread = document["predicted_kl_interval"]
@@ -143,7 +145,7 @@ def _size(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _ranks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Both orders side by side: by kl, and by kl for what the format saves."""
+    """Layer groups by predicted KL, with their rank by predicted KL per GB saved beside it."""
     by_byte = sorted(
         (row for row in rows if row["predicted_kl_per_gb_saved"] is not None),
         key=lambda row: -row["predicted_kl_per_gb_saved"],

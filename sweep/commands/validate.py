@@ -24,6 +24,7 @@ from sweep.store.outputs import OutputFile
 from sweep.store.store import Store
 
 _TITLE: Final = "# Predicted and measured: "
+# The beginnings of the files that `validate_command` writes, by which an earlier command's are recognized.
 _PAGE_BEGINS: Final = re.compile(_TITLE.encode())
 _DOCUMENT_BEGINS: Final = re.compile(rb'\[\n \{\n  "name": .*\n  "kind": .*\n  "effective_bits": ')
 _WAY_OUT: Final = "Copy the recipe to another place, and validate it there."
@@ -31,7 +32,7 @@ _WAY_OUT: Final = "Copy the recipe to another place, and validate it there."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What was typed."""
+    """Options of one `sweep validate` command."""
 
     recipe_path: str
     overrides: Sequence[str]
@@ -42,7 +43,7 @@ class Request:
 
 
 def validate_command(request: Request) -> int:
-    """Measure, print and keep. Returns the exit code.
+    """Measure a recipe, write a page and a JSON file beside it, and print a table. Returns the exit code.
 
     Raises: SweepError: a recipe that is not of this model, or no samples that it has not seen.
     """
@@ -68,7 +69,7 @@ def validate_command(request: Request) -> int:
 
 
 def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRecipe]]:
-    """The recipe itself, and what was asked for beside it, each with its kind.
+    """The recipes to measure: the recipe itself and those asked for beside it, each with its kind.
 
     Raises: SweepError: what is asked for needs finished cells that the store lacks, or the pattern matches no group.
     """
@@ -79,7 +80,8 @@ def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRec
     ]
     if request.groups is not None and not alone:
         raise SweepError(
-            f"--groups {request.groups!r} matches no layer group. They are called like {recipe.groups[0].group!r}; * stands for anything."
+            f"--groups {request.groups!r} matches no layer group. "
+            f"They are called like {recipe.groups[0].group!r}; * stands for anything."
         )
     if not (request.uniform or request.n_random or alone):
         return found
@@ -96,17 +98,8 @@ def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRec
         for number, candidate in enumerate(candidates.formats):
             only = np.full(len(candidates.groups), len(candidates.formats))
             only[index] = number
-            found.append(
-                (
-                    "group",
-                    recipe_of_choice(
-                        candidates,
-                        only,
-                        f"{short_group(choice.group, choice.modules)} alone, {candidate.format.label}",
-                        recipe.target,
-                    ),
-                )
-            )
+            name = f"{short_group(choice.group, choice.modules)} alone, {candidate.format.label}"
+            found.append(("group", recipe_of_choice(candidates, only, name, recipe.target)))
     return found
 
 
@@ -129,17 +122,20 @@ def table_lines(rows: Sequence[Measured]) -> list[str]:
 
 
 def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
-    """The page that people read."""
+    """The page of a validation, as Markdown."""
     head = (
-        f"{_TITLE}{recipe.name}\n\nModel {recipe.model} ({recipe.model_revision[:12]}), calibrated and scored on {recipe.dataset}, "
-        f"{recipe.size}; measured on {rows[0].n_samples} other samples ({rows[0].n_predictions} predictions). KL(unquantized || quantized) and change of the "
-        "loss in nats per prediction, with 90 % bootstrap intervals over samples.\n\n"
+        f"{_TITLE}{recipe.name}\n\n"
+        f"Model {recipe.model} ({recipe.model_revision[:12]}), "
+        f"calibrated and scored on {recipe.dataset}, {recipe.size}; "
+        f"measured on {rows[0].n_samples} other samples ({rows[0].n_predictions} predictions). "
+        "KL(unquantized || quantized) and change of the loss in nats per prediction, "
+        "with 90 % bootstrap intervals over samples.\n\n"
     )
     return head + markdown_table(rows) + "\n"
 
 
 def _candidates_of(context: RecipeContext) -> Candidates:
-    """What the store knows of the recipe's model and samples. Raises: SweepError: nothing."""
+    """The store's candidates for the recipe's model and samples. Raises: SweepError: there are none."""
     config, recipe = context.config, context.recipe
     typed = [
         f"store.uri={config.store.uri}",
@@ -150,6 +146,7 @@ def _candidates_of(context: RecipeContext) -> Candidates:
     candidates = read_candidates(Store(config.store.uri), typed)
     if candidates.trial.model_revision != recipe.model_revision:
         raise SweepError(
-            f"The store {config.store.uri} holds cells of another revision of {recipe.model} than the recipe's. Type store.uri=DIR."
+            f"The store {config.store.uri} holds cells of another revision of {recipe.model} than the recipe's. "
+            "Type store.uri=DIR."
         )
     return candidates
