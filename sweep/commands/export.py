@@ -36,8 +36,8 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
         out: a directory for compressed-tensors, else a file.
         overwrite: replace what an earlier export has put there, and nothing else.
 
-    Raises: SweepError: a recipe that cannot be applied to the model, a format that can't express it, or something in the
-        way at `out`.
+    Raises: SweepError: a recipe that cannot be applied to the model, a format that can't express it, or something in
+        the way at `out`.
     """
     require_known("export format", file_format, FORMATS)
     path, recipe = typed_path(out), read_recipe(Path(recipe_path))

@@ -186,8 +186,9 @@ def to_html(page: str, title: str) -> str:
 
 
 def _recipe_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    kl_columns = "predicted KL (90 %) | measured KL (90 %)"
     lines = [
-        "| recipe | bits a weight | GB of weights | predicted KL (90 %) | measured KL (90 %) | layer groups by format |",
+        f"| recipe | bits a weight | GB of weights | {kl_columns} | layer groups by format |",
         "|---|---:|---:|---:|---:|---|",
     ]
     for each in summaries:
