@@ -33,7 +33,7 @@ class Model:
 
     @cached_property
     def structure(self) -> dict[str, Any]:
-        """As workers.model.loading.structure gives it, and `groups`: modules of each layer group by the first of them."""
+        """As workers.model.loading.structure; and `groups`: modules of each layer group, by the first of them."""
         key = [3, file_key(self.path / "config.json"), version("transformers"), version("nvidia-modelopt")]
         return cache.remember("model-structure", key, self._read_structure)
 
@@ -151,5 +151,6 @@ def _check_vocabulary(samples: Sequence[Sample], model: Model) -> None:
     if largest >= model.structure["vocabulary"]:
         raise SweepError(
             f"The tokenizer in {model.path} gives token {largest}, "
-            f"but the model has {model.structure['vocabulary']} tokens: the two do not belong together. Copy the model's own tokenizer files there."
+            f"but the model has {model.structure['vocabulary']} tokens: the two do not belong together. "
+            "Copy the model's own tokenizer files there."
         )

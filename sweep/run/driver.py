@@ -41,7 +41,7 @@ _POLL_SECONDS: Final = (0.02, 0.5)
 # Tune copies AWS_* and more of the environment into the runtime environment of each trial, which Ray's agents log
 # for everybody to read (2.60). Our trials read nothing of it.
 class_cache.ENV_VARS_TO_PROPAGATE = frozenset[str]()
-# A trial's process that is killed is started again, and nothing is lost with it: no reason for forty lines of traceback.
+# A trial's process that is killed is started again, and nothing is lost with it: forty lines of traceback say nothing.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 

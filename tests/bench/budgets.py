@@ -1,13 +1,16 @@
-"""Solved recipes against the best uniform one and against what `mtq.auto_quantize` chooses among the same formats, on held-out samples.
+"""Solved recipes against the best uniform one and `mtq.auto_quantize`'s choice, on held-out samples.
 
-Needs a store with finished cells of the bundled model in size large: `sweep run -m grid=deployable target=vllm_sm100 dataset.size=large store.uri=DIR`.
-ModelOpt calibrates and scores on the same samples, in the same batches, with the same summed loss, all formats in one call, and solves by itself.
-Formats are those that the target runs and that ModelOpt can choose among on texts of several lengths (no inputs in blocks, but for its kernels' own).
+Needs a store with finished cells of the bundled model in size large:
+`sweep run -m grid=deployable target=vllm_sm100 dataset.size=large store.uri=DIR`.
+ModelOpt calibrates and scores on the same samples, in the same batches, with the same summed loss, all formats in one
+call, and solves by itself. Formats are the same for both: those that the target runs and that ModelOpt can choose among
+on texts of several lengths (no inputs in blocks, but for its kernels' own).
 
-Twice: with its own sizes of formats, in which a block's scale often weighs nothing (ours is then solved at the size that its choice really has), and
-with ours given as `effective_bits`, so that both have one budget.
+Twice: with its own sizes of formats, in which a block's scale often weighs nothing (ours is then solved at the size
+that its choice really has), and with ours given as `effective_bits`, so that both have one budget.
 
-python -m tests.bench.budgets --store DIR [--target vllm_sm100] [--bits 4.5,5,6] [--overrides quant_pair=wint4_afp16,wint8_afp16]
+python -m tests.bench.budgets --store DIR [--target vllm_sm100] [--bits 4.5,5,6] \
+    [--overrides quant_pair=wint4_afp16,wint8_afp16]
 """
 
 # pyright: basic
@@ -45,7 +48,12 @@ from workers.quant.modelopt import auto_quantize_state
 
 
 def quantize_config(chosen: GroupFormat, effective_bits: float | None) -> dict[str, Any]:
-    """One of our formats as one of ModelOpt's candidates. Args: effective_bits: its size; None: as ModelOpt reckons it."""
+    """One of our formats as one of ModelOpt's candidates.
+
+    Args:
+        chosen: the format.
+        effective_bits: its size; None: as ModelOpt reckons it.
+    """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, attributes in (("*weight_quantizer", chosen.weight), ("*input_quantizer", chosen.inputs)):
         if attributes is not None:
@@ -64,7 +72,7 @@ def auto_quantize(
     bits: float,
     checkpoint: Path,
 ) -> Mapping[str, Any]:
-    """What `mtq.auto_quantize` finds.
+    """The state of `mtq.auto_quantize` after its search.
 
     Args:
         model: unquantized; it is not touched.
@@ -87,14 +95,14 @@ def searched(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def constraint(state: Mapping[str, Any], bits: float) -> float:
-    """ModelOpt's `effective_bits` for `bits` of the layer groups that have a choice: it counts the disabled ones too, with 16."""
+    """ModelOpt's `effective_bits` for `bits` of the groups that have a choice: it counts disabled ones too, with 16."""
     total = sum(stats["uncompressed_cost"] for stats in state["candidate_stats"].values())
     covered = sum(stats["uncompressed_cost"] for stats in searched(state).values())
     return 16 - (16 - bits) * covered / total
 
 
 def choice_of(state: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The chosen candidate's number by first module of each layer group, `len(candidates)` where it stays in 16 bits."""
+    """Index of the chosen candidate by first module of the layer group; `len(candidates)` for 16 bits."""
     entries = [QuantizeConfig(**candidate).quant_cfg for candidate in candidates]
     numbers: dict[str, int] = {}
     for name in searched(state):
@@ -104,7 +112,7 @@ def choice_of(state: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]])
 
 
 def read(typed: Sequence[str], target: Target) -> Candidates:
-    """What the store has of the formats that the target runs as they were scored and that `mtq.auto_quantize` can run, too."""
+    """The store's formats that the target runs as they were scored and that `mtq.auto_quantize` can run, too."""
     stored = read_candidates(Store(expand(typed, multirun=True).points[0].store.uri), typed)
     allowed = rules_of((), (), False, target, stored).allowed
     return replace(
@@ -114,7 +122,7 @@ def read(typed: Sequence[str], target: Target) -> Candidates:
 
 
 def needs_one_shape(chosen: GroupFormat) -> bool:
-    """ModelOpt's inputs in blocks ("requires a fixed input shape"), but for those of its kernels; texts have no one shape."""
+    """Whether ModelOpt "requires a fixed input shape", which texts have not: for inputs in blocks but its kernels'."""
     spec = QuantizerSpec(attributes=chosen.inputs or {})
     return bool(spec.block_elements) and not spec.has_dynamic_blocks
 

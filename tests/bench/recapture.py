@@ -1,8 +1,9 @@
-"""What recapturing gains: recipes solved on the sweep's scores, and again on scores around the recipe before, on held-out samples.
+"""KL of recipes solved on the sweep's scores, and again on scores around the recipe before, on held-out samples.
 
 Needs a store with finished cells of the bundled model, all of one kind: `sweep run -m grid=demo store.uri=DIR`.
 
-python -m tests.bench.recapture --store DIR [--bits 4.25,4.5,5,6] [--rounds 2] [--overrides quant_pair=wfp4_afp4,wfp8_afp8]
+python -m tests.bench.recapture --store DIR [--bits 4.25,4.5,5,6] [--rounds 2] \
+    [--overrides quant_pair=wfp4_afp4,wfp8_afp8]
 """
 
 # pyright: basic

@@ -1,8 +1,9 @@
-"""How long the best mix of 24 recipes over 144 layer groups takes, and how good ModelOpt's solver is on the same scores and budgets.
+"""Seconds for the best mix of 24 recipes over 144 layer groups, and ModelOpt's solver on the same scores and budgets.
 
     python -m tests.bench.solve [--store DIR --overrides ...]
 
-Without a store, predicted KLs are made up: spread over the groups as measured ones are, falling with the bits. With one, they are its own.
+Without a store, predicted KLs are made up: spread over the groups as measured ones are, falling with the bits. With
+one, they are its own.
 """
 
 # pyright: basic
@@ -29,7 +30,7 @@ BUDGETS = (4.1, 4.25, 4.5, 5.0, 6.0, 7.5, 9.0, 12.0)  # bits a weight
 
 
 def made_up(seed: int) -> Problem:
-    """Damages of the size and spread that a real sweep has; the last option is 16 bits."""
+    """Predicted KLs of the size and spread that a real sweep has; the last option is 16 bits."""
     rng = np.random.default_rng(seed)
     elements = np.resize(np.array(ELEMENTS, dtype=np.float64), N_GROUPS)
     bits = np.append(rng.choice(BITS, N_FORMATS), 16.0)
@@ -43,7 +44,7 @@ def made_up(seed: int) -> Problem:
 
 
 def modelopt_choice(problem: Problem, budget: float) -> np.ndarray[Any, Any]:
-    """What ModelOpt's own solver chooses, given scores and costs in its units."""
+    """The choice of ModelOpt's own solver, given scores and costs in its units."""
     from modelopt.torch.opt.searcher import LPS
 
     allowed = np.where(np.isfinite(problem.predicted_kl), problem.predicted_kl, 1e9)
@@ -85,8 +86,8 @@ def main(arguments: Sequence[str]) -> None:
             theirs_seconds.append(time.perf_counter() - started)
             ratios.append(total(problem.predicted_kl, theirs) / total(problem.predicted_kl, ours))
     figures = {
-        "groups": problems[0].kl.shape[0],
-        "recipes": problems[0].kl.shape[1] - 1,
+        "groups": problems[0].cost.shape[0],
+        "recipes": problems[0].cost.shape[1] - 1,
         "solved": len(seconds),
         "seconds": float(np.mean(seconds)),
         "seconds_longest": max(seconds),

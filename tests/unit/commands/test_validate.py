@@ -1,4 +1,4 @@
-"""`sweep validate`: what is measured is kept and found again, and what proves nothing or cannot be meant is refused with exit code 2."""
+"""`sweep validate`: rows are kept and found again; samples that prove nothing and impossible recipes exit with 2."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a store offers each layer group, and which trials may be put together."""
+"""The candidate formats that a store gives each layer group, and which trials may be put together."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def test_the_largest_size_counts_unless_one_is_typed(tmp_path: Path) -> None:
     assert len(damages_of(found(tmp_path, "dataset.size=small"))) == 3
 
 
-def test_a_recipe_scored_again_by_another_version_has_the_latest_damage(tmp_path: Path) -> None:
+def test_a_recipe_scored_again_by_another_version_has_the_latest_predicted_kl(tmp_path: Path) -> None:
     store = store_at(tmp_path)
     add(store, INT8, [0.5] * 5, minute=1)
     assert damages_of(found(tmp_path))[INT8] == [0.5] * 5
@@ -86,7 +86,7 @@ def test_a_recipe_scored_again_by_another_version_has_the_latest_damage(tmp_path
     ],
     ids=["model", "revision", "dataset", "method", "scales", "samples"],
 )
-def test_damages_of_different_kinds_are_not_mixed(
+def test_predicted_kl_of_different_kinds_is_not_mixed(
     overrides: tuple[str, ...], changed: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     store = store_at(tmp_path)

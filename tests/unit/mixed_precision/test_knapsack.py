@@ -16,7 +16,7 @@ N_PREDICTIONS = 7000
 
 
 def instance(seed: int, n_groups: int, n_formats: int, *, share_layers: bool = False) -> Problem:
-    """Damages over some powers of ten; one option more than there are formats, 16 bits without kl."""
+    """Predicted KLs over some powers of ten; one option more than there are formats: 16 bits, with a KL of 0."""
     rng = np.random.default_rng(seed)
     elements = np.resize(ELEMENTS, n_groups) if n_groups > 10 else rng.choice(ELEMENTS, n_groups)
     bits = np.append(rng.choice(BITS, n_formats), 16.0)
@@ -27,7 +27,7 @@ def instance(seed: int, n_groups: int, n_formats: int, *, share_layers: bool = F
 
 
 def best_of_all(problem: Problem, budget: float) -> float:
-    """The least kl of all choices that fit; infinite if none does."""
+    """The least predicted KL of all choices that fit; infinite if none does."""
     n_groups, n_options = problem.predicted_kl.shape
     best = np.inf
     for picks in itertools.product(range(n_options), repeat=n_groups):
@@ -45,7 +45,7 @@ def somewhere(problem: Problem, rng: np.random.Generator) -> float:
 
 
 def met_to_the_bit(problem: Problem, rng: np.random.Generator) -> float:
-    """What some choice costs, exactly."""
+    """The exact cost of some choice."""
     return total(problem.cost, rng.integers(0, problem.cost.shape[1], len(problem.cost)))
 
 
@@ -155,14 +155,14 @@ def test_the_front_falls_from_the_cheapest_choice_to_the_best_one() -> None:
     ids=["nan", "negative", "infinite", "shape"],
 )
 def test_what_is_no_problem_is_refused(kl: list[list[float]], cost: list[list[float]]) -> None:
-    with pytest.raises(ValueError, match=r"kl|shapes"):
+    with pytest.raises(ValueError, match=r"predicted_kl|shapes"):
         Problem(predicted_kl=np.array(kl), cost=np.array(cost), together=np.arange(1))
 
 
 def test_a_choice_that_could_not_be_proven_the_best_is_said_to_be_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Damage in proportion to the weights makes all choices alike, the hardest case."""
+    """A predicted KL in proportion to the weights makes all choices alike, the hardest case."""
     rng = np.random.default_rng(0)
     elements, bits = rng.integers(10**5, 10**7, 100), np.append(rng.choice(BITS, 12), 16.0)
     kl = elements[:, None] * 2.0**-bits * 1e-9 * (1 + 1e-3 * rng.random((100, 13)))

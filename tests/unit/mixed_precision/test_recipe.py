@@ -57,8 +57,11 @@ def test_what_is_no_budget_is_refused(sizes: dict[str, float]) -> None:
         Budget(**sizes)
 
 
-def test_the_mix_of_least_damage(candidates: Candidates) -> None:
-    """All in INT4 take 4.125 bits. A weight in 8 bits costs 3.875 more: 0.3875 bits for 1,000 of the 10,000 weights, 1.1625 for 3,000."""
+def test_the_mix_of_least_predicted_kl(candidates: Candidates) -> None:
+    """All in INT4 take 4.125 bits. A weight in 8 bits costs 3.875 more.
+
+    That is 0.3875 bits for 1,000 of the 10,000 weights, 1.1625 for 3,000.
+    """
     assert formats(candidates, Budget(bits=4.125)) == [INT4] * 5
     assert formats(candidates, Budget(bits=4.5125)) == [INT8, INT4, INT4, INT4, INT4]  # 0.036 less
     assert formats(candidates, Budget(bits=4.9)) == [
@@ -136,7 +139,8 @@ def test_a_layer_of_one_format_cannot_have_two_pins(candidates: Candidates) -> N
         (
             Budget(bits=4),
             ANY,
-            r"--bits 4 is too little\. The nearest that works: --bits 4\.125; the smallest format .* wint4_afp16/default, 4\.125 bits",
+            r"--bits 4 is too little\. The nearest that works: --bits 4\.125; "
+            r"the smallest format .* wint4_afp16/default, 4\.125 bits",
         ),
         # 41,250 bits and 30,000 bytes
         (Budget(gb=30e-6), ANY, r"--gb 3e-05 is too little\. The nearest that works: --gb 4e-05;"),
@@ -164,12 +168,8 @@ def test_too_small_a_budget_names_the_nearest_and_what_binds(
 
 
 def test_the_recipe_is_what_was_chosen(candidates: Candidates) -> None:
-    choice = np.array(
-        [
-            [candidate.format.label for candidate in candidates.formats].index(label)
-            for label in (INT8, INT4, INT4, INT4, FP8)
-        ]
-    )
+    labels = [candidate.format.label for candidate in candidates.formats]
+    choice = np.array([labels.index(label) for label in (INT8, INT4, INT4, INT4, FP8)])
     choice[1] = len(candidates.formats)  # 16 bits
     made = recipe_of_choice(candidates, choice, "name", "vllm_sm90")
     assert made.effective_bits == pytest.approx((1000 * 8 + 3000 * 16 + 4000 * 4.125 + 2000 * 8) / N_WEIGHTS)
@@ -203,11 +203,13 @@ def test_one_format_for_all(candidates: Candidates) -> None:
     assert set(uniform_choices(candidates, pinned)) == {INT4}
 
 
-def test_damages_measured_elsewhere_replace_those_of_the_store(candidates: Candidates) -> None:
+def test_predicted_kl_from_elsewhere_replaces_that_of_the_store(candidates: Candidates) -> None:
     kl = np.stack([candidate.predicted_kl * 2 for candidate in candidates.formats], axis=1)
     problem = problem_of(candidates, ANY, kl)
     choice = np.zeros(len(GROUPS), dtype=np.int64)
-    assert total(problem.predicted_kl, choice) == pytest.approx(2 * total(problem_of(candidates, ANY).kl, choice))
+    assert total(problem.predicted_kl, choice) == pytest.approx(
+        2 * total(problem_of(candidates, ANY).predicted_kl, choice)
+    )
     assert recipe_of_choice(candidates, choice, "n", None, kl).predicted_kl == pytest.approx(
         total(problem.predicted_kl, choice)
     )
