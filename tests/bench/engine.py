@@ -40,7 +40,7 @@ _EIGHT = (*_CHECKED, "wfp8_afp16/default", "wint8_afp16/default", "wint4_afp8/de
 def score(
     bench: Subject, engine: Engine, rows: dict[str, Rows], tasks: Sequence[Task], *sizes: str
 ) -> dict[str, list[Scores] | None]:
-    """Score every layer group under the tasks' recipes, the next few started before one is waited for, as a worker does."""
+    """Score every layer group under the tasks' recipes, waiting for one once the next few are started, as a worker."""
     jobs: list[Job] = [job(task, bench.plan, *sizes) for task in tasks]
     waiting: deque[tuple[str, Callable[[], list[Scores] | None]]] = deque()
     found: dict[str, list[Scores] | None] = {}

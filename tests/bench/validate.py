@@ -128,7 +128,8 @@ def main() -> None:
     parser.add_argument("--size", choices=["small", "medium", "large"], default="large")
     args = parser.parse_args()
     bench = subject("tiny", args.device)
-    tasks = [next(task for task in bench.tasks if task.label == label) for label in _RECIPES]
+    by_label = {task.label: task for task in reversed(bench.tasks)}
+    tasks = [by_label[label] for label in _RECIPES]
     groups = tasks[0].groups
     predicted, measured = one_group(bench, tasks, groups, args.size)
     for index, task in enumerate(tasks):
