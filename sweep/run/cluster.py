@@ -113,12 +113,13 @@ def join(config: ClusterConfig) -> Workers:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if not address:
         raise SweepError(
-            "cluster=auto joins a Ray cluster, but none is named. Type cluster.address=HOST:6379 or set RAY_ADDRESS; cluster=local starts one here."
+            "cluster=auto joins a Ray cluster, but none is named. "
+            "Type cluster.address=HOST:6379 or set RAY_ADDRESS; cluster=local starts one here."
         )
     if "://" in address:
         raise SweepError(
-            f"The address {address} is not a cluster's own. Type cluster.address=HOST:6379 on one of its machines, or submit the same command as a job: "
-            "ray job submit --working-dir . -- sweep run cluster=auto ..."
+            f"The address {address} is not a cluster's own. Type cluster.address=HOST:6379 on one of its machines, "
+            "or submit the same command as a job: ray job submit --working-dir . -- sweep run cluster=auto ..."
         )
     _join(address, "type cluster=local")
     device = (
@@ -132,7 +133,8 @@ def join(config: ClusterConfig) -> Workers:
     if config.workers == "auto" and not sum(rooms):
         what = f"GPU for cluster.gpus_per_worker={config.gpus_per_worker:g}" if device == "cuda" else "CPU"
         raise SweepError(
-            f"The cluster at {address} has no {what}. Type cluster.workers=N to wait until N have been added, or cluster.device=cpu."
+            f"The cluster at {address} has no {what}. "
+            "Type cluster.workers=N to wait until N have been added, or cluster.device=cpu."
         )
     return Workers(
         device=device,
@@ -242,7 +244,8 @@ def _raylet_watched(watcher: ClusterWatcher) -> Generator[None]:
 
     def get_living_node(gcs_address: str, node_id: str) -> Any:
         state = GlobalState()
-        state._initialize_global_state(services._get_gcs_client_options(gcs_address))  # pyright: ignore[reportPrivateUsage]
+        options = services._get_gcs_client_options(gcs_address)  # pyright: ignore[reportPrivateUsage]
+        state._initialize_global_state(options)
         while node_id not in [row["NodeID"] for row in state.node_table()]:
             names = [child.name() for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
             if not any("raylet" in name for name in names):
