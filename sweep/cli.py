@@ -23,7 +23,8 @@ examples:
       a grid; the same command again resumes it
   sweep run -m target=vllm_sm100
       every recipe that vLLM on a B200 runs: grid=deployable, which any list narrows
-  sweep run model=qwen3_vl_4b_instruct model.path=/models/Qwen3-VL-4B-Instruct quant_pair=wfp8_afp8 output_layout=publish
+  sweep run model=qwen3_vl_4b_instruct model.path=/models/Qwen3-VL-4B-Instruct quant_pair=wfp8_afp8 \
+output_layout=publish
       one trial of the 4B model, published under models/
 
 Overrides are Hydra's: group=option or key=value; with -m comma lists, glob(*) and range() span a grid.
@@ -32,7 +33,7 @@ exit codes: 0 done, 2 wrong input, 3 some trials failed, 75 interrupted (run aga
 
 
 def script() -> int:
-    """The console script: `main`, whose exit code stands whatever comes while Python ends."""
+    """The console script: `main`, whose exit code stands whatever signal arrives while Python ends."""
     code = main()
     ignore_signals()
     return code
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with interruptible():
             return _VERBS[options.verb](options)
     except SweepError as error:
-        print(f"sweep {options.verb}: {error}", file=sys.stderr)  # noqa: T201 -- the one place where errors are said
+        print(f"sweep {options.verb}: {error}", file=sys.stderr)  # noqa: T201 -- the one place that prints errors
         return EXIT_WRONG_INPUT
     except KeyboardInterrupt:  # while a command prepares; a run that scores says more
         print(f"sweep {options.verb}: interrupted", file=sys.stderr)  # noqa: T201 -- as above
@@ -110,7 +111,7 @@ def _recommend(options: argparse.Namespace) -> int:
 
 
 def _request(kind: type[_Request], options: argparse.Namespace) -> _Request:
-    """What was typed, as a verb's own type: its fields are called as the options' destinations."""
+    """The typed options as a verb's own request type, whose fields are called as the options' destinations."""
     return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
 
 
@@ -149,20 +150,50 @@ def _parser() -> argparse.ArgumentParser:
         prog="sweep", description="Which layers of a vision-language model suffer under which number format."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add_verbs = (
+        _add_run,
+        _add_status,
+        _add_publish,
+        _add_doctor,
+        _add_export,
+        _add_solve,
+        _add_validate,
+        _add_recommend,
+    )
+    for add_verb in add_verbs:
+        add_verb(verbs)
+    return parser
+
+
+def _add_run(verbs: Any) -> None:
     run = _verb(verbs, "run", "score one trial, or with -m a grid; the same command again resumes", epilog=_RUN_EPILOG)
-    run.add_argument("-m", "--multirun", action="store_true", help="comma lists span a grid")
+    _add_multirun(run)
     run.add_argument("--cfg", choices=["job"], help="print the composed config and stop")
+
+
+def _add_status(verbs: Any) -> None:
     status = _verb(verbs, "status", "trials, layer groups done, workers, ETA and failures, from the store")
     status.add_argument("--watch", action="store_true", help="again every few seconds, while a run is under way")
     status.add_argument("--cluster", action="store_true", help="ask Ray as well: nodes, GPUs, workers of every sweep")
+    _add_json(status)
+
+
+def _add_publish(verbs: Any) -> None:
     publish = _verb(verbs, "publish", "sync finished results into the models directory")
     replaced = "replace folders that another model revision or data set content left; files of others stay"
     publish.add_argument("--overwrite", action="store_true", help=replaced)
+    _add_json(publish)
+
+
+def _add_doctor(verbs: Any) -> None:
     doctor = _verb(verbs, "doctor", "check machine, config, model and data before hours are spent")
-    doctor.add_argument("-m", "--multirun", action="store_true", help="comma lists span a grid")
-    doctor.add_argument(
-        "--store", action="store_true", help="verify every file of the store, repair what can be, name the rest"
-    )
+    _add_multirun(doctor)
+    verified = "verify every file of the store, repair what can be, name the rest"
+    doctor.add_argument("--store", action="store_true", help=verified)
+    _add_json(doctor)
+
+
+def _add_export(verbs: Any) -> None:
     export = _verb(verbs, "export", "files that runtimes read, from a recipe that sweep solve wrote", takes_recipe=True)
     export.add_argument(
         "--format",
@@ -170,14 +201,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=["compressed-tensors", "modelopt", "csv"],
         help="a checkpoint, ModelOpt's recipe YAML, or a table",
     )
-    export.add_argument(
-        "--out", required=True, metavar="DIR|FILE", help="a directory for compressed-tensors, else a file"
-    )
+    place = "a directory for compressed-tensors, else a file"
+    export.add_argument("--out", required=True, metavar="DIR|FILE", help=place)
     replaced = "replace what an earlier export has put there; files of others stay"
     export.add_argument("--overwrite", action="store_true", help=replaced)
-    solve = _verb(
-        verbs, "solve", "the mixed-precision recipe of least predicted damage under a budget, from the store alone"
-    )
+
+
+def _add_solve(verbs: Any) -> None:
+    summary = "the mixed-precision recipe of least predicted KL under a budget, from the store alone"
+    solve = _verb(verbs, "solve", summary)
     solve.add_argument(
         "--pin",
         dest="pins",
@@ -195,63 +227,51 @@ def _parser() -> argparse.ArgumentParser:
         help="layer groups that stay in 16 bits",
     )
     solve.add_argument("--uniform-layer", action="store_true", help="one format for all groups of a decoder layer")
-    solve.add_argument(
-        "--recapture",
-        type=int,
-        default=0,
-        metavar="N",
-        help="apply the recipe, capture and score again, solve again; N times",
-    )
-    solve.add_argument(
-        "--front",
-        dest="n_front",
-        type=int,
-        nargs="?",
-        const=24,
-        metavar="N",
-        help="the Pareto front at N budgets, as table and picture",
-    )
-    solve.add_argument("--rank", action="store_true", help="layer groups by damage, and by damage per byte saved")
+    again = "apply the recipe, capture and score again, solve again; N times"
+    solve.add_argument("--recapture", type=int, default=0, metavar="N", help=again)
+    front = "the Pareto front at N budgets, as table and picture"
+    solve.add_argument("--front", dest="n_front", type=int, nargs="?", const=24, metavar="N", help=front)
+    ranks = "layer groups by predicted KL, and by predicted KL per GB saved"
+    solve.add_argument("--rank", action="store_true", help=ranks)
     solve.add_argument("--out", metavar="FILE", help="the recipe file; default outputs/recipes/NAME.yaml")
-    validate = _verb(
-        verbs,
-        "validate",
-        "a recipe's damage measured on samples that it has not seen, beside the predicted one",
-        takes_recipe=True,
-    )
-    validate.add_argument(
-        "--random",
-        dest="n_random",
-        type=int,
-        default=0,
-        metavar="N",
-        help="measure N random mixes of the store's formats as well",
-    )
-    validate.add_argument(
-        "--uniform",
-        action="store_true",
-        help="measure one format for all groups, those no larger than the recipe, as well",
-    )
-    validate.add_argument(
-        "--groups", metavar="PATTERN", help="measure these layer groups alone, under each format, as well"
-    )
-    advise = _verb(
-        verbs,
-        "recommend",
-        "doctor, the target's grid, recipes under a budget, their measured damage, files and a page, in one command",
-    )
+    _add_budget(solve)
+    _add_json(solve)
+
+
+def _add_validate(verbs: Any) -> None:
+    summary = "a recipe's KL measured on samples that it has not seen, beside the predicted one"
+    validate = _verb(verbs, "validate", summary, takes_recipe=True)
+    mixes = "measure N random mixes of the store's formats as well"
+    validate.add_argument("--random", dest="n_random", type=int, default=0, metavar="N", help=mixes)
+    uniform = "measure one format for all groups, those no larger than the recipe, as well"
+    validate.add_argument("--uniform", action="store_true", help=uniform)
+    alone = "measure these layer groups alone, under each format, as well"
+    validate.add_argument("--groups", metavar="PATTERN", help=alone)
+    _add_json(validate)
+
+
+def _add_recommend(verbs: Any) -> None:
+    summary = "doctor, the target's grid, recipes under a budget, their measured KL, files and a page, in one command"
+    recommend = _verb(verbs, "recommend", summary)
     place = "where everything goes, beside files of others; default outputs/recommended/NAME"
-    advise.add_argument("--out", metavar="DIR", help=place)
-    for verb in (solve, advise):
-        verb.add_argument(
-            "--bits", type=float, metavar="B", help="mean bits a weight of the covered layers, block scales counted"
-        )
-        verb.add_argument(
-            "--gb", type=float, metavar="G", help="GB (1e9 bytes) of all weights, embeddings and lm_head included"
-        )
-    for verb in (status, publish, doctor, solve, validate, advise):
-        verb.add_argument("--json", dest="as_json", action="store_true", help="print JSON instead of text")
-    return parser
+    recommend.add_argument("--out", metavar="DIR", help=place)
+    _add_budget(recommend)
+    _add_json(recommend)
+
+
+def _add_multirun(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("-m", "--multirun", action="store_true", help="comma lists span a grid")
+
+
+def _add_budget(verb: argparse.ArgumentParser) -> None:
+    bits = "mean bits a weight of the covered layers, block scales counted"
+    verb.add_argument("--bits", type=float, metavar="B", help=bits)
+    gb = "GB (1e9 bytes) of all weights, embeddings and lm_head included"
+    verb.add_argument("--gb", type=float, metavar="G", help=gb)
+
+
+def _add_json(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", dest="as_json", action="store_true", help="print JSON instead of text")
 
 
 def _verb(

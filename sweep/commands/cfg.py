@@ -1,4 +1,7 @@
-"""`sweep run --cfg job`: the composed config, and nothing run. On its own, since it needs little of what a run imports."""
+"""`sweep run --cfg job`: print the composed config and run nothing.
+
+A module of its own, since it needs little of what a run imports.
+"""
 
 import sys
 from collections.abc import Sequence

@@ -49,7 +49,10 @@ def examine(overrides: Sequence[str], *, multirun: bool, as_json: bool) -> int:
 
 
 def examine_store(overrides: list[str], *, as_json: bool) -> int:
-    """Verify and repair the store that the overrides name, and print what was found. Returns 0, or 2 if something is left that stops a run."""
+    """Verify and repair the store that the overrides name, and print what was found.
+
+    Returns: exit code: 0, or 2 if something is left that stops a run.
+    """
     store = Store(expand(overrides, multirun=False).points[0].store.uri)
     findings = check_store(store)
     if as_json:

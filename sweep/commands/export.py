@@ -1,4 +1,7 @@
-"""`sweep export`: a recipe as files that runtimes and people read. What cannot come back as it was is refused, and nothing is left of it."""
+"""`sweep export`: a recipe as files that runtimes and people read.
+
+Each file is read back; one that does not hold the same recipe is refused, and nothing is left of it.
+"""
 
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ from sweep.core.errors import SweepError, require_known
 from sweep.core.exits import EXIT_DONE
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_cells, check_recipe
-from sweep.mixed_precision.prepared import Prepared, config_of, prepared, read_recipe
+from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of, read_recipe
 from sweep.mixed_precision.text import CSV_BEGINS, MODELOPT_BEGINS, check_csv, check_modelopt, to_csv, to_modelopt
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.store.outputs import OutputDirectory, OutputFile, place_of, typed_path
@@ -33,7 +36,8 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
         out: a directory for compressed-tensors, else a file.
         overwrite: replace what an earlier export has put there, and nothing else.
 
-    Raises: SweepError: a recipe that cannot be meant, a format that can't express it, or something in the way at `out`.
+    Raises: SweepError: a recipe that cannot be applied to the model, a format that can't express it, or something in
+        the way at `out`.
     """
     require_known("export format", file_format, FORMATS)
     path, recipe = typed_path(out), read_recipe(Path(recipe_path))
@@ -44,7 +48,7 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
     if file_format == "compressed-tensors":
         directory = checkpoint_at(path, model, overwrite=overwrite)
         directory.check()
-        export_checkpoint(prepared(recipe, config), directory)
+        export_checkpoint(context_of(recipe, config), directory)
     else:
         file = OutputFile(path=path, begins=CSV_BEGINS if file_format == "csv" else MODELOPT_BEGINS)
         if file.check().exists() and not overwrite:
@@ -74,7 +78,7 @@ def checked_text(recipe: MixedRecipe, file_format: str, model: Model) -> str:
 
 
 def checkpoint_at(path: Path, model: Model, *, overwrite: bool) -> OutputDirectory:
-    """Where a checkpoint goes, with the names of its files.
+    """The directory of an exported checkpoint, with the names of its files.
 
     Raises: SweepError: the model's own checkpoint is there.
     """
@@ -90,7 +94,7 @@ def checkpoint_at(path: Path, model: Model, *, overwrite: bool) -> OutputDirecto
     )
 
 
-def export_checkpoint(ready: Prepared, directory: OutputDirectory) -> None:
+def export_checkpoint(context: RecipeContext, directory: OutputDirectory) -> None:
     """Calibrate, write the checkpoint, read it back, and put it in its place only if it is the recipe.
 
     Raises: SweepError: something that compressed-tensors can't express.
@@ -99,11 +103,11 @@ def export_checkpoint(ready: Prepared, directory: OutputDirectory) -> None:
     from workers.export.checkpoint import check_expressible, write_checkpoint
     from workers.export.readback import check_export
 
-    recipe, model = ready.recipe, ready.model
+    recipe, model = context.recipe, context.model
     linears = [(name, n_in, n_out) for name, n_in, n_out in model.structure["linears"]]
     check_expressible(model.path, recipe, linears)
-    batches = list(ready.plan.batches(recipe.size))
-    quants = calibrated(model.path, ready.config.model.dtype_on("cpu"), recipe, linears, batches)
+    batches = list(context.plan.batches(recipe.size))
+    quants = calibrated(model.path, context.config.model.dtype_on("cpu"), recipe, linears, batches)
     with directory.filled() as partial:
         write_checkpoint(model.path, partial, recipe, quants, linears)
         (partial / _RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
@@ -117,7 +121,8 @@ def is_exported(recipe: MixedRecipe, directory: OutputDirectory) -> bool:
 
 def _say(recipe: MixedRecipe, file_format: str, target: Path) -> None:
     lines = [
-        f"{target}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, predicted KL {recipe.predicted_kl:.3g} nats"
+        f"{target}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, "
+        f"predicted KL {recipe.predicted_kl:.3g} nats"
     ]
     if file_format == "compressed-tensors":
         lines += ["read back: every group's format and every weight is the recipe's", f"vllm serve {target}"]

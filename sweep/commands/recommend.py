@@ -1,4 +1,4 @@
-"""`sweep recommend`: from a model, a target and a budget to recipes that were measured, files that load, and a page to read."""
+"""`sweep recommend`: from a model, a target and a budget to measured recipes, files that load, and a page to read."""
 
 import json
 from collections.abc import Sequence
@@ -19,14 +19,15 @@ from sweep.config.targets import Target
 from sweep.core.exits import EXIT_DONE
 from sweep.core.sizes import SIZES
 from sweep.formats.mixed import MixedRecipe
-from sweep.mixed_precision.candidates import Option, Options, format_of, read_options, sized
-from sweep.mixed_precision.knapsack import cost_range
+from sweep.mixed_precision.candidates import Candidate, Candidates, format_of, read_candidates, sized
+from sweep.mixed_precision.knapsack import Problem, cost_range
 from sweep.mixed_precision.measured import Measured, held_out, markdown_table, uniform_recipes, validate
-from sweep.mixed_precision.prepared import Prepared, prepared
-from sweep.mixed_precision.recipe import Budget, problem_of, recipe, rules_of, solved
+from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe_of_choice, rules_of, solved
+from sweep.mixed_precision.recipe_context import RecipeContext, context_of
 from sweep.mixed_precision.summary import front_rows, summary, uniform_rows
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.plan.trials import SweepPlan, plan_sweep
+from sweep.report.analysis import IntArray
 from sweep.report.plots import front_picture
 from sweep.run.resources import own_device, pick_workers
 from sweep.run.session import row_of
@@ -42,13 +43,14 @@ _MODELOPT = "modelopt_recipe.yaml"
 _CHECKPOINT = "checkpoint"  # a directory
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
-    "td,th{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:left}pre{background:#f5f5f5;padding:.6em;overflow-x:auto}img{max-width:100%}"
+    "td,th{padding:.2em .6em;border-bottom:1px solid #ddd;text-align:left}"
+    "pre{background:#f5f5f5;padding:.6em;overflow-x:auto}img{max-width:100%}"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What was typed."""
+    """Options of one `sweep recommend` command."""
 
     overrides: Sequence[str]
     bits: float | None
@@ -58,7 +60,7 @@ class Request:
 
 
 def recommend(request: Request, console: Console) -> int:
-    """The whole way. Returns the exit code.
+    """Check, score, solve, measure, export and write a page. Returns the exit code.
 
     Raises: SweepError: wrong input, a budget that nothing fits, or an export that cannot hold the recipe.
     """
@@ -73,45 +75,30 @@ def recommend(request: Request, console: Console) -> int:
     checkpoint = checkpoint_at(out / _CHECKPOINT, Model(checkpoint_dir(config.model)), overwrite=True)
     if _reads_checkpoint(target):
         checkpoint.check()
-    checks = (
-        0 if request.as_json else examine(grid, multirun=True, as_json=False)
-    )  # a run refuses by itself what would stop it
+    # With --json nothing else is printed; a run by itself refuses everything that would stop it.
+    checks = 0 if request.as_json else examine(grid, multirun=True, as_json=False)
     if code := checks or run(grid, multirun=True, console=console):
         return code
     typed = [*request.overrides, f"dataset.size={config.dataset.size}", "sensitivity.scales=fused"]
-    options = sized(read_options(Store(config.store.uri), _without_repeats(typed)))
-    rules = rules_of((), (), False, target, options)
-    problem = problem_of(options, rules)
-    choice = solved(options, problem, asked, rules)
-    low, high = cost_range(problem)
-    cost = min(asked.cost(options), high)
-    weights = float(options.weights.sum())
-    budgets = dict(zip(_RECIPES, ((low + cost) / 2, cost, cost + (high - cost) / 4), strict=True))
-    choices = {
-        name: choice if name == "balanced" else solved(options, problem, Budget(bits=each / weights), rules)
-        for name, each in budgets.items()
-    }
-    made = {name: recipe(options, each, name, target.name) for name, each in choices.items()}
-    ready = prepared(made["balanced"], config)
-    uniform = [each for each in uniform_recipes(options) if rules.allowed(next(iter(each.formats.values())))]
-    rows = validate(
-        ready,
-        [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)],
-        own_device(config.cluster),
-    )
-    summaries = [summary(options, problem, choices[name], each) for name, each in made.items()]
+    candidates = sized(read_candidates(Store(config.store.uri), _without_repeats(typed)))
+    rules = rules_of((), (), False, target, candidates)
+    problem = problem_of(candidates, rules)
+    choices = _choices(candidates, problem, asked, rules)
+    made = {name: recipe_of_choice(candidates, each, name, target.name) for name, each in choices.items()}
+    context = context_of(made["balanced"], config)
+    uniform = [each for each in uniform_recipes(candidates) if rules.allowed(next(iter(each.formats.values())))]
+    recipes = [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)]
+    rows = validate(context, recipes, own_device(config.cluster))
     measured = {row.name: row for row in rows}
-    for each in summaries:
-        row = measured[each["name"]]
-        each |= {"measured_kl": row.measured_kl, "measured_kl_interval": row.measured_kl_interval}
-    picture = front_picture(
-        front_rows(options, problem, _FRONT) if high > low else [], uniform_rows(options, problem), summaries
-    )
+    summaries = [
+        summary(candidates, problem, choices[name], each) | _measured_figures(measured[name])
+        for name, each in made.items()
+    ]
     files = {f"{name}.yaml": each.to_yaml().encode() for name, each in made.items()}
-    files |= {_PICTURE: picture, **_export(ready, target, checkpoint)}
+    files |= {_PICTURE: _picture(candidates, problem, summaries), **_export(context, target, checkpoint)}
     exported = out / (_CHECKPOINT if _reads_checkpoint(target) else _MODELOPT)
-    page = render(ready, target, asked, summaries, rows, exported)
-    html = to_html(page, f"{options.trial.model} on {target.name}")
+    page = render(context, target, asked, summaries, rows, exported)
+    html = to_html(page, f"{candidates.trial.model} on {target.name}")
     files |= dict(zip(_PAGES, (page.encode(), html.encode()), strict=True))
     with results.filled() as partial:
         for name, content in files.items():
@@ -126,18 +113,43 @@ def recommend(request: Request, console: Console) -> int:
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
     balanced = measured["balanced"]
+    kl = f"KL {balanced.measured_kl:.3g} measured, {balanced.predicted_kl:.3g} predicted"
     bits = f"{made['balanced'].effective_bits:.3f} bits a weight"
-    console.print(
-        f"\nRecommended: balanced, {bits}, KL {balanced.measured_kl:.3g} measured, {balanced.predicted_kl:.3g} predicted.",
-        highlight=False,
-    )
+    console.print(f"\nRecommended: balanced, {bits}, {kl}.", highlight=False)
     console.print(f"Page: {out / 'index.html'}", highlight=False, soft_wrap=True)
     console.print(_serve(target, exported), highlight=False, soft_wrap=True, markup=False)
     return EXIT_DONE
 
 
+def _choices(candidates: Candidates, problem: Problem, asked: Budget, rules: Rules) -> dict[str, IntArray]:
+    """Optimal choices at the budget ("balanced"), below it and above it, by recipe name.
+
+    Raises: SweepError: nothing fits the budget.
+    """
+    balanced = solved(candidates, problem, asked, rules)
+    low, high = cost_range(problem)
+    cost = min(asked.cost(candidates), high)
+    weights = float(candidates.weights.sum())
+    budgets = dict(zip(_RECIPES, ((low + cost) / 2, cost, cost + (high - cost) / 4), strict=True))
+    return {
+        name: balanced if name == "balanced" else solved(candidates, problem, Budget(bits=each / weights), rules)
+        for name, each in budgets.items()
+    }
+
+
+def _measured_figures(row: Measured) -> dict[str, Any]:
+    return {"measured_kl": row.measured_kl, "measured_kl_interval": row.measured_kl_interval}
+
+
+def _picture(candidates: Candidates, problem: Problem, summaries: Sequence[dict[str, Any]]) -> bytes:
+    """KL over size, as SVG; without a front where one recipe is both the smallest and the best."""
+    low, high = cost_range(problem)
+    front = front_rows(candidates, problem, _FRONT) if high > low else []
+    return front_picture(front, uniform_rows(candidates, problem), summaries)
+
+
 def render(
-    ready: Prepared,
+    context: RecipeContext,
     target: Target,
     asked: Budget,
     summaries: Sequence[dict[str, Any]],
@@ -145,12 +157,13 @@ def render(
     exported: Path,
 ) -> str:
     """The page, as Markdown."""
-    made, first = ready.recipe, rows[0]
+    made, first = context.recipe, rows[0]
     parts = [
         f"# {made.model} on {target.runtime}: mixed precision under {asked}",
-        f"Scored on {made.dataset}, {made.size} (revision {made.dataset_revision[:12]}); the model is revision {made.model_revision[:12]}. "
-        f"Damage was measured on {first.n_samples} samples that neither calibrated nor scored ({first.n_predictions} predictions), "
-        "in nats per prediction, with 90 % bootstrap intervals.",
+        f"Scored on {made.dataset}, {made.size} (revision {made.dataset_revision[:12]}); "
+        f"the model is revision {made.model_revision[:12]}. "
+        f"KL was measured on {first.n_samples} samples that neither calibrated nor scored "
+        f"({first.n_predictions} predictions), in nats per prediction, with 90 % bootstrap intervals.",
         "![KL over size: the best mixes, one format for all, and the recommended recipes](front.svg)",
         "## Recipes",
         "\n".join(_recipe_lines(summaries)),
@@ -168,19 +181,21 @@ def render(
 def to_html(page: str, title: str) -> str:
     """The page as one HTML file beside its picture."""
     body = MarkdownIt("commonmark").enable("table").render(page)
-    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n'
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
 def _recipe_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    kl_columns = "predicted KL (90 %) | measured KL (90 %)"
     lines = [
-        "| recipe | bits a weight | GB of weights | predicted KL (90 %) | measured KL (90 %) | layer groups by format |",
+        f"| recipe | bits a weight | GB of weights | {kl_columns} | layer groups by format |",
         "|---|---:|---:|---:|---:|---|",
     ]
     for each in summaries:
         formats = ", ".join(f"{n} {label if label != '16' else 'in 16 bits'}" for label, n in each["formats"].items())
         gb = "-" if each["gb"] is None else f"{each['gb']:.4g}"
-        damages = [f"{each[key]:.3g}{_spread(each[f'{key}_interval'])}" for key in ("predicted_kl", "measured_kl")]
-        figures = f"{each['effective_bits']:.3f} | {gb} | {' | '.join(damages)}"
+        kls = [f"{each[key]:.3g}{_spread(each[f'{key}_interval'])}" for key in ("predicted_kl", "measured_kl")]
+        figures = f"{each['effective_bits']:.3f} | {gb} | {' | '.join(kls)}"
         lines.append(f"| [{each['name']}]({each['name']}.yaml) | {figures} | {formats} |")
     return lines
 
@@ -201,33 +216,33 @@ def _names(made: MixedRecipe, target: Target) -> list[str]:
 
 
 def _refuse_ahead(grid: Sequence[str], asked: Budget, target: Target) -> None:
-    """Say what no score can change before hours are spent on scoring.
+    """Refuse what no score can change, before hours are spent on scoring.
 
-    Raises: SweepError: a target that runs nothing of the grid as scored, a budget below its smallest recipe, or samples to measure on that are too few or
-        calibrated.
+    Raises: SweepError: a target that runs nothing of the grid as scored, a budget below its smallest recipe, or samples
+        to measure on that are too few or calibrated.
     """
     points = expand(grid, multirun=True).points
     workers = pick_workers(points[0].cluster)
-    options = planned_options(plan_sweep(points, workers.device, workers.nodes))
-    rules = rules_of((), (), False, target, options)
-    choice = solved(options, problem_of(options, rules), asked, rules)
-    held_out(prepared(recipe(options, choice, "planned", target.name), points[0]))
+    candidates = planned_candidates(plan_sweep(points, workers.device, workers.nodes))
+    rules = rules_of((), (), False, target, candidates)
+    choice = solved(candidates, problem_of(candidates, rules), asked, rules)
+    held_out(context_of(recipe_of_choice(candidates, choice, "planned", target.name), points[0]))
 
 
 def _results_at(out: Path, target: Target) -> OutputDirectory:
-    """Where everything but a checkpoint goes; what an earlier call has put there is replaced."""
+    """The directory of everything but a checkpoint, where files of an earlier call are replaced."""
     names = [*(f"{name}.yaml" for name in _RECIPES), _PICTURE, *_PAGES]
     if not _reads_checkpoint(target):
         names.append(_MODELOPT)
     return OutputDirectory(directory=place_of(out), kind="recommendation", names=names, overwrite=True)
 
 
-def _export(ready: Prepared, target: Target, checkpoint: OutputDirectory) -> dict[str, bytes]:
-    """Have a compressed-tensors checkpoint in its place for vLLM; for the rest ModelOpt's recipe, to be written."""
+def _export(context: RecipeContext, target: Target, checkpoint: OutputDirectory) -> dict[str, bytes]:
+    """Write a compressed-tensors checkpoint for vLLM; for other targets return ModelOpt's recipe, by its file name."""
     if not _reads_checkpoint(target):
-        return {_MODELOPT: checked_text(ready.recipe, "modelopt", ready.model).encode()}
-    if not is_exported(ready.recipe, checkpoint):
-        export_checkpoint(ready, checkpoint)
+        return {_MODELOPT: checked_text(context.recipe, "modelopt", context.model).encode()}
+    if not is_exported(context.recipe, checkpoint):
+        export_checkpoint(context, checkpoint)
     return {}
 
 
@@ -255,8 +270,8 @@ def _without_repeats(overrides: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
-def planned_options(plan: SweepPlan) -> Options:
-    """The options that a grid will give, with no damage yet: enough to tell what fits a budget before anything is scored.
+def planned_candidates(plan: SweepPlan) -> Candidates:
+    """The candidates that a grid will give, with a predicted KL of 0: enough to tell which fit a budget before scoring.
 
     Args:
         plan: of one model and one data set.
@@ -274,12 +289,12 @@ def planned_options(plan: SweepPlan) -> Options:
         for spec in specs
     )
     formats = {found.label: (found, trial.cell_id or "") for trial in trials for found in [format_of(trial.config)]}
-    return Options(
+    return Candidates(
         trial=row_of(first, "planned", None, ""),
         config=first.config,
         groups=groups,
         formats=tuple(
-            Option(format=found, cell_id=cell, predicted_kl=np.zeros(len(groups)), sample_kl=None)
+            Candidate(format=found, cell_id=cell, predicted_kl=np.zeros(len(groups)), sample_kl=None)
             for found, cell in formats.values()
         ),
         elements=plan.models[first.model_revision],

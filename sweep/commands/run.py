@@ -43,12 +43,12 @@ _SUMMARY_RECIPES = 24  # recipes whose most sensitive layers are printed at the 
 
 
 def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
-    """Score what the store lacks of a grid, publish all of it, and say what came out.
+    """Score the cells of a grid that the store lacks, publish all reports, and print the most sensitive layers.
 
     Args:
         overrides: Hydra overrides, with comma lists if `multirun`.
         multirun: whether comma lists span a grid.
-        console: where a person reads.
+        console: that progress and results are printed on.
 
     Returns: exit code: 0 done, 3 some trials failed, 75 interrupted.
 
@@ -102,15 +102,19 @@ def _leave(session: Session, console: Console, why: str) -> int:
     """Record an incomplete run, as far as the store can be written, and say how to go on. Returns the exit code."""
     with contextlib.suppress(StoreFailed):  # that may be why it ends
         session.end(EXIT_INCOMPLETE)
-    console.print(
-        f"{why}: {session.counts()['done']} of {len(session.plan.trials)} trials are done. Type the same command again to resume.",
-        highlight=False,
-    )
+    done = f"{session.counts()['done']} of {len(session.plan.trials)} trials are done"
+    console.print(f"{why}: {done}. Type the same command again to resume.", highlight=False)
     return EXIT_INCOMPLETE
 
 
 def _say_set_aside(store: Store, known: set[str], console: Console) -> None:
-    """Name damaged files that were set aside, by this process or its workers, since the last time; `known` takes them up."""
+    """Print which damaged files this process or its workers have set aside since the last call.
+
+    Args:
+        store: whose files.
+        known: names that need no mention; the new ones are added.
+        console: that they are printed on.
+    """
     with contextlib.suppress(OSError):
         for name in store.files.names("quarantine"):
             if name not in known:
@@ -121,7 +125,7 @@ def _say_set_aside(store: Store, known: set[str], console: Console) -> None:
 
 
 def _score(session: Session, workers: Workers, console: Console) -> None:
-    """Score what is left of a session, and show it."""
+    """Score the tasks of a session that are left, and show their progress."""
     from sweep.run import driver  # imports Ray: only when there is something to do
 
     work = driver.Work(
@@ -145,7 +149,7 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
 
 
 class _Events:
-    """Takes what happens in a run into the session's record and onto the display; see sweep.run.driver.RunEvents."""
+    """Records the events of a run in the session and shows them; see sweep.run.driver.RunEvents."""
 
     def __init__(self, session: Session, display: Display, console: Console) -> None:
         self._session, self._display, self._console = session, display, console
@@ -170,14 +174,14 @@ class _Events:
             self._display.note(f"Ray dashboard: {connection.dashboard_url}")
 
     def ready(self) -> None:
-        """A model that does not load has left no trace in the store until here."""
+        """Record the trials as running: only now, so that a model that does not load leaves no trace in the store."""
         self._session.write_trials(running=True)
         self._beating.enter_context(_heartbeat(self._session))
         self._session.tally.start()
         self._display.stage("Workers hold the model; capturing activations and gradients ...")
 
     def dead(self, what: str) -> None:
-        """The main thread may wait for Ray for ever."""
+        """End the process at once: the main thread may wait for Ray for ever."""
         self._display.__exit__(None, None, None)
         os._exit(_leave(self._session, self._console, f"{what}. Stopped"))
 
@@ -204,16 +208,19 @@ def _finished(session: Session) -> list[FinishedTrial]:
 
 
 def _output_root(base: SweepConfig, plan: SweepPlan) -> str:
-    """Where reports go, a path or URL; `{run_id}` is the grid's own name, so that the same command finds its reports again."""
+    """The path or URL of the reports.
+
+    `{run_id}` becomes a hash of the grid's trials, so that the same command finds its reports again.
+    """
     grid_id = hashlib.sha256("\n".join(trial.trial_id for trial in plan.trials).encode()).hexdigest()[:12]
     root = base.output_layout.root.replace("{run_id}", grid_id)
     return root if "://" in root else str(Path(root).expanduser().absolute())
 
 
 def _check_folders(plan: SweepPlan, root: str) -> None:
-    """Refuse a grid whose reports have no folder of their own, before hours are spent on it.
+    """Refuse a grid whose trials lack report folders of their own, before hours are spent on it.
 
-    Raises: SweepError: two of its trials belong in one, or one holds other content; names them.
+    Raises: SweepError: two of its trials have one folder, or a folder holds other content; names them.
     """
     by_folder: dict[str, PlannedTrial] = {}
     for trial in plan.trials:
@@ -235,8 +242,10 @@ def _check_folders(plan: SweepPlan, root: str) -> None:
         folder = "/".join(parts)
         if trial.cell_id is not None and by_folder.setdefault(folder, trial).cell_id != trial.cell_id:
             raise SweepError(
-                f"Two trials {trial.name} of this grid have one report folder: {by_folder[folder].trial_id} and {trial.trial_id}. "
-                "Run them one after the other, each with its own output_layout.root=DIR, or keep the later one's report with output_layout.overwrite=true."
+                f"Two trials {trial.name} of this grid have one report folder: "
+                f"{by_folder[folder].trial_id} and {trial.trial_id}. "
+                "Run them one after the other, each with its own output_layout.root=DIR, "
+                "or keep the later one's report with output_layout.overwrite=true."
             )
     identities = {
         folder: {
@@ -269,7 +278,7 @@ def _heartbeat(session: Session) -> Generator[None]:
 
 
 def say_grid(session: Session, console: Console) -> None:
-    """How many trials, and what of them is done or left out."""
+    """Print the number of trials and cells, and how many are done or skipped."""
     counts = session.counts()
     cells = {trial.cell_id for trial in session.plan.trials if trial.cell_id}
     skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
@@ -283,7 +292,7 @@ def say_grid(session: Session, console: Console) -> None:
 
 
 def say_first_result(session: Session, task: Task, display: Display) -> None:
-    """The first ranking, as soon as there is one."""
+    """Show the most sensitive layers of the first task that is done."""
     cell = list(task.cells.values())[-1]
     if session.store.is_finished(cell):
         session.first_result = time.monotonic() - session.started
@@ -294,7 +303,7 @@ def say_first_result(session: Session, task: Task, display: Display) -> None:
 def say_results(
     session: Session, finished: Sequence[FinishedTrial], console: Console, root: str, written: int, seconds: float
 ) -> None:
-    """The most sensitive layers of each recipe, where everything is, and what to type next."""
+    """Print the most sensitive layers of each recipe, where reports and scores are, and what to type next."""
     counts = session.counts()
     scored = sum(cell in session.finished for task in session.tasks.values() for cell in task.cells.values())
     console.print()
@@ -304,9 +313,8 @@ def say_results(
         console.print(line, highlight=False, soft_wrap=True)
     if len(shown) > _SUMMARY_RECIPES:
         console.print(f"... and {len(shown) - _SUMMARY_RECIPES} more recipes, in the reports", style="dim")
-    console.print(
-        f"\n{counts['done']} of {len(session.plan.trials)} trials done, {count(scored, 'cell')} scored, in {duration(seconds)}."
-    )
+    done = f"{counts['done']} of {len(session.plan.trials)} trials done"
+    console.print(f"\n{done}, {count(scored, 'cell')} scored, in {duration(seconds)}.")
     for trial, reason in [
         (trial, session.state(trial)[1]) for trial in session.plan.trials if session.state(trial)[0] == "failed"
     ][:5]:
@@ -327,7 +335,7 @@ def say_results(
 
 
 def _largest(finished: Sequence[FinishedTrial]) -> dict[tuple[str, ...], FinishedTrial]:
-    """Of each recipe the trial with the most samples, in the order asked for."""
+    """The trial with the most samples of each recipe, in the order asked for."""
     best: dict[tuple[str, ...], FinishedTrial] = {}
     for one in finished:
         trial = one.trial

@@ -1,4 +1,4 @@
-"""`sweep solve`: the mixed-precision recipe of least predicted damage under a budget, from the store alone."""
+"""`sweep solve`: the mixed-precision recipe of least predicted KL under a budget, from the store alone."""
 
 import json
 import sys
@@ -11,9 +11,9 @@ from sweep.config.targets import Target
 from sweep.core.exits import EXIT_DONE
 from sweep.core.text import aligned
 from sweep.formats.mixed import RECIPE_BEGINS
-from sweep.mixed_precision.candidates import Options, read_options, sized
+from sweep.mixed_precision.candidates import Candidates, read_candidates, sized
 from sweep.mixed_precision.knapsack import Problem, cost_range
-from sweep.mixed_precision.recipe import SIXTEEN, Budget, problem_of, recipe, rules_of, solved
+from sweep.mixed_precision.recipe import SIXTEEN, Budget, problem_of, recipe_of_choice, rules_of, solved
 from sweep.mixed_precision.summary import front_rows, ranked, summary, uniform_rows
 from sweep.report.plots import FRONT_BEGINS, front_picture
 from sweep.run.resources import own_device
@@ -26,7 +26,7 @@ _SHOWN_RANKS: Final = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What was typed."""
+    """Options of one `sweep solve` command."""
 
     overrides: Sequence[str]
     bits: float | None
@@ -42,50 +42,50 @@ class Request:
 
 
 def solve_command(request: Request) -> int:
-    """Solve, write the recipe, and say what it is. Returns the exit code.
+    """Solve, write the recipe, and print its figures. Returns the exit code.
 
     Raises: SweepError: nothing to choose from, or a budget or rules that nothing fits.
     """
     config = expand(request.overrides, multirun=True).points[0]
     target = Target.from_config(config.target)
     with opened(config.store.uri) as store:
-        options = read_options(store, request.overrides)
+        candidates = read_candidates(store, request.overrides)
     if request.gb is not None:
-        options = sized(options)
-    rules = rules_of(request.pins, request.excludes, request.uniform_layer, target, options)
-    problem = problem_of(options, rules)
-    budget = budget_of(request, options, problem)
-    choice = solved(options, problem, budget, rules)
-    name = f"{options.trial.model}-{target.name}-{budget.slug}"
+        candidates = sized(candidates)
+    rules = rules_of(request.pins, request.excludes, request.uniform_layer, target, candidates)
+    problem = problem_of(candidates, rules)
+    budget = budget_of(request, candidates, problem)
+    choice = solved(candidates, problem, budget, rules)
+    name = f"{candidates.trial.model}-{target.name}-{budget.slug}"
     out = typed_path(request.out or f"outputs/recipes/{name}.yaml")
     file = OutputFile(path=out, begins=RECIPE_BEGINS)
     file.check()
     picture = OutputFile(path=out.with_suffix(".svg"), begins=FRONT_BEGINS)
     if request.n_front is not None:
         picture.check()
-    made = recipe(options, choice, name, target.name)
+    made = recipe_of_choice(candidates, choice, name, target.name)
     for _ in range(request.recapture):
-        from sweep.mixed_precision.prepared import prepared
-        from sweep.mixed_precision.recapture import recaptured_damage
+        from sweep.mixed_precision.recapture import recaptured_kl
+        from sweep.mixed_precision.recipe_context import context_of
 
-        ready = prepared(made, replace(options.config, cluster=config.cluster))
-        damage = recaptured_damage(ready, made, options, own_device(config.cluster))
-        problem = problem_of(options, rules, damage)
-        choice = solved(options, problem, budget, rules)
-        made = recipe(options, choice, name, target.name, damage)
-    document: dict[str, Any] = summary(options, problem, choice, made) | {"recipe": str(out)}
-    n_usable = sum(rules.allowed(option.format) for option in options.formats)
+        context = context_of(made, replace(candidates.config, cluster=config.cluster))
+        kl = recaptured_kl(context, made, candidates, own_device(config.cluster))
+        problem = problem_of(candidates, rules, kl)
+        choice = solved(candidates, problem, budget, rules)
+        made = recipe_of_choice(candidates, choice, name, target.name, kl)
+    document: dict[str, Any] = summary(candidates, problem, choice, made) | {"recipe": str(out)}
+    n_usable = sum(rules.allowed(candidate.format) for candidate in candidates.formats)
     document["scored"] = {
-        "recipes": len(options.formats),
+        "recipes": len(candidates.formats),
         "usable": n_usable,
-        "dataset": options.trial.dataset,
-        "size": options.trial.size,
+        "dataset": candidates.trial.dataset,
+        "size": candidates.trial.size,
     }
     if request.rank:
-        document["rank"] = ranked(options, problem, choice)
+        document["rank"] = ranked(candidates, problem, choice)
     if request.n_front is not None:
-        document["front"] = front_rows(options, problem, request.n_front)
-        document["uniform"] = uniform_rows(options, problem)
+        document["front"] = front_rows(candidates, problem, request.n_front)
+        document["uniform"] = uniform_rows(candidates, problem)
         document["picture"] = str(picture.path)
     file.put(made.to_yaml().encode())
     if request.n_front is not None:
@@ -98,21 +98,23 @@ def solve_command(request: Request) -> int:
     return EXIT_DONE
 
 
-def budget_of(request: Request, options: Options, problem: Problem) -> Budget:
-    """What was typed; the smallest recipe's size if the question is about ranks or the front alone.
+def budget_of(request: Request, candidates: Candidates, problem: Problem) -> Budget:
+    """The typed budget; the smallest recipe's size where only ranks or the front are asked for.
 
     Raises: SweepError: no budget, two of them, or none that is above 0.
     """
     if request.bits is None and request.gb is None and (request.rank or request.n_front is not None):
-        return Budget(bits=cost_range(problem)[0] / float(options.weights.sum()))
+        return Budget(bits=cost_range(problem)[0] / float(candidates.weights.sum()))
     return Budget(bits=request.bits, gb=request.gb)
 
 
 def lines(document: Mapping[str, Any]) -> Iterator[str]:
-    """A solved recipe for people: size, damage, formats, and the tables that were asked for."""
-    yield f"Recipe {document['name']} for {document['target']}: {document['effective_bits']:.3f} bits a weight of the covered layers"
+    """A solved recipe for the screen: size, predicted KL, formats, and the tables that were asked for."""
+    bits = f"{document['effective_bits']:.3f} bits a weight of the covered layers"
+    yield f"Recipe {document['name']} for {document['target']}: {bits}"
     scored = document["scored"]
-    yield f"from {scored['usable']} of {scored['recipes']} recipes scored on {scored['dataset']}/{scored['size']} that the target runs as scored, and 16 bits"
+    recipes = f"{scored['usable']} of {scored['recipes']} recipes scored on {scored['dataset']}/{scored['size']}"
+    yield f"from {recipes} that the target runs as scored, and 16 bits"
     if document["gb"] is not None:
         yield from _size(document)
     spread = document["predicted_kl_interval"]
@@ -143,7 +145,7 @@ def _size(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _ranks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Both orders side by side: by damage, and by damage for what the format saves."""
+    """Layer groups by predicted KL, with their rank by predicted KL per GB saved beside it."""
     by_byte = sorted(
         (row for row in rows if row["predicted_kl_per_gb_saved"] is not None),
         key=lambda row: -row["predicted_kl_per_gb_saved"],

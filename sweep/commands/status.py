@@ -1,4 +1,4 @@
-"""`sweep status`: how far a store's sweeps are, from its tables and heartbeats alone; Ray is asked only with `--cluster`."""
+"""`sweep status`: progress of a store's sweeps, from its tables and heartbeats; Ray is asked only with `--cluster`."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def read_status(store: Store) -> dict[str, Any]:
     alive = [run for run in by_start if _is_alive(run)]
     last = next(reversed(alive or by_start), None)  # of several sweeps on one store the one that is under way
     running = bool(alive)
-    if not running and (gone := states.pop("running", 0)):  # whoever ran them is gone
+    if not running and (gone := states.pop("running", 0)):  # the driver that ran them is gone
         states["planned"] += gone
     return {
         "store": store.uri,
@@ -63,9 +63,8 @@ def print_status(overrides: Sequence[str], *, as_json: bool, watch: bool, ask_ra
     """
     config = expand(overrides, multirun=False).points[0]
     store = Store(config.store.uri, repairs=False)
-    console = Console(
-        markup=False, soft_wrap=True
-    )  # paths and reasons may hold brackets, and are copied from the screen
+    # No markup, no wrapping: paths and reasons may hold brackets, and are copied from the screen.
+    console = Console(markup=False, soft_wrap=True)
     while True:
         status = read_status(store)
         if ask_ray:
@@ -73,7 +72,8 @@ def print_status(overrides: Sequence[str], *, as_json: bool, watch: bool, ask_ra
         if watch and console.is_terminal and not as_json:
             console.clear()
         if as_json:
-            print(json.dumps(status, indent=1), flush=True)  # noqa: T201 -- machine-readable output, not for rich to wrap
+            text = json.dumps(status, indent=1)
+            print(text, flush=True)  # noqa: T201 -- machine-readable output, not for rich to wrap
         else:
             _print(status, console)
         if not (watch and status["running"]):
@@ -82,7 +82,10 @@ def print_status(overrides: Sequence[str], *, as_json: bool, watch: bool, ask_ra
 
 
 def _ask_ray(config: ClusterConfig, status: dict[str, Any]) -> dict[str, Any] | None:
-    """What the cluster says that the config names, or the run that is under way; None: there is no such run any more.
+    """Nodes, GPUs and workers of the cluster that the config names, or of that of the run under way.
+
+    Returns: as sweep.run.cluster.look; None: there is no such run any more.
+
 
     Raises: SweepError: nothing names a cluster, or none answers.
     """
@@ -101,9 +104,8 @@ def _ask_ray(config: ClusterConfig, status: dict[str, Any]) -> dict[str, Any] | 
         raise SweepError("No Ray cluster is named. Type cluster.address=HOST:6379, or set RAY_ADDRESS.")
     own = config.address == "local" and address.startswith("127.")  # else the run has joined it
     if own:
-        os.environ.setdefault(
-            "RAY_AUTH_MODE", "token"
-        )  # Ray turns it on by itself for a cluster that it starts, not for who asks one
+        # Ray turns it on by itself in the process that starts a cluster, not in one that connects to it.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     from sweep.run.cluster import look  # imports Ray
 
     return look(address, on_loopback=own)
@@ -111,8 +113,8 @@ def _ask_ray(config: ClusterConfig, status: dict[str, Any]) -> dict[str, Any] | 
 
 def _print(status: dict[str, Any], console: Console) -> None:
     trials = status["trials"]
-    for damage in status["damaged"]:
-        console.print(f"{damage} Type: sweep doctor --store store.uri={status['store']}", style="red", highlight=False)
+    for reason in status["damaged"]:
+        console.print(f"{reason} Type: sweep doctor --store store.uri={status['store']}", style="red", highlight=False)
     if not trials["total"]:
         console.print(f"No trials in {status['store']} yet. Type: sweep run", highlight=False)
         return
@@ -137,7 +139,8 @@ def _print(status: dict[str, Any], console: Console) -> None:
 def _cluster_line(cluster: dict[str, Any]) -> str:
     sweeps = [f"{len(names)} workers of {space}" for space, names in cluster["workers"].items()]
     gpus = f"{cluster['gpus'] - cluster['gpus_free']:g} of {cluster['gpus']:g} GPUs in use"
-    return f"Ray at {cluster['address']}: {count(len(cluster['nodes']), 'node')}, {gpus}, {', '.join(sweeps) or 'no workers of a sweep'}"
+    workers = ", ".join(sweeps) or "no workers of a sweep"
+    return f"Ray at {cluster['address']}: {count(len(cluster['nodes']), 'node')}, {gpus}, {workers}"
 
 
 def _run_line(run: dict[str, Any], *, running: bool) -> str:

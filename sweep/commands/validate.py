@@ -15,15 +15,16 @@ from sweep.core.exits import EXIT_DONE
 from sweep.core.groups import short_group
 from sweep.core.text import aligned
 from sweep.formats.mixed import MixedRecipe, is_called
-from sweep.mixed_precision.candidates import Options, read_options
+from sweep.mixed_precision.candidates import Candidates, read_candidates
 from sweep.mixed_precision.measured import Measured, markdown_table, random_mixes, uniform_recipes, validate
-from sweep.mixed_precision.prepared import Prepared, prepare
-from sweep.mixed_precision.recipe import recipe as recipe_of_choice
+from sweep.mixed_precision.recipe import recipe_of_choice
+from sweep.mixed_precision.recipe_context import RecipeContext, load_context
 from sweep.run.resources import own_device
 from sweep.store.outputs import OutputFile
 from sweep.store.store import Store
 
 _TITLE: Final = "# Predicted and measured: "
+# The beginnings of the files that `validate_command` writes, by which an earlier command's are recognized.
 _PAGE_BEGINS: Final = re.compile(_TITLE.encode())
 _DOCUMENT_BEGINS: Final = re.compile(rb'\[\n \{\n  "name": .*\n  "kind": .*\n  "effective_bits": ')
 _WAY_OUT: Final = "Copy the recipe to another place, and validate it there."
@@ -31,7 +32,7 @@ _WAY_OUT: Final = "Copy the recipe to another place, and validate it there."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What was typed."""
+    """Options of one `sweep validate` command."""
 
     recipe_path: str
     overrides: Sequence[str]
@@ -42,20 +43,20 @@ class Request:
 
 
 def validate_command(request: Request) -> int:
-    """Measure, print and keep. Returns the exit code.
+    """Measure a recipe, write a page and a JSON file beside it, and print a table. Returns the exit code.
 
     Raises: SweepError: a recipe that is not of this model, or no samples that it has not seen.
     """
-    prepared = prepare(request.recipe_path, request.overrides)
+    context = load_context(request.recipe_path, request.overrides)
     path = Path(request.recipe_path)
     page = OutputFile(path=path.with_suffix(".validation.md"), begins=_PAGE_BEGINS, way_out=_WAY_OUT)
     document = OutputFile(path=path.with_suffix(".validation.json"), begins=_DOCUMENT_BEGINS, way_out=_WAY_OUT)
     for file in (page, document):
         file.check()
-    rows = validate(prepared, wanted(prepared, request), own_device(prepared.config.cluster))
+    rows = validate(context, wanted(context, request), own_device(context.config.cluster))
     text = json.dumps([asdict(row) for row in rows], indent=1)
     document.put(f"{text}\n".encode())
-    page.put(render(prepared.recipe, rows).encode())
+    page.put(render(context.recipe, rows).encode())
     if request.as_json:
         print(text)  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
@@ -67,46 +68,38 @@ def validate_command(request: Request) -> int:
     return EXIT_DONE
 
 
-def wanted(prepared: Prepared, request: Request) -> list[tuple[str, MixedRecipe]]:
-    """The recipe itself, and what was asked for beside it, each with its kind.
+def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRecipe]]:
+    """The recipes to measure: the recipe itself and those asked for beside it, each with its kind.
 
     Raises: SweepError: what is asked for needs finished cells that the store lacks, or the pattern matches no group.
     """
-    recipe = prepared.recipe
+    recipe = context.recipe
     found = [("recipe", recipe)]
     alone = [
         choice for choice in recipe.groups if request.groups is not None and is_called([choice.group], request.groups)
     ]
     if request.groups is not None and not alone:
         raise SweepError(
-            f"--groups {request.groups!r} matches no layer group. They are called like {recipe.groups[0].group!r}; * stands for anything."
+            f"--groups {request.groups!r} matches no layer group. "
+            f"They are called like {recipe.groups[0].group!r}; * stands for anything."
         )
     if not (request.uniform or request.n_random or alone):
         return found
-    options = _options_of(prepared)
+    candidates = _candidates_of(context)
     if request.uniform:
         found += [
             ("uniform", each)
-            for each in uniform_recipes(options)
+            for each in uniform_recipes(candidates)
             if each.effective_bits <= recipe.effective_bits + 1e-9
         ]
-    found += [("random", each) for each in random_mixes(options, request.n_random)]
+    found += [("random", each) for each in random_mixes(candidates, request.n_random)]
     for choice in alone:
-        index = [group["group"] for group in options.groups].index(choice.group)
-        for number, option in enumerate(options.formats):
-            only = np.full(len(options.groups), len(options.formats))
+        index = [group["group"] for group in candidates.groups].index(choice.group)
+        for number, candidate in enumerate(candidates.formats):
+            only = np.full(len(candidates.groups), len(candidates.formats))
             only[index] = number
-            found.append(
-                (
-                    "group",
-                    recipe_of_choice(
-                        options,
-                        only,
-                        f"{short_group(choice.group, choice.modules)} alone, {option.format.label}",
-                        recipe.target,
-                    ),
-                )
-            )
+            name = f"{short_group(choice.group, choice.modules)} alone, {candidate.format.label}"
+            found.append(("group", recipe_of_choice(candidates, only, name, recipe.target)))
     return found
 
 
@@ -129,27 +122,31 @@ def table_lines(rows: Sequence[Measured]) -> list[str]:
 
 
 def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
-    """The page that people read."""
+    """The page of a validation, as Markdown."""
     head = (
-        f"{_TITLE}{recipe.name}\n\nModel {recipe.model} ({recipe.model_revision[:12]}), calibrated and scored on {recipe.dataset}, "
-        f"{recipe.size}; measured on {rows[0].n_samples} other samples ({rows[0].n_predictions} predictions). KL(unquantized || quantized) and change of the "
-        "loss in nats per prediction, with 90 % bootstrap intervals over samples.\n\n"
+        f"{_TITLE}{recipe.name}\n\n"
+        f"Model {recipe.model} ({recipe.model_revision[:12]}), "
+        f"calibrated and scored on {recipe.dataset}, {recipe.size}; "
+        f"measured on {rows[0].n_samples} other samples ({rows[0].n_predictions} predictions). "
+        "KL(unquantized || quantized) and change of the loss in nats per prediction, "
+        "with 90 % bootstrap intervals over samples.\n\n"
     )
     return head + markdown_table(rows) + "\n"
 
 
-def _options_of(prepared: Prepared) -> Options:
-    """What the store knows of the recipe's model and samples. Raises: SweepError: nothing."""
-    config, recipe = prepared.config, prepared.recipe
+def _candidates_of(context: RecipeContext) -> Candidates:
+    """The store's candidates for the recipe's model and samples. Raises: SweepError: there are none."""
+    config, recipe = context.config, context.recipe
     typed = [
         f"store.uri={config.store.uri}",
         f"dataset={recipe.dataset}",
         f"dataset.size={recipe.size}",
         f"sensitivity.coverage={recipe.coverage}",
     ]
-    options = read_options(Store(config.store.uri), typed)
-    if options.trial.model_revision != recipe.model_revision:
+    candidates = read_candidates(Store(config.store.uri), typed)
+    if candidates.trial.model_revision != recipe.model_revision:
         raise SweepError(
-            f"The store {config.store.uri} holds cells of another revision of {recipe.model} than the recipe's. Type store.uri=DIR."
+            f"The store {config.store.uri} holds cells of another revision of {recipe.model} than the recipe's. "
+            "Type store.uri=DIR."
         )
-    return options
+    return candidates

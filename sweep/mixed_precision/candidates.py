@@ -1,4 +1,4 @@
-"""What each layer group may get: formats, their size, and their damage as a store says it, from finished cells alone."""
+"""Candidate formats of each layer group, with their size and predicted KL, read from a store's finished cells."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ from sweep.store.store import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """A format for every layer group, and what it does to each."""
+class Candidate:
+    """A format for every layer group, with its predicted KL in each."""
 
     format: GroupFormat
     cell_id: str
@@ -33,14 +33,14 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """All that was measured of one model on one data set."""
+class Candidates:
+    """The candidate formats that were scored for one model on one data set."""
 
-    trial: TrialRow  # one of those that the options come from
-    config: SweepConfig  # its
+    trial: TrialRow  # one of those that the candidates come from
+    config: SweepConfig  # of this trial
     groups: tuple[Mapping[str, Any], ...]  # group, modules, layer_index, weight_elements; in the model's order
-    formats: tuple[Option, ...]
-    elements: Mapping[str, int] | None  # of the model: see SweepPlan.models; None: the store does not know
+    formats: tuple[Candidate, ...]
+    elements: Mapping[str, int] | None  # of the model: see SweepPlan.models; None: the store does not know them
 
     @property
     def weights(self) -> FloatArray:
@@ -49,13 +49,16 @@ class Options:
 
     @property
     def other_bytes(self) -> float:
-        """Bytes of what no recipe touches, in 16 bits: embeddings, norms, lm_head, and a vision tower that is not covered.
+        """Bytes of all weights outside the covered layer groups, in 16 bits.
+
+        These are embeddings, norms, lm_head, and a vision tower that is not covered.
 
         Raises: SweepError: the store does not know.
         """
         if self.elements is None:
             raise SweepError(
-                f"The store does not know the size of {self.trial.model}: an earlier version swept it. Type --bits instead of --gb, or sweep again."
+                f"The store does not know the size of {self.trial.model}: an earlier version swept it. "
+                "Type --bits instead of --gb, or sweep again."
             )
         # A tied lm_head that is quantized is a copy: the embeddings are still there in 16 bits.
         copied = (
@@ -66,7 +69,10 @@ class Options:
         return (self.elements["parameters"] + copied - float(self.weights.sum())) * UNQUANTIZED_BITS / 8
 
     def gb(self, cost: float) -> float:
-        """GB (1e9 bytes) of all weights where the covered groups take `cost` bits. Raises: SweepError: as `other_bytes`."""
+        """GB (1e9 bytes) of all weights where the covered groups take `cost` bits.
+
+        Raises: SweepError: as `other_bytes`.
+        """
         return (cost / 8 + self.other_bytes) / 1e9
 
     @property
@@ -75,27 +81,30 @@ class Options:
         return any(_is_lm_head(group) for group in self.groups)
 
 
-def sized(options: Options) -> Options:
-    """With the model's size from its checkpoint, if the store does not know it and the checkpoint is still there, unchanged."""
-    if options.elements is not None:
-        return options
+def sized(candidates: Candidates) -> Candidates:
+    """Fill in the model's size from its checkpoint where the store lacks it.
+
+    Returned as they are if the store knows the size, or if the checkpoint is gone or has changed.
+    """
+    if candidates.elements is not None:
+        return candidates
     try:
-        model = Model(checkpoint_dir(options.config.model))
-        if model.revision != options.trial.model_revision:
-            return options
-        return replace(options, elements={key: model.structure[key] for key in ELEMENTS})
+        model = Model(checkpoint_dir(candidates.config.model))
+        if model.revision != candidates.trial.model_revision:
+            return candidates
+        return replace(candidates, elements={key: model.structure[key] for key in ELEMENTS})
     except SweepError:  # not there any more: the store's own message says what to type
-        return options
+        return candidates
 
 
-def read_options(store: Store, overrides: Sequence[str]) -> Options:
-    """The options that the finished trials of a store give, of the largest size that was measured.
+def read_candidates(store: Store, overrides: Sequence[str]) -> Candidates:
+    """Read the candidates that a store's finished trials give, of the largest size that was scored.
 
     Args:
         store: read only.
         overrides: Hydra's; those that name a property of trials select them.
 
-    Raises: SweepError: none, or of several models, data sets, coverages or methods, of which one must be typed.
+    Raises: SweepError: no finished trials, or of several models, data sets, coverages or methods: one must be typed.
     """
     points = expand(overrides, multirun=True).points
     asked = points[0]
@@ -109,42 +118,39 @@ def read_options(store: Store, overrides: Sequence[str]) -> Options:
     columns = ("group", "modules", "layer_index", "weight_elements")
     groups = tuple(first.select(columns).to_pylist())
     named = {row.cell_id: row for row in reversed(rows)}  # equal trials share a cell: the first one's name counts
-    options: dict[str, Option] = {}
+    candidates: dict[str, Candidate] = {}
     for row in sorted(rows, key=lambda row: row.created_at):
         if named[row.cell_id] is not row or row.cell_id is None:
             continue
         table = tables[row.cell_id]
         if table.select(columns).to_pylist() != list(groups):
             raise SweepError(
-                f"Cells of {row.model} cover different layer groups: {row.trial_id}, {rows[0].trial_id}. Type quant_pair=... or quant_granularity=..."
+                f"Cells of {row.model} cover different layer groups: {row.trial_id}, {rows[0].trial_id}. "
+                "Type quant_pair=... or quant_granularity=..."
             )
-        option = _option(row.cell_id, configs[row.trial_id], table)
-        options[option.format.label] = option  # the latest, where another version of something scored it before
-    records = store.runs().values()
-    elements = next(
-        (
-            record["models"][rows[0].model_revision]
-            for record in records
-            if rows[0].model_revision in record.get("models", {})
-        ),
-        None,
-    )
-    return Options(
+        candidate = _candidate(row.cell_id, configs[row.trial_id], table)
+        candidates[candidate.format.label] = (
+            candidate  # the latest, where another version of something scored it before
+        )
+    revision = rows[0].model_revision
+    known = (record["models"] for record in store.runs().values() if revision in record.get("models", {}))
+    elements = next((models[revision] for models in known), None)
+    return Candidates(
         trial=rows[0],
         config=configs[rows[0].trial_id],
         groups=groups,
-        formats=tuple(options.values()),
+        formats=tuple(candidates.values()),
         elements=elements,
     )
 
 
-def _option(cell_id: str, config: SweepConfig, table: pa.Table) -> Option:
+def _candidate(cell_id: str, config: SweepConfig, table: pa.Table) -> Candidate:
     kl = float_column(table, "predicted_kl")
     score, samples = float_column(table, "score"), sample_matrix(table)
     if samples is not None:
         with np.errstate(invalid="ignore", divide="ignore"):
             samples = np.nan_to_num(samples * np.where(score > 0, kl / score, 0.0)[:, None])
-    return Option(
+    return Candidate(
         format=format_of(config), cell_id=cell_id, predicted_kl=np.where(np.isfinite(kl), kl, np.inf), sample_kl=samples
     )
 
@@ -163,7 +169,10 @@ def format_of(config: SweepConfig) -> GroupFormat:
 
 
 def _check_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]) -> None:
-    """Damages of different models, data or methods cannot be added up. Raises: SweepError: says where the trials differ."""
+    """Refuse trials of different models, data or methods, whose predicted KL cannot be added up.
+
+    Raises: SweepError: says where the trials differ.
+    """
 
     def kind(row: TrialRow) -> tuple[str, ...]:
         config = configs[row.trial_id]
@@ -182,19 +191,23 @@ def _check_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]
     found = (sorted(set(values)) for values in zip(*map(kind, rows), strict=True))
     if differing := [values for values in found if len(values) > 1]:
         raise SweepError(
-            "The store holds trials of several kinds, whose damages cannot be compared: "
+            "The store holds trials of several kinds, whose predicted KL cannot be compared: "
             + "; ".join(" or ".join(values) for values in differing)
             + ". Type the one you mean."
         )
 
 
 def _of_one_revision(rows: Sequence[TrialRow]) -> list[TrialRow]:
-    """Of one set of samples and one way to score: that of the latest trial."""
+    """Keep the trials of one set of samples and of the latest trial's score version.
+
+    Raises: SweepError: they were scored on different sets of samples.
+    """
     samples = {row.dataset_revision for row in rows}
     if len(samples) > 1:
         raise SweepError(
-            f"The store holds trials of {len(samples)} different sets of samples that are called {rows[0].dataset}/{rows[0].size}. "
-            "Type the dataset.max_tokens or dataset.captions_path that you mean; where the file itself has changed, sweep into another store.uri."
+            f"The store holds trials of {len(samples)} different sets of samples that are called "
+            f"{rows[0].dataset}/{rows[0].size}. Type the dataset.max_tokens or dataset.captions_path that you mean; "
+            "where the file itself has changed, sweep into another store.uri."
         )
     score_version = json.loads(max(rows, key=lambda row: row.created_at).versions).get("score")
     return [row for row in rows if json.loads(row.versions).get("score") == score_version]

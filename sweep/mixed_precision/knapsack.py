@@ -1,4 +1,7 @@
-"""The best mix of formats under a budget: a multiple-choice knapsack, solved to the optimum by HiGHS. Arrays in, choices out."""
+"""The best mix of formats under a budget: a multiple-choice knapsack, solved to the optimum by HiGHS.
+
+Takes arrays of predicted KL and size, and returns the chosen option of each layer group.
+"""
 
 import logging
 import os
@@ -16,7 +19,7 @@ from scipy.sparse import coo_array, csr_array, vstack
 
 from sweep.report.analysis import FloatArray, IntArray
 
-_GAP: Final = 1e-9  # relative: damages are not known to more digits
+_GAP: Final = 1e-9  # relative: predicted KLs are not known to more digits
 _ROUNDING: Final = 1e-12  # relative: so much over the budget is the rounding of the budget itself
 _SCALE: Final = 1e6  # of the budget inside HiGHS
 _DOUBLINGS: Final = 200  # of a price until the choices fit: then they are the cheapest
@@ -37,26 +40,25 @@ class Infeasible(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What each option of each layer group damages and costs."""
+    """Predicted KL and cost of each option (a format, or 16 bits) of each layer group."""
 
-    damage: FloatArray  # [groups, options], nats per prediction; infinite: not allowed
+    predicted_kl: FloatArray  # [groups, options], nats per prediction; infinite: not allowed
     cost: FloatArray  # [groups, options], bits of the group's weights
     together: IntArray  # [groups]: groups of equal numbers get the same option
 
     def __post_init__(self) -> None:
-        if not (self.damage.shape == self.cost.shape and self.together.shape == self.damage.shape[:1]):
-            raise ValueError(
-                f"shapes differ: damage {self.damage.shape}, cost {self.cost.shape}, together {self.together.shape}"
-            )
-        if np.isnan(self.damage).any() or (self.damage < 0).any() or not np.isfinite(self.cost).all():
-            raise ValueError("damage must be 0 or more, and cost finite")
+        if not (self.predicted_kl.shape == self.cost.shape and self.together.shape == self.predicted_kl.shape[:1]):
+            shapes = f"predicted_kl {self.predicted_kl.shape}, cost {self.cost.shape}, together {self.together.shape}"
+            raise ValueError(f"shapes differ: {shapes}")
+        if np.isnan(self.predicted_kl).any() or (self.predicted_kl < 0).any() or not np.isfinite(self.cost).all():
+            raise ValueError("predicted_kl must be 0 or more, and cost finite")
 
 
 def solve(problem: Problem, budget: float) -> IntArray:
-    """The choice of least summed damage that costs no more than the budget; of equal ones any.
+    """The choice of least summed predicted KL that costs no more than the budget; of equal ones any.
 
     Args:
-        problem: damages and costs.
+        problem: predicted KL and cost of every option.
         budget: bits of all groups together.
 
     Returns: [groups], the option of each.
@@ -64,7 +66,7 @@ def solve(problem: Problem, budget: float) -> IntArray:
     """
     blocks, of_group = np.unique(problem.together, return_inverse=True)
     joint = Problem(
-        damage=_summed(problem.damage, of_group, len(blocks)),
+        predicted_kl=_summed(problem.predicted_kl, of_group, len(blocks)),
         cost=_summed(problem.cost, of_group, len(blocks)),
         together=np.arange(len(blocks)),
     )
@@ -72,7 +74,9 @@ def solve(problem: Problem, budget: float) -> IntArray:
 
 
 def front(problem: Problem, n_budgets: int) -> Iterator[tuple[float, IntArray]]:
-    """Optimal choices at budgets evenly spaced from the least cost to that of least damage: the Pareto front's outline.
+    """The outline of the Pareto front: optimal choices at evenly spaced budgets.
+
+    The budgets run from the least cost to the cost of the least predicted KL.
 
     Yields: budget and choices, each better than the one before.
     """
@@ -80,20 +84,20 @@ def front(problem: Problem, n_budgets: int) -> Iterator[tuple[float, IntArray]]:
     last: IntArray | None = None
     for budget in np.linspace(low, high, n_budgets):
         choice = solve(problem, float(budget))
-        if last is None or total(problem.damage, choice) < total(problem.damage, last):
+        if last is None or total(problem.predicted_kl, choice) < total(problem.predicted_kl, last):
             yield float(budget), choice
         last = choice
 
 
 def cost_range(problem: Problem) -> tuple[float, float]:
-    """The least cost of any choice, and the least cost of a choice of least damage."""
+    """The least cost of any choice, and the least cost of a choice of least predicted KL."""
     blocks, of_group = np.unique(problem.together, return_inverse=True)
-    damage, cost = (_summed(each, of_group, len(blocks)) for each in (problem.damage, problem.cost))
-    if not np.isfinite(damage).any(axis=1).all():
+    kl, cost = (_summed(each, of_group, len(blocks)) for each in (problem.predicted_kl, problem.cost))
+    if not np.isfinite(kl).any(axis=1).all():
         raise Infeasible(float("inf"))
-    low = np.where(np.isfinite(damage), cost, np.inf).min(axis=1).sum()
-    best = damage.min(axis=1, keepdims=True)
-    high = np.where(damage <= best, cost, np.inf).min(axis=1).sum()
+    low = np.where(np.isfinite(kl), cost, np.inf).min(axis=1).sum()
+    best = kl.min(axis=1, keepdims=True)
+    high = np.where(kl <= best, cost, np.inf).min(axis=1).sum()
     return float(low), float(high)
 
 
@@ -102,11 +106,11 @@ def total(values: FloatArray, choice: IntArray) -> float:
     return float(values[np.arange(len(choice)), choice].sum())
 
 
-def useful_options(damage: FloatArray, cost: FloatArray) -> IntArray:
-    """Options of one group that no other beats in both; cheapest first. Args: damage, cost: [options]."""
+def useful_options(kl: FloatArray, cost: FloatArray) -> IntArray:
+    """Options of one group that no other beats in both; cheapest first. Args: kl: [options]; cost: [options]."""
     kept: list[int] = []
-    for option in np.lexsort((damage, cost)):
-        if np.isfinite(damage[option]) and (not kept or damage[option] < damage[kept[-1]]):
+    for option in np.lexsort((kl, cost)):
+        if np.isfinite(kl[option]) and (not kept or kl[option] < kl[kept[-1]]):
             kept.append(int(option))
     return np.array(kept, dtype=np.int64)
 
@@ -123,28 +127,31 @@ def _solve_apart(problem: Problem, budget: float) -> IntArray:
     if low > room:
         raise Infeasible(low)
     if high <= room:
-        return np.lexsort((problem.cost, problem.damage), axis=1)[:, 0]
-    price, choice = _priced(problem.damage, problem.cost / room)
+        return np.lexsort((problem.cost, problem.predicted_kl), axis=1)[:, 0]
+    price, choice = _priced(problem.predicted_kl, problem.cost / room)
     choice = _filled(problem, choice, room)
-    options = [useful_options(damage, cost) for damage, cost in zip(problem.damage, problem.cost, strict=True)]
+    options = [useful_options(kl, cost) for kl, cost in zip(problem.predicted_kl, problem.cost, strict=True)]
     groups = np.repeat(np.arange(len(options)), [len(some) for some in options])
     flat = np.concatenate(options)
-    damage, cost = problem.damage[groups, flat], problem.cost[groups, flat]
+    kl, cost = problem.predicted_kl[groups, flat], problem.cost[groups, flat]
     # An option that raises the bound above what is already reached is in no better choice: few are left.
-    priced = damage + price * cost / room
-    bound, reached = float(_least(priced, groups).sum()) - price, total(problem.damage, choice)
+    priced = kl + price * cost / room
+    bound, reached = float(_least(priced, groups).sum()) - price, total(problem.predicted_kl, choice)
     left = (priced - _least(priced, groups)[groups] <= reached - bound + _GAP * reached) | (flat == choice[groups])
-    better = _exact(damage[left], cost[left], groups[left], room, reached)
+    better = _exact(kl[left], cost[left], groups[left], room, reached)
     candidate = choice.copy()
     candidate[groups[left][better]] = flat[left][better]
-    return candidate if total(problem.damage, candidate) < reached else choice
+    return candidate if total(problem.predicted_kl, candidate) < reached else choice
 
 
 def _filled(problem: Problem, choice: IntArray, room: float) -> IntArray:
-    """A choice that fits, made better by one exchange after the other, each that of all that fit which saves most damage."""
+    """Improve a choice that fits the budget by exchanging one group's option at a time.
+
+    Each exchange is the one, of all that fit, that lowers the predicted KL most; it ends when none does.
+    """
     choice, groups = choice.copy(), np.arange(len(choice))
     while True:
-        saved = problem.damage[groups, choice][:, None] - problem.damage
+        saved = problem.predicted_kl[groups, choice][:, None] - problem.predicted_kl
         more = problem.cost - problem.cost[groups, choice][:, None]
         saved[more > room - total(problem.cost, choice)] = 0.0
         group, option = np.unravel_index(np.argmax(saved), saved.shape)
@@ -154,19 +161,21 @@ def _filled(problem: Problem, choice: IntArray, room: float) -> IntArray:
             return choice
 
 
-def _priced(damage: FloatArray, share: FloatArray) -> tuple[float, IntArray]:
-    """The least price of the whole budget at which the best choice of each group alone fits, and those choices: Lagrange's relaxation.
+def _priced(kl: FloatArray, share: FloatArray) -> tuple[float, IntArray]:
+    """Lagrange's relaxation: the least price of the whole budget at which the best choice of each group alone fits.
 
     Args:
-        damage: [groups, options].
-        share: of the budget, of each; the cheapest fit.
+        kl: [groups, options], nats per prediction.
+        share: [groups, options], cost as a share of the budget; the cheapest options fit.
+
+    Returns: the price, in nats per prediction, and the choices at that price.
     """
 
     def choice_at(price: float) -> IntArray:
-        return np.argmin(damage + price * share, axis=1)
+        return np.argmin(kl + price * share, axis=1)
 
-    cheapest = np.lexsort((damage, np.where(np.isfinite(damage), share, np.inf)), axis=1)[:, 0]
-    low, high, chosen = 0.0, total(damage, cheapest), cheapest
+    cheapest = np.lexsort((kl, np.where(np.isfinite(kl), share, np.inf)), axis=1)[:, 0]
+    low, high, chosen = 0.0, total(kl, cheapest), cheapest
     for _ in range(_DOUBLINGS):
         if total(share, choice := choice_at(high)) <= 1:
             chosen = choice
@@ -181,23 +190,23 @@ def _priced(damage: FloatArray, share: FloatArray) -> tuple[float, IntArray]:
     return high, chosen
 
 
-def _exact(
-    damage: FloatArray, cost: FloatArray, groups: IntArray, room: float, reached: float
-) -> npt.NDArray[np.bool_]:
-    """Which of the options that are left are chosen; none, if HiGHS finds nothing.
+def _exact(kl: FloatArray, cost: FloatArray, groups: IntArray, room: float, reached: float) -> npt.NDArray[np.bool_]:
+    """Solve for the options that are left, with HiGHS.
 
     Args:
-        damage: of each option.
-        cost: of each.
-        groups: whose it is.
-        room: what they may cost together.
-        reached: damage of a choice that fits, above 0.
+        kl: [options], predicted KL.
+        cost: [options], bits.
+        groups: [options], the index of the option's layer group.
+        room: bits that the chosen options may cost together.
+        reached: predicted KL of a choice that fits, above 0.
+
+    Returns: [options], whether each is chosen; none, if HiGHS finds nothing.
     """
     rows = _one_each(groups)
     n_groups = rows.shape[0]
-    # HiGHS' tolerances are absolute, 1e-6: scaled so that they are less than damages and budgets are known to.
+    # HiGHS' tolerances are absolute, 1e-6: scaled so that they are less than predicted KLs and budgets are known to.
     budget = csr_array(cost[None] * (_SCALE / room))
-    objective = damage * (1e3 / reached)
+    objective = kl * (1e3 / reached)
     least, most = np.append(np.ones(n_groups), -np.inf), np.append(np.ones(n_groups), _SCALE)
     constraints: Any = vstack([rows, budget])
     end = time.monotonic() + _SECONDS
@@ -205,7 +214,7 @@ def _exact(
         with _hushed():
             found: Any = milp(
                 objective,
-                integrality=np.ones(len(damage)),
+                integrality=np.ones(len(kl)),
                 bounds=Bounds(0, 1),
                 constraints=LinearConstraint(constraints.tocsr(), least, most),  # pyright: ignore[reportArgumentType]
                 options={"mip_rel_gap": _GAP, "time_limit": max(0.0, end - time.monotonic())},
@@ -217,7 +226,7 @@ def _exact(
                 _left_open(found),
             )
         if found.x is None:
-            return np.zeros(len(damage), dtype=np.bool_)
+            return np.zeros(len(kl), dtype=np.bool_)
         chosen = found.x > 0.5
         if cost[chosen].sum() <= room:
             return chosen
@@ -230,7 +239,7 @@ def _exact(
 
 @contextmanager
 def _hushed() -> Generator[None]:
-    """HiGHS 1.12 prints a line of its own making now and then, past Python's streams and its own switch."""
+    """Silence standard output: HiGHS 1.12 prints a line now and then, past Python's streams and its own switch."""
     sys.stdout.flush()
     kept, sink = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)

@@ -14,10 +14,10 @@ from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
 from sweep.core.sizes import SIZES
 from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
-from sweep.mixed_precision.candidates import Options
+from sweep.mixed_precision.candidates import Candidates
 from sweep.mixed_precision.checks import check_recipe
-from sweep.mixed_precision.prepared import Prepared, loaded
-from sweep.mixed_precision.recipe import recipe as recipe_of_choice
+from sweep.mixed_precision.recipe import recipe_of_choice
+from sweep.mixed_precision.recipe_context import RecipeContext, load_model
 from sweep.plan.subject import samples_of
 from sweep.plan.trials import Device
 from sweep.report.analysis import FloatArray, bootstrap_interval
@@ -28,12 +28,11 @@ if TYPE_CHECKING:
     from workers.scoring.validation import MeasuredKl
 
 VALIDATION_VERSION: Final = 1
-# How the files begin that `validate_command` writes, by which they are known again.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Predicted and measured damage of one recipe, nats per prediction."""
+    """Predicted and measured KL of one recipe, in nats per prediction."""
 
     name: str
     kind: str  # recipe, uniform, random, group
@@ -48,53 +47,61 @@ class Measured:
     recipe: str = field(repr=False)  # hash of its content
 
 
-def uniform_recipes(options: Options) -> list[MixedRecipe]:
-    """One format for all groups, each that was measured everywhere."""
-    n = len(options.groups)
-    whole = [(i, option) for i, option in enumerate(options.formats) if np.isfinite(option.predicted_kl).all()]
-    return [recipe_of_choice(options, np.full(n, i), f"uniform {option.format.label}", None) for i, option in whole]
+def uniform_recipes(candidates: Candidates) -> list[MixedRecipe]:
+    """A recipe with one format for all groups, for each format that was measured in every group."""
+    n = len(candidates.groups)
+    whole = [
+        (i, candidate) for i, candidate in enumerate(candidates.formats) if np.isfinite(candidate.predicted_kl).all()
+    ]
+    return [
+        recipe_of_choice(candidates, np.full(n, i), f"uniform {candidate.format.label}", None) for i, candidate in whole
+    ]
 
 
-def random_mixes(options: Options, n_mixes: int) -> list[MixedRecipe]:
-    """Recipes that draw a format, or 16 bits, for each group; the same for the same options."""
-    labels = "|".join(option.format.label for option in options.formats)
-    rng = np.random.default_rng(list(hashlib.sha256(f"{options.trial.model_revision}|{labels}".encode()).digest()[:8]))
-    measured = np.stack([np.isfinite(option.predicted_kl) for option in options.formats], axis=1)
+def random_mixes(candidates: Candidates, n_mixes: int) -> list[MixedRecipe]:
+    """Recipes with a random format, or 16 bits, in each group; the same for the same candidates."""
+    labels = "|".join(candidate.format.label for candidate in candidates.formats)
+    rng = np.random.default_rng(
+        list(hashlib.sha256(f"{candidates.trial.model_revision}|{labels}".encode()).digest()[:8])
+    )
+    measured = np.stack([np.isfinite(candidate.predicted_kl) for candidate in candidates.formats], axis=1)
     mixes: list[MixedRecipe] = []
     for number in range(n_mixes):
-        choice = rng.integers(0, len(options.formats) + 1, len(options.groups))
+        choice = rng.integers(0, len(candidates.formats) + 1, len(candidates.groups))
         choice = np.where(
             np.append(measured, np.ones((len(choice), 1), dtype=bool), axis=1)[np.arange(len(choice)), choice],
             choice,
-            len(options.formats),
+            len(candidates.formats),
         )
-        mixes.append(recipe_of_choice(options, choice, f"random {number + 1}", None))
+        mixes.append(recipe_of_choice(candidates, choice, f"random {number + 1}", None))
     return mixes
 
 
 def validate(
-    prepared: Prepared,
+    context: RecipeContext,
     recipes: Sequence[tuple[str, MixedRecipe]],
     device: Device,
     on_measured: Callable[[Measured], None] = lambda _: None,
 ) -> list[Measured]:
-    """Measure recipes of one model on samples that none of them has seen; what the store has measured before is read from there.
+    """Measure recipes of one model on samples that none of them has seen.
+
+    Rows that the store has from an earlier validation are read from there.
 
     Args:
-        prepared: the model, its samples and the store.
-        recipes: with their kinds; all of the prepared recipe's model, data set and size.
+        context: the model, its samples and the store.
+        recipes: with their kinds; all of the context's model, data set and size.
         device: that the model runs on.
-        on_measured: called after each.
+        on_measured: called with each recipe's row.
     """
-    plan, digest = held_out(prepared)
-    store, config = Store(prepared.config.store.uri), prepared.config
+    plan, digest = held_out(context)
+    store, config = Store(context.config.store.uri), context.config
     dtype = config.model.dtype_on(device)
     ids = [_identity(recipe, digest, dtype, device) for _, recipe in recipes]
     known = {key: found for key in ids if (found := store.validation(key)) is not None}
     fresh = {key: recipe for key, (_, recipe) in zip(ids, recipes, strict=True) if key not in known}
     for recipe in fresh.values():
-        check_recipe(recipe, prepared.model)
-    measure = _measurer(prepared, list(fresh.values()), plan, device) if fresh else None
+        check_recipe(recipe, context.model)
+    measure = _measurer(context, list(fresh.values()), plan, device) if fresh else None
     rows: list[Measured] = []
     for key, (kind, recipe) in zip(ids, recipes, strict=True):
         if key not in known:
@@ -106,12 +113,12 @@ def validate(
     return rows
 
 
-def held_out(prepared: Prepared) -> tuple[Plan, str]:
+def held_out(context: RecipeContext) -> tuple[Plan, str]:
     """Samples after those that calibrated and scored, or those of `validation.captions_path`, and their digest.
 
     Raises: SweepError: too few, or one of them calibrated.
     """
-    config, recipe, model = prepared.config, prepared.recipe, prepared.model
+    config, recipe, model = context.config, context.recipe, context.model
     n_seen, n_wanted = SIZES[recipe.size], config.validation.n_samples
     if config.validation.captions_path is not None:
         own = replace(config.dataset, kind="captions", captions_path=config.validation.captions_path)
@@ -121,25 +128,27 @@ def held_out(prepared: Prepared) -> tuple[Plan, str]:
             samples = samples_of(config.dataset, model, n_seen + n_wanted)[n_seen:]
         except SweepError as error:
             raise SweepError(
-                f"{config.dataset.name} has too few samples for {n_wanted} after the {n_seen} that calibrated and scored ({error}). "
-                "Type validation.captions_path=FILE, a smaller validation.n_samples=N, or validate a recipe of a smaller dataset.size."
+                f"{config.dataset.name} has too few samples for {n_wanted} after the {n_seen} that calibrated and "
+                f"scored ({error}). Type validation.captions_path=FILE, a smaller validation.n_samples=N, "
+                "or validate a recipe of a smaller dataset.size."
             ) from error
-    seen = {sample.token_ids.tobytes() for sample in prepared.samples}
+    seen = {sample.token_ids.tobytes() for sample in context.samples}
     if again := [
         number
         for number, sample in enumerate(samples)
         if sample.token_ids.tobytes() in seen and sample.pixel_values is None
     ]:
         raise SweepError(
-            f"{len(again)} of the {len(samples)} samples to validate on calibrated the recipe, the first is number {again[0] + 1}: measured there, the damage "
-            "would look smaller than it is. Give samples of their own: validation.captions_path=FILE."
+            f"{len(again)} of the {len(samples)} samples to validate on calibrated the recipe, the first is number "
+            f"{again[0] + 1}: measured there, the KL would look smaller than it is. "
+            "Give samples of their own: validation.captions_path=FILE."
         )
     plan = model.plan(samples)
     return plan, plan.digest(list(SIZES)[len(plan.segments) - 1])
 
 
 def markdown_table(rows: Sequence[Measured]) -> str:
-    """Predicted beside measured damage, for pages."""
+    """Predicted beside measured KL, as a Markdown table."""
     lines = [
         "| recipe | bits a weight | predicted KL | measured KL | measured / predicted | loss change |",
         "|---|---:|---:|---:|---:|---:|",
@@ -148,29 +157,29 @@ def markdown_table(rows: Sequence[Measured]) -> str:
         low, high = row.measured_kl_interval
         ratio = f"{row.measured_kl / row.predicted_kl:.2f}" if row.predicted_kl else "-"
         change = f"{row.loss_change:+.4f} ({row.loss_change_interval[0]:+.4f} to {row.loss_change_interval[1]:+.4f})"
-        lines.append(
-            f"| {row.name} | {row.effective_bits:.3f} | {row.predicted_kl:.4g} | {row.measured_kl:.4g} ({low:.3g} to {high:.3g}) | {ratio} | {change} |"
-        )
+        measured = f"{row.measured_kl:.4g} ({low:.3g} to {high:.3g})"
+        figures = (f"{row.effective_bits:.3f}", f"{row.predicted_kl:.4g}", measured, ratio, change)
+        lines.append(f"| {row.name} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
 def _measurer(
-    prepared: Prepared, recipes: Sequence[MixedRecipe], plan: Plan, device: Device
+    context: RecipeContext, recipes: Sequence[MixedRecipe], plan: Plan, device: Device
 ) -> "Callable[[MixedRecipe], MeasuredKl]":
     from workers.scoring.validation import measurer
 
-    calibration = list(prepared.plan.batches(prepared.recipe.size))
+    calibration = list(context.plan.batches(context.recipe.size))
     return measurer(
-        loaded(prepared, device),
-        prepared.recipe.groups,
+        load_model(context, device),
+        context.recipe.groups,
         recipes,
         calibration,
         list(plan.batches(list(SIZES)[len(plan.segments) - 1])),
     )
 
 
-def _table(damage: "MeasuredKl", recipe: MixedRecipe, held_out: str, dtype: str) -> pa.Table:
-    n = len(damage.kl)
+def _table(measured: "MeasuredKl", recipe: MixedRecipe, held_out: str, dtype: str) -> pa.Table:
+    n = len(measured.kl)
     columns = {
         "recipe": [recipe.name] * n,
         "model_revision": [recipe.model_revision] * n,
@@ -179,9 +188,9 @@ def _table(damage: "MeasuredKl", recipe: MixedRecipe, held_out: str, dtype: str)
         "effective_bits": [recipe.effective_bits] * n,
         "predicted_kl": [recipe.predicted_kl] * n,
         "sample": list(range(n)),
-        "kl": damage.kl,
-        "loss_change": damage.loss_change,
-        "n_predictions": damage.n_predictions,
+        "kl": measured.kl,
+        "loss_change": measured.loss_change,
+        "n_predictions": measured.n_predictions,
     }
     return pa.table(columns, schema=VALIDATIONS_SCHEMA)
 
@@ -224,7 +233,7 @@ def _identity(recipe: MixedRecipe, held_out: str, dtype: str, device: str) -> st
 
 
 def _content(recipe: MixedRecipe) -> str:
-    """Hash of what the recipe does to each linear, whatever it is called."""
+    """Hash of the formats that the recipe gives each linear; its name has no part in it."""
 
     def words(choice: GroupChoice, chosen: GroupFormat | None) -> list[object]:
         if chosen is None:

@@ -1,36 +1,37 @@
-"""What formats do around a recipe instead of around the unquantized model, in the shape that `sweep solve` solves again with."""
+"""Predicted KL of every candidate around a recipe instead of around the unquantized model, to solve again with."""
 
 import numpy as np
 
-from sweep.formats.mixed import MixedRecipe
-from sweep.mixed_precision.candidates import Options
-from sweep.mixed_precision.prepared import Prepared, loaded
+from sweep.formats.mixed import GroupFormat, MixedRecipe
+from sweep.mixed_precision.candidates import Candidates
+from sweep.mixed_precision.recipe_context import RecipeContext, load_model
 from sweep.plan.trials import Device
 from sweep.report.analysis import FloatArray
 
 
-def recaptured_damage(prepared: Prepared, recipe: MixedRecipe, options: Options, device: Device) -> FloatArray:
-    """Predicted damage of every option of every layer group, all others being as the recipe has them.
+def recaptured_kl(context: RecipeContext, recipe: MixedRecipe, candidates: Candidates, device: Device) -> FloatArray:
+    """Predicted KL of every candidate in every layer group, all other groups being quantized as in the recipe.
 
     Args:
-        prepared: the model and the samples that the recipe was calibrated and scored on.
+        context: the model and the samples that the recipe was calibrated and scored on.
         recipe: the current choices; to recapture again after solving again, the new ones.
-        options: what the store says the groups may get; what was not measured there is not scored here.
+        candidates: formats from the store; a group is not scored under one that was not measured there.
         device: that the model runs on.
 
-    Returns: [groups, formats], nats per prediction, infinite where nothing is known: `damage` of sweep.mixed_precision.recipe.problem_of and recipe.
+    Returns: [groups, formats], nats per prediction, infinite where nothing is known: the argument `predicted_kl` of
+        sweep.mixed_precision.recipe.problem_of and recipe_of_choice.
 
     Raises: SweepError: a score is NaN or infinite; names the group and the format.
     """
     from workers.scoring.recapture import recaptured_scores
 
-    places = {group["group"]: index for index, group in enumerate(options.groups)}
-    columns = {option.format.label: number for number, option in enumerate(options.formats)}
-    wanted = {
-        group: [option.format for option in options.formats if np.isfinite(option.predicted_kl[index])]
-        for group, index in places.items()
-    }
+    places = {group["group"]: index for index, group in enumerate(candidates.groups)}
+    columns = {candidate.format.label: number for number, candidate in enumerate(candidates.formats)}
+    wanted: dict[str, list[GroupFormat]] = {}
+    for group, index in places.items():
+        measured = [candidate for candidate in candidates.formats if np.isfinite(candidate.predicted_kl[index])]
+        wanted[group] = [candidate.format for candidate in measured]
     found = np.full((len(places), len(columns)), np.inf)
-    for row in recaptured_scores(loaded(prepared, device), recipe, wanted, prepared.plan):
+    for row in recaptured_scores(load_model(context, device), recipe, wanted, context.plan):
         found[places[row.group], columns[row.format]] = row.predicted_kl
     return found

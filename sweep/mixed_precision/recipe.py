@@ -1,4 +1,4 @@
-"""From what a store says and what a person asks to a mixed-precision recipe."""
+"""A mixed-precision recipe from scored candidates, a budget and the user's rules."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +10,16 @@ from sweep.config.targets import Target
 from sweep.core.errors import SweepError, require_known
 from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe, is_called
 from sweep.formats.quantizer import UNQUANTIZED_BITS
-from sweep.mixed_precision.candidates import Options
+from sweep.mixed_precision.candidates import Candidates
 from sweep.mixed_precision.knapsack import Infeasible, Problem, cost_range, solve, total
 from sweep.report.analysis import FloatArray, IntArray, bootstrap_interval
 
-SIXTEEN = "16"  # what a pin calls the choice to leave a group unquantized
+SIXTEEN = "16"  # label of the choice to leave a group unquantized
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How large the model may be."""
+    """The largest size that a recipe may have, in one of two units."""
 
     bits: float | None = None  # mean bits a weight of the covered groups
     gb: float | None = None  # 1e9 bytes of all weights
@@ -27,7 +27,8 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.gb is None):
             raise SweepError(
-                "A budget is --bits B (mean bits a weight of the covered layers) or --gb G (GB of all weights). Type one of the two."
+                "A budget is --bits B (mean bits a weight of the covered layers) or --gb G (GB of all weights). "
+                "Type one of the two."
             )
         if not 0 < (self.bits or self.gb or 0) < float("inf"):
             raise SweepError(f"{self} is no budget. Type a number above 0.")
@@ -40,16 +41,16 @@ class Budget:
         """As part of a file name: ``4_5bits``."""
         return re.sub(r"[^0-9a-z]", "_", f"{self.bits:g}bits" if self.bits is not None else f"{self.gb:g}gb")
 
-    def cost(self, options: Options) -> float:
+    def cost(self, candidates: Candidates) -> float:
         """Bits of the covered groups that it leaves room for."""
         if self.bits is not None:
-            return self.bits * float(options.weights.sum())
+            return self.bits * float(candidates.weights.sum())
         assert self.gb is not None
-        return (self.gb * 1e9 - options.other_bytes) * 8
+        return (self.gb * 1e9 - candidates.other_bytes) * 8
 
-    def say(self, options: Options, cost: float) -> str:
+    def say(self, candidates: Candidates, cost: float) -> str:
         """A cost in the unit of this budget, rounded up: what to type instead."""
-        value = cost / float(options.weights.sum()) if self.bits is not None else options.gb(cost)
+        value = cost / float(candidates.weights.sum()) if self.bits is not None else candidates.gb(cost)
         return (
             f"--bits {np.ceil(value * 1e4) / 1e4:g}"
             if self.bits is not None
@@ -59,41 +60,43 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What a recipe must respect."""
+    """Constraints on a recipe besides its budget."""
 
     pins: Mapping[str, str]  # pattern of group or module names -> label of a format, or "16"
     excludes: Sequence[str] = ()  # patterns of what stays in 16 bits
     uniform_layer: bool = False  # all groups of a decoder layer get the same format
-    allowed: Callable[[GroupFormat], bool] = lambda _: True  # by the target
+    allowed: Callable[[GroupFormat], bool] = lambda _: True  # whether the target runs it
 
 
-def problem_of(options: Options, rules: Rules, damage: FloatArray | None = None) -> Problem:
+def problem_of(candidates: Candidates, rules: Rules, predicted_kl: FloatArray | None = None) -> Problem:
     """The choices as arrays; the last option of every group is to stay in 16 bits.
 
     Args:
-        options: what was measured.
-        rules: what must be respected.
-        damage: [groups, formats], instead of what the store predicts.
+        candidates: scored formats.
+        rules: constraints on the choices.
+        predicted_kl: [groups, formats], nats per prediction, in the place of the candidates' own.
 
     Raises: SweepError: a pattern that matches nothing, an unknown label, or rules that leave a group without a choice.
     """
-    n = len(options.groups)
-    measured = np.stack([option.predicted_kl for option in options.formats], axis=1) if damage is None else damage
-    table = np.concatenate([measured, np.zeros((n, 1))], axis=1)
-    bits = np.array([*(option.format.effective_bits for option in options.formats), UNQUANTIZED_BITS])
-    labels = [*(option.format.label for option in options.formats), SIXTEEN]
-    ruled_out = np.array([*(not rules.allowed(option.format) for option in options.formats), False])
+    n = len(candidates.groups)
+    if predicted_kl is None:
+        predicted_kl = np.stack([candidate.predicted_kl for candidate in candidates.formats], axis=1)
+    table = np.concatenate([predicted_kl, np.zeros((n, 1))], axis=1)
+    bits = np.array([*(candidate.format.effective_bits for candidate in candidates.formats), UNQUANTIZED_BITS])
+    labels = [*(candidate.format.label for candidate in candidates.formats), SIXTEEN]
+    ruled_out = np.array([*(not rules.allowed(candidate.format) for candidate in candidates.formats), False])
     table[:, ruled_out] = np.inf
     for pattern, label in [*rules.pins.items(), *((pattern, SIXTEEN) for pattern in rules.excludes)]:
         require_known("format", label, labels)
         matching = [
             index
-            for index, group in enumerate(options.groups)
+            for index, group in enumerate(candidates.groups)
             if is_called([group["group"], *group["modules"]], pattern)
         ]
         if not matching:
             raise SweepError(
-                f"{pattern!r} matches no layer group. Groups are called like {options.groups[0]['group']!r}; * stands for anything."
+                f"{pattern!r} matches no layer group. "
+                f"Groups are called like {candidates.groups[0]['group']!r}; * stands for anything."
             )
         column = labels.index(label)
         for index in matching:
@@ -102,41 +105,43 @@ def problem_of(options: Options, rules: Rules, damage: FloatArray | None = None)
             table[index, column] = keep
             if not np.isfinite(keep):
                 raise SweepError(
-                    f"{options.groups[index]['group']} cannot be {label}: the target does not run it, another rule forbids it, or it was not measured."
+                    f"{candidates.groups[index]['group']} cannot be {label}: "
+                    "the target does not run it, another rule forbids it, or it was not measured."
                 )
-    layers = [group["layer_index"] for group in options.groups]
+    layers = [group["layer_index"] for group in candidates.groups]
     together = np.array(
         [n + layer if rules.uniform_layer and layer is not None else index for index, layer in enumerate(layers)]
     )
-    return Problem(damage=table, cost=options.weights[:, None] * bits[None, :], together=together)
+    return Problem(predicted_kl=table, cost=candidates.weights[:, None] * bits[None, :], together=together)
 
 
-def solved(options: Options, problem: Problem, budget: Budget, rules: Rules) -> IntArray:
+def solved(candidates: Candidates, problem: Problem, budget: Budget, rules: Rules) -> IntArray:
     """The best choices under a budget.
 
     Args:
-        options: what was measured.
-        problem: of these options and rules.
-        budget: of all groups.
-        rules: for the message.
+        candidates: scored formats.
+        problem: of these candidates and rules.
+        budget: size that all layer groups may have together.
+        rules: named by the message if nothing fits.
 
     Raises: SweepError: nothing fits; names the least budget that does, and the rules that keep it from being less.
     """
     try:
-        return solve(problem, budget.cost(options))
+        return solve(problem, budget.cost(candidates))
     except Infeasible as error:
         if not np.isfinite(error.least_cost):
             raise SweepError(
-                "The rules leave some layer group no format that was measured. Loosen --pin, --exclude or --uniform-layer."
+                "The rules leave some layer group no format that was measured. "
+                "Loosen --pin, --exclude or --uniform-layer."
             ) from error
-        least = budget.say(options, error.least_cost)
+        least = budget.say(candidates, error.least_cost)
         binding = [
-            f"{budget.say(options, cost)} without {name}"
-            for name, cost in least_costs_without(options, rules).items()
+            f"{budget.say(candidates, cost)} without {name}"
+            for name, cost in least_costs_without(candidates, rules).items()
             if cost < error.least_cost
         ]
         smallest = min(
-            (option.format for option in options.formats if rules.allowed(option.format)),
+            (candidate.format for candidate in candidates.formats if rules.allowed(candidate.format)),
             key=lambda each: each.effective_bits,
         )
         allowed = f"the smallest format that may be used is {smallest.label}, {smallest.effective_bits:g} bits"
@@ -145,35 +150,47 @@ def solved(options: Options, problem: Problem, budget: Budget, rules: Rules) -> 
         ) from error
 
 
-def least_costs_without(options: Options, rules: Rules) -> dict[str, float]:
-    """What the cheapest choices cost without one rule each, in bits of all groups."""
+def least_costs_without(candidates: Candidates, rules: Rules) -> dict[str, float]:
+    """Bits of the cheapest choices with one rule left out, by the name of that rule."""
     loosened = {
         "the target": replace(rules, allowed=lambda _: True),
         "--pin": replace(rules, pins={}),
         "--exclude": replace(rules, excludes=()),
         "--uniform-layer": replace(rules, uniform_layer=False),
     }
-    return {name: cost_range(problem_of(options, without))[0] for name, without in loosened.items() if without != rules}
+    return {
+        name: cost_range(problem_of(candidates, without))[0] for name, without in loosened.items() if without != rules
+    }
 
 
-def recipe(
-    options: Options, choice: IntArray, name: str, target: str | None, damage: FloatArray | None = None
+def recipe_of_choice(
+    candidates: Candidates, choice: IntArray, name: str, target: str | None, predicted_kl: FloatArray | None = None
 ) -> MixedRecipe:
-    """The recipe that choices make up. Args: choice: [groups], the last index standing for 16 bits; damage: as for `problem_of`."""
-    row, config = options.trial, options.config
-    used = sorted({int(index) for index in choice if index < len(options.formats)})
+    """The recipe that choices make up.
+
+    Args:
+        candidates: scored formats.
+        choice: [groups], an index into the formats, or their number for 16 bits.
+        name: of the recipe.
+        target: name of the runtime and card that it is for, if for one.
+        predicted_kl: as for `problem_of`.
+    """
+    row, config = candidates.trial, candidates.config
+    used = sorted({int(index) for index in choice if index < len(candidates.formats)})
     groups: list[GroupChoice] = []
-    for index, (group, chosen) in enumerate(zip(options.groups, choice.tolist(), strict=True)):
-        option = options.formats[chosen] if chosen < len(options.formats) else None
-        kl = 0.0 if option is None else float(option.predicted_kl[index] if damage is None else damage[index, chosen])
+    for index, (group, chosen) in enumerate(zip(candidates.groups, choice.tolist(), strict=True)):
+        candidate = candidates.formats[chosen] if chosen < len(candidates.formats) else None
+        kl = 0.0
+        if candidate is not None:
+            kl = float(candidate.predicted_kl[index] if predicted_kl is None else predicted_kl[index, chosen])
         groups.append(
             GroupChoice(
                 group=group["group"],
                 modules=tuple(group["modules"]),
                 layer_index=group["layer_index"],
                 weight_elements=group["weight_elements"],
-                format=option and option.format.label,
-                cell_id=option and option.cell_id,
+                format=candidate and candidate.format.label,
+                cell_id=candidate and candidate.cell_id,
                 predicted_kl=kl,
             )
         )
@@ -187,54 +204,64 @@ def recipe(
         size=config.dataset.size,
         coverage=config.sensitivity.coverage,
         target=target,
-        formats={options.formats[index].format.label: options.formats[index].format for index in used},
+        formats={candidates.formats[index].format.label: candidates.formats[index].format for index in used},
         groups=tuple(groups),
     )
 
 
-def weights_gb(options: Options, made: MixedRecipe) -> float:
+def weights_gb(candidates: Candidates, made: MixedRecipe) -> float:
     """GB (1e9 bytes) of all weights under a recipe. Raises: SweepError: the store does not know the model's size."""
-    return options.gb(made.effective_bits * float(options.weights.sum()))
+    return candidates.gb(made.effective_bits * float(candidates.weights.sum()))
 
 
-def interval(options: Options, choice: IntArray) -> tuple[float, float] | None:
-    """90 % bootstrap interval over samples of a choice's summed predicted KL; None if some cell kept no sample's scores."""
+def interval(candidates: Candidates, choice: IntArray) -> tuple[float, float] | None:
+    """90 % bootstrap interval, over samples, of a choice's summed predicted KL.
+
+    Returns: low and high, nats per prediction; None if some cell kept no scores of single samples.
+    """
     samples: list[FloatArray] = []
     for index, chosen in enumerate(choice.tolist()):
-        if chosen < len(options.formats):
-            own = options.formats[chosen].sample_kl
+        if chosen < len(candidates.formats):
+            own = candidates.formats[chosen].sample_kl
             if own is None:
                 return None
             samples.append(own[index])
     if not samples:
         return 0.0, 0.0
-    low, high = bootstrap_interval(np.sum(samples, axis=0)[None], 1, options.trial.dataset_revision)[:, 0]
+    low, high = bootstrap_interval(np.sum(samples, axis=0)[None], 1, candidates.trial.dataset_revision)[:, 0]
     return float(low), float(high)
 
 
-def uniform_choices(options: Options, problem: Problem) -> dict[str, tuple[float, float]]:
-    """Cost in bits and damage of giving every group the same format, by label; formats that some group cannot get are left out."""
+def uniform_choices(candidates: Candidates, problem: Problem) -> dict[str, tuple[float, float]]:
+    """Bits and predicted KL where every group has the same format, by the format's label.
+
+    Formats that some group cannot have are left out.
+    """
     found: dict[str, tuple[float, float]] = {}
-    for index, option in enumerate(options.formats):
-        choice = np.full(len(options.groups), index, dtype=np.int64)
-        if np.isfinite(total(problem.damage, choice)):
-            found[option.format.label] = total(problem.cost, choice), total(problem.damage, choice)
+    for index, candidate in enumerate(candidates.formats):
+        choice = np.full(len(candidates.groups), index, dtype=np.int64)
+        if np.isfinite(total(problem.predicted_kl, choice)):
+            found[candidate.format.label] = total(problem.cost, choice), total(problem.predicted_kl, choice)
     return found
 
 
 def rules_of(
-    typed_pins: Sequence[str], excludes: Sequence[str], uniform_layer: bool, target: Target, options: Options
+    typed_pins: Sequence[str], excludes: Sequence[str], uniform_layer: bool, target: Target, candidates: Candidates
 ) -> Rules:
-    """The rules that were typed. Raises: SweepError: a pin without a label, or a target that runs none of the formats."""
+    """Parse the rules that were typed.
+
+    Raises: SweepError: a pin without a label, or a target that runs none of the formats.
+    """
     pins: dict[str, str] = {}
     for pin in typed_pins:
         pattern, sign, label = pin.rpartition("=")
         if not sign or not pattern:
             raise SweepError(
-                f"--pin {pin!r} is not PATTERN=FORMAT. Type for example --pin '*.down_proj=wfp8_afp8/default', or =16 for 16 bits."
+                f"--pin {pin!r} is not PATTERN=FORMAT. "
+                "Type for example --pin '*.down_proj=wfp8_afp8/default', or =16 for 16 bits."
             )
         pins[pattern] = label
-    formats = [option.format for option in options.formats]
+    formats = [candidate.format for candidate in candidates.formats]
     if not any(runs_natively(target, each) for each in formats):
         found = "; ".join(
             f"{each.label}: {target.status(each.quant_pair, each.quant_granularity, each.algorithm).words}"
@@ -250,5 +277,8 @@ def rules_of(
 
 
 def runs_natively(target: Target, chosen: GroupFormat) -> bool:
-    """Whether the target computes a format as it was scored: what runs as another one has another damage."""
+    """Whether the target computes a format as it was scored.
+
+    A format that the target runs as another one has another KL than the predicted one.
+    """
     return target.status(chosen.quant_pair, chosen.quant_granularity, chosen.algorithm).kind == "native"

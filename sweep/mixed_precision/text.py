@@ -26,7 +26,7 @@ COLUMNS: Final[tuple[str, ...]] = (
     "predicted_kl",
     "cell_id",
 )
-# How these files begin, by which they are known again.
+# The beginnings of these files, by which an earlier export is recognized.
 CSV_BEGINS: Final = re.compile(",".join(COLUMNS).encode() + b"\n")
 _COVERS: Final = "bits a weight over the covered layer groups of"
 MODELOPT_BEGINS: Final = re.compile(rf"metadata:\n  recipe_type: ptq\n  description: .* {_COVERS} ".encode())
@@ -80,7 +80,8 @@ def quant_cfg(recipe: MixedRecipe) -> list[dict[str, Any]]:
 def to_modelopt(recipe: MixedRecipe) -> str:
     """A PTQ recipe file: `hf_ptq.py --recipe FILE`, or `mtq.quantize` with its `quantize` section.
 
-    Source: ModelOptPTQRecipe of ModelOpt 0.47: `metadata` and `quantize`, the latter with `quant_cfg` and one `algorithm`.
+    Source: ModelOptPTQRecipe of ModelOpt 0.47: `metadata` and `quantize`, the latter with `quant_cfg` and one
+        `algorithm`.
     Raises: SweepError: groups are calibrated with different algorithms, which the format can't express.
     """
     used = {choice.format for choice in recipe.groups if choice.format is not None}
@@ -92,8 +93,9 @@ def to_modelopt(recipe: MixedRecipe) -> str:
             if choice.format is not None and recipe.formats[choice.format].algorithm == algorithms[1]
         ]
         raise SweepError(
-            f"A ModelOpt recipe can't express several calibration algorithms ({', '.join(algorithms)}): it has one for the whole model. "
-            f"{others[0].group} has algorithm {algorithms[1]!r}. Solve again among formats of one algorithm."
+            f"A ModelOpt recipe can't express several calibration algorithms ({', '.join(algorithms)}): "
+            f"it has one for the whole model. {others[0].group} has algorithm {algorithms[1]!r}. "
+            "Solve again among formats of one algorithm."
         )
     description = f"{recipe.name}: {recipe.effective_bits:.3f} {_COVERS} {recipe.model}"
     document = {
@@ -106,12 +108,12 @@ def to_modelopt(recipe: MixedRecipe) -> str:
 def check_modelopt(
     entries: Sequence[Mapping[str, Any]], algorithm: object, recipe: MixedRecipe, modules: Sequence[str]
 ) -> None:
-    """Compare what ModelOpt would do to every module with the recipe.
+    """Compare the quantizer attributes that ModelOpt would give every module with the recipe's.
 
     Args:
         entries: of `quant_cfg`, as ModelOpt's own parser read them.
-        algorithm: the same.
-        recipe: what is meant.
+        algorithm: the calibration algorithm, as ModelOpt's own parser read it.
+        recipe: the recipe that was exported.
         modules: every linear of the model.
 
     Raises: SweepError: names the group and the quantizer or the algorithm that the format can't express.
@@ -120,7 +122,8 @@ def check_modelopt(
         chosen = recipe.format_of(choice)
         if chosen is not None and chosen.algorithm != algorithm:
             raise SweepError(
-                f"{choice.group}: a ModelOpt recipe can't express algorithm {chosen.algorithm!r}, it comes back as {algorithm!r}."
+                f"{choice.group}: a ModelOpt recipe can't express algorithm {chosen.algorithm!r}, "
+                f"it comes back as {algorithm!r}."
             )
     chosen_of = {module: recipe.format_of(choice) for choice in recipe.groups for module in choice.modules}
     for module in modules:

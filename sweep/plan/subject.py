@@ -1,6 +1,6 @@
-"""What is measured: a checkpoint's facts, and the samples of a data set as its model reads them.
+"""The subject of a sweep: a checkpoint, and the samples of a data set as its tokenizer reads them.
 
-What takes seconds to find (hashes, token ids, the model's structure) is remembered on disk.
+Results that take seconds to compute (hashes, token ids, the model's structure) are cached on disk.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from workers.model.checkpoint import check_checkpoint, check_weights, file_key, 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint's facts."""
+    """A checkpoint: its revision, structure and tokenizer, without its weights."""
 
     path: Path
 
@@ -33,7 +33,7 @@ class Model:
 
     @cached_property
     def structure(self) -> dict[str, Any]:
-        """See workers.model.loading.structure; and `groups`: modules by first module."""
+        """As workers.model.loading.structure; and `groups`: modules of each layer group, by the first of them."""
         key = [3, file_key(self.path / "config.json"), version("transformers"), version("nvidia-modelopt")]
         return cache.remember("model-structure", key, self._read_structure)
 
@@ -47,11 +47,11 @@ class Model:
 
     @cached_property
     def inputs(self) -> dict[str, int]:
-        """Inputs of each linear."""
+        """Number of inputs of each linear, by module."""
         return {name: n_inputs for name, n_inputs, _ in self.structure["linears"]}
 
     def tokenize(self, source: object, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids, remembered by the texts' source and the tokenizer's files."""
+        """Token ids of texts, cached by the texts' source and the tokenizer's files."""
 
         def compute() -> list[list[int]]:
             from workers.model import loading
@@ -76,11 +76,11 @@ class Model:
         return cache.remember("image-tokens", [file_key(self.path / "config.json"), version("transformers")], compute)
 
     def plan(self, samples: Sequence[Sample]) -> Plan:
-        """The batches that the model reads samples in."""
+        """Batch samples as the model reads them."""
         return make_plan(samples, packed=self.structure["packable"])
 
     def load(self, dtype: str, device: str) -> Any:
-        """The model with its weights, for this process alone. Args: dtype: name of torch's; device: "cpu" or "cuda"."""
+        """Load the model with its weights into this process. Args: dtype: name of torch's; device: "cpu" or "cuda"."""
         import torch
 
         from workers.model import loading
@@ -150,6 +150,7 @@ def _check_vocabulary(samples: Sequence[Sample], model: Model) -> None:
     largest = max(int(sample.token_ids.max()) for sample in samples)
     if largest >= model.structure["vocabulary"]:
         raise SweepError(
-            f"The tokenizer in {model.path} gives token {largest}, but the model has {model.structure['vocabulary']} tokens: "
-            "the two do not belong together. Copy the model's own tokenizer files there."
+            f"The tokenizer in {model.path} gives token {largest}, "
+            f"but the model has {model.structure['vocabulary']} tokens: the two do not belong together. "
+            "Copy the model's own tokenizer files there."
         )

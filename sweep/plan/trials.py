@@ -1,6 +1,7 @@
-"""From composed points to trials, cells and tasks: what is asked, what it is by content, what a worker must do for it.
+"""From composed points to trials (as asked for), cells (by content) and tasks (the work that scores them).
 
-Needs no GPU and, once its facts are remembered on disk, no heavy import: a run that finds nothing left to do takes a second.
+Needs no GPU and, once its facts are cached on disk, no heavy import: a run that finds nothing left to do takes one
+second.
 """
 
 import hashlib
@@ -59,18 +60,18 @@ class SweepPlan:
     tasks: Mapping[str, Task]  # by task id, with the cells of every size asked for
     plans: Mapping[str, Plan]  # by Task.plan_id
     windowed: frozenset[str]  # plans whose capture does not fit in a worker's memory at once
-    models: Mapping[
-        str, Mapping[str, int]
-    ]  # elements of each model, by revision: all `parameters`, of them `embeddings` and an untied `lm_head`
+    # Elements of each model, by revision: all `parameters`, of them `embeddings` and an untied `lm_head`.
+    models: Mapping[str, Mapping[str, int]]
 
     def pending(self, finished: Iterable[str]) -> dict[str, Task]:
         """Tasks that still lack cells, each with only those."""
         done = set(finished)
-        left = {
-            task_id: {size: cell for size, cell in task.cells.items() if cell not in done}
-            for task_id, task in self.tasks.items()
-        }
-        return {task_id: replace(self.tasks[task_id], cells=cells) for task_id, cells in left.items() if cells}
+        left: dict[str, Task] = {}
+        for task_id, task in self.tasks.items():
+            cells = {size: cell for size, cell in task.cells.items() if cell not in done}
+            if cells:
+                left[task_id] = replace(task, cells=cells)
+        return left
 
 
 def plan_sweep(points: Sequence[SweepConfig], device: Device, nodes: Sequence[Hardware] = ()) -> SweepPlan:
@@ -175,7 +176,10 @@ class _Planner:
 
     def elements(self) -> dict[str, dict[str, int]]:
         """Elements of each model, by revision; see SweepPlan."""
-        return {model.revision: {key: model.structure[key] for key in ELEMENTS} for model in self._models.values()}
+        found: dict[str, dict[str, int]] = {}
+        for model in self._models.values():
+            found[model.revision] = {key: model.structure[key] for key in ELEMENTS}
+        return found
 
     def _enter(self, point: SweepConfig, model: Model, plan_id: str, digest: str) -> tuple[str, str]:
         recipe = recipe_of(point)
@@ -314,7 +318,7 @@ class _Planner:
 
 
 def recipe_of(point: SweepConfig) -> Recipe:
-    """What a point does to each linear. Raises: InvalidRecipe, SweepError: see sweep.formats.recipe.resolve."""
+    """The recipe of a point, for every linear. Raises: InvalidRecipe, SweepError: see sweep.formats.recipe.resolve."""
 
     def compute() -> dict[str, Any]:
         from workers.quant import modelopt
@@ -374,7 +378,8 @@ def _covered_groups(model: Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
         )
     if not groups:
         raise SweepError(
-            f"{model.path} has no linear that the recipe covers. Choose sensitivity.coverage=all_layers, or another model."
+            f"{model.path} has no linear that the recipe covers. "
+            "Choose sensitivity.coverage=all_layers, or another model."
         )
     return tuple(groups)
 
@@ -384,23 +389,23 @@ def _check_block_size(recipe: Recipe, model: Model, groups: Sequence[GroupSpec])
     for block in recipe.block_lengths:
         bad = [module for module in modules if model.inputs[module] % block]
         if bad:
-            allowed = [
-                str(size) for size in (16, 32, 64, 128) if not any(model.inputs[module] % size for module in modules)
-            ]
+            common = math.gcd(*(model.inputs[module] for module in modules))
+            allowed = [str(size) for size in (16, 32, 64, 128) if common % size == 0]
             advice = (
                 f"Sizes that divide every layer: {', '.join(allowed)}."
                 if allowed
                 else "Choose a granularity without groups."
             )
             raise InvalidRecipe(
-                f"Groups of {block} do not divide the {model.inputs[bad[0]]} inputs of {bad[0]} ({len(bad)} such layers): ModelOpt would pad silently. {advice}"
+                f"Groups of {block} do not divide the {model.inputs[bad[0]]} inputs of {bad[0]} "
+                f"({len(bad)} such layers): ModelOpt would pad silently. {advice}"
             )
     rows = recipe.block_rows
     outputs = {name: n_outputs for name, _, n_outputs in model.structure["linears"]}
     if rows is not None and (bad := [module for module in modules if outputs[module] % rows]):
         raise InvalidRecipe(
-            f"Blocks of {rows} rows do not divide the {outputs[bad[0]]} outputs of {bad[0]} ({len(bad)} such layers): ModelOpt would pad silently. "
-            "Choose a granularity without blocks on axis -2."
+            f"Blocks of {rows} rows do not divide the {outputs[bad[0]]} outputs of {bad[0]} "
+            f"({len(bad)} such layers): ModelOpt would pad silently. Choose a granularity without blocks on axis -2."
         )
 
 

@@ -1,7 +1,7 @@
 """The Ray cluster of a run, its own on this machine or one that exists, and the workers on its nodes.
 
-Of a cluster that exists only what this run has started is ever stopped. Each run has a namespace of its own, so that several
-may have a `sweep-worker-0` there.
+Of a cluster that exists a run stops only its own workers. Each run has a namespace of its own, so that several may have
+a `sweep-worker-0` there.
 """
 
 import contextlib
@@ -49,8 +49,8 @@ _RAYLET_SECONDS = 30.0  # until a new raylet must have registered, as Ray has it
 _RAYLET_LOOK_SECONDS = 0.1
 _SLOT = "sweep_trial"  # a resource that lets as many trials run at a time as there are workers
 _HEAD = "node:__internal_head__"  # which every cluster has once, 1.0 of it
-WORKER = "sweep-worker-"  # what the names of workers start with
-_SPACE = "sweep-"  # and those of namespaces
+WORKER = "sweep-worker-"  # prefix of the names of workers
+_SPACE = "sweep-"  # prefix of the names of namespaces
 _HARDWARE_SECONDS = 30.0  # for a node to say what it can do; a new process takes about 2
 
 
@@ -62,27 +62,29 @@ class Connection:
     dashboard_url: str | None
     metrics: tuple[str, ...]  # host:port of each node, where Prometheus may ask for /metrics
     trial_resources: Mapping[str, float]  # of one process of Tune
-    essential: Mapping[str, tuple[str, int]]  # what of a cluster that exists must answer, with its host and port
+    essential: Mapping[str, tuple[str, int]]  # host and port of the processes of a joined cluster that must answer
 
 
 class ClusterWatcher(Protocol):
-    """Who is told of a cluster that this process starts."""
+    """Callbacks for the start of a cluster by this process."""
 
     def own(self, session: str) -> None:
-        """Ray is making the directory of the cluster's own files; nothing is there yet."""
+        """Ray makes the directory of the cluster's own files; it is still empty. Args: session: its path."""
         ...
 
     def started(self) -> None:
-        """Every process of the cluster is there; if one ends from now on, the cluster is dead."""
+        """Every process of the cluster runs; if one ends from now on, the cluster is dead."""
         ...
 
     def failed(self) -> None:
-        """The cluster has not come up; what there is of it is about to be killed."""
+        """The cluster has not come up; its processes are about to be killed."""
         ...
 
 
 def connect(workers: Workers, watcher: ClusterWatcher) -> Connection:
-    """Start a cluster of this process' own, or join the workers'. The caller's signal handlers stay: Ray's ends the process with exit code 15.
+    """Start a cluster of this process' own, or join the workers'.
+
+    The caller's signal handlers stay: Ray's ends the process with exit code 15.
 
     Raises: ClusterLost: Ray did not start, nor when it was tried once more.
     """
@@ -92,9 +94,8 @@ def connect(workers: Workers, watcher: ClusterWatcher) -> Connection:
         else:
             _init(address=workers.address)
     with _starting():
-        context: Any = ray.init(
-            ignore_reinit_error=True, logging_level=logging.ERROR
-        )  # what the first call has returned
+        # The same as the first call has returned.
+        context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
     return Connection(
         address=context.address_info["gcs_address"],
         dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
@@ -114,12 +115,13 @@ def join(config: ClusterConfig) -> Workers:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if not address:
         raise SweepError(
-            "cluster=auto joins a Ray cluster, but none is named. Type cluster.address=HOST:6379 or set RAY_ADDRESS; cluster=local starts one here."
+            "cluster=auto joins a Ray cluster, but none is named. "
+            "Type cluster.address=HOST:6379 or set RAY_ADDRESS; cluster=local starts one here."
         )
     if "://" in address:
         raise SweepError(
-            f"The address {address} is not a cluster's own. Type cluster.address=HOST:6379 on one of its machines, or submit the same command as a job: "
-            "ray job submit --working-dir . -- sweep run cluster=auto ..."
+            f"The address {address} is not a cluster's own. Type cluster.address=HOST:6379 on one of its machines, "
+            "or submit the same command as a job: ray job submit --working-dir . -- sweep run cluster=auto ..."
         )
     _join(address, "type cluster=local")
     nodes = _alive_nodes()
@@ -130,7 +132,8 @@ def join(config: ClusterConfig) -> Workers:
     if config.workers == "auto" and not sum(rooms):
         what = f"GPU for cluster.gpus_per_worker={config.gpus_per_worker:g}" if device == "cuda" else "CPU"
         raise SweepError(
-            f"The cluster at {address} has no {what}. Type cluster.workers=N to wait until N have been added, or cluster.device=cpu."
+            f"The cluster at {address} has no {what}. "
+            "Type cluster.workers=N to wait until N have been added, or cluster.device=cpu."
         )
     return Workers(
         device=device,
@@ -163,19 +166,19 @@ def stop() -> None:
 
 
 def room(workers: Workers) -> int:
-    """Workers that the nodes of the cluster have room for now, whoever is there."""
+    """Workers that the nodes of the cluster have room for, running ones included."""
     return sum(_rooms(_alive_nodes(), workers.device, workers.gpus_each))
 
 
 def look(address: str, *, on_loopback: bool = False) -> dict[str, Any]:
-    """What a cluster says of itself.
+    """Nodes, GPUs and workers of a cluster.
 
     Args:
         address: host:port of its head.
-        on_loopback: it is one that a run has started.
+        on_loopback: the cluster was started by a run, on this machine.
 
-    Returns: `address`; `nodes`: of each that lives its `host`, `cpus` and `gpus`; `gpus` and `gpus_free` of all; `workers`: their names, of all
-        sweeps there, by namespace.
+    Returns: `address`; `nodes`: `host`, `cpus` and `gpus` of each that lives; `gpus` and `gpus_free` of all; `workers`:
+        names of the workers of all sweeps there, by namespace.
 
     Raises: SweepError: nothing answers there.
     """
@@ -205,7 +208,9 @@ def look(address: str, *, on_loopback: bool = False) -> dict[str, Any]:
 
 
 def _start(workers: Workers, watcher: ClusterWatcher) -> None:
-    """Start a cluster of this process' own, on loopback; once more if its raylet does not come up, as happens on a machine under load.
+    """Start a cluster of this process' own, on loopback.
+
+    It is started once more if its raylet does not come up, as happens on a machine under load.
 
     Raises: ClusterLost: one of its processes has not come up, or not lived.
     """
@@ -218,9 +223,8 @@ def _start(workers: Workers, watcher: ClusterWatcher) -> None:
                     num_cpus=workers.count + 1,
                     num_gpus=None if workers.device == "cuda" else 0,
                     resources={_SLOT: workers.count},
-                    include_dashboard=None
-                    if workers.dashboard
-                    else False,  # True would end the run if it does not start
+                    # None: if it can be started; True would end the run if it does not start.
+                    include_dashboard=None if workers.dashboard else False,
                     _node_ip_address=_LOOPBACK,
                 )
             return
@@ -235,12 +239,13 @@ def _start(workers: Workers, watcher: ClusterWatcher) -> None:
 
 @contextmanager
 def _raylet_watched(watcher: ClusterWatcher) -> Generator[None]:
-    """Have the wait for a new raylet end when it has died; Ray waits for 30 seconds, whatever has become of it (2.60)."""
+    """End the wait for a new raylet when it has died; Ray waits for 30 seconds even then (2.60)."""
     get_node, deadline = services.get_node, time.monotonic() + _RAYLET_SECONDS
 
     def get_living_node(gcs_address: str, node_id: str) -> Any:
         state = GlobalState()
-        state._initialize_global_state(services._get_gcs_client_options(gcs_address))  # pyright: ignore[reportPrivateUsage]
+        options = services._get_gcs_client_options(gcs_address)  # pyright: ignore[reportPrivateUsage]
+        state._initialize_global_state(options)
         while node_id not in [row["NodeID"] for row in state.node_table()]:
             names = [child.name() for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
             if not any("raylet" in name for name in names):
@@ -259,7 +264,7 @@ def _raylet_watched(watcher: ClusterWatcher) -> Generator[None]:
 
 
 def _kill_processes_of(sessions: Collection[str]) -> None:
-    """End what this process has started for clusters that did not come up: their command lines name the session."""
+    """Kill the processes of clusters that did not come up, whose command lines name the session."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if any(session in argument for argument in child.cmdline() for session in sessions):
@@ -268,7 +273,10 @@ def _kill_processes_of(sessions: Collection[str]) -> None:
 
 @contextmanager
 def _on_loopback() -> Generator[None]:
-    """Have Ray listen on loopback alone: it does for a node of that address, but would replace the address by the machine's (2.60)."""
+    """Have Ray listen on loopback alone.
+
+    It does for a node of that address, but would replace the address by the machine's (2.60).
+    """
     names = ("resolve_ip_for_localhost", "get_node_ip_address")
     before = {name: getattr(services, name) for name in names}
     try:
@@ -282,11 +290,13 @@ def _on_loopback() -> Generator[None]:
 
 @contextmanager
 def _private_session(watcher: ClusterWatcher, sessions: list[str]) -> Generator[None]:
-    """Have Ray make its session directory for this user alone; by itself it opens it to everybody, with all that its processes log (2.60).
+    """Have Ray make its session directory for this user alone.
+
+    By itself Ray opens it to everybody, with all that its processes log (2.60).
 
     Args:
-        watcher: is told of it.
-        sessions: takes it up.
+        watcher: its `own` is called with the directory.
+        sessions: the directory is appended.
     """
     share, params = common_utils.try_make_directory_shared, parameter.RayParams
 
@@ -307,7 +317,7 @@ def _private_session(watcher: ClusterWatcher, sessions: list[str]) -> Generator[
 
 
 def _essential(address_info: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
-    """Of a cluster that exists: its control service, and the raylet of this node."""
+    """Host and port, by name, of a joined cluster's control service and of this node's raylet."""
     host, _, port = address_info["gcs_address"].rpartition(":")
     own = next(node for node in _alive_nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
     return {
@@ -337,7 +347,10 @@ def _init(**options: Any) -> None:
 
 @contextmanager
 def _starting() -> Generator[None]:
-    """Have signals wait until Ray has started: what is half connected cannot be stopped, and crashes this process at its end (exit code -11, Ray 2.60)."""
+    """Have signals wait until Ray has started.
+
+    A half connected process cannot be stopped, and crashes at its end (exit code -11, Ray 2.60).
+    """
     set_by_ray = utils.set_sigterm_handler
     utils.set_sigterm_handler = lambda sigterm_handler: None
     try:
@@ -352,7 +365,7 @@ def _alive_nodes() -> list[dict[str, Any]]:
 
 
 def _rooms(nodes: Sequence[Mapping[str, Any]], device: Device, share: float) -> list[int]:
-    """Workers that each node has room for, whoever is there now."""
+    """Workers that each node has room for, running ones included."""
     cpus = [int(node["Resources"].get("CPU", 0.0)) for node in nodes]
     if device == "cpu":
         return cpus

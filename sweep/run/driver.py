@@ -1,7 +1,7 @@
 """The scheduler: one Ray Tune experiment over the trials that still lack scores, and the workers that score it.
 
-Tune schedules and shows; the store decides what is done. `Tuner.restore` re-runs finished trials and ignores a larger grid,
-so a resumed sweep is a fresh experiment over what is left.
+Tune schedules and shows; the store decides what is done. `Tuner.restore` re-runs finished trials and ignores a larger
+grid, so a resumed sweep is a fresh experiment over what is left.
 """
 
 import logging
@@ -29,7 +29,7 @@ from ray.tune.execution import class_cache
 from sweep.core.batches import Plan
 from sweep.core.errors import StoreFailed
 from sweep.core.machine import Workers
-from sweep.run.metrics import Meter
+from sweep.run.metrics import MetricsExporter
 from sweep.run.task_queue import TaskQueue
 from sweep.run.watchdog import Watchdog
 from sweep.run.worker_pool import PoolEvents, WorkerPool, WorkerSpec
@@ -37,15 +37,13 @@ from sweep.store.files import Files
 from workers.task import Picture, Task
 
 _RUNNERS: Final = 4  # processes of Tune, at most: each costs seconds of a core to start
-_POLL_SECONDS: Final = (
-    0.02,
-    0.5,
-)  # between reports of a trial: at first, and at most; a report costs the driver a few milliseconds
+# Between reports of a trial: at first, and at most; a report costs the driver a few milliseconds.
+_POLL_SECONDS: Final = (0.02, 0.5)
 
-# Tune copies AWS_* and more of the environment into the runtime environment of each trial, which Ray's agents log for everybody to
-# read (2.60). Our trials read nothing of it.
+# Tune copies AWS_* and more of the environment into the runtime environment of each trial, which Ray's agents log
+# for everybody to read (2.60). Our trials read nothing of it.
 class_cache.ENV_VARS_TO_PROPAGATE = frozenset[str]()
-# A trial's process that is killed is started again, and nothing is lost with it: no reason for forty lines of traceback.
+# A trial's process that is killed is started again, and nothing is lost with it: forty lines of traceback say nothing.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 
@@ -71,7 +69,7 @@ class TrialOrder:
     task_id: str
 
     def __str__(self) -> str:
-        """As Tune carries it: it copies the whole grid for every trial, which texts make cheap."""
+        """The parameter that Tune carries: it copies the whole grid for every trial, and copies texts cheaply."""
         return f"{self.name} {self.task_id}"
 
     @classmethod
@@ -82,7 +80,7 @@ class TrialOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a run is to score."""
+    """The trials, tasks and plans that a run is to score."""
 
     orders: Sequence[TrialOrder]  # every trial that still lacks scores
     tasks: Mapping[str, Task]  # by task id
@@ -98,18 +96,18 @@ class Work:
 
 
 class RunEvents(PoolEvents, Protocol):
-    """Whom a run tells what happens. Its calls come from several threads, those of a pool one at a time."""
+    """Callbacks of a run. They are called from several threads, those of a pool one at a time."""
 
     def connected(self, connection: cluster.Connection) -> None:
-        """There is a cluster."""
+        """The driver is connected to a cluster."""
         ...
 
     def stage(self, text: str) -> None:
-        """What is happening now, for people."""
+        """The run enters another stage, described for people."""
         ...
 
     def dead(self, what: str) -> None:
-        """The cluster has died. Must end the process: Ray would wait for ever."""
+        """The cluster has died. Must end the process: Ray would wait for ever. Args: what: has died, for people."""
         ...
 
     def ended(self) -> None:
@@ -117,13 +115,13 @@ class RunEvents(PoolEvents, Protocol):
         ...
 
     def picture(self) -> Picture:
-        """How far the trials are, for the metrics."""
+        """Trials and layer groups by state, for the metrics."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a run came to its end."""
+    """Failures of a run, and the facts that its workers report."""
 
     failures: Mapping[str, str]  # why tasks failed, by task id
     worker_info: Sequence[Mapping[str, Any]]  # see workers.service.actor.Worker.info
@@ -137,7 +135,8 @@ def run_trials(work: Work, workers: Workers, events: RunEvents) -> Outcome:
         ClusterLost: Ray did not start.
         MemoryShort: no worker is left that there is memory for.
         StoreFailed: the store cannot be written.
-        KeyboardInterrupt: as the caller's signal handlers raise it; the cluster is stopped then, too, if it is the run's own.
+        KeyboardInterrupt: as the caller's signal handlers raise it; the cluster is stopped then, too, if it is the
+            run's own.
     """
     scratch = tempfile.mkdtemp(prefix="sweep-")
     with Watchdog(events.dead, owns_cluster=workers.address is None) as watchdog:
@@ -148,9 +147,8 @@ def run_trials(work: Work, workers: Workers, events: RunEvents) -> Outcome:
             events.connected(connection)
             extensions = work.extensions if workers.device == "cuda" else frozenset[str]()
             if extensions:
-                events.stage(
-                    f"ModelOpt builds its CUDA extensions ({', '.join(sorted(extensions))}): a minute or two, once a machine ..."
-                )
+                names = ", ".join(sorted(extensions))
+                events.stage(f"ModelOpt builds its CUDA extensions ({names}): a minute or two, once a machine ...")
             with _shared_mark(workers, work.store_uri) as mark:
                 first = next(iter(work.tasks.values()))
                 spec = WorkerSpec(
@@ -170,7 +168,7 @@ def _scored(
     queue = TaskQueue(workers.count, work.tasks.values(), work.windowed)
     plan_refs = {plan_id: ray.put(plan) for plan_id, plan in work.plans.items()}
     with WorkerPool(workers, spec, queue, plan_refs, events) as pool:
-        with Meter(events.picture, pool):
+        with MetricsExporter(events.picture, pool):
             n_runners = min(workers.count, len(work.orders), _RUNNERS)
             _tuner(work.orders, n_runners, connection.trial_resources, scratch, _Stopper(queue, pool)).fit()
         pool.check()
@@ -182,7 +180,10 @@ def _scored(
 
 @contextmanager
 def _shared_mark(workers: Workers, store_uri: str) -> Generator[str | None]:
-    """Name of a file in the store, by which workers on other nodes know that it is the store; None if there are no other nodes."""
+    """Put a file in the store during a run, by which workers on other nodes check that they see the same store.
+
+    Yields: its name; None if there are no other nodes.
+    """
     if workers.address is None:
         yield None
         return
@@ -229,10 +230,10 @@ def _tuner(
 
 
 class Trial(tune.Trainable):
-    """Tune's side of trials, one after another: it reports until the driver, which knows how far each task is, stops it.
+    """Tune's side of trials, one after another: reports until the driver, which knows each task's progress, stops it.
 
-    A process that knows nothing loses nothing when it is killed. A class, since Tune runs a function in a thread that costs each
-    trial as much as all the rest.
+    It holds no state, so that nothing is lost when its process is killed. A class, since Tune runs a function in a
+    thread that costs each trial as much as all the rest.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -245,7 +246,7 @@ class Trial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """A sign of life: at once, so that a trial whose task has ended costs no wait, then less and less often."""
+        """Report at once, so that a trial whose task has ended costs no wait, then less and less often."""
         first, most = _POLL_SECONDS
         time.sleep(self._wait)
         self._wait = min(max(2 * self._wait, first), most)

@@ -1,4 +1,4 @@
-"""Tells Prometheus, every few seconds, how far a sweep is."""
+"""Exports a run's progress to Prometheus, every few seconds, through Ray's metrics agent."""
 
 import threading
 from collections.abc import Callable
@@ -12,7 +12,7 @@ _SECONDS = 2.0
 
 
 class CountedPool(Protocol):
-    """What is shown of a worker pool."""
+    """The counts of a worker pool that become metrics."""
 
     n_deaths: int
     n_replaced: int
@@ -22,14 +22,14 @@ class CountedPool(Protocol):
         ...
 
 
-class Meter:
-    """A thread that keeps a run's metrics up to date until it is left."""
+class MetricsExporter:
+    """A context whose thread keeps a run's metrics up to date."""
 
     def __init__(self, picture: Callable[[], Picture], pool: CountedPool) -> None:
-        """Name the metrics; entered, it shows them.
+        """Register the metrics; entering the context starts the updates.
 
         Args:
-            picture: how far the trials are.
+            picture: gives the state of the trials.
             pool: the run's workers.
         """
         self._picture, self._pool = picture, pool
@@ -50,7 +50,7 @@ class Meter:
             self.show()
 
     def show(self) -> None:
-        """Set every metric to how it is now."""
+        """Set every metric to its current value."""
         self._metrics.show(
             self._picture(), self._pool.counts(), deaths=self._pool.n_deaths, replacements=self._pool.n_replaced
         )

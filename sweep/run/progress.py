@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: a live table on a terminal, a line now and then elsewhere."""
+"""Progress of a running sweep on the screen: a live table on a terminal, elsewhere a line every ten seconds."""
 
 import time
 from collections import Counter
@@ -47,7 +47,7 @@ class Tally:
         self._started = time.monotonic()
 
     def update(self, progress: Progress) -> None:
-        """Take over a task's progress."""
+        """Count a task's progress."""
         self._found[progress.task_id, progress.assignment] = progress.found
         self._done[progress.task_id][progress.assignment] = progress.done
         task_id, now = progress.task_id, time.monotonic()
@@ -77,15 +77,14 @@ class Tally:
         return states
 
     def take_trial_seconds(self) -> tuple[float, ...]:
-        """How long trials took that have ended since this was last asked, from their first assignment on."""
+        """Seconds of each trial that has ended since the last call, counted from its task's first progress."""
         taken, self._trial_seconds = self._trial_seconds, []
         return tuple(taken)
 
     def done_of(self, task_id: str) -> int:
         """Layer groups done of one task, over all its cells."""
-        return min(
-            sum(list(self._done[task_id].values())), self.tasks[task_id].n_steps
-        )  # a dead worker's are found again
+        found_twice = sum(list(self._done[task_id].values()))  # the next assignment finds a dead worker's groups again
+        return min(found_twice, self.tasks[task_id].n_steps)
 
     @property
     def done_groups(self) -> int:
@@ -131,7 +130,7 @@ class Tally:
 
 
 class Display:
-    """Shows a tally until it is left."""
+    """A context that shows a tally on the console."""
 
     def __init__(self, console: Console, tally: Tally) -> None:
         self._console, self._tally = console, tally
@@ -155,21 +154,21 @@ class Display:
             self._live.stop()
 
     def stage(self, text: str) -> None:
-        """What is happening now, in words."""
+        """Show the current stage of the run, in words."""
         self._stage = text
         if not self._live:
             self._console.print(text)
 
     def say(self, text: str) -> None:
-        """A line that stays on the screen."""
+        """Print a warning, which stays on the screen."""
         self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """A line that stays on the screen, and is no warning."""
+        """Print information, which stays on the screen."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def update(self) -> None:
-        """The tally has changed."""
+        """Show a changed tally."""
         if not self._live and time.monotonic() - self._last_line > _LINE_SECONDS:
             self._last_line = time.monotonic()
             self._console.print(self._totals())
@@ -178,7 +177,8 @@ class Display:
         tally = self._tally
         eta = tally.eta_seconds
         left = "" if eta is None else f", about {duration(eta)} left"
-        return f"{tally.done_trials} of {tally.n_trials} trials, {tally.done_groups} of {tally.total_groups} layer groups, {tally.groups_per_second:.0f}/s{left}"
+        groups = f"{tally.done_groups} of {tally.total_groups} layer groups"
+        return f"{tally.done_trials} of {tally.n_trials} trials, {groups}, {tally.groups_per_second:.0f}/s{left}"
 
     def _render(self) -> Any:
         tally = self._tally

@@ -1,4 +1,7 @@
-"""What Ray starts as a worker process of a run's own cluster: Ray's program, which by itself opens the session directory to everybody (2.60)."""
+"""The worker process of a run's own cluster: Ray's program, kept from opening the session directory to everybody.
+
+Ray 2.60 makes that directory readable and writable for all users of the machine.
+"""
 
 import runpy
 import sys

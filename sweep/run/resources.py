@@ -1,4 +1,4 @@
-"""How many workers a run starts, on what: this machine, or a Ray cluster that exists."""
+"""The number of workers that a run starts, and their device: on this machine, or on a Ray cluster that exists."""
 
 from sweep.config.schema import ClusterConfig
 from sweep.core.errors import SweepError
@@ -19,7 +19,9 @@ def own_device(cluster: ClusterConfig) -> Device:
 
 
 def pick_workers(cluster: ClusterConfig) -> Workers:
-    """One worker a GPU (or a share of it), else one a CPU core, unless the config says otherwise; on a Ray cluster that exists see there.
+    """One worker a GPU (or a share of it), else one a CPU core, unless the config says otherwise.
+
+    On a Ray cluster that exists: see sweep.run.cluster.join.
 
     Raises: SweepError: the config asks for what this machine, or the cluster, does not have.
     """
@@ -32,12 +34,14 @@ def pick_workers(cluster: ClusterConfig) -> Workers:
     room = n_cores() if device == "cpu" else fit(gpus, share)
     if room < 1:
         raise SweepError(
-            f"cluster.gpus_per_worker={share:g}, but only {gpus} GPU(s) are visible here. Type cluster.gpus_per_worker={gpus} or less."
+            f"cluster.gpus_per_worker={share:g}, but only {gpus} GPU(s) are visible here. "
+            f"Type cluster.gpus_per_worker={gpus} or less."
         )
     count = room if cluster.workers == "auto" else cluster.workers
     if device == "cuda" and count > room:
         raise SweepError(
-            f"cluster.workers={count} at {cluster.gpus_per_worker:g} GPU(s) each do not fit {gpus} GPU(s). Type cluster.workers={room} or less."
+            f"cluster.workers={count} at {cluster.gpus_per_worker:g} GPU(s) each do not fit {gpus} GPU(s). "
+            f"Type cluster.workers={room} or less."
         )
     dashboard = device == "cuda" if cluster.dashboard == "auto" else cluster.dashboard
     nodes = (own_hardware(device),)

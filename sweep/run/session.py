@@ -1,4 +1,4 @@
-"""One run's account: which trials are left, which are done, and their record in the store."""
+"""State of one run: which trials are left, which are done, and their record in the store."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ from workers.task import Picture
 
 
 def exit_code(states: Counter[str]) -> int:
-    """What a run ends with, by its trials' states."""
+    """The exit code of a run, from its number of trials by state."""
     return EXIT_FAILED if states["failed"] else EXIT_INCOMPLETE if states["planned"] else EXIT_DONE
 
 
@@ -32,7 +32,8 @@ class Session:
         self.plan, self.store = plan, store
         self.started = time.monotonic()
         self.first_result: float | None = None  # seconds until there was one
-        self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{secrets.token_hex(2)}"  # containers may have one process id
+        # Runs in two containers may have one process id.
+        self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{secrets.token_hex(2)}"
         self.failures: dict[str, str] = {}  # by task id
         self._before = store.trials()
         self._written: dict[str, TrialRow] = {}
@@ -90,7 +91,7 @@ class Session:
         return Counter(self.state(trial)[0] for trial in self.plan.trials)
 
     def picture(self) -> Picture:
-        """How far it is, for the metrics."""
+        """Trials and layer groups by state, for the metrics."""
         tally = self.tally
         live = tally.trials_by_state()
         at_first = {state: n for state, n in self._at_first.items() if state in ("done", "failed", "skipped")}
@@ -134,7 +135,7 @@ class Session:
         self.store.write_run(self.run_id, self.record)
 
     def end(self, code: int | None) -> Counter[str]:
-        """Take stock of the store and record how the run ended. Returns trials by state."""
+        """Read from the store which cells are finished, and record the end of the run. Returns trials by state."""
         for cell in (cell for task in self.tasks.values() for cell in task.cells.values()):
             if (rows := self.store.whole_scores(cell)) is not None:
                 self.scores[cell] = rows
@@ -158,7 +159,7 @@ class Session:
 
 
 def row_of(trial: PlannedTrial, state: TrialState, reason: str | None, run_id: str) -> TrialRow:
-    """A trial's row as of now."""
+    """A trial's row of the store, dated now."""
     config = trial.config
     assert config.model.name is not None  # SweepConfig has checked
     return TrialRow(
@@ -189,5 +190,5 @@ def _versions() -> str:
 
 
 def now() -> str:
-    """The time, for records."""
+    """The current time in UTC, in ISO format to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""Who scores what: each worker that asks is assigned tasks to score together, and takes their decoder layers one by one.
+"""The queue of tasks: workers are assigned tasks to score together, and take their decoder layers one by one.
 
 The queue lives in the driver. A Ray actor in its place would be killed with the workers when a node runs out of memory.
 """
@@ -13,8 +13,8 @@ from typing import Final
 from sweep.core.machine import Hardware
 from workers.task import Task, part_names
 
-_PARTS_EACH: Final = 4  # a worker: where there are fewer, recipes are split as well
-_SPLIT: Final = 4  # into as many what killed a worker is split, to find what kills workers
+_PARTS_EACH: Final = 4  # parts a worker: where there are fewer, recipes are split as well
+_SPLIT: Final = 4  # batches that the tasks of a dead worker are split into, to find the one that kills workers
 _MAX_DEATHS: Final = 3  # a task under which, alone, so many workers died is the cause
 
 
@@ -43,7 +43,7 @@ class _Batch:
     tasks: dict[str, Task]
     parts: list[str]
     deaths: int = 0  # of workers that had it, if it is one task alone
-    n_out: int = 0  # assignments
+    n_assigned: int = 0  # assignments that are not finished
 
     @property
     def first(self) -> Task:
@@ -51,7 +51,9 @@ class _Batch:
 
 
 @dataclass(slots=True)
-class _Given:
+class _Unfinished:
+    """The batch of an assignment that is not finished, and the parts that its worker has taken."""
+
     batch: _Batch
     taken: list[str] = field(default_factory=list[str])
 
@@ -59,25 +61,25 @@ class _Given:
 class TaskQueue:
     """Assigns tasks to workers, and remembers how each task ended. Every method may be called from any thread.
 
-    Tasks that share a capture are assigned together, and several workers may be at them: each takes a decoder layer at a time and
-    scores it for all recipes. What these have in common there (errors of the weights, errors of the inputs) is computed once,
-    however many workers there are, and nobody waits longer than a layer at the end. Where GPUs are unlike, a worker is
-    assigned what its own can score.
+    Tasks that share a capture are assigned together, to several workers if need be: each takes a decoder layer at a
+    time and scores it for all recipes. Errors of the weights and of the inputs that the recipes share there are
+    computed once, however many workers there are, and no worker waits longer than a layer at the end. Where GPUs are unlike, a
+    worker is assigned what its own can score.
     """
 
     def __init__(self, n_workers: int, tasks: Iterable[Task], windowed: frozenset[str] = frozenset()) -> None:
         """Start with every task waiting.
 
         Args:
-            n_workers: number of workers to reckon with.
+            n_workers: expected number of workers, by which recipes are split.
             tasks: in the order in which they are wanted.
             windowed: ids of plans whose capture is made anew for every assignment.
         """
         self._windowed = windowed
         tasks = list(tasks)
         self._rank = {task.task_id: index for index, task in enumerate(tasks)}
-        self._batches = _batches(tasks, n_workers)  # that are not over
-        self._given: dict[int, _Given] = {}
+        self._batches = _batches(tasks, n_workers)  # with parts to take, or assigned
+        self._unfinished: dict[int, _Unfinished] = {}
         self._numbers = count()
         self._ended: dict[str, str | None] = {}  # task id -> why it failed, None if it is done
         self._workers: set[str] = set()
@@ -87,7 +89,7 @@ class TaskQueue:
         self._changed = threading.Condition()
 
     def add_worker(self, worker: str) -> None:
-        """A worker is there to be assigned tasks; added again, it is the same one."""
+        """Register a worker that may ask for assignments; adding it again changes nothing."""
         with self._changed:
             self._workers.add(worker)
 
@@ -99,7 +101,7 @@ class TaskQueue:
             self._changed.notify_all()
 
     def remove_worker(self, worker: str) -> None:
-        """A worker will not ask any more."""
+        """Unregister a worker that will not ask any more."""
         with self._changed:
             self._workers.discard(worker)
             self._drop_impossible()
@@ -108,7 +110,7 @@ class TaskQueue:
     @property
     def n_busy(self) -> int:
         """Workers that have an assignment."""
-        return len(self._given)
+        return len(self._unfinished)
 
     @property
     def is_over(self) -> bool:
@@ -130,12 +132,12 @@ class TaskQueue:
         return task_id in self._ended
 
     def stop(self, reason: str) -> None:
-        """Nothing more can be done, for a reason that is no task's own; what is left has not failed."""
+        """End the queue for a reason that is no task's own; the caller reports it instead of the tasks' failures."""
         self._broken = reason
         self.give_up(reason)
 
     def give_up(self, reason: str) -> None:
-        """No task that waits will be scored."""
+        """Fail every task that is not done, with this reason."""
         with self._changed:
             for batch in self._batches:
                 self._ended |= dict.fromkeys(batch.tasks, reason)
@@ -143,10 +145,10 @@ class TaskQueue:
             self._changed.notify_all()
 
     def assign(self, worker: str, holds: str | None) -> Assignment | None:
-        """Wait for something that a worker can score.
+        """Wait for tasks that a worker can score, and assign them.
 
         Args:
-            worker: which one; it has been added.
+            worker: its name; it has been added.
             holds: revision of the model that it has loaded.
 
         Returns: None: there will be nothing more.
@@ -156,55 +158,61 @@ class TaskQueue:
             waiting = self._possible(worker)
             if not waiting:
                 return None
-            # One that nobody is at, of the model that is loaded, if there is one; of these the one that was wanted first.
+            # The fewest workers first, then the model that is loaded, then the order in which tasks are wanted.
             batch = min(
-                waiting, key=lambda batch: (batch.n_out, batch.first.model.revision != holds, self._rank_of(batch))
+                waiting, key=lambda batch: (batch.n_assigned, batch.first.model.revision != holds, self._rank_of(batch))
             )
             if beyond := [task for task in batch.tasks.values() if self._refusal(worker, task) is not None]:
                 self._split_off(batch, beyond)  # for other workers
             first = min(batch.tasks.values(), key=lambda task: self._rank[task.task_id])
-            if not self._given and not self._ended and len(batch.tasks) > 1 and first.plan_id not in self._windowed:
+            if (
+                not self._unfinished
+                and not self._ended
+                and len(batch.tasks) > 1
+                and first.plan_id not in self._windowed
+            ):
                 batch = self._split_off(batch, [first])  # a result to look at while the others are scored
-            batch.n_out += 1
+            batch.n_assigned += 1
             number = next(self._numbers)
-            self._given[number] = _Given(batch)
+            self._unfinished[number] = _Unfinished(batch)
             return Assignment(number, worker, (first, *(task for task in batch.tasks.values() if task is not first)))
 
     def take(self, number: int) -> tuple[str, ...]:
         """Names of the parts that the worker of an assignment should score next; none: it is done."""
         with self._changed:
-            given = self._given[number]
-            parts = given.batch.parts
-            n = len(parts) if given.batch.first.engine == "modelopt" else 1  # which scores a model as a whole
+            unfinished = self._unfinished[number]
+            parts = unfinished.batch.parts
+            n = len(parts) if unfinished.batch.first.engine == "modelopt" else 1  # which scores a model as a whole
             taken = tuple(parts[:n])
             del parts[:n]
-            given.taken += taken
+            unfinished.taken += taken
             return taken
 
     def finish(self, assignment: Assignment, ended: Mapping[str, str | None], loss: Loss | None = None) -> None:
-        """A worker is done with an assignment, or lost.
+        """Take back an assignment whose worker is done with it, or lost.
 
         Args:
-            assignment: which.
-            ended: how it came to an end with its tasks, as far as it did: why they failed, None if what it took is done.
-            loss: what has not ended waits again: with fewer tasks at a time, or for workers that can load the model.
+            assignment: the one that the worker had.
+            ended: by id of each task that the worker has finished: why it failed, None if all parts taken are done.
+            loss: why the worker has not finished the others: they wait again, with fewer tasks at a time, or for
+                workers that can load the model.
         """
         revision = assignment.tasks[0].model.revision
         with self._changed:
-            given = self._given.pop(assignment.number)
-            batch = given.batch
-            batch.n_out -= 1
+            unfinished = self._unfinished.pop(assignment.number)
+            batch = unfinished.batch
+            batch.n_assigned -= 1
             for task_id, failure in ended.items():
                 if failure is not None:
                     self._ended.setdefault(task_id, failure)
             left = {task.task_id: task for task in assignment.tasks if task.task_id not in ended}
             if left and loss is not None and loss.is_unfit:
                 batch.tasks |= left  # some may have been split off meanwhile, without the parts that it had taken
-                batch.parts[:] = [name for name in part_names(batch.first) if name in {*given.taken, *batch.parts}]
+                batch.parts[:] = [name for name in part_names(batch.first) if name in {*unfinished.taken, *batch.parts}]
                 self._unfit.setdefault(revision, {})[assignment.worker] = loss.reason
                 self._drop_impossible()
             elif left and loss is not None:
-                self._again(batch, left, given.taken, loss)
+                self._again(batch, left, unfinished.taken, loss)
             self._drop_ended(assignment)
             self._changed.notify_all()
 
@@ -246,13 +254,16 @@ class TaskQueue:
         self._forget_ended()
 
     def _split_off(self, batch: _Batch, tasks: Sequence[Task]) -> _Batch:
-        """Make some of its tasks a batch of their own."""
+        """Move tasks into a batch of their own."""
         apart = _Batch({task.task_id: batch.tasks.pop(task.task_id) for task in tasks}, list(batch.parts))
         self._batches.append(apart)
         return apart
 
     def _again(self, batch: _Batch, tasks: Mapping[str, Task], taken: Sequence[str], loss: Loss) -> None:
-        """What a dead worker had waits again, a quarter of the tasks at a time; so does what nobody had taken: it may hold what kills."""
+        """Queue the tasks of a dead worker again, a quarter of them at a time.
+
+        Parts that no worker had taken are queued with them: they may be the cause of the next death.
+        """
         names = {*taken, *batch.parts}
         parts = [name for name in part_names(batch.first) if name in names]
         batch.parts.clear()
@@ -274,7 +285,7 @@ def _batches(tasks: Iterable[Task], n_workers: int) -> list[_Batch]:
     for family in _families(tasks):
         parts = part_names(family[0])
         n_slices = min(len(family), 1 if n_workers == 1 else math.ceil(_PARTS_EACH * n_workers / len(parts)))
-        # Recipes with equal weights in one slice: they share a product.
+        # Recipes with equal weight formats in one slice: they share a product.
         ordered = sorted(family, key=lambda task: repr(task.weight_attributes))
         costs = [task.cost for task in ordered]
         places = [min(n_slices - 1, int(before / sum(costs) * n_slices)) for before in accumulate(costs, initial=0.0)]

@@ -1,7 +1,7 @@
-"""What must not outlive what: the driver its cluster, and the cluster's processes the driver.
+"""Ends the driver when its Ray cluster has died, and the driver's own cluster when the driver has died.
 
-Ray's own processes end with a driver that is killed, but for the node's agents; and a driver whose raylet or GCS was killed waits for them
-for ever, in `ray.shutdown` too (Ray 2.60).
+When a driver is killed, Ray's own processes end with it, but for the node's agents; and a driver whose raylet or GCS
+was killed waits for them for ever, in `ray.shutdown` too (Ray 2.60).
 """
 
 import contextlib
@@ -21,14 +21,14 @@ import psutil
 _LOOK_SECONDS: Final = 0.5
 _SHUTDOWN_SECONDS: Final = 60.0  # Ray takes 1 to 5
 _PROBE_SECONDS: Final = 5.0  # between looks at what is on other machines, and until it must have answered
-_SILENT_SECONDS: Final = (
-    45.0  # a control service that is started anew is back by then; after 60 Ray ends this process without a word
-)
+# A control service that is started anew is back by then; after 60 s Ray ends this process without a message.
+_SILENT_SECONDS: Final = 45.0
 _MARK: Final = "SWEEP_DRIVER"  # in the environment of every process that a driver has started
 _ESSENTIAL: Final = {"raylet": "Ray's raylet", "gcs_server": "Ray's control service (GCS)"}
 
-# Waits for the driver's end of a pipe to close, then kills what is left of its own cluster. The pipe carries lines: the session
-# directories that Ray has made for the driver, and ENDED if the driver has said itself how it ends.
+# Program of a process that waits until the driver's end of a pipe closes, then kills what is left of the driver's own
+# cluster. The pipe carries lines: the session directories that Ray has made for the driver, and ENDED if the driver has
+# itself printed why it ends.
 _REAPER: Final = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -46,22 +46,23 @@ class Watchdog:
     """Ends this process when its Ray cluster dies, and its cluster when this process dies."""
 
     def __init__(self, on_dead: Callable[[str], None], *, owns_cluster: bool = True) -> None:
-        """Prepare it; enter it before Ray starts.
+        """Create a watchdog, to be entered before Ray starts.
 
         Args:
-            on_dead: called from another thread with what has died, for people; it must end the process.
-            owns_cluster: Ray is started by this process, so that its processes are killed if this one is; of a cluster that is joined, none is.
+            on_dead: called from another thread with a description of what has died; it must end this process.
+            owns_cluster: this process starts the Ray cluster, whose processes are killed if this one is killed; of a
+                cluster that is joined none is killed.
         """
         self._on_dead = on_dead
         self._mark = f"{os.getpid()}-{time.time_ns()}" if owns_cluster else ""
         self._stopping: float | None = None  # since when Ray is being stopped
         self._left = threading.Event()
         self._remote: dict[str, tuple[str, int]] = {}
-        self._answered: dict[str, float] = {}  # when what is remote last did
+        self._answered: dict[str, float] = {}  # when each remote process last did, by monotonic clock
         self._probed = 0.0
         self._watched: dict[
             int, str
-        ] = {}  # of the cluster's head: children of this process, from the moment that they are there
+        ] = {}  # children of this process that the cluster's head needs: names by process id
         self._is_started = False
         self._given_up: set[int] = set()  # children of a cluster that did not come up
 
@@ -82,33 +83,37 @@ class Watchdog:
     ) -> None:
         self._left.set()
         self._thread.join()
-        self._tell(ENDED)
+        self._send(ENDED)
         assert self._reaper.stdin is not None
         self._reaper.stdin.close()
         self._reaper.wait()
         os.environ.pop(_MARK, None)
 
     def own(self, session: str) -> None:
-        """Ray is making a session directory for a cluster of this process: whoever writes there belongs to it."""
-        self._tell(os.path.realpath(session))
+        """Ray makes a session directory for a cluster of this process: processes that write there belong to it."""
+        self._send(os.path.realpath(session))
 
     def started(self) -> None:
-        """Every process of the cluster is there. Until then its raylet may end: it is started once more."""
+        """Every process of the cluster runs. Until then its raylet may end: it is started once more."""
         self._is_started = True
 
     def failed(self) -> None:
         """The cluster has not come up; another one may be started."""
         self._given_up |= _essential_children().keys()
 
-    def _tell(self, line: str) -> None:
-        """Tell the reaper something; ENDED: this process is about to end, and says itself why."""
+    def _send(self, line: str) -> None:
+        """Send the reaper a session directory, or ENDED: this process is about to end, and prints why by itself."""
         assert self._reaper.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # somebody has killed the reaper
             self._reaper.stdin.write(line.encode() + b"\n")
             self._reaper.stdin.flush()
 
     def watch(self, remote: Mapping[str, tuple[str, int]]) -> None:
-        """Look at these as well, for people by name: a host and a port that must take a connection now and then."""
+        """Watch processes on other machines as well.
+
+        Args:
+            remote: host and port by the process's name for people; each must take a connection now and then.
+        """
         self._answered = dict.fromkeys(remote, time.monotonic())
         self._remote = dict(remote)
 
@@ -118,14 +123,14 @@ class Watchdog:
         self._stopping = time.monotonic()
 
     def _end(self, why: str) -> None:
-        self._tell(ENDED)
+        self._send(ENDED)
         self._on_dead(why)
 
     def _check(self) -> None:
         dead = next(
             (name for pid, name in self._watched.items() if pid not in self._given_up and not _is_alive(pid)), None
         )
-        if dead is not None and self._stopping is None:  # it was not told to end meanwhile
+        if dead is not None and self._stopping is None:  # Ray was not stopped meanwhile
             self._end(f"{dead} has died")
 
     def _probe(self) -> None:
@@ -166,10 +171,11 @@ def kill_cluster(mark: str, sessions: Collection[str]) -> None:
 
     Args:
         mark: the driver's process id, a hyphen, and what tells it from an earlier one.
-        sessions: directories that Ray has made for it. Ray's agents write their titles over the environment that holds the mark, but have logs open there.
+        sessions: directories that Ray has made for it. Ray's agents write their titles over the environment that holds
+            the mark, but have logs open there.
     """
     spared = {os.getpid(), int(mark.partition("-")[0])}
-    for _ in range(100):  # what is killed may just have started another
+    for _ in range(100):  # a process may have started another just before it was killed
         found = [
             process
             for process in psutil.process_iter()
@@ -197,7 +203,7 @@ def _belongs(process: psutil.Process, mark: str, sessions: Collection[str]) -> b
 
 
 def _essential_children() -> dict[int, str]:
-    """What of the cluster's head this process has started: names by process id."""
+    """Processes of the cluster's head that this process has started: names by process id."""
     found: dict[int, str] = {}
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):

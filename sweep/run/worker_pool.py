@@ -1,4 +1,7 @@
-"""A run's workers, one thread of the driver each: started, assigned tasks until there are none, started again when they die, stopped."""
+"""The pool of a run's workers, with one thread of the driver for each.
+
+A worker is started, assigned tasks until there are none, started again when it dies, and stopped.
+"""
 
 import functools
 import re
@@ -22,12 +25,11 @@ from workers.service.actor import Worker
 from workers.task import Progress, Task
 
 _LOOK_SECONDS: Final = 1.0  # between looks at whether nodes have joined, or the pool is being stopped
-_REST_SECONDS: Final = 1.0  # of a worker after its second death; each further one doubles it
+_REST_SECONDS: Final = 1.0  # until a worker is started again after its second death; each further one doubles it
 _MAX_REST_SECONDS: Final = 60.0
 _MAX_RESTARTS: Final = 20  # of a worker, over a whole sweep
-_MAX_SHORTAGES: Final = (
-    3  # kills in a row for want of memory, with nothing scored between them, until a worker stays away
-)
+# Kills in a row for lack of memory, with nothing scored between them, until a worker is not started again.
+_MAX_SHORTAGES: Final = 3
 _NAME_SECONDS: Final = 0.2  # between attempts to take a dead worker's name
 _INFO_SECONDS: Final = 10.0  # until a worker that does not answer is left out of the record
 _STOP_SECONDS: Final = 5.0  # until a thread whose worker has been stopped is left behind
@@ -36,7 +38,7 @@ _SHORTAGE: Final = re.compile(r"was (\S+) used / (\S+) limit.*?threshold of \S+ 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
-    """What every worker of a run is started with."""
+    """Arguments that every worker of a run is started with."""
 
     store_uri: str
     memory_gb: float | None  # that each may use, 1e9 bytes; None: see workers.service.scorer.Scorer
@@ -46,14 +48,14 @@ class WorkerSpec:
 
 
 class PoolEvents(Protocol):
-    """Whom a pool tells what happens. Calls come from its threads, one at a time."""
+    """Callbacks of a pool, from its threads, one at a time."""
 
     def ready(self) -> None:
         """The first worker holds the first task's model."""
         ...
 
     def warn(self, text: str) -> None:
-        """Something that people should know."""
+        """A warning for people."""
         ...
 
     def progress(self, progress: Progress) -> None:
@@ -62,7 +64,7 @@ class PoolEvents(Protocol):
 
 
 class _WorkerDied(Exception):
-    """A worker's process is gone, or of no use; another one may take its place."""
+    """A worker's process has died, or cannot be used any more; another one may be started in its place."""
 
     def __init__(self, reason: str, *, short_of_memory: bool = False) -> None:
         super().__init__(reason)
@@ -71,43 +73,42 @@ class _WorkerDied(Exception):
 
 @dataclass(slots=True)
 class _Member:
-    """What is known of one worker."""
+    """State of one worker."""
 
     name: str
     actor: Any = None
     holds: str | None = None  # revision of the model that it has loaded
     is_ready: bool = False
     n_deaths: int = 0
-    n_halvings: int = 0  # of its memory for captures, after it was killed for want of memory
+    n_halvings: int = 0  # of its memory for captures, after it was killed for lack of memory
     n_shortages: int = 0  # such kills since it last scored something
 
 
 class WorkerPool:
-    """Workers at a queue, until it is over or none of them is left."""
+    """Workers that score the tasks of a queue, until it is over or none of them is left."""
 
     def __init__(
         self, workers: Workers, spec: WorkerSpec, queue: TaskQueue, plan_refs: Mapping[str, Any], events: PoolEvents
     ) -> None:
-        """Prepare an empty pool; enter it to start the workers.
+        """Create an empty pool; entering it starts the workers.
 
         Args:
-            workers: how many, on what.
-            spec: what they are started with.
-            queue: what they score.
+            workers: their number, device and nodes.
+            spec: arguments that they are started with.
+            queue: tasks that they score.
             plan_refs: object references of the plans, by plan id.
-            events: whom it tells.
+            events: callbacks.
         """
         self._workers, self._spec, self._queue, self._plan_refs, self._events = workers, spec, queue, plan_refs, events
-        remote: Any = ray.remote  # whose annotations know no concurrency groups
+        remote: Any = ray.remote  # its annotations lack concurrency groups
         self._class: Any = remote(concurrency_groups={"parts": 1})(Worker)
         self._members: list[_Member] = []
         self._threads: list[threading.Thread] = []
-        self._telling = threading.Lock()
+        self._events_lock = threading.Lock()
         self._stopped = threading.Event()
         self._is_ready = False
-        self._unsaid: list[
-            str
-        ] = []  # why workers stay away, until one is ready: the last of them ends the run with its own reason
+        # Why workers were lost before one was ready; if no worker is left, the last one's reason ends the run instead.
+        self._early_losses: list[str] = []
         self._n_present = 0
         self._error: BaseException | None = None
         self.n_deaths = 0  # of workers that had an assignment
@@ -137,7 +138,7 @@ class WorkerPool:
         return self._error is not None
 
     def check(self) -> None:
-        """Raises: what the pool has failed with."""
+        """Raise the error that the pool has failed with, if it has."""
         if self._error is not None:
             raise self._error
 
@@ -147,16 +148,16 @@ class WorkerPool:
         return {"starting": max(0, self._n_present - n_ready), "idle": max(0, n_ready - n_busy), "busy": n_busy}
 
     def infos(self) -> list[dict[str, Any]]:
-        """What workers say of themselves, as far as they answer; see workers.service.actor.Worker.info."""
+        """Facts of the workers that answer in time; see workers.service.actor.Worker.info."""
         asked = [member.actor.info.remote() for member in self._members if member.is_ready]
         answered = ray.wait(asked, num_returns=len(asked), timeout=_INFO_SECONDS)[0] if asked else []
         return [info for answer in answered if (info := _unless_dead(answer)) is not None]
 
     def _start(self, count: int) -> None:
-        """Have so many workers, those included that are there."""
+        """Start workers until there are `count`."""
         added = [_Member(f"{cluster.WORKER}{index}") for index in range(len(self._members), count)]
         self._members += added
-        with self._telling:
+        with self._events_lock:
             self._n_present += len(added)  # before the first of them can be lost
         for member in added:
             self._queue.add_worker(member.name)
@@ -171,7 +172,7 @@ class WorkerPool:
         try:
             work()
         except BaseException as error:  # noqa: BLE001 -- raised by `check`, in the thread that waits for the run
-            if not self._stopped.is_set():  # what is being stopped fails in many ways
+            if not self._stopped.is_set():  # a pool that is being stopped fails in many ways
                 self._error = self._error or error
                 self._queue.give_up(str(error))
 
@@ -181,7 +182,7 @@ class WorkerPool:
             self._start(cluster.room(self._workers))
 
     def _serve(self, member: _Member) -> None:
-        """A worker's life: it dies and is started again until there is nothing left to score, or it stays away."""
+        """Start a worker, and again when it dies, until nothing is left to score or it is lost for good."""
         while not self._stopped.is_set():
             try:
                 self._work(member)
@@ -202,7 +203,7 @@ class WorkerPool:
         Raises:
             _WorkerDied: the process has died, or is of no use any more.
             Unfit: it cannot load the first model.
-            SweepError: the checkpoint is not a right one.
+            SweepError: the checkpoint cannot be loaded by any worker.
         """
         try:
             member.actor = self._actor(member)
@@ -240,22 +241,22 @@ class WorkerPool:
                     n_gpus,
                     member.n_halvings,
                 )
-            except ActorAlreadyExistsError:  # Ray has not buried the dead one yet
+            except ActorAlreadyExistsError:  # Ray has not released the dead one's name yet
                 if self._stopped.wait(_NAME_SECONDS):
                     raise
 
     def _admit(self, member: _Member) -> None:
-        with self._telling:
+        with self._events_lock:
             if not self._is_ready:
                 self._events.ready()
                 self._is_ready = True
-                for text in self._unsaid:
+                for text in self._early_losses:
                     self._events.warn(text)
             self.n_replaced += member.n_deaths > 0
             member.is_ready = True
 
     def _score(self, member: _Member, assignment: Assignment) -> None:
-        """Have an assignment scored, pass its progress on, and say how it ended.
+        """Have an assignment scored, report its progress, and give it back to the queue.
 
         Raises: _WorkerDied: before its end.
         """
@@ -276,7 +277,10 @@ class WorkerPool:
     def _take_failure(
         self, member: _Member, assignment: Assignment, ended: dict[str, str | None], error: RayTaskError
     ) -> None:
-        """What a worker's own error means for its assignment. Raises: _WorkerDied: the process is of no use any more."""
+        """Give an assignment back to the queue after a worker's own error.
+
+        Raises: _WorkerDied: the process cannot be used any more.
+        """
         reason = str(error.cause).strip() or type(error.cause).__name__
         if isinstance(error.cause, StoreFailed):
             self._queue.stop(reason)
@@ -293,7 +297,7 @@ class WorkerPool:
             self._queue.finish(assignment, dict.fromkeys((task.task_id for task in assignment.tasks), reason) | ended)
 
     def _stream(self, member: _Member, assignment: Assignment, ended: dict[str, str | None]) -> None:
-        """Give a worker parts as it asks for them, and pass its progress on; `ended` takes up tasks that have failed."""
+        """Assign a worker parts as it asks for them, and report its progress; failed tasks are added to `ended`."""
         tasks, number, actor = assignment.tasks, assignment.number, member.actor
         plan = self._plan_refs[assignment.tasks[0].plan_id]
         name = f"score {tasks[0].label}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "")
@@ -318,18 +322,20 @@ class WorkerPool:
                     member.n_shortages = 0
                 if progress.failure is not None:
                     ended[progress.task_id] = progress.failure
-            with self._telling:
+            with self._events_lock:
                 for progress in several:
                     self._events.progress(progress)
 
     def _warn(self, text: str) -> None:
-        with self._telling:
+        with self._events_lock:
             self._events.warn(text)
 
     def _may_return(self, member: _Member, death: _WorkerDied) -> bool:
-        """Whether a worker that has died is started again: with less memory for captures, if it was killed for want of memory.
+        """Whether a worker that has died is started again.
 
-        Raises: SweepError: it was the last one, and stays away.
+        It is given less memory for captures if it was killed for lack of memory.
+
+        Raises: SweepError: it is not started again, and was the last one.
         """
         if self._stopped.is_set():
             return False
@@ -340,9 +346,8 @@ class WorkerPool:
             if member.n_shortages == _MAX_SHORTAGES:
                 self._lose(member, MemoryShort(f"{member.name} was killed {_MAX_SHORTAGES} times: {death}."))
                 return False
-            self._warn(
-                f"{member.name} was killed: {death}. It starts again with 1/{2**member.n_halvings} of its memory for captures."
-            )
+            share = f"1/{2**member.n_halvings} of its memory for captures"
+            self._warn(f"{member.name} was killed: {death}. It starts again with {share}.")
         elif member.n_deaths > _MAX_RESTARTS:
             self._lose(member, SweepError(f"{member.name} has died for good: {death}"))
             return False
@@ -353,7 +358,7 @@ class WorkerPool:
 
         Raises: SweepError: it was the last one.
         """
-        with self._telling:
+        with self._events_lock:
             self._n_present -= 1
             if not self._n_present:
                 raise error
@@ -361,17 +366,17 @@ class WorkerPool:
             if self._is_ready:
                 self._events.warn(text)
             else:
-                self._unsaid.append(text)
+                self._early_losses.append(text)
         self._queue.remove_worker(member.name)
 
 
 def rest_seconds(n_deaths: int) -> float:
-    """How long a worker is left alone after so many deaths: what is wrong with its machine may pass."""
+    """Seconds until a worker is started again after so many deaths: a fault of its machine may pass."""
     return 0.0 if n_deaths <= 1 else min(_REST_SECONDS * 2.0 ** (n_deaths - 2), _MAX_REST_SECONDS)
 
 
 def _died(error: RayError) -> _WorkerDied:
-    """What an error of Ray says of a worker's death, in a line."""
+    """The reason of a worker's death, in a line, from Ray's error."""
     text = str(error)
     short = (
         isinstance(error, OutOfMemoryError) or "due to memory pressure" in text or "node running low on memory" in text
@@ -382,7 +387,7 @@ def _died(error: RayError) -> _WorkerDied:
 
 
 def _shortage(text: str) -> str:
-    """How much memory is there and in use, from Ray's account of a kill (2.60)."""
+    """Memory of the machine and memory in use, from Ray's message of a kill (2.60)."""
     found = _SHORTAGE.search(text)
     return (
         f"its machine is short of memory ({found[1]} used of {found[2]}, Ray kills above {found[3]} %)"

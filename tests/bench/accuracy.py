@@ -25,7 +25,7 @@ CHECKED = (
 def reference_score(
     task: Task, weights: dict[str, Tensor], rows: dict[str, Rows], quantizers: Quantizers
 ) -> tuple[float, float]:
-    """The score with float32 products (TF32 off) of the float32 quantized tensors; and as stock bf16 scoring computes it."""
+    """The score with float32 products (TF32 off) of float32 quantized tensors, and as stock bf16 scoring has it."""
     exact = stock = 0.0
     for name, weight in weights.items():
         seen = rows[name]
@@ -39,7 +39,7 @@ def reference_score(
 
 
 def worst_against_fp32(bench: Subject, engine: Engine, rows: dict[str, Rows]) -> dict[str, float]:
-    """Largest relative difference of ours and of stock bf16 scoring, and the least Spearman correlation, over groups and recipes."""
+    """Largest relative differences (ours, stock bf16) and least Spearman correlation, over groups and recipes."""
     figures = {"worst_relative_difference": 0.0, "stock_bf16_worst_relative_difference": 0.0, "least_spearman": 1.0}
     quantizers = Quantizers()
     for task in bench.tasks:

@@ -34,8 +34,8 @@ def run_bare(
         store: a folder, if workers join a cluster.
         on_ready: called when the first worker is there.
 
-    Returns: why tasks failed; what workers say of themselves; seconds from the first worker's readiness to the end of the last trial, and
-        those that stopping Ray took then.
+    Returns: why tasks failed; facts of the workers; seconds from the first worker's readiness to the end of the last
+        trial; seconds that stopping Ray took then.
     """
     marks: list[float] = []
     worker_pool.Worker = worker

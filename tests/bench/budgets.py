@@ -1,13 +1,16 @@
-"""Solved recipes against the best uniform one and against what `mtq.auto_quantize` chooses among the same formats, on held-out samples.
+"""Solved recipes against the best uniform one and `mtq.auto_quantize`'s choice, on held-out samples.
 
-Needs a store with finished cells of the bundled model in size large: `sweep run -m grid=deployable target=vllm_sm100 dataset.size=large store.uri=DIR`.
-ModelOpt calibrates and scores on the same samples, in the same batches, with the same summed loss, all formats in one call, and solves by itself.
-Formats are those that the target runs and that ModelOpt can choose among on texts of several lengths (no inputs in blocks, but for its kernels' own).
+Needs a store with finished cells of the bundled model in size large:
+`sweep run -m grid=deployable target=vllm_sm100 dataset.size=large store.uri=DIR`.
+ModelOpt calibrates and scores on the same samples, in the same batches, with the same summed loss, all formats in one
+call, and solves by itself. Formats are the same for both: those that the target runs and that ModelOpt can choose among
+on texts of several lengths (no inputs in blocks, but for its kernels' own).
 
-Twice: with its own sizes of formats, in which a block's scale often weighs nothing (ours is then solved at the size that its choice really has), and
-with ours given as `effective_bits`, so that both have one budget.
+Twice: with its own sizes of formats, in which a block's scale often weighs nothing (ours is then solved at the size
+that its choice really has), and with ours given as `effective_bits`, so that both have one budget.
 
-python -m tests.bench.budgets --store DIR [--target vllm_sm100] [--bits 4.5,5,6] [--overrides quant_pair=wint4_afp16,wint8_afp16]
+python -m tests.bench.budgets --store DIR [--target vllm_sm100] [--bits 4.5,5,6] \
+    [--overrides quant_pair=wint4_afp16,wint8_afp16]
 """
 
 # pyright: basic
@@ -33,10 +36,10 @@ from sweep.config.targets import Target
 from sweep.core.batches import Batch
 from sweep.formats.mixed import GroupFormat, MixedRecipe
 from sweep.formats.quantizer import QuantizerSpec
-from sweep.mixed_precision.candidates import Options, read_options
+from sweep.mixed_precision.candidates import Candidates, read_candidates
 from sweep.mixed_precision.measured import Measured, uniform_recipes, validate
-from sweep.mixed_precision.prepared import Prepared, config_of, loaded, prepared
-from sweep.mixed_precision.recipe import Budget, problem_of, recipe, rules_of, solved
+from sweep.mixed_precision.recipe import Budget, problem_of, recipe_of_choice, rules_of, solved
+from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of, load_model
 from sweep.run.resources import own_device
 from sweep.store.store import Store
 from tests.bench.setup import report
@@ -45,7 +48,12 @@ from workers.quant.modelopt import auto_quantize_state
 
 
 def quantize_config(chosen: GroupFormat, effective_bits: float | None) -> dict[str, Any]:
-    """One of our formats as one of ModelOpt's candidates. Args: effective_bits: its size; None: as ModelOpt reckons it."""
+    """One of our formats as one of ModelOpt's candidates.
+
+    Args:
+        chosen: the format.
+        effective_bits: its size; None: as ModelOpt reckons it.
+    """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, attributes in (("*weight_quantizer", chosen.weight), ("*input_quantizer", chosen.inputs)):
         if attributes is not None:
@@ -64,7 +72,7 @@ def auto_quantize(
     bits: float,
     checkpoint: Path,
 ) -> Mapping[str, Any]:
-    """What `mtq.auto_quantize` finds.
+    """The state of `mtq.auto_quantize` after its search.
 
     Args:
         model: unquantized; it is not touched.
@@ -87,14 +95,14 @@ def searched(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def constraint(state: Mapping[str, Any], bits: float) -> float:
-    """ModelOpt's `effective_bits` for `bits` of the layer groups that have a choice: it counts the disabled ones too, with 16."""
+    """ModelOpt's `effective_bits` for `bits` of the groups that have a choice: it counts disabled ones too, with 16."""
     total = sum(stats["uncompressed_cost"] for stats in state["candidate_stats"].values())
     covered = sum(stats["uncompressed_cost"] for stats in searched(state).values())
     return 16 - (16 - bits) * covered / total
 
 
 def choice_of(state: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The chosen candidate's number by first module of each layer group, `len(candidates)` where it stays in 16 bits."""
+    """Index of the chosen candidate by first module of the layer group; `len(candidates)` for 16 bits."""
     entries = [QuantizeConfig(**candidate).quant_cfg for candidate in candidates]
     numbers: dict[str, int] = {}
     for name in searched(state):
@@ -103,18 +111,18 @@ def choice_of(state: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]])
     return numbers
 
 
-def read(typed: Sequence[str], target: Target) -> Options:
-    """What the store has of the formats that the target runs as they were scored and that `mtq.auto_quantize` can run, too."""
-    options = read_options(Store(expand(typed, multirun=True).points[0].store.uri), typed)
-    allowed = rules_of((), (), False, target, options).allowed
+def read(typed: Sequence[str], target: Target) -> Candidates:
+    """The store's formats that the target runs as they were scored and that `mtq.auto_quantize` can run, too."""
+    stored = read_candidates(Store(expand(typed, multirun=True).points[0].store.uri), typed)
+    allowed = rules_of((), (), False, target, stored).allowed
     return replace(
-        options,
-        formats=tuple(each for each in options.formats if allowed(each.format) and not needs_one_shape(each.format)),
+        stored,
+        formats=tuple(each for each in stored.formats if allowed(each.format) and not needs_one_shape(each.format)),
     )
 
 
 def needs_one_shape(chosen: GroupFormat) -> bool:
-    """ModelOpt's inputs in blocks ("requires a fixed input shape"), but for those of its kernels; texts have no one shape."""
+    """Whether ModelOpt "requires a fixed input shape", which texts have not: for inputs in blocks but its kernels'."""
     spec = QuantizerSpec(attributes=chosen.inputs or {})
     return bool(spec.block_elements) and not spec.has_dynamic_blocks
 
@@ -122,26 +130,28 @@ def needs_one_shape(chosen: GroupFormat) -> bool:
 class Comparison:
     """Measures what is compared, each recipe once."""
 
-    def __init__(self, options: Options, target: Target, typed: Sequence[str]) -> None:
-        self.options, self.rules, self._typed = options, rules_of((), (), False, target, options), typed
-        self.problem = problem_of(options, self.rules)
-        self.uniform = self.measured([("uniform", each) for each in uniform_recipes(options)])
+    def __init__(self, stored: Candidates, target: Target, typed: Sequence[str]) -> None:
+        self.stored, self.rules, self._typed = stored, rules_of((), (), False, target, stored), typed
+        self.problem = problem_of(stored, self.rules)
+        self.uniform = self.measured([("uniform", each) for each in uniform_recipes(stored)])
 
     def measured(self, recipes: Sequence[tuple[str, MixedRecipe]]) -> list[Measured]:
-        ready = self.ready(recipes[0][1])
-        return validate(ready, recipes, own_device(ready.config.cluster))
+        context = self.context(recipes[0][1])
+        return validate(context, recipes, own_device(context.config.cluster))
 
-    def ready(self, made: MixedRecipe) -> Prepared:
-        return prepared(made, config_of(made, [*self._typed, "cluster.device=cpu"]))
+    def context(self, made: MixedRecipe) -> RecipeContext:
+        return context_of(made, config_of(made, [*self._typed, "cluster.device=cpu"]))
 
     def figures(self, numbers: Mapping[str, int], bits: float | None) -> dict[str, Any]:
         """Ours beside ModelOpt's choice. Args: bits: our budget; None: the size of ModelOpt's choice."""
-        groups = [group["group"] for group in self.options.groups]
-        theirs = recipe(self.options, np.array([numbers[group] for group in groups]), "mtq.auto_quantize", None)
+        groups = [group["group"] for group in self.stored.groups]
+        theirs = recipe_of_choice(
+            self.stored, np.array([numbers[group] for group in groups]), "mtq.auto_quantize", None
+        )
         budget = theirs.effective_bits if bits is None else bits
-        ours = recipe(
-            self.options,
-            solved(self.options, self.problem, Budget(bits=budget), self.rules),
+        ours = recipe_of_choice(
+            self.stored,
+            solved(self.stored, self.problem, Budget(bits=budget), self.rules),
             f"solved {budget:g}",
             None,
         )
@@ -181,11 +191,14 @@ def main() -> None:
     typed = [f"store.uri={args.store}", "dataset.size=large", f"target={args.target}"]
     target = Target.from_config(expand(typed, multirun=False).points[0].target)
     comparison = Comparison(read([*typed, *args.overrides], target), target, typed)
-    formats = [option.format for option in comparison.options.formats]
-    ready = comparison.ready(uniform_recipes(comparison.options)[0])
+    formats = [candidate.format for candidate in comparison.stored.formats]
+    context = comparison.context(uniform_recipes(comparison.stored)[0])
     register()
-    model, batches = loaded(ready, own_device(ready.config.cluster)), list(ready.plan.batches("large"))
-    covered = [module for group in comparison.options.groups for module in group["modules"]]
+    model, batches = (
+        load_model(context, own_device(context.config.cluster)),
+        list(context.plan.batches("large")),
+    )
+    covered = [module for group in comparison.stored.groups for module in group["modules"]]
     for sizes in ("ModelOpt's", "ours"):
         candidates = [quantize_config(each, each.effective_bits if sizes == "ours" else None) for each in formats]
         with tempfile.TemporaryDirectory() as place:

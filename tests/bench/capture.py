@@ -22,10 +22,10 @@ def main() -> None:
     groups, segments = bench.tasks[0].groups, bench.plan.segments
     parts = list(dict.fromkeys(group.part for group in groups))
     share = -(-len(parts) // args.windows)
-    windows = [
-        [name for group in groups if group.part in parts[start : start + share] for name in group.modules]
-        for start in range(0, len(parts), share)
-    ]
+    windows: list[list[str]] = []
+    for start in range(0, len(parts), share):
+        some = parts[start : start + share]
+        windows.append([name for group in groups if group.part in some for name in group.modules])
     everything = [name for window in windows for name in window]
 
     def windowed() -> None:

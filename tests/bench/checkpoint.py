@@ -30,8 +30,10 @@ def write_captions(path: Path, *, long: bool) -> Path:
     words = " ".join(read_captions(bundled_model_dir() / "wordnet_glosses.txt", 512)).split()
     n_tokens = sum(len(ids) for ids in loading.tokenize(bundled_model_dir(), [" ".join(words)]))
     n_words = round((_LONG_TOKENS * 1.1 if long else _TOKENS_A_CAPTION) * len(words) / n_tokens)
-    lines = [
-        " ".join(words[(i * n_words + j) % len(words)] for j in range(n_words)) for i in range(128 if long else 512)
-    ]
+
+    def caption(start: int) -> str:
+        return " ".join(words[place % len(words)] for place in range(start, start + n_words))
+
+    lines = [caption(start) for start in range(0, n_words * (128 if long else 512), n_words)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

@@ -1,4 +1,7 @@
-"""`sweep`, whose workers write a line for each part that they have scored, before it is written: `python -m tests.bench.counted run ...`."""
+"""`sweep` with workers that log each part that they have scored, before it is written.
+
+python -m tests.bench.counted run ...
+"""
 
 # pyright: basic
 

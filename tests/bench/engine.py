@@ -3,9 +3,9 @@
     python -m tests.bench.engine --device cpu --model tiny
     python -m tests.bench.engine --device cuda --model qwen3_vl_4b_shape
 
-`speedup` is per distinct cell: the whole grid of distinct recipes in one visit, against the reference's best batch size at
-one format a call. `floor_seconds` is the time of one recipe's GEMMs in the model's precision. The reference's slow batch
-sizes are measured on a part of the samples and scaled.
+`speedup` is per distinct cell: the whole grid of distinct recipes in one visit, against the reference's best batch size
+at one format a call. `floor_seconds` is the time of one recipe's GEMMs in the model's precision. The reference's slow
+batch sizes are measured on a part of the samples and scaled.
 """
 
 # pyright: basic
@@ -40,7 +40,7 @@ _EIGHT = (*_CHECKED, "wfp8_afp16/default", "wint8_afp16/default", "wint4_afp8/de
 def score(
     bench: Subject, engine: Engine, rows: dict[str, Rows], tasks: Sequence[Task], *sizes: str
 ) -> dict[str, list[Scores] | None]:
-    """Every layer group under the tasks' recipes, one group waited for after the next few have been started, as a worker does."""
+    """Score every layer group under the tasks' recipes, waiting for one once the next few are started, as a worker."""
     jobs: list[Job] = [job(task, bench.plan, *sizes) for task in tasks]
     waiting: deque[tuple[str, Callable[[], list[Scores] | None]]] = deque()
     found: dict[str, list[Scores] | None] = {}
@@ -65,7 +65,7 @@ def floor(bench: Subject, rows: dict[str, Rows]) -> float:
 
 
 def references(bench: Subject, sizes: Sequence[int]) -> dict[str, float]:
-    """Seconds a format of stock auto_quantize, one format a call at each batch size, and eight formats a call at the best."""
+    """Seconds a format of stock auto_quantize: one format a call at each batch size, and eight a call at the best."""
     entries = {task.label: task.quant_cfg for task in bench.tasks}
     found: dict[str, float] = {}
     full = padded_batches(bench.samples, max(sizes), bench.device)

@@ -1,8 +1,9 @@
 """Faults at random moments of a real sweep on the bundled model, the same command again until it is complete.
 
-`python -m tests.bench.faults --rounds N` injects N faults, of every kind in turn. All the time a reader opens every score file that is
-there; at the end each store is compared with that of an undisturbed run, byte by byte. For a disk that is full, stores lie on a small one of
-their own: mounting it takes root and a loop device. Where there is a GPU, workers use it.
+`python -m tests.bench.faults --rounds N` injects N faults, of every kind in turn. All the time a reader opens every
+score file that is there; at the end each store is compared with that of an undisturbed run, byte by byte. For a disk
+that is full, stores lie on a small one of their own: mounting it takes root and a loop device. Where there is a GPU,
+workers use it.
 """
 
 # pyright: basic
@@ -58,7 +59,7 @@ DISK = "64M"
 
 @dataclass
 class Found:
-    """What went wrong, if anything did."""
+    """Faults that were injected, and what went wrong, if anything did."""
 
     injected: Counter[str] = field(default_factory=Counter[str])
     ended: Counter[str] = field(default_factory=Counter[str])  # kind of fault and exit code
@@ -107,7 +108,10 @@ def scored_of(store: Path) -> Path:
 
 
 def processes(mark: str, session: int | None = None) -> dict[int, str]:
-    """Processes of one run, however deep and whoever is their parent now, with their names: they bear its mark, or are in its first one's session."""
+    """Processes of one run with their names, at any depth and under any parent.
+
+    They bear the run's mark, or are in its first process's session.
+    """
     found: dict[int, str] = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -141,7 +145,10 @@ def kill_all(mark: str, session: int | None = None) -> None:
 
 @contextlib.contextmanager
 def two_nodes(mark: str) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """A Ray cluster of two nodes of one core, marked `mark`-head and `mark`-node; gives the overrides and the environment that join it."""
+    """A Ray cluster of two nodes of one core, marked `mark`-head and `mark`-node.
+
+    Yields: the overrides and the environment that join it.
+    """
     folder = Path(mkdtemp(prefix="ray-"))  # short: a socket's path has 107 characters at most
     (folder / "token").write_text(secrets.token_hex(32), encoding="ascii")
     with socket.socket() as taken:
@@ -201,7 +208,7 @@ def fill(ballast: Path) -> None:
 
 
 def kill_writer(store: Path, pid: int) -> None:
-    """Kill a worker when it has just begun to write a file, so that its half-written one is there; after 5 seconds in any case."""
+    """Kill a worker that has just begun to write a file, so that half of it is there; after 5 seconds in any case."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline and not any(f".{pid}-" in path.name for path in listed(store, "*/*/.*.tmp")):
         pass
@@ -236,7 +243,7 @@ def reading(store: Path, found: Found) -> Iterator[None]:
 
 
 def listed(store: Path, pattern: str) -> list[Path]:
-    """What matches; a directory may go while it is listed."""
+    """Files that match; a directory may be removed while it is listed."""
     while True:
         with contextlib.suppress(FileNotFoundError):
             return list(store.glob(pattern))
@@ -247,7 +254,7 @@ def cells(store: Path) -> dict[str, bytes]:
 
 
 class Scored:
-    """What workers have scored for a store, in this run and before."""
+    """Parts that workers have scored for a store, in this run and before."""
 
     def __init__(self, store: Path) -> None:
         self._log = scored_of(store)
@@ -294,7 +301,10 @@ def hit(kind: str, store: Path, process: "subprocess.Popen[bytes]", mark: str, g
 
 
 def disturb(kind: str, store: Path, workers: int, seconds: float, generator: random.Random, found: Found) -> bool:
-    """One run with one fault, `seconds` after it began to score (or before, if negative). Returns whether the sweep is complete."""
+    """One run with one fault, `seconds` after it began to score (or before, if negative).
+
+    Returns: whether the sweep is complete.
+    """
     mark = f"{os.getpid()}-{time.time_ns()}"
     with two_nodes(mark) if kind == "node" else contextlib.nullcontext(([], {})) as (overrides, environment):
         process = start(store, workers, *overrides, mark=mark, **environment)

@@ -1,7 +1,7 @@
-"""method=kl_div: one trial of ours against `mtq.auto_quantize(method="kl_div")`, of which one batch of 64 samples is measured and scaled.
+"""method=kl_div: one trial of ours against `mtq.auto_quantize(method="kl_div")`.
 
-`seconds_per_trial` is a trial on an engine that has run one before; `first_trial_seconds` holds the unquantized model's pass and
-the recording of CUDA graphs, too.
+Of the latter one batch of 64 samples is measured and scaled. `seconds_per_trial` is a trial on an engine that has run
+one before; `first_trial_seconds` holds the unquantized model's pass and the recording of CUDA graphs, too.
 
 python -m tests.bench.kl --device cuda --model qwen3_vl_4b_shape
 """

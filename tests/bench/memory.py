@@ -75,16 +75,12 @@ def main() -> None:
         )
         plan = make_plan(samples, packed=True)
         network = loading.load(path, dtype=torch.float32, device="cpu") if args.model == "tiny" else random_4b("meta")
-        tasks = [
-            replace(
-                task,
-                task_id=f"task-{number}",
-                model=spec,
-                plan_id="plan",
-                cells={size: f"{number}-{size}" for size in SIZES},
-            )
-            for number, task in enumerate(grid_tasks(network, args.device))
-        ]
+
+        def numbered(number: int, task: Task) -> Task:
+            cells = {size: f"{number}-{size}" for size in SIZES}
+            return replace(task, task_id=f"task-{number}", model=spec, plan_id="plan", cells=cells)
+
+        tasks = [numbered(number, task) for number, task in enumerate(grid_tasks(network, args.device))]
         reference: float | None = None
         for budget in map(float, args.budgets.split(",")):
             figures = measured(budget, spec, tasks, plan, Path(fresh) / f"store-{budget:g}", device)

@@ -1,6 +1,7 @@
-"""What Ray and Tune cost: trials whose scoring takes no time, on workers that load a model in no time.
+"""Time that Ray and Tune cost: trials whose scoring takes no time, on workers that load a model in no time.
 
-`ms_per_trial` runs from the workers' readiness to the end of the last trial; `stop_seconds` is what stopping Ray takes then.
+`ms_per_trial` runs from the workers' readiness to the end of the last trial; `stop_seconds` is the time that stopping
+Ray takes then.
 
 python -m tests.bench.orchestration
 """

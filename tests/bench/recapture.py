@@ -1,8 +1,9 @@
-"""What recapturing gains: recipes solved on the sweep's scores, and again on scores around the recipe before, on held-out samples.
+"""KL of recipes solved on the sweep's scores, and again on scores around the recipe before, on held-out samples.
 
 Needs a store with finished cells of the bundled model, all of one kind: `sweep run -m grid=demo store.uri=DIR`.
 
-python -m tests.bench.recapture --store DIR [--bits 4.25,4.5,5,6] [--rounds 2] [--overrides quant_pair=wfp4_afp4,wfp8_afp8]
+python -m tests.bench.recapture --store DIR [--bits 4.25,4.5,5,6] [--rounds 2] \
+    [--overrides quant_pair=wfp4_afp4,wfp8_afp8]
 """
 
 # pyright: basic
@@ -13,11 +14,11 @@ import time
 import torch
 
 from sweep.config.compose import expand
-from sweep.mixed_precision.candidates import read_options
+from sweep.mixed_precision.candidates import read_candidates
 from sweep.mixed_precision.measured import uniform_recipes, validate
-from sweep.mixed_precision.prepared import config_of, prepared
-from sweep.mixed_precision.recapture import recaptured_damage
-from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe, solved
+from sweep.mixed_precision.recapture import recaptured_kl
+from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe_of_choice, solved
+from sweep.mixed_precision.recipe_context import config_of, context_of
 from sweep.report.analysis import FloatArray
 from sweep.store.store import Store
 from tests.bench.setup import report
@@ -34,26 +35,26 @@ def main() -> None:
     args = parser.parse_args()
     typed = [f"store.uri={args.store}", "dataset.size=large", *args.overrides]
     device = torch.device("cpu")
-    options = read_options(Store(expand(typed, multirun=True).points[0].store.uri), typed)
-    rules, uniform = Rules(pins={}), uniform_recipes(options)
+    candidates = read_candidates(Store(expand(typed, multirun=True).points[0].store.uri), typed)
+    rules, uniform = Rules(pins={}), uniform_recipes(candidates)
     for bits in map(float, args.bits.split(",")):
-        damage: FloatArray | None = None
+        kl: FloatArray | None = None
         for round_ in range(args.rounds + 1):
             started = time.perf_counter()
-            problem = problem_of(options, rules, damage)
-            made = recipe(
-                options,
-                solved(options, problem, Budget(bits=bits), rules),
+            problem = problem_of(candidates, rules, kl)
+            made = recipe_of_choice(
+                candidates,
+                solved(candidates, problem, Budget(bits=bits), rules),
                 f"{bits:g} bits, round {round_}",
                 None,
-                damage,
+                kl,
             )
-            ready = prepared(made, config_of(made, [f"store.uri={args.store}", "cluster.device=cpu"]))
+            context = context_of(made, config_of(made, [f"store.uri={args.store}", "cluster.device=cpu"]))
             asked = [
                 ("recipe", made),
                 *(("uniform", each) for each in uniform if each.effective_bits <= bits and not round_),
             ]
-            found, *others = validate(ready, asked, "cpu")
+            found, *others = validate(context, asked, "cpu")
             figures: dict[str, object] = {
                 "bits": bits,
                 "round": round_,
@@ -64,7 +65,7 @@ def main() -> None:
                 best = min(others, key=lambda row: row.measured_kl)
                 figures |= {"best_uniform": best.name, "best_uniform_kl": best.measured_kl}
             if round_ < args.rounds:
-                damage = recaptured_damage(ready, made, options, "cpu")
+                kl = recaptured_kl(context, made, candidates, "cpu")
             report("recapture", device, figures | {"seconds": time.perf_counter() - started})
 
 

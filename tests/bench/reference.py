@@ -1,4 +1,4 @@
-"""Stock `mtq.auto_quantize`, used as its users would at its best: samples sorted by length, padded to the longest of a batch."""
+"""Stock `mtq.auto_quantize` at its best: samples sorted by length, padded to the longest of a batch."""
 
 # pyright: basic
 
@@ -18,7 +18,7 @@ PaddedBatch = dict[str, Tensor]
 
 
 def padded_batches(samples: Sequence[Sample], batch_size: int, device: torch.device) -> list[PaddedBatch]:
-    """Batches of samples of about one length, padded on the right; labels are shifted, -100 where nothing is predicted."""
+    """Batches of samples of about one length, padded right; labels are shifted, -100 where nothing is predicted."""
     ordered = sorted(samples, key=lambda sample: len(sample.token_ids))
     batches: list[PaddedBatch] = []
     for start in range(0, len(ordered), batch_size):
@@ -49,14 +49,13 @@ def auto_quantize(
             logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
         )
 
+    quantization_formats = [{"quant_cfg": list(map(dict, entries)), "algorithm": "max"} for entries in formats]
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         _, state = mtq.auto_quantize(
             clone,
             constraints={"effective_bits": 16.0},
-            quantization_formats=[
-                {"quant_cfg": [dict(entry) for entry in entries], "algorithm": "max"} for entries in formats
-            ],
+            quantization_formats=quantization_formats,
             data_loader=list(batches),
             forward_step=forward_step,
             loss_func=loss if method == "gradient" else None,
@@ -66,8 +65,5 @@ def auto_quantize(
             num_score_steps=len(batches),
             verbose=False,
         )
-    return {
-        name: [float(score) for score in stats["scores"]]
-        for name, stats in state["candidate_stats"].items()
-        if len(stats["scores"]) > 1
-    }
+    scores = {name: stats["scores"] for name, stats in state["candidate_stats"].items()}
+    return {name: list(map(float, each)) for name, each in scores.items() if len(each) > 1}

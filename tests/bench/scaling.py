@@ -2,14 +2,14 @@
 
 python -m tests.bench.scaling --device cuda --model qwen3_vl_4b_shape --gpus 1,2,4,8
 python -m tests.bench.scaling --device cuda --model qwen3_vl_4b_shape --gpus 1 --workers-per-gpu 2
-python -m tests.bench.scaling --device cuda --model qwen3_vl_4b_shape --gpus 2 --kill      # one worker, in the middle of the warm run
-python -m tests.bench.scaling --device cpu --model tiny --gpus 1,2                         # workers of one core each
+python -m tests.bench.scaling --device cuda --model qwen3_vl_4b_shape --gpus 2 --kill   # one worker, mid warm run
+python -m tests.bench.scaling --device cpu --model tiny --gpus 1,2                      # workers of one core each
 python -m tests.bench.scaling --plot lines.jsonl tests/bench/scaling.svg
 
-Cold: nothing known of checkpoint and data set. Warm: their hashes and token ids are; each run has its own empty store and
-loads the model. `work_seconds` is from the first worker's first task to the last row, with models loaded; `scored_seconds` is
-that less a worker's capture. `efficiency` compares `scored_seconds` with the first point's, `efficiency_with_capture` the other:
-every GPU captures for itself, so that part does not shrink.
+Cold: nothing known of checkpoint and data set. Warm: their hashes and token ids are; each run has its own empty store
+and loads the model. `work_seconds` is from the first worker's first task to the last row, with models loaded;
+`scored_seconds` is that less a worker's capture. `efficiency` compares `scored_seconds` with the first point's,
+`efficiency_with_capture` the other: every GPU captures for itself, so that part does not shrink.
 """
 
 # pyright: basic

@@ -1,4 +1,4 @@
-"""What benchmarks measure on: the bundled model and its texts, or the shape of Qwen3-VL-4B with random weights and texts."""
+"""Subjects of benchmarks: the bundled model and its texts, or Qwen3-VL-4B's shape with random weights and texts."""
 
 # pyright: basic
 
@@ -149,7 +149,7 @@ def grid_tasks(network: Any, device: str, overrides: tuple[str, ...] = ("dataset
 
 
 def job(task: Task, plan: Plan, *sizes: str) -> Job:
-    """What the engine does for a task."""
+    """The engine's job of a task."""
     wanted = {size: plan.segments_of(size) for size in sizes or SIZES}
     return Job(
         name=task.label,
@@ -177,7 +177,7 @@ def sync(device: torch.device) -> None:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Where the figures are from."""
+    """Machine, versions and commit that the figures come from."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     ).stdout.strip()

@@ -1,7 +1,7 @@
-"""How well work spreads over a cluster: several Ray nodes on one machine, fake GPUs, workers that sleep instead of scoring.
+"""Efficiency of a simulated cluster: several Ray nodes on one machine, fake GPUs, workers that sleep to score.
 
-All else is real: the driver, Tune, named actors on every node. Efficiency is the time that the sleeping alone would take, had
-nobody ever to wait, over the time that the sweep takes from the moment that all workers are ready.
+All else is real: the driver, Tune, named actors on every node. Efficiency is the time that the sleeping alone would
+take, without any waiting, over the time that the sweep takes from the moment that all workers are ready.
 
 python -m tests.bench.simulated_cluster
 """

@@ -1,8 +1,9 @@
-"""How long the best mix of 24 recipes over 144 layer groups takes, and how good ModelOpt's solver is on the same scores and budgets.
+"""Seconds for the best mix of 24 recipes over 144 layer groups, and ModelOpt's solver on the same scores and budgets.
 
     python -m tests.bench.solve [--store DIR --overrides ...]
 
-Without a store, damages are made up: spread over the groups as measured ones are, falling with the bits. With one, they are its own.
+Without a store, predicted KLs are made up: spread over the groups as measured ones are, falling with the bits. With
+one, they are its own.
 """
 
 # pyright: basic
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sweep.mixed_precision.candidates import read_options
+from sweep.mixed_precision.candidates import read_candidates
 from sweep.mixed_precision.knapsack import Problem, cost_range, solve, total
 from sweep.mixed_precision.recipe import Rules, problem_of
 from sweep.store.store import Store
@@ -29,24 +30,24 @@ BUDGETS = (4.1, 4.25, 4.5, 5.0, 6.0, 7.5, 9.0, 12.0)  # bits a weight
 
 
 def made_up(seed: int) -> Problem:
-    """Damages of the size and spread that a real sweep has; the last option is 16 bits."""
+    """Predicted KLs of the size and spread that a real sweep has; the last option is 16 bits."""
     rng = np.random.default_rng(seed)
     elements = np.resize(np.array(ELEMENTS, dtype=np.float64), N_GROUPS)
     bits = np.append(rng.choice(BITS, N_FORMATS), 16.0)
-    damage = (
+    kl = (
         10 ** rng.normal(-4, 0.8, (N_GROUPS, 1))
         * 4.0 ** (4 - bits)
         * 10 ** rng.normal(0, 0.2, (N_GROUPS, N_FORMATS + 1))
     )
-    damage[:, -1] = 0.0
-    return Problem(damage=damage, cost=elements[:, None] * bits, together=np.arange(N_GROUPS))
+    kl[:, -1] = 0.0
+    return Problem(predicted_kl=kl, cost=elements[:, None] * bits, together=np.arange(N_GROUPS))
 
 
 def modelopt_choice(problem: Problem, budget: float) -> np.ndarray[Any, Any]:
-    """What ModelOpt's own solver chooses, given scores and costs in its units."""
+    """The choice of ModelOpt's own solver, given scores and costs in its units."""
     from modelopt.torch.opt.searcher import LPS
 
-    allowed = np.where(np.isfinite(problem.damage), problem.damage, 1e9)
+    allowed = np.where(np.isfinite(problem.predicted_kl), problem.predicted_kl, 1e9)
     picks, status = LPS(
         name="AutoQuantize",
         constraints={"weight_size": budget / 16},
@@ -59,13 +60,13 @@ def modelopt_choice(problem: Problem, budget: float) -> np.ndarray[Any, Any]:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--instances", type=int, default=10, help="sets of made-up damages")
-    parser.add_argument("--store", help="take the damages of this store instead")
+    parser.add_argument("--instances", type=int, default=10, help="sets of made-up predicted KLs")
+    parser.add_argument("--store", help="take the predicted KLs of this store instead")
     parser.add_argument("--overrides", nargs="*", default=[], help="which of its trials")
     asked = parser.parse_args(arguments)
     if asked.store:
-        options = read_options(Store(asked.store), [*asked.overrides, f"store.uri={asked.store}"])
-        problems = [problem_of(options, Rules(pins={}))]
+        candidates = read_candidates(Store(asked.store), [*asked.overrides, f"store.uri={asked.store}"])
+        problems = [problem_of(candidates, Rules(pins={}))]
     else:
         problems = [made_up(seed) for seed in range(asked.instances)]
     seconds: list[float] = []
@@ -83,10 +84,10 @@ def main(arguments: Sequence[str]) -> None:
             started = time.perf_counter()
             theirs = modelopt_choice(problem, bits * weights)
             theirs_seconds.append(time.perf_counter() - started)
-            ratios.append(total(problem.damage, theirs) / total(problem.damage, ours))
+            ratios.append(total(problem.predicted_kl, theirs) / total(problem.predicted_kl, ours))
     figures = {
-        "groups": problems[0].damage.shape[0],
-        "recipes": problems[0].damage.shape[1] - 1,
+        "groups": problems[0].cost.shape[0],
+        "recipes": problems[0].cost.shape[1] - 1,
         "solved": len(seconds),
         "seconds": float(np.mean(seconds)),
         "seconds_longest": max(seconds),

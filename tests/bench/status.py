@@ -1,4 +1,4 @@
-"""How long `sweep status` and the decision that nothing is left take, on a finished grid and on stores made up to be large."""
+"""Seconds of `sweep status`, and of a run that finds nothing left, on a finished grid and on large made-up stores."""
 
 # pyright: basic
 

@@ -1,7 +1,9 @@
-"""A whole sweep by the command line, from a cold start to published reports: model load, capture, scores, store, reports.
+"""A whole sweep by the command line, from a cold start to published reports.
+
+That is model load, capture, scores, store and reports.
 
 python -m tests.bench.sweep --device cpu --model tiny
-python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape                  # the valid points of the grid, 3 sizes
+python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape                  # the grid's valid points, 3 sizes
 python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape --memory-gb 16
 python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape --long           # 65,000 tokens, 16 recipes
 """

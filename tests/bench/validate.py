@@ -1,7 +1,8 @@
-"""Predicted against measured damage: one layer group at a time on the samples that scored it, and random mixes on those and on others.
+"""Predicted against measured KL: one layer group at a time, and random mixes.
 
-Every group of the bundled model under recipes from mild to harsh; predicted_kl from the gradient engine, one-group KL from the KL engine, in nats
-per prediction. Then random mixes of the same recipes, with all of their groups quantized at once.
+Every group of the bundled model under recipes from mild to harsh, on the samples that scored it; predicted_kl from the
+gradient engine, one-group KL from the KL engine, in nats per prediction. Then random mixes of the same recipes, with
+all of their groups quantized at once, on those samples and on others.
 
 python -m tests.bench.validate --device cpu
 """
@@ -12,6 +13,7 @@ import argparse
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sweep.core.batches import Plan
 from sweep.core.groups import GroupSpec
@@ -26,7 +28,7 @@ from workers.scoring.capture import capture
 from workers.scoring.gradient import Engine
 from workers.scoring.kl import KlEngine
 from workers.scoring.scores import NotFinite, Scores
-from workers.scoring.validation import MeasuredKl, Validator
+from workers.scoring.validation import Validator
 from workers.task import Task
 
 _RECIPES = (
@@ -62,8 +64,10 @@ def one_group(
         assert found is not None
         return [one[size].score for one in found if not isinstance(one, NotFinite)]
 
-    weights = [{name: bench.model.get_submodule(name).weight for name in group.modules} for group in groups]
-    predicted = [scores(scorer.score_group(own, rows, jobs)()) for own in weights]
+    def weights_of(group: GroupSpec) -> dict[str, Tensor]:
+        return {name: bench.model.get_submodule(name).weight for name in group.modules}
+
+    predicted = [scores(scorer.score_group(weights_of(group), rows, jobs)()) for group in groups]
     measured = [scores(measurer.score_group(group.modules, jobs)()) for group in groups]
     return np.array(predicted) / (2 * n_predictions), np.array(measured) / n_predictions
 
@@ -105,7 +109,7 @@ def mixes(
     ]
     rng = np.random.default_rng(0)
     sums: list[float] = []
-    damages: list[list[MeasuredKl]] = []
+    measured: list[list[float]] = []
     for _ in range(_MIXES):
         chosen = rng.integers(0, len(formats) + 1, len(groups))  # the last stands for 16 bits
         picked = [(index, number) for index, number in enumerate(chosen.tolist()) if number < len(formats)]
@@ -113,8 +117,8 @@ def mixes(
         applied = {
             name: quant for index, number in picked for name, quant in quants[groups[index].name][number].items()
         }
-        damages.append([validator.measure(applied) for validator in validators])
-    same, other = np.array([[damage.mean_kl for damage in pair] for pair in damages]).T
+        measured.append([validator.measure(applied).mean_kl for validator in validators])
+    same, other = np.array(measured).T
     return np.array(sums), same, other
 
 
@@ -124,7 +128,8 @@ def main() -> None:
     parser.add_argument("--size", choices=["small", "medium", "large"], default="large")
     args = parser.parse_args()
     bench = subject("tiny", args.device)
-    tasks = [next(task for task in bench.tasks if task.label == label) for label in _RECIPES]
+    by_label = {task.label: task for task in reversed(bench.tasks)}
+    tasks = [by_label[label] for label in _RECIPES]
     groups = tasks[0].groups
     predicted, measured = one_group(bench, tasks, groups, args.size)
     for index, task in enumerate(tasks):

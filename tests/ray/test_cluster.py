@@ -57,13 +57,13 @@ class Head:
     token: str
 
     def run(self, *arguments: str) -> str:
-        """What a command of Ray prints."""
+        """The output of a command of Ray."""
         done = subprocess.run([RAY, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def asked(self, path: str) -> Any:
-        """What the dashboard answers, as its pages and `ray list` read it."""
+        """The dashboard's answer, as its pages and `ray list` read it."""
         request = urllib.request.Request(
             f"{self.dashboard}/api/{path}", headers={"Authorization": f"Bearer {self.token}"}
         )
@@ -127,59 +127,40 @@ def run_command(store: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "sweep", "run", *GRID, *own, *overrides]
 
 
-def test_a_job_is_submitted_watched_stopped_resubmitted_and_completes(head: Head, tmp_path: Path) -> None:
-    """`ray job submit`; its actors, tasks and workers by name; `ray job stop` leaves a sweep to resume; the same command again completes it."""
-    store = tmp_path / "store"
+def submit(head: Head, job: str, store: Path) -> None:
+    """Submit a sweep as a job of this name."""
     environment = json.dumps(
         {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}, "excludes": ["models/*/layer-analysis", "tests"]}
     )
+    options = ["--address", head.dashboard, "--submission-id", job, "--no-wait"]
+    options += ["--working-dir", str(ROOT), "--runtime-env-json", environment]
+    submission = [RAY, "job", "submit", *options, "--", *run_command(store)]
 
-    def submit(job: str) -> None:
-        options = [
-            "--address",
-            head.dashboard,
-            "--submission-id",
-            job,
-            "--no-wait",
-            "--working-dir",
-            str(ROOT),
-            "--runtime-env-json",
-            environment,
-        ]
-        submission = [RAY, "job", "submit", *options, "--", *run_command(store)]
+    def accepted() -> bool:
+        done = subprocess.run(submission, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 or "No available agent" in done.stdout + done.stderr, done.stdout + done.stderr
+        return done.returncode == 0  # a head that has just started refuses jobs
 
-        def accepted() -> bool:
-            done = subprocess.run(submission, cwd=ROOT, capture_output=True, text=True, check=False)
-            assert done.returncode == 0 or "No available agent" in done.stdout + done.stderr, done.stdout + done.stderr
-            return done.returncode == 0  # a head that has just started refuses jobs
+    wait_for(accepted)
 
-        wait_for(accepted)
 
-    submit("first")
+def test_a_job_is_submitted_watched_stopped_resubmitted_and_completes(head: Head, tmp_path: Path) -> None:
+    """`ray job submit` shows actors, tasks and workers by name.
+
+    `ray job stop` leaves a sweep to resume; the same command again completes it.
+    """
+    store = tmp_path / "store"
+    submit(head, "first", store)
     wait_for(lambda: set(store.glob("parts/*/*")) or head.state_of("first") in ("FAILED", "SUCCEEDED"))
     assert {actor["name"] for actor in head.listed("actors") if actor["state"] == "ALIVE"} >= {
         "sweep-worker-0",
         "sweep-worker-1",
     }
-    wait_for(
-        lambda: any(re.match(r"score w\w+/\w+", task["name"]) for task in head.listed("tasks")), 20.0
-    )  # Ray tells of tasks with some delay
-    asked = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "sweep",
-            "status",
-            "--cluster",
-            "--json",
-            f"store.uri={store}",
-            f"cluster.address={head.address}",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    # Ray lists tasks with some delay.
+    wait_for(lambda: any(re.match(r"score w\w+/\w+", task["name"]) for task in head.listed("tasks")), 20.0)
+    named = [f"store.uri={store}", f"cluster.address={head.address}"]
+    asking = [sys.executable, "-m", "sweep", "status", "--cluster", "--json", *named]
+    asked = subprocess.run(asking, cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(asked.stdout)
     assert found["running"]
     assert [*found["cluster"]["workers"].values()] == [["sweep-worker-0", "sweep-worker-1"]]
@@ -194,7 +175,7 @@ def test_a_job_is_submitted_watched_stopped_resubmitted_and_completes(head: Head
     assert status(store)["trials"]["done"] < N_TRIALS
     wait_for(lambda: not any(actor["state"] == "ALIVE" for actor in head.listed("actors")))
     kept = cells(store)
-    submit("second")
+    submit(head, "second", store)
     wait_for(lambda: head.state_of("second") not in ("PENDING", "RUNNING"))
     assert head.state_of("second") == "SUCCEEDED", head.run("job", "logs", "--address", head.dashboard, "second")
     assert len(cells(store)) == status(store)["trials"]["done"] == N_TRIALS
@@ -215,7 +196,8 @@ def prometheus(head: Head, tmp_path: Path) -> Iterator[str]:
         pytest.skip("needs Debian's package prometheus")
     config = tmp_path / "prometheus.yml"
     config.write_text(
-        f"{{global: {{scrape_interval: 1s}}, scrape_configs: [{{job_name: ray, static_configs: [{{targets: ['{head.metrics}']}}]}}]}}"
+        "{global: {scrape_interval: 1s}, scrape_configs: [{job_name: ray, static_configs: "
+        f"[{{targets: ['{head.metrics}']}}]}}]}}"
     )
     address = f"127.0.0.1:{free_port()}"
     command = [

@@ -1,4 +1,4 @@
-"""A real sweep that loses its driver, its cluster or its disk: it ends in time, says what to do, and is whole in the end."""
+"""A real sweep that loses its driver, cluster or disk: it ends in time, says what to do, and is whole in the end."""
 
 import json
 import os
@@ -110,9 +110,10 @@ def test_a_secret_of_the_environment_is_written_nowhere(undisturbed: tuple[Path,
     """Neither by the run, below its store, its reports and its cache, nor by Ray."""
     store, session = undisturbed
     places = [store.parent, session, Path(os.environ["SWEEP_CACHE_DIR"])]
-    written = [[path for path in place.rglob("*") if path.is_file()] for place in places]
-    assert [len(files) > n for files, n in zip(written, (20, 10, 1), strict=True)] == [True, True, True]
-    assert [path for files in written for path in files if SECRET.encode() in path.read_bytes()] == []
+    for place, n_at_least in zip(places, (21, 11, 2), strict=True):
+        written = [path for path in place.rglob("*") if path.is_file()]
+        assert len(written) >= n_at_least
+        assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
 
 
 def test_what_ray_logs_is_for_nobody_else_to_read(undisturbed: tuple[Path, Path]) -> None:

@@ -1,4 +1,4 @@
-"""`sweep recommend` from nothing, on a real cluster of its own: a grid, three recipes, a checkpoint and a page; and again from what is there."""
+"""`sweep recommend` from nothing, on a real cluster: a grid, three recipes, a checkpoint and a page; and once more."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""`sweep run` as a user types it, on a real Ray cluster of this machine: finished, repeated, extended, interrupted, damaged."""
+"""`sweep run` as a user types it, on a real Ray cluster: finished, repeated, extended, interrupted, damaged."""
 
 import contextlib
 import json
@@ -147,7 +147,10 @@ def test_the_same_command_again_scores_and_writes_nothing(place: Path, swept: Pa
 
 
 def test_a_run_that_is_interrupted_and_loses_a_worker_ends_with_the_same_bits(place: Path, swept: Path) -> None:
-    """Ctrl-C, SIGTERM, then the only worker killed; trials in another order than in the run it is compared with, which had two workers."""
+    """Ctrl-C, SIGTERM, then the only worker killed, with trials in another order.
+
+    It is compared with a run of two workers.
+    """
     other, store = grid(PAIRS[::-1], GRANULARITIES[::-1]), place / "interrupted"
     for number in (signal.SIGINT, signal.SIGTERM):
         seen = set(store.glob("parts/*/*"))
@@ -159,7 +162,7 @@ def test_a_run_that_is_interrupted_and_loses_a_worker_ends_with_the_same_bits(pl
         assert code == 75, output
         assert "Type the same command again to resume." in output
         assert "Traceback" not in output
-        deadline = time.monotonic() + 10  # Ray has told them to end; on a busy machine that takes a moment
+        deadline = time.monotonic() + 10  # Ray has asked them to end; on a busy machine that takes a moment
         while left := [title(pid) for pid in below if title(pid)]:
             assert time.monotonic() < deadline, left
             time.sleep(0.05)

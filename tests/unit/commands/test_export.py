@@ -393,7 +393,8 @@ def test_modelopt_has_one_algorithm() -> None:
         ("layers.1.mlp.down_proj", "layers.9.mlp.down_proj", "Unknown module"),
         ("-1: 128", "-1: 96", "Blocks of 96"),
         (
-            "      block_sizes:\n        -1: 16\n        type: dynamic\n        scale_bits:\n        - 4\n        - 3\n",
+            "      block_sizes:\n        -1: 16\n        type: dynamic\n"
+            "        scale_bits:\n        - 4\n        - 3\n",
             "",
             "need blocks",
         ),

@@ -1,4 +1,7 @@
-"""`sweep recommend` on the bundled model, whose scores are in the store already: the page, the files, and what is refused before anything is scored."""
+"""`sweep recommend` on the bundled model, whose scores are in the store already.
+
+The page, the files, and the input that is refused before anything is scored.
+"""
 
 import io
 import json
@@ -46,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recommended(place: Path, *words: str) -> str:
-    """What the command prints; it must end well, and need no cluster for what is in the store."""
+    """The command's output; it must end well, and need no cluster for cells that are in the store."""
     with redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch:
         patch.delattr("sweep.run.driver.run_trials")
         assert (
@@ -80,12 +83,10 @@ def test_the_page_has_the_picture_three_recipes_uniform_ones_and_the_line_that_s
     page = (out / "README.md").read_text()
     made = {name: recipe(out / f"{name}.yaml") for name in NAMES}
     number = r"[-+\d.e]+"
+    kl = rf"({number}) \(({number}) to ({number})\)"
     for name in NAMES:
-        found = re.search(
-            rf"^\| \[{name}\]\({name}.yaml\) \| (\S+) \| (\S+) \| ({number}) \(({number}) to ({number})\) \| ({number}) \(({number}) to ({number})\) \|",
-            page,
-            re.M,
-        )
+        line = rf"^\| \[{name}\]\({name}.yaml\) \| (\S+) \| (\S+) \| {kl} \| {kl} \|"
+        found = re.search(line, page, re.M)
         assert found is not None, name
         bits, size, predicted, low, high, measured, measured_low, measured_high = map(float, found.groups())
         assert (bits, size) == (
@@ -180,7 +181,7 @@ def test_a_runtime_that_reads_modelopts_checkpoints_gets_modelopts_recipe(place:
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must exit with 2, on a store without scores; gives the message, having checked that nothing was written."""
+    """Run a command that must exit with 2 and write nothing, on a store without scores. Returns its message."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -204,7 +205,8 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["--bits", "nan"], "Type a number above 0."),
         (
             ["--bits", "3"],
-            "--bits 3 is too little. The nearest that works: --bits 4; the smallest format that may be used is wint4_afp16/w_per_out_channel, 4 bits.",
+            "--bits 3 is too little. The nearest that works: --bits 4; "
+            "the smallest format that may be used is wint4_afp16/w_per_out_channel, 4 bits.",
         ),
         (["--gb", "0.001"], "--gb 0.001 is too little. The nearest that works: --gb 0.00665;"),
         (["--bits", "5", "target=vllm_sm9"], "Did you mean 'vllm_sm90'?"),

@@ -47,24 +47,25 @@ def test_a_recipe_file_is_written_and_its_sizes_are_said(store: Store, capsys: p
     assert "5.287 bits a weight of the covered layers\nfrom 3 of 3 recipes scored on wordnet_glosses/small" in out
     # 52,875 bits; 8,000 embeddings and 7,000 others in 16 bits
     assert (
-        "3.661e-05 GB of weights; lm_head: tied to the embeddings\n   6.609e-06 GB  covered layers\n     1.6e-05 GB  embeddings, in 16 bits\n"
-        in out
+        "3.661e-05 GB of weights; lm_head: tied to the embeddings\n"
+        "   6.609e-06 GB  covered layers\n     1.6e-05 GB  embeddings, in 16 bits\n" in out
     )
     assert (
-        "     1.4e-05 GB  all else, in 16 bits\npredicted KL 0.0645 nats per prediction (90 % interval over samples: 0.0323 to 0.0968)\n"
-        in out
+        "     1.4e-05 GB  all else, in 16 bits\n"
+        "predicted KL 0.0645 nats per prediction (90 % interval over samples: 0.0323 to 0.0968)\n" in out
     )
     assert f"     3 layer groups: {INT4}\n" in out
     assert "most bits: m.layers.0.attn.q/k_proj, m.merger.fc\n" in out
 
 
-def test_the_front_goes_through_the_recipes_sizes_to_no_damage(
+def test_the_front_goes_through_the_recipes_sizes_to_a_kl_of_zero(
     store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = solved(store, capsys, "--bits", "5", "--front", "5", "--out", "r/mix.yaml")
-    bits, damages = ([point[key] for point in document["front"]] for key in ("effective_bits", "predicted_kl"))
-    assert (bits[0], damages[0], bits[-1], damages[-1]) == (4.125, pytest.approx(0.15), 16.0, 0.0)
-    assert sorted(damages, reverse=True) == damages
+    bits = [point["effective_bits"] for point in document["front"]]
+    kls = [point["predicted_kl"] for point in document["front"]]
+    assert (bits[0], kls[0], bits[-1], kls[-1]) == (4.125, pytest.approx(0.15), 16.0, 0.0)
+    assert sorted(kls, reverse=True) == kls
     uniform = {point["format"]: point["predicted_kl"] for point in document["uniform"]}
     assert uniform == {INT4: pytest.approx(0.15), INT8: pytest.approx(0.012), FP8: pytest.approx(0.0155)}
     assert document["picture"] == "r/mix.svg"
@@ -73,7 +74,7 @@ def test_the_front_goes_through_the_recipes_sizes_to_no_damage(
     assert table.count("best mix") == len(bits)
 
 
-def test_ranks_by_damage_and_by_what_a_byte_saves(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_by_predicted_kl_and_by_what_a_byte_saves(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a budget those of the smallest recipe; INT4 saves 11.875 bits a weight."""
     document = solved(store, capsys, "--rank")
     assert document["effective_bits"] == 4.125
@@ -158,7 +159,8 @@ def test_a_link_to_a_recipe_stays_a_link_and_no_device_is_replaced(store: Store)
 def test_solving_loads_nothing_heavy(store: Store) -> None:
     """Presets are on disk once `sweep run` has planned; here an earlier call has put them there."""
     assert solve(store, "--bits", "5") == 0
-    code = f"import sys\nfrom sweep.cli import main\nassert main(['solve', '--gb', '0.00004', 'store.uri={store.uri}']) == 0\n"
+    code = "import sys\nfrom sweep.cli import main\n"
+    code += f"assert main(['solve', '--gb', '0.00004', 'store.uri={store.uri}']) == 0\n"
     code += (
         "print([name for name in ('torch', 'ray', 'modelopt', 'transformers', 'matplotlib') if name in sys.modules])"
     )

@@ -1,4 +1,4 @@
-"""`sweep validate`: what is measured is kept and found again, and what proves nothing or cannot be meant is refused with exit code 2."""
+"""`sweep validate`: rows are kept and found again; samples that prove nothing and impossible recipes exit with 2."""
 
 import json
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from sweep.cli import main
 from sweep.config.compose import expand
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
-from sweep.mixed_precision.candidates import Option, Options
+from sweep.mixed_precision.candidates import Candidate, Candidates
 from sweep.mixed_precision.measured import random_mixes, uniform_recipes, validate
-from sweep.mixed_precision.prepared import Prepared, prepared
-from sweep.mixed_precision.recapture import recaptured_damage
+from sweep.mixed_precision.recapture import recaptured_kl
+from sweep.mixed_precision.recipe_context import RecipeContext, context_of
 from sweep.plan.subject import Model, samples_of
 from sweep.store.records import TrialRow
 from tests.exports import FORMATS, apply, group_format, recipe_of
@@ -62,7 +62,7 @@ def run(tmp_path: Path, recipe: MixedRecipe) -> Callable[..., int]:
 
 
 @pytest.fixture(scope="module")
-def options(recipe: MixedRecipe) -> Options:
+def candidates(recipe: MixedRecipe) -> Candidates:
     """Two formats for every group, one of which was not measured in the first."""
     groups = tuple(
         {
@@ -75,7 +75,7 @@ def options(recipe: MixedRecipe) -> Options:
     )
     kl = np.linspace(0.001, 0.002, len(groups))
     formats = [
-        Option(
+        Candidate(
             format=group_format(name, *FORMATS[name]),
             cell_id=f"cell-{name}",
             predicted_kl=np.where(kl <= least, np.inf, kl),
@@ -112,13 +112,13 @@ def options(recipe: MixedRecipe) -> Options:
         "state": "done",
         "created_at": datetime.now(UTC),
     }
-    return Options(
+    return Candidates(
         trial=TrialRow.from_mapping(row), config=CONFIG, groups=groups, formats=tuple(formats), elements=None
     )
 
 
-def ready(recipe: MixedRecipe, place: Path) -> Prepared:
-    return prepared(recipe, replace(CONFIG, store=replace(CONFIG.store, uri=str(place / "store"))))
+def context_at(recipe: MixedRecipe, place: Path) -> RecipeContext:
+    return context_of(recipe, replace(CONFIG, store=replace(CONFIG.store, uri=str(place / "store"))))
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -250,29 +250,35 @@ def test_too_few_samples_are_refused_with_what_to_type(
     assert "Type validation.captions_path=FILE, a smaller validation.n_samples=N" in err
 
 
-def test_mixes_are_the_same_for_the_same_options_and_uniform_ones_are_measured_everywhere(options: Options) -> None:
-    mixes = random_mixes(options, 5)
-    assert mixes == random_mixes(options, 5) == random_mixes(options, 6)[:5]
+def test_mixes_are_the_same_for_the_same_options_and_uniform_ones_are_measured_everywhere(
+    candidates: Candidates,
+) -> None:
+    mixes = random_mixes(candidates, 5)
+    assert mixes == random_mixes(candidates, 5) == random_mixes(candidates, 6)[:5]
     assert len({mix.to_yaml() for mix in mixes}) == 5
     labels = {choice.format for mix in mixes for choice in mix.groups}
     assert labels == {None, "int8_tensor_static/default", "int4_groups_weight_only/default"}
     assert all(mix.groups[0].format != "int4_groups_weight_only/default" for mix in mixes)  # it was not measured there
-    assert [each.name for each in uniform_recipes(options)] == ["uniform int8_tensor_static/default"]
+    assert [each.name for each in uniform_recipes(candidates)] == ["uniform int8_tensor_static/default"]
 
 
 def test_formats_are_calibrated_once_for_recipes_that_are_measured_together(
-    tmp_path: Path, recipe: MixedRecipe, options: Options
+    tmp_path: Path, recipe: MixedRecipe, candidates: Candidates
 ) -> None:
     """Together or alone, a recipe's figures have the same bits."""
-    mixes = random_mixes(options, 2)
-    together = validate(ready(recipe, tmp_path / "a"), [("recipe", recipe), *(("random", mix) for mix in mixes)], "cpu")
-    alone = validate(ready(recipe, tmp_path / "b"), [("random", mixes[1])], "cpu")
+    mixes = random_mixes(candidates, 2)
+    together = validate(
+        context_at(recipe, tmp_path / "a"), [("recipe", recipe), *(("random", mix) for mix in mixes)], "cpu"
+    )
+    alone = validate(context_at(recipe, tmp_path / "b"), [("random", mixes[1])], "cpu")
     assert together[2] == alone[0]
 
 
-def test_recaptured_damage_has_the_shape_of_the_options(tmp_path: Path, recipe: MixedRecipe, options: Options) -> None:
-    damage = recaptured_damage(ready(recipe, tmp_path), recipe, options, "cpu")
-    assert damage.shape == (len(options.groups), 2)
-    assert np.isinf(damage).sum() == np.isinf(damage[0, 1]) == 1
-    assert (damage[np.isfinite(damage)] > 0).all()
-    assert np.median(damage[1:, 1]) > np.median(damage[1:, 0])  # four bits hurt more than eight
+def test_recaptured_damage_has_the_shape_of_the_options(
+    tmp_path: Path, recipe: MixedRecipe, candidates: Candidates
+) -> None:
+    kl = recaptured_kl(context_at(recipe, tmp_path), recipe, candidates, "cpu")
+    assert kl.shape == (len(candidates.groups), 2)
+    assert np.isinf(kl).sum() == np.isinf(kl[0, 1]) == 1
+    assert (kl[np.isfinite(kl)] > 0).all()
+    assert np.median(kl[1:, 1]) > np.median(kl[1:, 0])  # four bits hurt more than eight

@@ -1,4 +1,4 @@
-"""What a store offers each layer group, and which trials may be put together."""
+"""The candidate formats that a store gives each layer group, and which trials may be put together."""
 
 from pathlib import Path
 from typing import Any
@@ -7,41 +7,41 @@ import numpy as np
 import pytest
 
 from sweep.core.errors import SweepError
-from sweep.mixed_precision.candidates import Options, read_options, sized
+from sweep.mixed_precision.candidates import Candidates, read_candidates, sized
 from tests.scored import DAMAGES, FP8, GROUPS, INT4, INT8, add, store_at
 
 
-def found(path: Path, *overrides: str) -> Options:
+def found(path: Path, *overrides: str) -> Candidates:
     from sweep.store.store import Store
 
-    return read_options(Store(str(path)), [*overrides, f"store.uri={path}"])
+    return read_candidates(Store(str(path)), [*overrides, f"store.uri={path}"])
 
 
-def damages_of(options: Options) -> dict[str, list[float]]:
-    return {option.format.label: option.predicted_kl.tolist() for option in options.formats}
+def damages_of(candidates: Candidates) -> dict[str, list[float]]:
+    return {candidate.format.label: candidate.predicted_kl.tolist() for candidate in candidates.formats}
 
 
 def test_every_finished_cell_is_an_option_of_every_group(tmp_path: Path) -> None:
     store_at(tmp_path)
-    options = found(tmp_path)
-    assert damages_of(options) == {label: list(damages) for label, damages in DAMAGES.items()}
-    assert {option.format.label: option.format.effective_bits for option in options.formats} == {
+    candidates = found(tmp_path)
+    assert damages_of(candidates) == {label: list(damages) for label, damages in DAMAGES.items()}
+    assert {candidate.format.label: candidate.format.effective_bits for candidate in candidates.formats} == {
         INT4: 4.125,
         INT8: 8.0,
         FP8: 8.0,
     }
-    assert [group["group"] for group in options.groups] == [group[0] for group in GROUPS]
-    assert (options.weights.sum(), options.other_bytes) == (10_000, 2 * 15_000)
-    int4 = next(option.format for option in options.formats if option.format.label == INT4)
+    assert [group["group"] for group in candidates.groups] == [group[0] for group in GROUPS]
+    assert (candidates.weights.sum(), candidates.other_bytes) == (10_000, 2 * 15_000)
+    int4 = next(candidate.format for candidate in candidates.formats if candidate.format.label == INT4)
     assert int4.weight is not None
     assert (int4.weight["num_bits"], int4.weight["block_sizes"][-1], int4.inputs) == (4, 128, None)
 
 
 def test_samples_add_up_to_the_group(tmp_path: Path) -> None:
     store_at(tmp_path)
-    for option in found(tmp_path).formats:
-        assert option.sample_kl is not None
-        np.testing.assert_allclose(option.sample_kl, option.predicted_kl[:, None] * [0.25, 0.75])
+    for candidate in found(tmp_path).formats:
+        assert candidate.sample_kl is not None
+        np.testing.assert_allclose(candidate.sample_kl, candidate.predicted_kl[:, None] * [0.25, 0.75])
 
 
 def test_a_group_never_called_cannot_get_the_format(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_the_largest_size_counts_unless_one_is_typed(tmp_path: Path) -> None:
     assert len(damages_of(found(tmp_path, "dataset.size=small"))) == 3
 
 
-def test_a_recipe_scored_again_by_another_version_has_the_latest_damage(tmp_path: Path) -> None:
+def test_a_recipe_scored_again_by_another_version_has_the_latest_predicted_kl(tmp_path: Path) -> None:
     store = store_at(tmp_path)
     add(store, INT8, [0.5] * 5, minute=1)
     assert damages_of(found(tmp_path))[INT8] == [0.5] * 5
@@ -86,7 +86,7 @@ def test_a_recipe_scored_again_by_another_version_has_the_latest_damage(tmp_path
     ],
     ids=["model", "revision", "dataset", "method", "scales", "samples"],
 )
-def test_damages_of_different_kinds_are_not_mixed(
+def test_predicted_kl_of_different_kinds_is_not_mixed(
     overrides: tuple[str, ...], changed: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     store = store_at(tmp_path)
@@ -113,9 +113,9 @@ def test_a_quantized_copy_of_tied_embeddings_comes_on_top(tmp_path: Path, monkey
     head = ("lm_head", ("lm_head",), None, 8000)
     monkeypatch.setattr("tests.scored.GROUPS", (*GROUPS, head))
     store_at(tmp_path, {INT4: [0.1] * 6})
-    options = found(tmp_path)
-    assert options.covers_lm_head
-    assert options.other_bytes == 2 * (25_000 - 10_000)
+    candidates = found(tmp_path)
+    assert candidates.covers_lm_head
+    assert candidates.other_bytes == 2 * (25_000 - 10_000)
     untied = tmp_path / "untied"
     store_at(untied, {INT4: [0.1] * 6}, {"parameters": 33_000, "embeddings": 8_000, "lm_head": 8_000})
     assert found(untied).other_bytes == 2 * (33_000 - 18_000)
@@ -123,9 +123,9 @@ def test_a_quantized_copy_of_tied_embeddings_comes_on_top(tmp_path: Path, monkey
 
 def test_a_store_of_before_does_not_know_the_models_size(tmp_path: Path) -> None:
     store_at(tmp_path, elements=None)
-    options = sized(found(tmp_path))  # the bundled model is another revision than r1
+    candidates = sized(found(tmp_path))  # the bundled model is another revision than r1
     with pytest.raises(SweepError, match="Type --bits instead of --gb"):
-        _ = options.other_bytes
+        _ = candidates.other_bytes
 
 
 def test_the_checkpoint_says_its_size_if_the_store_does_not(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ import pytest
 
 from sweep.core.errors import SweepError
 from sweep.formats.mixed import GroupFormat, MixedRecipe
-from sweep.mixed_precision.candidates import Options, read_options
+from sweep.mixed_precision.candidates import Candidates, read_candidates
 from sweep.mixed_precision.knapsack import total
 from sweep.mixed_precision.recipe import (
     Budget,
     Rules,
     interval,
     problem_of,
-    recipe,
+    recipe_of_choice,
     solved,
     uniform_choices,
     weights_gb,
@@ -27,25 +27,25 @@ ANY = Rules(pins={})
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+def candidates(tmp_path_factory: pytest.TempPathFactory) -> Candidates:
     path = tmp_path_factory.mktemp("store")
-    return read_options(store_at(path), [f"store.uri={path}"])
+    return read_candidates(store_at(path), [f"store.uri={path}"])
 
 
-def formats(options: Options, budget: Budget, rules: Rules = ANY) -> list[str]:
+def formats(candidates: Candidates, budget: Budget, rules: Rules = ANY) -> list[str]:
     """The label of each group's format; "16" where it has none."""
-    choice = solved(options, problem_of(options, rules), budget, rules)
-    return [choice.format or "16" for choice in recipe(options, choice, "n", None).groups]
+    choice = solved(candidates, problem_of(candidates, rules), budget, rules)
+    return [choice.format or "16" for choice in recipe_of_choice(candidates, choice, "n", None).groups]
 
 
 def only(*labels: str) -> Callable[[GroupFormat], bool]:
     return lambda each: each.label in labels
 
 
-def test_budgets_are_bits_of_all_groups(options: Options) -> None:
-    assert Budget(bits=4.5).cost(options) == 4.5 * N_WEIGHTS
+def test_budgets_are_bits_of_all_groups(candidates: Candidates) -> None:
+    assert Budget(bits=4.5).cost(candidates) == 4.5 * N_WEIGHTS
     # 40,000 bytes, of which 30,000 are the 15,000 parameters that no recipe touches.
-    assert Budget(gb=40e-6).cost(options) == pytest.approx(80_000)
+    assert Budget(gb=40e-6).cost(candidates) == pytest.approx(80_000)
     assert (Budget(bits=4.5).slug, Budget(gb=3.2).slug) == ("4_5bits", "3_2gb")
 
 
@@ -57,33 +57,36 @@ def test_what_is_no_budget_is_refused(sizes: dict[str, float]) -> None:
         Budget(**sizes)
 
 
-def test_the_mix_of_least_damage(options: Options) -> None:
-    """All in INT4 take 4.125 bits. A weight in 8 bits costs 3.875 more: 0.3875 bits for 1,000 of the 10,000 weights, 1.1625 for 3,000."""
-    assert formats(options, Budget(bits=4.125)) == [INT4] * 5
-    assert formats(options, Budget(bits=4.5125)) == [INT8, INT4, INT4, INT4, INT4]  # 0.036 less
-    assert formats(options, Budget(bits=4.9)) == [
+def test_the_mix_of_least_predicted_kl(candidates: Candidates) -> None:
+    """All in INT4 take 4.125 bits. A weight in 8 bits costs 3.875 more.
+
+    That is 0.3875 bits for 1,000 of the 10,000 weights, 1.1625 for 3,000.
+    """
+    assert formats(candidates, Budget(bits=4.125)) == [INT4] * 5
+    assert formats(candidates, Budget(bits=4.5125)) == [INT8, INT4, INT4, INT4, INT4]  # 0.036 less
+    assert formats(candidates, Budget(bits=4.9)) == [
         INT8,
         INT4,
         INT8,
         INT4,
         INT4,
     ]  # 0.036 + 0.017, where the last group would save 0.0495
-    assert formats(options, Budget(bits=5.2875)) == [INT8, INT4, INT4, INT4, FP8]
-    assert formats(options, Budget(bits=16)) == ["16"] * 5
+    assert formats(candidates, Budget(bits=5.2875)) == [INT8, INT4, INT4, INT4, FP8]
+    assert formats(candidates, Budget(bits=16)) == ["16"] * 5
 
 
-def test_gb_and_bits_are_two_words_for_one_budget(options: Options) -> None:
+def test_gb_and_bits_are_two_words_for_one_budget(candidates: Candidates) -> None:
     gb = (4.9 * N_WEIGHTS / 8 + 30_000) / 1e9
-    assert formats(options, Budget(gb=gb)) == formats(options, Budget(bits=4.9))
+    assert formats(candidates, Budget(gb=gb)) == formats(candidates, Budget(bits=4.9))
 
 
-def test_what_the_target_does_not_run_is_no_option(options: Options) -> None:
-    assert formats(options, Budget(bits=8), replace(ANY, allowed=only(FP8))) == [FP8] * 5
+def test_what_the_target_does_not_run_is_no_option(candidates: Candidates) -> None:
+    assert formats(candidates, Budget(bits=8), replace(ANY, allowed=only(FP8))) == [FP8] * 5
 
 
-def test_pins_and_exclusions_hold_whatever_they_cost(options: Options) -> None:
+def test_pins_and_exclusions_hold_whatever_they_cost(candidates: Candidates) -> None:
     rules = Rules(pins={"down_proj": FP8, "*merger*": INT4}, excludes=["layers.0*q_proj"])
-    assert formats(options, Budget(bits=8.5), rules) == [
+    assert formats(candidates, Budget(bits=8.5), rules) == [
         "16",
         FP8,
         INT8,
@@ -92,8 +95,8 @@ def test_pins_and_exclusions_hold_whatever_they_cost(options: Options) -> None:
     ]  # 72,250 bits are taken; 16,000 more are too much
 
 
-def test_a_layers_groups_get_one_format(options: Options) -> None:
-    found = formats(options, Budget(bits=6), Rules(pins={}, uniform_layer=True))
+def test_a_layers_groups_get_one_format(candidates: Candidates) -> None:
+    found = formats(candidates, Budget(bits=6), Rules(pins={}, uniform_layer=True))
     assert len(set(found[:2])) == len(set(found[2:4])) == 1
 
 
@@ -116,15 +119,15 @@ def test_a_layers_groups_get_one_format(options: Options) -> None:
     ],
     ids=["pattern", "label", "conflict", "target"],
 )
-def test_rules_that_cannot_be_kept_are_refused(rules: Rules, message: str, options: Options) -> None:
+def test_rules_that_cannot_be_kept_are_refused(rules: Rules, message: str, candidates: Candidates) -> None:
     with pytest.raises(SweepError, match=message):
-        problem_of(options, rules)
+        problem_of(candidates, rules)
 
 
-def test_a_layer_of_one_format_cannot_have_two_pins(options: Options) -> None:
+def test_a_layer_of_one_format_cannot_have_two_pins(candidates: Candidates) -> None:
     with pytest.raises(SweepError, match=r"Loosen --pin, --exclude or --uniform-layer\."):
         formats(
-            options,
+            candidates,
             Budget(bits=9),
             Rules(pins={"layers.0*q_proj": INT4, "layers.0*down_proj": INT8}, uniform_layer=True),
         )
@@ -136,7 +139,8 @@ def test_a_layer_of_one_format_cannot_have_two_pins(options: Options) -> None:
         (
             Budget(bits=4),
             ANY,
-            r"--bits 4 is too little\. The nearest that works: --bits 4\.125; the smallest format .* wint4_afp16/default, 4\.125 bits",
+            r"--bits 4 is too little\. The nearest that works: --bits 4\.125; "
+            r"the smallest format .* wint4_afp16/default, 4\.125 bits",
         ),
         # 41,250 bits and 30,000 bytes
         (Budget(gb=30e-6), ANY, r"--gb 3e-05 is too little\. The nearest that works: --gb 4e-05;"),
@@ -157,52 +161,55 @@ def test_a_layer_of_one_format_cannot_have_two_pins(options: Options) -> None:
     ids=["bits", "gb", "exclude", "target", "uniform layer"],
 )
 def test_too_small_a_budget_names_the_nearest_and_what_binds(
-    budget: Budget, rules: Rules, message: str, options: Options
+    budget: Budget, rules: Rules, message: str, candidates: Candidates
 ) -> None:
     with pytest.raises(SweepError, match=message):
-        formats(options, budget, rules)
+        formats(candidates, budget, rules)
 
 
-def test_the_recipe_is_what_was_chosen(options: Options) -> None:
-    choice = np.array(
-        [[option.format.label for option in options.formats].index(label) for label in (INT8, INT4, INT4, INT4, FP8)]
-    )
-    choice[1] = len(options.formats)  # 16 bits
-    made = recipe(options, choice, "name", "vllm_sm90")
+def test_the_recipe_is_what_was_chosen(candidates: Candidates) -> None:
+    labels = [candidate.format.label for candidate in candidates.formats]
+    choice = np.array([labels.index(label) for label in (INT8, INT4, INT4, INT4, FP8)])
+    choice[1] = len(candidates.formats)  # 16 bits
+    made = recipe_of_choice(candidates, choice, "name", "vllm_sm90")
     assert made.effective_bits == pytest.approx((1000 * 8 + 3000 * 16 + 4000 * 4.125 + 2000 * 8) / N_WEIGHTS)
     assert made.predicted_kl == pytest.approx(0.004 + 0 + 0.02 + 0.03 + 0.0005)
-    assert weights_gb(options, made) == pytest.approx((made.effective_bits * N_WEIGHTS / 8 + 30_000) / 1e9)
+    assert weights_gb(candidates, made) == pytest.approx((made.effective_bits * N_WEIGHTS / 8 + 30_000) / 1e9)
     assert [group.modules for group in made.groups] == [group[1] for group in GROUPS]
     assert set(made.formats) == {INT8, INT4, FP8}
     assert MixedRecipe.from_yaml(made.to_yaml(), "file") == made
 
 
-def test_the_interval_is_that_of_the_sum_over_groups(options: Options) -> None:
+def test_the_interval_is_that_of_the_sum_over_groups(candidates: Candidates) -> None:
     """Two samples with 1/4 and 3/4: drawn twice, the sum is half, all or one and a half."""
     choice = np.zeros(len(GROUPS), dtype=np.int64)
-    sum_of = float(options.formats[0].predicted_kl.sum())
-    assert interval(options, choice) == pytest.approx((sum_of / 2, sum_of * 3 / 2))
-    assert interval(options, np.full(len(GROUPS), len(options.formats))) == (0.0, 0.0)
-    blind = replace(options, formats=tuple(replace(option, sample_kl=None) for option in options.formats))
+    sum_of = float(candidates.formats[0].predicted_kl.sum())
+    assert interval(candidates, choice) == pytest.approx((sum_of / 2, sum_of * 3 / 2))
+    assert interval(candidates, np.full(len(GROUPS), len(candidates.formats))) == (0.0, 0.0)
+    blind = replace(candidates, formats=tuple(replace(candidate, sample_kl=None) for candidate in candidates.formats))
     assert interval(blind, choice) is None
 
 
-def test_one_format_for_all(options: Options) -> None:
+def test_one_format_for_all(candidates: Candidates) -> None:
     def expected(label: str, bits: float) -> Any:
         return pytest.approx((bits * N_WEIGHTS, sum(each or 0 for each in DAMAGES[label])))
 
-    assert uniform_choices(options, problem_of(options, ANY)) == {
+    assert uniform_choices(candidates, problem_of(candidates, ANY)) == {
         INT4: expected(INT4, 4.125),
         INT8: expected(INT8, 8),
         FP8: expected(FP8, 8),
     }
-    pinned = problem_of(options, Rules(pins={"*fc": INT4}))
-    assert set(uniform_choices(options, pinned)) == {INT4}
+    pinned = problem_of(candidates, Rules(pins={"*fc": INT4}))
+    assert set(uniform_choices(candidates, pinned)) == {INT4}
 
 
-def test_damages_measured_elsewhere_replace_those_of_the_store(options: Options) -> None:
-    damage = np.stack([option.predicted_kl * 2 for option in options.formats], axis=1)
-    problem = problem_of(options, ANY, damage)
+def test_predicted_kl_from_elsewhere_replaces_that_of_the_store(candidates: Candidates) -> None:
+    kl = np.stack([candidate.predicted_kl * 2 for candidate in candidates.formats], axis=1)
+    problem = problem_of(candidates, ANY, kl)
     choice = np.zeros(len(GROUPS), dtype=np.int64)
-    assert total(problem.damage, choice) == pytest.approx(2 * total(problem_of(options, ANY).damage, choice))
-    assert recipe(options, choice, "n", None, damage).predicted_kl == pytest.approx(total(problem.damage, choice))
+    assert total(problem.predicted_kl, choice) == pytest.approx(
+        2 * total(problem_of(candidates, ANY).predicted_kl, choice)
+    )
+    assert recipe_of_choice(candidates, choice, "n", None, kl).predicted_kl == pytest.approx(
+        total(problem.predicted_kl, choice)
+    )

@@ -230,7 +230,8 @@ def test_blocks_that_do_not_divide_a_layers_outputs_are_refused_by_layer(tmp_pat
     ]
     with pytest.raises(
         SweepError,
-        match=r"Blocks of 128 rows do not divide the 64 outputs of model\.layers\.0\.self_attn\.k_proj \(4 such layers\)",
+        match=r"Blocks of 128 rows do not divide the 64 outputs of model\.layers\.0\.self_attn\.k_proj "
+        r"\(4 such layers\)",
     ):
         plan(*model, "quant_pair=wfp8_afp8", "quant_granularity=w_block128x128_a_group128")
 

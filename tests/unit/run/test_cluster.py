@@ -43,7 +43,7 @@ def answer(reference: tuple[str, str], timeout: float) -> Hardware:
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What Ray says that the cluster has."""
+    """The resources that Ray reports for the cluster."""
     found: list[dict[str, Any]] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
@@ -141,7 +141,7 @@ def test_room_is_what_nodes_that_are_there_have(nodes: list[dict[str, Any]]) -> 
 def test_a_signal_while_ray_starts_waits_for_the_callers_own_handler(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is half connected crashes the process as it ends."""
+    """A half connected process crashes as it ends."""
     seen: list[str] = []
 
     def init(**options: Any) -> None:

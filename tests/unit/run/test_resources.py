@@ -1,4 +1,4 @@
-"""How many workers a machine gets, on what."""
+"""The number of workers that a machine gets, and their device."""
 
 from typing import Any
 

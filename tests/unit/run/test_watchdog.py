@@ -1,4 +1,4 @@
-"""What must not outlive what, with plain processes in the place of Ray's."""
+"""The driver and its cluster end together, with plain processes in the place of Ray's."""
 
 import os
 import shutil
@@ -127,7 +127,10 @@ def test_a_process_of_the_cluster_that_has_lost_its_environment_does_not_outlive
 
 
 def test_other_processes_are_left_alone(tmp_path: Path) -> None:
-    """One that reads the logs, and those of other clusters: of another driver, and of an earlier one that had this one's process id."""
+    """Processes that read the logs, and those of other clusters.
+
+    The latter are of another driver, and of an earlier one that had this one's process id.
+    """
     dates = {
         "own": "2026-01-02_03-04-05_678901",
         "earlier": "2026-01-02_03-04-05_678900",

@@ -1,4 +1,4 @@
-"""What becomes of a run whose workers do not get ready, die or arrive late, without a Ray cluster."""
+"""A run whose workers do not get ready, die or arrive late, without a Ray cluster."""
 
 import threading
 from collections import defaultdict
@@ -19,7 +19,8 @@ from workers.task import Progress
 
 LAYERS = tuple(replace(GROUP, name=f"{layer}.a", part=f"layers.{layer}") for layer in range(4))
 OOM = OutOfMemoryError(
-    "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: h, ID: n) was 22.43GB used / 23.54GB limit (0.953)\n"
+    "1 worker(s) were killed due to the node running low on memory. "
+    "Memory on the node (IP: h, ID: n) was 22.43GB used / 23.54GB limit (0.953)\n"
     "OOM kill reason: Memory usage 1B exceeded threshold of 2B (95.0% of 3B limit)"
 )
 KILLED = "its machine is short of memory (22.43GB used of 23.54GB, Ray kills above 95.0 %)"
@@ -90,7 +91,10 @@ class Events:
 
 @pytest.fixture
 def halvings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Workers of whom each life's halvings of memory are noted, beside a Ray whose object references are what they refer to."""
+    """Note the halvings of memory that each life of a worker starts with.
+
+    Ray's object references are replaced by the objects.
+    """
 
     def get(reference: Any) -> Any:
         if isinstance(reference, Exception):
@@ -112,7 +116,7 @@ def halvings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 def pooled(
     events: Events, halvings: list[tuple[str, int]], lives: dict[str, list[Any]], *, elastic: bool = False
 ) -> tuple[WorkerPool, TaskQueue]:
-    """A pool of as many workers as have lives told, at a queue of two tasks."""
+    """A pool of a worker for each of the given lists of lives, with a queue of two tasks."""
     workers = Workers(device="cpu", count=1 if elastic else len(lives), gpus_each=1.0, elastic=elastic)
     some = [replace(TASK, task_id=name, groups=LAYERS) for name in "ab"]
     queue = TaskQueue(workers.count, some)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sweep.run.metrics import Meter
+from sweep.run.metrics import MetricsExporter
 from tests.tasks import PICTURE
 from workers.service import metrics
 
@@ -54,9 +54,9 @@ def test_a_sweep_is_recorded_as_it_stands_and_counters_by_what_is_new(recorded: 
         ),
     ]
     pool = SimpleNamespace(counts=lambda: {"starting": 4, "idle": 1, "busy": 2}, n_deaths=1, n_replaced=1)
-    meter = Meter(lambda: pictures.pop(0), pool)
-    meter.show()
-    meter.show()
+    exporter = MetricsExporter(lambda: pictures.pop(0), pool)
+    exporter.show()
+    exporter.show()
     assert recorded == {
         "sweep_trials": [(1, "done"), (2, "running"), (2, "done"), (1, "running")],
         "sweep_groups": [(5, "done"), (9, "total"), (7, "done"), (9, "total")],

@@ -1,4 +1,4 @@
-"""A recipe file with the model and the samples that it was made from: what validating and exporting start with."""
+"""A recipe with its model and calibration samples, as validation and export need them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,23 +17,23 @@ from sweep.plan.trials import Device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A recipe, and what it takes to apply it."""
+class RecipeContext:
+    """A recipe with the model, the configuration and the samples that it was made with."""
 
     recipe: MixedRecipe
     config: SweepConfig
     model: Model
     samples: Sequence[Sample]  # that calibrated and scored
-    plan: Plan  # of these
+    plan: Plan  # batches of these samples
 
 
-def loaded(ready: Prepared, device: Device) -> Any:
-    """The model with its weights, in the precision that the config chooses for the device."""
-    return ready.model.load(ready.config.model.dtype_on(device), device)
+def load_model(context: RecipeContext, device: Device) -> Any:
+    """Load the model with its weights, in the precision that the config chooses for the device."""
+    return context.model.load(context.config.model.dtype_on(device), device)
 
 
 def read_recipe(path: Path) -> MixedRecipe:
-    """A recipe file. Raises: SweepError: not there, or no recipe."""
+    """Read a recipe file. Raises: SweepError: not there, or no recipe."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -42,7 +42,7 @@ def read_recipe(path: Path) -> MixedRecipe:
 
 
 def config_of(recipe: MixedRecipe, overrides: Sequence[str]) -> SweepConfig:
-    """The recipe's model and data set, where the overrides do not say otherwise."""
+    """Compose the configuration of the recipe's model and data set, where the overrides do not say otherwise."""
     keys = {override.split("=")[0] for override in overrides}
     given = [] if "dataset" in keys else [f"dataset={recipe.dataset}"]
     config = expand([*given, f"dataset.size={recipe.size}", *overrides], multirun=False).points[0]
@@ -51,25 +51,29 @@ def config_of(recipe: MixedRecipe, overrides: Sequence[str]) -> SweepConfig:
     return replace(config, model=ModelConfig(name=recipe.model, path=recipe.model_path, dtype="auto"))
 
 
-def prepare(recipe_path: str, overrides: Sequence[str]) -> Prepared:
+def load_context(recipe_path: str, overrides: Sequence[str]) -> RecipeContext:
     """Read a recipe file and find its model and samples.
 
-    Raises: SweepError: no recipe, another model or other samples than the recipe was made with, or a recipe that the model cannot have.
+    Raises: SweepError: the file is no recipe, or as `context_of`.
     """
     recipe = read_recipe(Path(recipe_path))
-    config = config_of(recipe, overrides)
-    return prepared(recipe, config)
+    return context_of(recipe, config_of(recipe, overrides))
 
 
-def prepared(recipe: MixedRecipe, config: SweepConfig) -> Prepared:
-    """The same from a recipe that is not in a file."""
+def context_of(recipe: MixedRecipe, config: SweepConfig) -> RecipeContext:
+    """Find the model and the samples of a recipe.
+
+    Raises: SweepError: another model or other samples than the recipe was made with, or a recipe that the model
+        cannot have.
+    """
     model = Model(checkpoint_dir(config.model))
     check_recipe(recipe, model)
     samples = samples_of(config.dataset, model, SIZES[recipe.size])
     plan = model.plan(samples)
     if plan.digest(recipe.size) != recipe.dataset_revision:
         raise SweepError(
-            f"The recipe was calibrated on {recipe.dataset} of revision {recipe.dataset_revision[:12]}, but what is here is "
-            f"{plan.digest(recipe.size)[:12]}. Give the same samples: dataset=NAME, dataset.captions_path=FILE, dataset.max_tokens=N."
+            f"The recipe was calibrated on {recipe.dataset} of revision {recipe.dataset_revision[:12]}, "
+            f"but what is here is {plan.digest(recipe.size)[:12]}. "
+            "Give the same samples: dataset=NAME, dataset.captions_path=FILE, dataset.max_tokens=N."
         )
-    return Prepared(recipe=recipe, config=config, model=model, samples=samples, plan=plan)
+    return RecipeContext(recipe=recipe, config=config, model=model, samples=samples, plan=plan)
