@@ -1,4 +1,4 @@
-"""What this machine offers to workers, found without importing anything heavy."""
+"""Resources of this machine (GPUs, cores, memory), found without importing anything heavy."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """How many workers, on what."""
+    """Number of workers and the devices that they use."""
 
     device: Literal["cpu", "cuda"]
     count: int
@@ -32,7 +32,7 @@ def memory_gb() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """What a GPU can do."""
+    """A GPU's name, memory and compute capability."""
 
     name: str
     memory_gb: float  # 1e9 bytes, all of it
@@ -78,5 +78,5 @@ def n_cores() -> int:
 
 
 def fit(gpus: float, share: float) -> int:
-    """Workers that find room on the GPUs of one node; a share lies on one GPU."""
+    """Number of workers that fit on the GPUs of one node; a share lies on one GPU."""
     return int(gpus) * int(1 / share) if share <= 1 else int(gpus) // int(share)
