@@ -1,4 +1,4 @@
-"""Builds ModelOpt's CUDA extensions where there is a compiler but no GPU, as in `docker build`; fails if one does not build.
+"""Builds ModelOpt's CUDA extensions where there is a compiler but no GPU, as in `docker build`; fails if one does not.
 
 ModelOpt builds them at first use, 60-90 s each, and only on a machine with a GPU. Where they go: TORCH_EXTENSIONS_DIR;
 for which GPUs: TORCH_CUDA_ARCH_LIST. Both must be the same when they are used.
@@ -23,9 +23,8 @@ def main() -> None:
     import torch
     from modelopt.torch.quantization import extensions
 
-    with patch.object(
-        torch.cuda, "is_available", return_value=True
-    ):  # asked for before it compiles; compiling needs no GPU
+    # ModelOpt asks for a GPU before it compiles; compiling needs none.
+    with patch.object(torch.cuda, "is_available", return_value=True):
         for build in (extensions.get_cuda_ext, extensions.get_cuda_ext_fp8, extensions.get_cuda_ext_mx):
             build(raise_if_failed=True)
 

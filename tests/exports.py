@@ -1,4 +1,7 @@
-"""Recipes over the bundled model and its calibrated quantizers, for tests of what is exported: plain hooks and ModelOpt's TensorQuantizer alone."""
+"""Recipes over the bundled model and its calibrated quantizers, for tests of exports.
+
+Made with plain hooks and ModelOpt's TensorQuantizer alone.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,7 +139,7 @@ def quants_of(recipe: MixedRecipe, model: nn.Module, token_ids: Tensor) -> dict[
 
 
 class ReaderLinear(nn.Module):
-    """A linear as a recipe has it, in the order of operations of compressed-tensors' forward pass, written from its formulas.
+    """A linear under a recipe, in the order of operations of compressed-tensors' forward pass, from its formulas.
 
     Codes and ranges are ModelOpt's. What differs from `FakeQuantized` is `x / scale` where ModelOpt has
     `x * (1 / scale)`, weights in bfloat16 of the formats that the reader unpacks to it, and the range of dynamic INT8

@@ -50,7 +50,10 @@ _VISION: dict[str, Any] = {
 
 
 def random_model(kind: str, **text: Any) -> Any:
-    """A model of `kind` (qwen3_vl, qwen2, qwen3, llama, mistral), evaluation mode, no gradients, weights from a fixed seed."""
+    """A random model of `kind` (qwen3_vl, qwen2, qwen3, llama, mistral).
+
+    It is in evaluation mode, without gradients, its weights from a fixed seed.
+    """
     classes: dict[str, tuple[Any, Any]] = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
@@ -99,10 +102,10 @@ def save_checkpoint(directory: Path, kind: str, **text: Any) -> Path:
 def write_captions(path: Path, n: int) -> Path:
     """A captions file of `n` lines of random words that save_checkpoint's tokenizer knows."""
     generator = np.random.default_rng(1)
-    lines = [
-        " ".join(f"w{i}" for i in generator.integers(0, VOCABULARY - 2, size=generator.integers(3, 20)))
-        for _ in range(n)
-    ]
+    lines: list[str] = []
+    for _ in range(n):
+        words = generator.integers(0, VOCABULARY - 2, size=generator.integers(3, 20))
+        lines.append(" ".join(f"w{word}" for word in words))
     path.write_text("\n".join(lines) + "\n")
     return path
 

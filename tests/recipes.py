@@ -37,8 +37,10 @@ def recipe_of(
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and covered in name
     }
-    choices = [
-        GroupChoice(
+    choices: list[GroupChoice] = []
+    for index, (first, modules) in enumerate(layer_groups(linears).items()):
+        chosen = formats[index % len(formats)]
+        choice = GroupChoice(
             group=first,
             modules=modules,
             layer_index=None,
@@ -47,9 +49,7 @@ def recipe_of(
             cell_id=None,
             predicted_kl=0.0,
         )
-        for index, (first, modules) in enumerate(layer_groups(linears).items())
-        for chosen in [formats[index % len(formats)]]
-    ]
+        choices.append(choice)
     return MixedRecipe(
         name="mixed",
         model="random",

@@ -1,4 +1,4 @@
-"""A small S3 server in memory, for tests: the six requests that a store needs, path-style, without a look at signatures."""
+"""A small S3 server in memory, for tests: the six requests that a store needs, path-style, signatures unchecked."""
 
 import threading
 from collections.abc import Iterator
@@ -95,12 +95,11 @@ class _Handler(BaseHTTPRequestHandler):
                 prefixes[prefix + rest.partition(delimiter)[0] + delimiter] = None
             else:
                 size = len(self.objects[f"{bucket}/{key}"])
-                contents.append(
-                    f"<Contents><Key>{escape(key)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><Size>{size}</Size></Contents>"
-                )
+                time = "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+                contents.append(f"<Contents><Key>{escape(key)}</Key>{time}<Size>{size}</Size></Contents>")
         common = [f"<CommonPrefixes><Prefix>{escape(each)}</Prefix></CommonPrefixes>" for each in prefixes]
-        n_keys = len(contents) + len(common)
-        return f"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>{n_keys}</KeyCount>{''.join(contents + common)}</ListBucketResult>".encode()
+        head = f"<IsTruncated>false</IsTruncated><KeyCount>{len(contents) + len(common)}</KeyCount>"
+        return f"<ListBucketResult>{head}{''.join(contents + common)}</ListBucketResult>".encode()
 
     def log_message(self, format: str, *args: object) -> None:
         pass

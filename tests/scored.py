@@ -1,4 +1,4 @@
-"""A store with made-up scores: two decoder layers of two groups and one group outside, for tests of what is solved from it."""
+"""A store with made-up scores, for tests of `solve`: two decoder layers of two groups each, and one group outside."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,9 @@ GROUPS: Final = (
 )
 N_WEIGHTS: Final = 10_000
 N_PREDICTIONS: Final = 50
-INT4, INT8, FP8 = (
-    "wint4_afp16/default",
-    "wint8_aint8/recipe_match_channel_token",
-    "wfp8_afp8/default",
-)  # 4.125, 8 and 8 bits
+INT4 = "wint4_afp16/default"  # 4.125 bits
+INT8 = "wint8_aint8/recipe_match_channel_token"  # 8 bits
+FP8 = "wfp8_afp8/default"  # 8 bits
 DAMAGES: Final[Mapping[str, Sequence[float | None]]] = {  # predicted KL, nats per prediction
     INT4: (0.04, 0.01, 0.02, 0.03, 0.05),
     INT8: (0.004, 0.002, 0.003, 0.002, 0.001),

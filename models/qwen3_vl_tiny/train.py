@@ -3,8 +3,8 @@
     apt-get install wordnet-base
     python models/qwen3_vl_tiny/train.py --wordnet /usr/share/wordnet --out models/qwen3_vl_tiny --device cuda
 
-Writes the tokenizer, the weights (bfloat16 safetensors), `wordnet_glosses.txt` (640 glosses that were not trained on) and
-`results.json`; the model card quotes the latter. Losses are those of the stored weights, computed in float32.
+Writes the tokenizer, the weights (bfloat16 safetensors), `wordnet_glosses.txt` (640 glosses that were not trained on)
+and `results.json`; the model card quotes the latter. Losses are those of the stored weights, computed in float32.
 """
 
 import argparse
@@ -13,7 +13,10 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,9 +166,8 @@ def loss_of(model: Qwen3VLForConditionalGeneration, batch: dict[str, Tensor]) ->
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     logits = model(**inputs, use_cache=False).logits
     labels = batch["labels"]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"), int(
-        (labels != -100).sum()
-    )
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    return loss, int((labels != -100).sum())
 
 
 def scene_lengths(captions: dict[int, list[int]]) -> dict[int, list[int]]:
@@ -210,87 +212,124 @@ def unigram_loss(training: list[list[int]], texts: list[list[int]]) -> float:
     return -sum(math.log((counts[token] + 1) / total) for token in predicted) / len(predicted)
 
 
-def train(args: argparse.Namespace) -> None:
-    """Everything, from the dictionary to the files."""
-    started = time.time()
-    random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    glosses = read_glosses(args.wordnet)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """Tokenizer, and the tokenized glosses and captions to train and to evaluate on."""
+
+    tokenizer: PreTrainedTokenizerFast
+    ids: dict[str, int]  # of the special tokens
+    texts: list[list[int]]  # training glosses, each with its end token
+    held_out: list[list[int]]  # glosses not trained on, each with its end token
+    shipped: list[list[int]]  # glosses for calibration, without end tokens
+    bundled: list[str]  # lines of wordnet_glosses.txt: the shipped glosses, then those for validation
+    captions: dict[int, list[int]]  # by training scene
+    test_captions: dict[int, list[int]]  # by scene not trained on
+
+
+def read_corpus(wordnet: Path, n_scenes: int) -> Corpus:
+    """Train the tokenizer, and split WordNet's glosses and the drawn scenes."""
+    glosses = read_glosses(wordnet)
     tokenizer = train_tokenizer(glosses[2 * SHIPPED :])
     end = tokenizer.eos_token_id
     tokenized: list[list[int]] = tokenizer(glosses)["input_ids"]
     keep = [i for i, tokens in enumerate(tokenized) if 6 <= len(tokens) < LONGEST]
     shipped, held_out, training = keep[:SHIPPED], keep[SHIPPED : 2 * SHIPPED], keep[2 * SHIPPED :]
-    texts = [tokenized[i] + [end] for i in training]
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    captions = {
-        i: tokenizer(scene(i).caption)["input_ids"]
-        for i in range(TRAINING_BASE, TRAINING_BASE + (SCENES if args.steps > 50 else 400))
-    }
-    test_captions = {i: tokenizer(scene(i).caption)["input_ids"] for i in range(SHIPPED)}
-    lengths = scene_lengths(captions)
+    scenes = range(TRAINING_BASE, TRAINING_BASE + n_scenes)
+    return Corpus(
+        tokenizer=tokenizer,
+        ids={token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL},
+        texts=[tokenized[i] + [end] for i in training],
+        held_out=[tokenized[i] + [end] for i in held_out],
+        shipped=[tokenized[i] for i in shipped],
+        bundled=[glosses[i] for i in [*shipped, *held_out[:VALIDATION]]],
+        captions={i: tokenizer(scene(i).caption)["input_ids"] for i in scenes},
+        test_captions={i: tokenizer(scene(i).caption)["input_ids"] for i in range(SHIPPED)},
+    )
 
-    model = Qwen3VLForConditionalGeneration(make_config(ids)).to(args.device)
+
+def optimizer_of(model: Qwen3VLForConditionalGeneration, args: argparse.Namespace) -> tuple[Any, Any]:
+    """AdamW, with weight decay of matrices alone, and its schedule: a linear warm-up, then a cosine."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     other = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=args.device == "cuda")
     warmup = max(1, args.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1, step / args.steps))) + 0.01),
-    )
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1, step / args.steps))) + 0.01)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def text_batches(texts: list[list[int]], n_tokens: int) -> Iterator[list[list[int]]]:
+    """Batches of at least `n_tokens` tokens without end, each text once an epoch, in random order."""
     queue: list[list[int]] = []
-    seen = 0
-    held_out_texts = [tokenized[i] + [end] for i in held_out]
-    for step in range(args.steps):
+    while True:
         chosen: list[list[int]] = []
-        n_tokens = 0
-        while n_tokens < args.tokens:
+        while sum(map(len, chosen)) < n_tokens:
             if not queue:
                 queue = random.sample(texts, len(texts))
             chosen.append(queue.pop())
-            n_tokens += len(chosen[-1])
-        seen += n_tokens
+        yield chosen
+
+
+def fit(model: Qwen3VLForConditionalGeneration, corpus: Corpus, args: argparse.Namespace) -> int:
+    """Train the model. Returns the number of text tokens that it has seen."""
+    started = time.time()
+    optimizer, schedule = optimizer_of(model, args)
+    lengths = scene_lengths(corpus.captions)
+    batches = text_batches(corpus.texts, args.tokens)
+    seen = 0
+    for step in range(args.steps):
+        chosen = next(batches)
+        seen += sum(map(len, chosen))
         length = random.choices(list(lengths), weights=[len(indices) for indices in lengths.values()])[0]
         pictures = random.sample(lengths[length], min(len(lengths[length]), PICTURES))
+        captions = [corpus.captions[i] for i in pictures]
         model.train()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             text_loss, n_text = loss_of(model, pack(chosen, args.device, ROW))
-            scene_loss, n_scene = loss_of(
-                model, picture_batch(pictures, [captions[i] for i in pictures], pictures, ids, args.device)
-            )
+            scene_loss, n_scene = loss_of(model, picture_batch(pictures, captions, pictures, corpus.ids, args.device))
         (text_loss / n_text + 0.5 * scene_loss / n_scene).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 250 == 0:
-            held = evaluate(model, held_out_texts[:128], {}, ids, args.device)["text"]
-            print(
-                f"step {step} text {text_loss.item() / n_text:.3f} held out {held:.3f} scenes {scene_loss.item() / n_scene:.3f} {time.time() - started:.0f} s",
-                flush=True,
-            )
+            held = evaluate(model, corpus.held_out[:128], {}, corpus.ids, args.device)["text"]
+            text, scenes = text_loss.item() / n_text, scene_loss.item() / n_scene
+            seconds = time.time() - started
+            print(f"step {step} text {text:.3f} held out {held:.3f} scenes {scenes:.3f} {seconds:.0f} s", flush=True)
+    return seen
 
+
+def train(args: argparse.Namespace) -> None:
+    """Train the tokenizer and the model, write them, and measure what was written."""
+    started = time.time()
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    corpus = read_corpus(args.wordnet, SCENES if args.steps > 50 else 400)
+    model = Qwen3VLForConditionalGeneration(make_config(corpus.ids)).to(args.device)
+    seen = fit(model, corpus, args)
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    (args.out / "wordnet_glosses.txt").write_text(
-        "\n".join(glosses[i] for i in [*shipped, *held_out[:VALIDATION]]) + "\n", encoding="utf-8"
-    )
+    corpus.tokenizer.save_pretrained(args.out)
+    (args.out / "wordnet_glosses.txt").write_text("\n".join(corpus.bundled) + "\n", encoding="utf-8")
+
     stored = Qwen3VLForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32).to(args.device)
-    sample = random.Random(1).sample(texts, 2000)
+    sample = random.Random(1).sample(corpus.texts, 2000)
+    ids, test_captions = corpus.ids, corpus.test_captions
     results = {
         "parameters": sum(p.numel() for p in stored.parameters()),
         "steps": args.steps,
         "seed": args.seed,
         "text_tokens_seen": seen,
-        "epochs": round(seen / sum(map(len, texts)), 2),
-        "training_glosses": len(texts),
+        "epochs": round(seen / sum(map(len, corpus.texts)), 2),
+        "training_glosses": len(corpus.texts),
         "training_loss": evaluate(stored, sample, {}, ids, args.device)["text"],
-        "held_out_loss": evaluate(stored, held_out_texts, test_captions, ids, args.device),
-        "shipped_loss": evaluate(stored, [tokenized[i] for i in shipped], test_captions, ids, args.device)["text"],
-        "unigram_loss": unigram_loss(texts, held_out_texts),
+        "held_out_loss": evaluate(stored, corpus.held_out, test_captions, ids, args.device),
+        "shipped_loss": evaluate(stored, corpus.shipped, test_captions, ids, args.device)["text"],
+        "unigram_loss": unigram_loss(corpus.texts, corpus.held_out),
         "seconds": round(time.time() - started),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "torch": torch.__version__,

@@ -1,7 +1,7 @@
 """From overrides to a grid of configs: Hydra's groups, grammar and Compose API. The home of `hydra`.
 
-Hydra's own multirun composes every job of the product (384 jobs: 13 s) and writes before it validates. Here each distinct
-choice is composed once, and the product is ours.
+Hydra's own multirun composes every job of the product (384 jobs: 13 s) and writes before it validates. Here each
+distinct choice is composed once, and the product is ours.
 """
 
 import functools
@@ -22,26 +22,23 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sweep.config.schema import SECTIONS, SweepConfig, TargetConfig, to_plain
+from sweep.config.schema import SECTIONS, SweepConfig, TargetConfig, from_nodes, to_plain
 from sweep.config.targets import Target
 from sweep.core import cache
 from sweep.core.errors import SweepError, require_known
 from sweep.core.paths import bundled_model_dir, conf_dir
 
-_OF_THE_RUN = frozenset(
-    {"store", "output_layout", "cluster", "grid", "target", "validation", "sensitivity.memory_gb"}
-)  # not of a trial: they cannot be axes
+# Groups and keys of the run, not of a trial: they cannot be axes.
+_OF_THE_RUN = frozenset({"store", "output_layout", "cluster", "grid", "target", "validation", "sensitivity.memory_gb"})
 DEFAULT_GRID = "deployable"  # of a multirun that says neither what to span nor which recipe
-_RECIPE_KEYS: tuple[str, ...] = (
-    "quant_pair",
-    "quant_granularity",
-    "sensitivity.quant_algorithm",
-)  # what a point of a target's grid consists of
+# The keys of a point of a target's grid.
+_RECIPE_KEYS: tuple[str, ...] = ("quant_pair", "quant_granularity", "sensitivity.quant_algorithm")
 
 
 def _refuse_environment(name: str, *default: str) -> str:
     raise SweepError(
-        f"${{oc.env:{name}}} would write a value of the environment into the store and the reports, where the composed config is kept. "
+        f"${{oc.env:{name}}} would write a value of the environment into the store and the reports, "
+        "where the composed config is kept. "
         f'If it is no secret, let the shell put it in: key="${name}".'
     )
 
@@ -63,7 +60,8 @@ def expand(overrides: Sequence[str], *, multirun: bool, default_grid: str = "non
     Args:
         overrides: Hydra's: ``group=option``, ``key=value``, with `multirun` also ``a,b``, ``glob(*)``, ``range(...)``.
         multirun: whether more than one point is wanted.
-        default_grid: the grid file taken with `multirun` where the overrides name neither one, nor a list, nor a recipe.
+        default_grid: the grid file taken with `multirun` where the overrides name neither one, nor a list, nor a
+            recipe.
 
     Raises: SweepError: an unknown group, option or key (with the nearest spelling), or a value that is not allowed.
     """
@@ -74,7 +72,8 @@ def expand(overrides: Sequence[str], *, multirun: bool, default_grid: str = "non
         if isinstance(error.__cause__, SweepError):
             raise error.__cause__ from None
         raise SweepError(
-            f"{str(error).strip().splitlines()[0]} Overrides are Hydra's: group=option or key=value. See: sweep run --help"
+            f"{str(error).strip().splitlines()[0]} Overrides are Hydra's: group=option or key=value. "
+            "See: sweep run --help"
         ) from error
 
 
@@ -94,7 +93,8 @@ def _expand(overrides: Sequence[str], multirun: bool, default_grid: str) -> Grid
             raise SweepError(f"{key}=... matches nothing. Choose among: {', '.join(options.get(key, ()))}.")
         if len(values) > 1 and (key.split(".")[0] in _OF_THE_RUN or key in _OF_THE_RUN):
             raise SweepError(
-                f"{key} is one for the whole grid, but {len(values)} values are given. Type one, or run the sweeps one after the other."
+                f"{key} is one for the whole grid, but {len(values)} values are given. "
+                "Type one, or run the sweeps one after the other."
             )
     _check_groups(given, options)
     _check_keys(given, options)
@@ -108,15 +108,17 @@ def _expand(overrides: Sequence[str], multirun: bool, default_grid: str) -> Grid
     if grid["points"] == "target":
         recipes = _target_points(base, given)
         axes = {key: values for key, values in axes.items() if key not in _RECIPE_KEYS}
-    spanned = {key: tuple(dict.fromkeys(recipe[key] for recipe in recipes)) for key in recipes[0]} | axes
+    spanned: dict[str, tuple[str, ...]] = {}
+    for key in recipes[0]:
+        spanned[key] = tuple(dict.fromkeys(recipe[key] for recipe in recipes))
+    spanned |= axes
     _check_groups(spanned, options)
     choices = _choices(singles, spanned)
-    products = (
-        recipe | dict(zip(axes, values, strict=True))
-        for recipe in recipes
-        for values in itertools.product(*axes.values())
-    )
-    return Grid(points=tuple(_point(base, choices, values, options) for values in products), axes=spanned)
+    points: list[SweepConfig] = []
+    for recipe, values in itertools.product(recipes, itertools.product(*axes.values())):
+        chosen = recipe | dict(zip(axes, values, strict=True))
+        points.append(_point(base, choices, chosen, options))
+    return Grid(points=tuple(points), axes=spanned)
 
 
 def _target_points(base: Mapping[str, Any], given: Mapping[str, tuple[str, ...]]) -> list[dict[str, str]]:
@@ -135,20 +137,19 @@ def _target_points(base: Mapping[str, Any], given: Mapping[str, tuple[str, ...]]
         asked = "; ".join(f"{key}={','.join(given[key])}" for key in _RECIPE_KEYS if key in given)
         runs = ", ".join(recipe.name for recipe in target.recipes)
         raise SweepError(
-            f"Target {target.name}, {target.runtime}, runs none of the points asked for: {asked or algorithms[0]}. It runs: {runs}. "
+            f"Target {target.name}, {target.runtime}, runs none of the points asked for: {asked or algorithms[0]}. "
+            f"It runs: {runs}. "
             "Type some of those, another target=NAME, or grid=none to score what nothing runs."
         )
     return points
 
 
 def _parsed(override: str) -> Override:
-    with_home = re.sub(
-        r"([=,])~(?=/)", lambda found: f"{found[1]}{Path.home()}", override
-    )  # a shell leaves it there, and Hydra's grammar has no ~
+    # A shell leaves ~ in key=~/path, and Hydra's grammar has no ~.
+    with_home = re.sub(r"([=,])~(?=/)", lambda found: f"{found[1]}{Path.home()}", override)
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     try:
-        return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(
-            [with_home]
-        )[0]
+        return parser.parse_overrides([with_home])[0]
     except HydraException as error:
         raise SweepError(
             f"Cannot read the override {override!r}. Type group=option or key=value, as in Hydra; "
@@ -157,17 +158,20 @@ def _parsed(override: str) -> Override:
 
 
 def _group_options() -> dict[str, list[str]]:
-    return {
-        group.name: sorted(path.stem for path in group.glob("*.yaml"))
-        for group in conf_dir().iterdir()
-        if group.is_dir()
-    }
+    groups = [path for path in conf_dir().iterdir() if path.is_dir()]
+    return {group.name: _stems(group) for group in groups}
+
+
+def _stems(group: Path) -> list[str]:
+    """The options of a group: its YAML files' names."""
+    return sorted(path.stem for path in group.glob("*.yaml"))
 
 
 def _check_form(override: Override, multirun: bool) -> None:
     if override.type is not OverrideType.CHANGE:
         raise SweepError(
-            f"{override.input_line!r} adds or removes a key; the keys are fixed. Type key=value. All of them: sweep run --cfg job"
+            f"{override.input_line!r} adds or removes a key; the keys are fixed. Type key=value. "
+            "All of them: sweep run --cfg job"
         )
     if override.is_sweep_override() and not multirun:
         raise SweepError(
@@ -195,15 +199,19 @@ def _check_groups(given: Mapping[str, Sequence[str]], options: Mapping[str, Sequ
 
 
 def _check_keys(given: Mapping[str, Sequence[str]], options: Mapping[str, Sequence[str]]) -> None:
-    """Say an unknown key with its nearest spelling, which Hydra does not."""
-    known = list(_leaves(_composed({key: values[0] for key, values in given.items() if key in options})))
+    """Refuse an unknown key with its nearest spelling, which Hydra does not name."""
+    chosen = {key: values[0] for key, values in given.items() if key in options}
+    known = list(_leaves(_composed(chosen)))
     for key in given:
         if key not in options:
             require_known("key", key, known)
 
 
 def _choices(singles: Mapping[str, str], axes: Mapping[str, Sequence[str]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """A composed config for each value of each axis; axes are composed side by side, so there are as many as the longest has values."""
+    """A composed config for each value of each axis.
+
+    Axes are composed side by side, so there are as many configs as the longest axis has values.
+    """
     choices: dict[str, dict[str, dict[str, Any]]] = {key: {} for key in axes}
     for index in range(max(map(len, axes.values()), default=0)):
         chosen = {key: values[min(index, len(values) - 1)] for key, values in axes.items()}
@@ -215,9 +223,8 @@ def _choices(singles: Mapping[str, str], axes: Mapping[str, Sequence[str]]) -> d
 
 def _composed(chosen: Mapping[str, str]) -> dict[str, Any]:
     def compute() -> dict[str, Any]:
-        composed: Any = OmegaConf.to_container(
-            compose("config", overrides=[f"{key}={value}" for key, value in chosen.items()]), resolve=True
-        )
+        overrides = [f"{key}={value}" for key, value in chosen.items()]
+        composed: Any = OmegaConf.to_container(compose("config", overrides=overrides), resolve=True)
         return composed
 
     return cache.remember("composed", [2, version("hydra-core"), _tree_key(), list(chosen.items())], compute)
@@ -225,12 +232,9 @@ def _composed(chosen: Mapping[str, str]) -> dict[str, Any]:
 
 @functools.cache
 def _tree_key() -> list[list[str | int]]:
-    """What tells that no file of the config tree has changed."""
-    return [
-        [str(path), stat.st_size, stat.st_mtime_ns]
-        for path in sorted(conf_dir().rglob("*.yaml"))
-        for stat in [path.stat()]
-    ]
+    """Path, size and modification time of each file of the config tree: equal as long as none has changed."""
+    files = [(path, path.stat()) for path in sorted(conf_dir().rglob("*.yaml"))]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in files]
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
@@ -246,7 +250,7 @@ def _axes(grid: Mapping[str, Any], given: Mapping[str, tuple[str, ...]], multiru
     named: dict[str, list[str]] = grid["axes"]
     if named and not multirun:
         raise SweepError("grid=... spans a grid. Add -m: sweep run -m grid=NAME")
-    axes = {key: given.get(key, tuple(str(value) for value in values)) for key, values in named.items()}
+    axes = {key: given.get(key, tuple(map(str, values))) for key, values in named.items()}
     return axes | {key: values for key, values in given.items() if len(values) > 1}
 
 
@@ -256,7 +260,10 @@ def _point(
     values: Mapping[str, str],
     options: Mapping[str, Sequence[str]],
 ) -> SweepConfig:
-    """The base with each axis' node put in: groups first, single keys after, so that `dataset=a,b dataset.size=...` works."""
+    """The base with each axis' node put in.
+
+    Groups come first and single keys after, so that `dataset=a,b dataset.size=...` works.
+    """
     nodes = {section: dict(base[section]) for section in SECTIONS}
     for key, value in values.items():
         if key in options:
@@ -269,15 +276,16 @@ def _point(
                 found = found[word]
             if len(path) > 1:
                 raise SweepError(
-                    f"{key} cannot be an axis: write a new option of group {section!r} instead, conf/{section}/NAME.yaml."
+                    f"{key} cannot be an axis: "
+                    f"write a new option of group {section!r} instead, conf/{section}/NAME.yaml."
                 )
             nodes[section][path[0]] = found
     _fill_in(nodes)
-    return SweepConfig(**{section: kind.from_node(section, nodes[section]) for section, kind in SECTIONS.items()})  # pyright: ignore[reportArgumentType]
+    return from_nodes(nodes)
 
 
 def _fill_in(nodes: dict[str, dict[str, Any]]) -> None:
-    """Values that follow from others: the model's name from its path, the store's absolute path."""
+    """Fill in values that follow from others: the model's name from its path, the store's absolute path."""
     model, store = nodes["model"], nodes["store"]
     if model.get("name") is None and model.get("path") is None:
         model["name"] = bundled_model_dir().name

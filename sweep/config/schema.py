@@ -22,16 +22,14 @@ _SINCE: Mapping[str, Mapping[str, Any]] = {  # of keys that earlier configs lack
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig(Section):
-    """Which checkpoint is measured."""
+    """The checkpoint that is measured."""
 
     name: str | None  # [a-z0-9_]+, in published paths; None: a slug of the path
     path: str | None  # directory or hub id; None: the bundled model
-    dtype: Literal[
-        "auto", "float32", "bfloat16"
-    ]  # what the model computes in; auto: float32 on a CPU, bfloat16 on a GPU
+    dtype: Literal["auto", "float32", "bfloat16"]  # of the computation; auto: float32 on a CPU, bfloat16 on a GPU
 
     def dtype_on(self, device: Literal["cpu", "cuda"]) -> Literal["float32", "bfloat16"]:
-        """What it computes in there."""
+        """The dtype that the model computes in on a device."""
         if self.dtype != "auto":
             return self.dtype
         return "bfloat16" if device == "cuda" else "float32"
@@ -39,12 +37,11 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetConfig(Section):
-    """Which samples calibrate and score."""
+    """The samples that calibrate and score."""
 
     name: str  # [a-z0-9_]+, in published paths
-    kind: Literal[
-        "bundled", "scenes", "captions"
-    ]  # texts shipped with the bundled model; drawn images; a file or hub data set
+    # Texts shipped with the bundled model; drawn images; a file or hub data set.
+    kind: Literal["bundled", "scenes", "captions"]
     size: Size  # 16, 128, 512 samples; each a prefix of the next
     max_tokens: int  # tokens; longer samples are cut
     captions_path: str | None  # text file, one caption a line; wins over the hub
@@ -57,47 +54,45 @@ class DatasetConfig(Section):
             raise SweepError(
                 f"dataset.max_tokens={self.max_tokens} leaves no token to predict. Type at least 2; 512 is the default."
             )
-        if (
-            self.kind == "captions"
-            and self.captions_path is None
-            and None in (self.hub_id, self.hub_split, self.hub_column)
-        ):
+        has_hub = None not in (self.hub_id, self.hub_split, self.hub_column)
+        if self.kind == "captions" and self.captions_path is None and not has_hub:
             raise SweepError(
-                f"Data set {self.name!r} names no source. Type dataset.captions_path=FILE, or dataset.hub_id, hub_split and hub_column."
+                f"Data set {self.name!r} names no source. "
+                "Type dataset.captions_path=FILE, or dataset.hub_id, hub_split and hub_column."
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SensitivityConfig(Section):
-    """What is measured."""
+    """The score that is measured, and of which layers."""
 
-    method: Literal[
-        "gradient", "kl_div"
-    ]  # sum of (dLoss/dy * dy)^2; or KL(unquantized || one group quantized), measured
+    # Sum of (dLoss/dy * dy)^2; or KL(unquantized || one group quantized), measured.
+    method: Literal["gradient", "kl_div"]
     engine: Literal["layerwise", "modelopt"]  # ours, or stock mtq.auto_quantize as a cross-check
     coverage: Coverage
     lm_head: bool  # score lm_head as well
     quant_algorithm: str  # ModelOpt's calibration algorithm
-    scales: Literal[
-        "fused", "private"
-    ]  # whether the linears of a layer group share what runtimes share (ranges per tensor), or each has its own
-    memory_gb: (
-        float | None
-    )  # memory a worker may use, 1e9 bytes; None: what is free on its GPU, or its share of the machine's
+    # Whether the linears of a layer group share what runtimes share (ranges per tensor), or each has its own.
+    scales: Literal["fused", "private"]
+    # Memory that a worker may use, 1e9 bytes; None: what is free on its GPU, or its share of the machine's.
+    memory_gb: float | None
 
     def __post_init__(self) -> None:
         if self.quant_algorithm != "max" and (self.engine != "layerwise" or self.method != "gradient"):
             raise SweepError(
-                f"sensitivity.quant_algorithm={self.quant_algorithm} is scored by engine=layerwise, method=gradient only. "
+                f"sensitivity.quant_algorithm={self.quant_algorithm} is scored by engine=layerwise, "
+                "method=gradient only. "
                 "Type sensitivity.quant_algorithm=max, or leave engine and method out."
             )
         if (self.engine, self.method) == ("modelopt", "kl_div"):
             raise SweepError(
-                "sensitivity.engine=modelopt cross-checks method=gradient only. Type sensitivity.method=gradient, or engine=layerwise."
+                "sensitivity.engine=modelopt cross-checks method=gradient only. "
+                "Type sensitivity.method=gradient, or engine=layerwise."
             )
         if (self.engine, self.scales) == ("modelopt", "fused"):
             raise SweepError(
-                "sensitivity.engine=modelopt gives every linear its own scales. Type sensitivity.scales=private, or engine=layerwise."
+                "sensitivity.engine=modelopt gives every linear its own scales. "
+                "Type sensitivity.scales=private, or engine=layerwise."
             )
         if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
             raise SweepError(
@@ -118,7 +113,7 @@ class TargetConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationConfig(Section):
-    """On which samples a recipe's damage is measured."""
+    """The samples on which a recipe's KL is measured."""
 
     n_samples: int  # after those of the data set that calibrated and scored
     captions_path: str | None  # or the first of this text file, one caption a line
@@ -139,19 +134,16 @@ class OutputConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig(Section):
-    """What computes."""
+    """The workers, and the Ray cluster that they run on."""
 
-    address: (
-        str | None
-    )  # of a Ray cluster, host:port; local: one of this run's own, on this machine; null: $RAY_ADDRESS
+    # Of a Ray cluster, host:port; local: one of this run's own, on this machine; null: $RAY_ADDRESS.
+    address: str | None
     dashboard: bool | Literal["auto"]  # of a cluster of this run's own; auto: where there is a GPU
     device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is a GPU
-    workers: (
-        int | Literal["auto"]
-    )  # auto: one a GPU (or share of one), else one a CPU core; on a cluster more when nodes join
-    gpus_per_worker: (
-        float  # a fraction: several workers share a GPU; 2 or more: a worker spreads the model over so many
-    )
+    # auto: one a GPU (or share of one), else one a CPU core; on a cluster more when nodes join.
+    workers: int | Literal["auto"]
+    # A fraction: several workers share a GPU; 2 or more: a worker spreads the model over so many.
+    gpus_per_worker: float
     retry_failed: bool  # try trials again that failed for their own reason
 
     def __post_init__(self) -> None:
@@ -175,7 +167,8 @@ class StoreConfig(Section):
             raise SweepError("store.uri is empty. Type store.uri=DIR, or the URL of an object store.")
         if self.uri.startswith("memory:"):
             raise SweepError(
-                f"store.uri={self.uri} lives in one process only; workers are others. Type a local directory, or the URL of an object store."
+                f"store.uri={self.uri} lives in one process only; workers are others. "
+                "Type a local directory, or the URL of an object store."
             )
 
 
@@ -195,8 +188,9 @@ class SweepConfig:
     store: StoreConfig
 
     def __post_init__(self) -> None:
-        names = {"model.name": self.model.name, "dataset.name": self.dataset.name}
-        names |= {
+        names = {
+            "model.name": self.model.name,
+            "dataset.name": self.dataset.name,
             "quant_pair.name": self.quant_pair.name,
             "quant_granularity.name": self.quant_granularity.name,
             "target.name": self.target.name,
@@ -209,7 +203,8 @@ class SweepConfig:
         for key, value, other in (("method", "kl_div", "gradient"), ("engine", "modelopt", "layerwise")):
             if self.cluster.gpus_per_worker > 1 and getattr(self.sensitivity, key) == value:
                 raise SweepError(
-                    f"sensitivity.{key}={value} runs the model on one GPU, cluster.gpus_per_worker={self.cluster.gpus_per_worker:g} spreads it over several. "
+                    f"sensitivity.{key}={value} runs the model on one GPU, "
+                    f"cluster.gpus_per_worker={self.cluster.gpus_per_worker:g} spreads it over several. "
                     f"Type cluster.gpus_per_worker=1, or sensitivity.{key}={other}."
                 )
 
@@ -223,15 +218,20 @@ def to_plain(config: SweepConfig) -> dict[str, Any]:
 
 
 def from_record(document: Mapping[str, Any], target: TargetConfig, validation: ValidationConfig) -> SweepConfig:
-    """The config that `to_record` gave, from a store; keys that are newer than it get the value that it was composed under.
+    """Read back from a store the config that `to_record` gave.
+
+    Keys that are newer than the record get the value that it was composed under.
 
     Raises: SweepError: it was edited into something else.
     """
-    nodes = {section: {**_SINCE.get(section, {}), **_revived(document.get(section, {}))} for section in SECTIONS} | {
-        "target": asdict(target),
-        "validation": asdict(validation),
-    }
-    return SweepConfig(**{section: kind.from_node(section, nodes[section]) for section, kind in SECTIONS.items()})  # pyright: ignore[reportArgumentType]
+    nodes = {section: {**_SINCE.get(section, {}), **_revived(document.get(section, {}))} for section in SECTIONS}
+    return from_nodes(nodes | {"target": asdict(target), "validation": asdict(validation)})
+
+
+def from_nodes(nodes: Mapping[str, Mapping[str, Any]]) -> SweepConfig:
+    """The config of plain sections, by name. Raises: SweepError: a key or value that is not allowed."""
+    sections = {section: kind.from_node(section, nodes[section]) for section, kind in SECTIONS.items()}
+    return SweepConfig(**sections)  # pyright: ignore[reportArgumentType]
 
 
 def _revived(value: Any) -> Any:
@@ -242,7 +242,7 @@ def _revived(value: Any) -> Any:
 
 
 def to_record(config: SweepConfig) -> dict[str, Any]:
-    """The same for a trial's record: without the target and validation, on which no score depends."""
+    """The plain config for a trial's record: without target and validation, on which no score depends."""
     return {section: node for section, node in to_plain(config).items() if section not in ("target", "validation")}
 
 

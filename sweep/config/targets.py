@@ -1,7 +1,8 @@
-"""Targets: which recipes a runtime on one kind of hardware runs, under which name. Facts of ``conf/target``, with their sources.
+"""Targets: the recipes that a runtime on one kind of hardware runs, with the runtime's names for them.
 
-A checkpoint that loads is not yet served as it was scored: a runtime may keep the weights' format and leave the inputs in
-16 bits. So a recipe runs as itself, as another recipe, or not at all.
+The facts are those of ``conf/target``, with their sources. A checkpoint that loads is not yet served as it was scored:
+a runtime may keep the weights' format and leave the inputs in 16 bits. So a recipe runs as itself, as another recipe,
+or not at all.
 """
 
 import functools
@@ -14,13 +15,8 @@ import yaml
 from sweep.config.schema import TargetConfig
 from sweep.core.errors import SweepError, require_known
 from sweep.core.paths import conf_dir
+from sweep.formats.recipe import ALGORITHMS
 
-ALGORITHMS: Final = (
-    "max",
-    "mse",
-    "awq_lite",
-    "smoothquant",
-)  # ModelOpt's calibration algorithms that a target may name
 EXPORTS: Final = ("compressed_tensors", "modelopt")  # checkpoint formats: their `format`, their `quant_algo`
 
 StatusKind = Literal["native", "runs_as", "none"]
@@ -28,7 +24,7 @@ StatusKind = Literal["native", "runs_as", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetStatus:
-    """What a target makes of one recipe."""
+    """How a target runs one recipe: as itself, as another one, or not at all."""
 
     kind: StatusKind
     runs_as: str | None  # "pair/granularity" that it really computes
@@ -81,8 +77,8 @@ class Target:
     def from_config(cls, config: TargetConfig) -> Self:
         """Read a target's facts.
 
-        Raises: SweepError: a pair, granularity, algorithm, source or key that is not known (with the nearest spelling), a recipe
-            listed twice, or one that runs as a recipe that the target does not run as itself.
+        Raises: SweepError: a pair, granularity, algorithm, source or key that is not known (with the nearest spelling),
+            a recipe listed twice, or one that runs as a recipe that the target does not run as itself.
         """
         where = f"target {config.name!r}"
         recipes = tuple(_recipe(name, node, config.sources, where) for name, node in config.recipes.items())
@@ -96,7 +92,7 @@ class Target:
         return cls(name=config.name, runtime=config.runtime, scales=config.scales, recipes=recipes)
 
     def status(self, quant_pair: str, quant_granularity: str, algorithm: str = "max") -> TargetStatus:
-        """What the target makes of a recipe; of one that it does not know, `none`."""
+        """How the target runs a recipe; `none` for one that it does not know."""
         for recipe in self.recipes:
             if recipe.quant_pair == quant_pair and quant_granularity in recipe.granularities:
                 if algorithm not in recipe.algorithms:
@@ -122,7 +118,7 @@ class Target:
         granularities: Collection[str] | None = None,
         algorithms: Collection[str] = ("max",),
     ) -> Iterator[tuple[str, str, str]]:
-        """Pair, granularity and algorithm of what runs, each recipe once, under the first of its names that is asked for.
+        """Pair, granularity and algorithm of each recipe that runs, under the first of its names that is asked for.
 
         Args:
             pairs: those asked for; None: all.
@@ -147,7 +143,7 @@ def all_targets() -> tuple[Target, ...]:
 
 
 def served_as(quant_pair: str, quant_granularity: str, algorithm: str) -> dict[str, dict[str, str | None]]:
-    """Status, recipe that really runs, and the reader's name of one recipe under every target, as reports state them."""
+    """One recipe under every target, as reports state it: status, recipe that really runs, and the runtime's name."""
     found = {target.name: target.status(quant_pair, quant_granularity, algorithm) for target in all_targets()}
     return {
         name: {"status": status.kind, "runs_as": status.runs_as, "reader_name": status.reader_name}

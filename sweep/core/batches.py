@@ -24,7 +24,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one forward pass sees. Rows of the flattened batch are the samples' tokens, sample after sample, no padding."""
+    """Samples of one forward pass. Rows of the flattened batch are their tokens, sample after sample, no padding."""
 
     order: tuple[int, ...]  # data set indices, in the order of the rows
     lengths: tuple[int, ...]  # tokens a sample
@@ -55,9 +55,8 @@ class Plan:
         """Hash of every tensor fed to the model for `size`, and of which sample each row is, in canonical order."""
         sha = hashlib.sha256()
         for batch in self.batches(size):
-            sha.update(
-                f"{batch.order}:".encode()
-            )  # data sets in other orders may have equal batches, but not equal sample scores
+            # Data sets in other orders may have equal batches, but not equal sample scores.
+            sha.update(f"{batch.order}:".encode())
             for key in sorted(batch.tensors):
                 array = np.ascontiguousarray(batch.tensors[key])
                 sha.update(f"{key}:{array.dtype.str}:{array.shape}:".encode())

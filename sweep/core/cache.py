@@ -1,4 +1,4 @@
-"""Facts that are slow to find and cheap to keep (file hashes, token ids, resolved presets), as JSON files.
+"""Disk cache of facts that are slow to find (file hashes, token ids, resolved presets), as JSON files.
 
 Each entry is named by a hash of all that it depends on, so an entry is right or absent, never stale. Deleting the
 directory costs seconds. It is ``$SWEEP_CACHE_DIR``, or ``sweep-sensitivity`` under ``$XDG_CACHE_HOME`` (``~/.cache``).

@@ -1,4 +1,4 @@
-"""What a user can fix, said so that she can fix it."""
+"""Errors that a user can fix: their messages say what was found, what is allowed and what to type."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,7 +13,10 @@ class InvalidRecipe(SweepError):
 
 
 class StoreFailed(SweepError):
-    """The store, or the place of reports, cannot be written: a full disk, a lost mount. Nobody's scores are wrong; the run ends and can be resumed."""
+    """The store, or the directory of reports, cannot be written: a full disk, a lost mount.
+
+    No score is wrong; the run ends and can be resumed.
+    """
 
 
 class ClusterLost(SweepError):
@@ -25,11 +28,14 @@ class MemoryShort(SweepError):
 
 
 class Unfit(SweepError):
-    """What one worker cannot do, and another one may: its node does not see the model or the store, or the model does not load there."""
+    """A task that one worker cannot do, and another one may.
+
+    Its node does not see the model or the store, or the model does not load there.
+    """
 
 
 class WorkerLost(SweepError):
-    """What a worker's process cannot go on after, its GPU or one of its writers has failed; another process can."""
+    """A worker's process cannot go on, as its GPU or one of its writers has failed; another process can."""
 
 
 def require_known(kind: str, name: str, known: Iterable[str]) -> None:

@@ -42,7 +42,8 @@ def is_vision(module: str) -> bool:
 def part_of(module: str) -> tuple[str, int | None]:
     """The part that a module's row belongs to, and its decoder layer if it is in one.
 
-    A part is everything under the first numbered child (``model.language_model.layers.7``), else under the module's parent.
+    A part is everything under the first numbered child (``model.language_model.layers.7``), else under the module's
+    parent.
     """
     words = module.split(".")
     for position, word in enumerate(words):
@@ -54,10 +55,8 @@ def part_of(module: str) -> tuple[str, int | None]:
 def short_group(group: str, modules: Sequence[str]) -> str:
     """A layer group as people call it: ``layers.6.self_attn.q/k/v_proj``, ``visual.blocks.0.attn.qkv``."""
     parent, _, leaf = group.rpartition(".")
-    parents, leaves = (
-        {module.rpartition(".")[0] for module in modules},
-        [module.rpartition(".")[2] for module in modules],
-    )
+    parents = {module.rpartition(".")[0] for module in modules}
+    leaves = [module.rpartition(".")[2] for module in modules]
     if len(modules) > 1 and parents == {parent}:
         ending = "_proj" if all(name.endswith("_proj") for name in leaves) else ""
         leaf = "/".join(name.removesuffix(ending) for name in leaves) + ending

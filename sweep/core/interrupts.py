@@ -11,34 +11,39 @@ _LEAVING_SECONDS = 10.0  # after an interrupt, until another one counts
 
 @contextmanager
 def interruptible() -> Generator[None]:
-    """A signal ends what is inside with KeyboardInterrupt, whatever a library makes of it on the way."""
-    told: float | None = None
+    """End the body with KeyboardInterrupt on SIGINT or SIGTERM, whatever a library makes of the signal on the way."""
+    interrupted_at: float | None = None  # monotonic seconds
 
     def interrupt(number: int, frame: object) -> None:
-        nonlocal told
-        if told is None or time.monotonic() - told > _LEAVING_SECONDS:  # a second Ctrl-C would cut short the way out
-            told = time.monotonic()
+        nonlocal interrupted_at
+        now = time.monotonic()
+        if (
+            interrupted_at is None or now - interrupted_at > _LEAVING_SECONDS
+        ):  # a second Ctrl-C would cut the exit short
+            interrupted_at = now
             raise KeyboardInterrupt
 
     try:
         with _handled_by(interrupt):
             yield
     finally:
-        if told is not None:
-            exec(
-                ""
-            )  # if another exec was interrupted, as dataclasses use, CPython would end the process by SIGINT (3.11)
+        if interrupted_at is not None:
+            # If another exec was interrupted, as dataclasses use, CPython 3.11 would end the process by SIGINT.
+            exec("")
             raise KeyboardInterrupt
 
 
 @contextmanager
 def signals_wait() -> Generator[None]:
-    """A first signal waits until what is inside is done, for the handlers of before, whatever a library has put in their place. A second does not wait."""
+    """Hold a first signal back until the body is done; then the handlers that were there before get it.
+
+    They do whatever handlers a library installs meanwhile. A second signal raises KeyboardInterrupt at once.
+    """
     waiting: list[int] = []
 
     def note(number: int, frame: object) -> None:
         waiting.append(number)
-        if len(waiting) > 1:  # somebody is impatient
+        if len(waiting) > 1:
             raise KeyboardInterrupt
 
     try:
@@ -60,12 +65,12 @@ def _handled_by(handler: Callable[[int, object], None]) -> Generator[None]:
 
 
 def rearm() -> None:
-    """Put the handlers that Python knows of in place again, after a library has changed them behind its back."""
+    """Install Python's handlers again, after a library has replaced them without Python's knowledge."""
     for number in _SIGNALS:
         signal.signal(number, signal.getsignal(number))
 
 
 def ignore_signals() -> None:
-    """The command has ended; no signal changes how."""
+    """Ignore SIGINT and SIGTERM: the command has ended, and no signal changes its exit code."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What this machine offers to workers, found without importing anything heavy."""
+"""Resources of this machine (GPUs, cores, memory), found without importing anything heavy."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """What a GPU can do."""
+    """A GPU's name, memory and compute capability."""
 
     name: str
     memory_gb: float  # 1e9 bytes, all of it
@@ -138,5 +138,5 @@ def n_cores() -> int:
 
 
 def fit(gpus: float, share: float) -> int:
-    """Workers that find room on the GPUs of one node; a share lies on one GPU."""
+    """Number of workers that fit on the GPUs of one node; a share lies on one GPU."""
     return int(gpus) * int(1 / share) if share <= 1 else int(gpus) // int(share)

@@ -10,7 +10,7 @@ def aligned(rows: Sequence[Sequence[str]], *, figures: bool = False) -> list[str
         rows: a heading and the rest, all of one length.
         figures: columns after the first are numbers, which stand to the right.
     """
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines: list[str] = []
     for row in rows:
         cells = (

@@ -1,4 +1,4 @@
-"""Values from files against the type hints of the dataclasses that they become."""
+"""Checks values from files against the type hints of the dataclasses that they become."""
 
 import types
 import typing
@@ -36,7 +36,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """What may stand there, in words."""
+    """The values that a type hint allows, in words for a message."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(option) for option in typing.get_args(hint))

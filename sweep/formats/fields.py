@@ -1,4 +1,4 @@
-"""What a YAML file may say of a quantizer, checked before any of it reaches ModelOpt, which would pad, guess or crash later."""
+"""Checks of quantizer fields from YAML files, before they reach ModelOpt, which would pad, guess or crash later."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -11,7 +11,7 @@ _BLOCK_AXES: Final = (-1, -2)  # a linear's inputs and outputs; ModelOpt pads a 
 
 
 def check_fields(quantizer: str, fields: Mapping[str, Any], where: str) -> None:
-    """Refuse what no recipe can mean, whatever it is combined with.
+    """Refuse fields that are wrong in every recipe.
 
     Args:
         quantizer: pattern that the fields are for.
@@ -58,13 +58,15 @@ def _is_block_item(key: object, value: object) -> bool:
     return isinstance(key, int) and key in _BLOCK_AXES and (value is None or _is_count(value, 1, 1 << 20))
 
 
-# Of ModelOpt's attributes those whose scores are tested against ModelOpt's own; a rotation or a histogram would need more than a quantizer.
+# ModelOpt's attributes whose scores are tested against ModelOpt's own; a rotation or a histogram would need more than a
+# quantizer.
 _ALLOWED: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "num_bits": (_is_num_bits, "a whole number of bits from 2 to 16, or exponent and mantissa bits such as [4, 3]"),
     "axis": (_is_axis, "null (per tensor), 0 (per output channel) or 1 (per input channel)"),
     "block_sizes": (
         _is_blocks,
-        "a mapping such as {-1: 64} (blocks along the inputs), with type and scale_bits beside it if the format has them",
+        "a mapping such as {-1: 64} (blocks along the inputs), "
+        "with type and scale_bits beside it if the format has them",
     ),
     "type": (lambda value: value in ("static", "dynamic"), "static or dynamic"),
     "narrow_range": (lambda value: isinstance(value, bool), "true or false"),

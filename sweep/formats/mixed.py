@@ -1,6 +1,10 @@
-"""A mixed-precision recipe: which recipe each layer group gets. A YAML file that `solve` writes and `validate` and `export` read."""
+"""Mixed-precision recipes: the format of each layer group, as a YAML file.
+
+`solve` and `recommend` write it, `validate` and `export` read it.
+"""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -25,7 +29,7 @@ Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig;
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupFormat:
-    """One recipe that layer groups may get, resolved."""
+    """A number format for layer groups: pair, granularity, calibration algorithm, and the quantizers' attributes."""
 
     quant_pair: str
     quant_granularity: str
@@ -36,10 +40,12 @@ class GroupFormat:
 
     @property
     def label(self) -> str:
-        """What files and tables call it: ``wint4_afp16/w_group128/awq_lite``; the algorithm `max` goes without saying."""
-        return "/".join(
-            [self.quant_pair, self.quant_granularity, *([] if self.algorithm == "max" else [self.algorithm])]
-        )
+        """Its name in files and tables: ``wint4_afp16/w_group128/awq_lite``.
+
+        The algorithm `max` is left out.
+        """
+        algorithm = [] if self.algorithm == "max" else [self.algorithm]
+        return "/".join([self.quant_pair, self.quant_granularity, *algorithm])
 
     @property
     def effective_bits(self) -> float:
@@ -49,7 +55,7 @@ class GroupFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupChoice:
-    """What one layer group gets."""
+    """The format of one layer group, with its predicted KL."""
 
     group: str  # the first module
     modules: tuple[str, ...]
@@ -78,7 +84,7 @@ class MixedRecipe:
 
     @property
     def predicted_kl(self) -> float:
-        """Sum over groups, nats per prediction: damage adds up as long as it is small."""
+        """Sum over groups, nats per prediction: the KL of single groups adds up as long as it is small."""
         return sum(choice.predicted_kl for choice in self.groups)
 
     @property
@@ -121,7 +127,8 @@ class MixedRecipe:
             raise SweepError(f"{where} is no recipe file: it has no recipe_version. `sweep solve` writes them.")
         if document["recipe_version"] != RECIPE_VERSION:
             raise SweepError(
-                f"{where} has recipe_version {document['recipe_version']}; this program reads {RECIPE_VERSION}. Have `sweep solve` write it again."
+                f"{where} has recipe_version {document['recipe_version']}; this program reads {RECIPE_VERSION}. "
+                "Have `sweep solve` write it again."
             )
         nodes: dict[str, Any] = {
             key: value for key, value in document.items() if key not in ("recipe_version", "totals")
@@ -132,17 +139,15 @@ class MixedRecipe:
             formats[label] = _format(node, f"{where}: format {label!r}")
             if formats[label].label != label:
                 raise SweepError(
-                    f"{where}: format {label!r} describes {formats[label].label!r}. Give it the name of what it describes."
+                    f"{where}: format {label!r} describes {formats[label].label!r}. "
+                    "Give it the name of what it describes."
                 )
         if not isinstance(nodes["groups"], list) or not nodes["groups"]:
             raise SweepError(f"{where} names no layer groups.")
         groups = tuple(_choice(node, formats, where) for node in nodes["groups"])
         modules = [module for choice in groups for module in choice.modules]
-        if (
-            doubled := sorted({module for module in modules if modules.count(module) > 1})
-            if len(modules) != len(set(modules))
-            else []
-        ):
+        doubled = sorted(module for module, n in Counter(modules).items() if n > 1)
+        if doubled:
             raise SweepError(f"{where}: {doubled[0]} is in two layer groups. A linear has one format.")
         nodes |= {"formats": formats, "groups": groups}
         return cls(**nodes)
@@ -168,7 +173,8 @@ def _choice(node: Any, formats: Mapping[str, GroupFormat], where: str) -> GroupC
     _check_keys(_mapping(node, f"{where}: group {name!r}"), GroupChoice, f"{where}: group {name!r}")
     if not 0 <= node["predicted_kl"] < float("inf"):
         raise SweepError(
-            f"{where}: group {name!r}: predicted_kl is {node['predicted_kl']}. It is a number of 0 or more. Have `sweep solve` write it again."
+            f"{where}: group {name!r}: predicted_kl is {node['predicted_kl']}. It is a number of 0 or more. "
+            "Have `sweep solve` write it again."
         )
     fields_: dict[str, Any] = {**node, "modules": tuple(node["modules"])}
     choice = GroupChoice(**fields_)

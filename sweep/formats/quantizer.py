@@ -1,4 +1,4 @@
-"""One quantizer as ModelOpt reads it: its attributes with their defaults, what they mean, and whether ModelOpt can run them."""
+"""A quantizer as ModelOpt reads it: its attributes, their defaults and meaning, and whether ModelOpt can run them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ _DEFAULT_SCALE_BITS = 16  # a block's scale where the format names none
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizerSpec:
-    """One quantizer as ModelOpt reads it."""
+    """The attributes of one quantizer, and what follows from them."""
 
     attributes: Mapping[str, Any]  # QuantizerAttributeConfig fields as given; tuples and integer keys intact
 
@@ -71,7 +71,10 @@ class QuantizerSpec:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the range comes from calibration data; NVFP4 has dynamic blocks under a calibrated second-level scale."""
+        """Whether the range comes from calibration data.
+
+        NVFP4 has dynamic blocks under a calibrated second-level scale.
+        """
         is_mx = self.has_dynamic_blocks and self.block_sizes.get("scale_bits") == (8, 0)
         return self.attributes.get("type", "static") != "dynamic" and not is_mx
 
@@ -92,7 +95,7 @@ class QuantizerSpec:
 
     @property
     def canonical(self) -> Any:
-        """What identifies the quantizer: every field, defaults filled in, in one order."""
+        """The quantizer's identity: every field, defaults filled in, in one order."""
         fields = {**ATTRIBUTE_DEFAULTS, **{key: value for key, value in self.attributes.items() if key != COST_HINT}}
         if fields["block_sizes"] is not None:
             fields["block_sizes"] = {
@@ -114,15 +117,18 @@ def check_format(name: str, spec: QuantizerSpec) -> None:
         raise InvalidRecipe(f"The {name} have both axis and block_sizes, which exclude each other.")
     if spec.num_bits == _FP4 and not spec.block_elements:
         raise InvalidRecipe(
-            f"FP4 {name} need blocks: ModelOpt has no FP4 per tensor or per channel. Choose a granularity that keeps or sets block_sizes."
+            f"FP4 {name} need blocks: ModelOpt has no FP4 per tensor or per channel. "
+            "Choose a granularity that keeps or sets block_sizes."
         )
     if isinstance(spec.num_bits, tuple) and spec.num_bits != _FP8 and not spec.has_dynamic_blocks:
         raise InvalidRecipe(
-            f"ModelOpt has E{spec.num_bits[0]}M{spec.num_bits[1]} {name} in dynamic blocks only. Give block_sizes type: dynamic."
+            f"ModelOpt has E{spec.num_bits[0]}M{spec.num_bits[1]} {name} in dynamic blocks only. "
+            "Give block_sizes type: dynamic."
         )
     if spec.has_dynamic_blocks and isinstance(spec.num_bits, int) and spec.num_bits != _MX_INTEGER_BITS:
         raise InvalidRecipe(
-            f"ModelOpt's kernel for dynamic blocks has no {spec.num_bits}-bit integers ({name}). Choose static blocks, or 8 bits."
+            f"ModelOpt's kernel for dynamic blocks has no {spec.num_bits}-bit integers ({name}). "
+            "Choose static blocks, or 8 bits."
         )
     n = spec.block_elements
     if spec.has_dynamic_blocks and n and not (n & (n - 1) == 0 if spec.is_nvfp4 else n in _KERNEL_BLOCKS):
@@ -130,7 +136,8 @@ def check_format(name: str, spec: QuantizerSpec) -> None:
         raise InvalidRecipe(f"ModelOpt's kernel for these {name} has no blocks of {n}. Allowed: {allowed}.")
     if spec.has_dynamic_blocks and (set(spec.block_sizes) != {-1, "type", "scale_bits"} or not spec.block_elements):
         raise InvalidRecipe(
-            f"Dynamic blocks of {name} are of the form {{-1: 16, type: dynamic, scale_bits: [4, 3]}}, with a length along the inputs and no other axis."
+            f"Dynamic blocks of {name} are of the form {{-1: 16, type: dynamic, scale_bits: [4, 3]}}, "
+            "with a length along the inputs and no other axis."
         )
 
 
@@ -142,7 +149,7 @@ def canonical_value(value: Any) -> Any:
 
 
 def canonical_attributes(attributes: Mapping[str, Any] | None) -> Any:
-    """What identifies a quantizer, defaults filled in; None: left unquantized."""
+    """A quantizer's identity, defaults filled in; None: left unquantized."""
     return None if attributes is None else QuantizerSpec(attributes=attributes).canonical
 
 

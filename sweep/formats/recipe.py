@@ -1,8 +1,8 @@
-"""Quant pair + granularity -> recipe: the overlay rules, as one pure function. Knows ModelOpt's format, imports nothing of it.
+"""Quant pair + granularity -> recipe: the overlay rules, as one pure function.
 
-ModelOpt's `quant_cfg` is an ordered list (>= 0.44) in which an entry with `cfg` replaces the whole quantizer and enables it.
-So an overlay is merged into the pair's own entry, in place; appended, `{axis: 0}` would turn FP8 into INT8 and switch the
-vision tower on.
+Knows ModelOpt's format and imports nothing of it. ModelOpt's `quant_cfg` is an ordered list (>= 0.44) in which an entry
+with `cfg` replaces the whole quantizer and enables it. So an overlay is merged into the pair's own entry, in place;
+appended, `{axis: 0}` would turn FP8 into INT8 and switch the vision tower on.
 """
 
 import json
@@ -16,21 +16,14 @@ from sweep.core.pairs import GranularityConfig, PairConfig
 from sweep.formats.fields import QUANTIZERS, check_fields
 from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, QuantizerSpec, check_format, tupled
 
-ALGORITHMS: Final = (
-    "max",
-    "mse",
-    "awq_lite",
-    "smoothquant",
-)  # calibration algorithms that have a parity test against ModelOpt
+# Calibration algorithms that have a parity test against ModelOpt.
+ALGORITHMS: Final = ("max", "mse", "awq_lite", "smoothquant")
 
-SCALES_INPUTS: Final = frozenset(
-    {"awq_lite", "smoothquant"}
-)  # those that multiply the inputs by a scale, found on samples
+# Those that multiply the inputs by a pre-quantization scale, found on samples.
+SCALES_INPUTS: Final = frozenset({"awq_lite", "smoothquant"})
 
-_ALGORITHM_DEFAULTS: Final[Mapping[str, object]] = {
-    "alpha_step": 0.1,
-    "alpha": 1.0,
-}  # ModelOpt 0.47's, of awq_lite and of smoothquant
+# ModelOpt 0.47's, of awq_lite and of smoothquant.
+_ALGORITHM_DEFAULTS: Final[Mapping[str, object]] = {"alpha_step": 0.1, "alpha": 1.0}
 _VISION_PATTERNS = frozenset(
     {"*visual*", "*vision_tower*", "*vision_model*", "*embed_vision*", "*multi_modal_projector*"}
 )
@@ -46,7 +39,7 @@ _NUM_BITS: Final[Mapping[str, int | tuple[int, int] | None]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What a trial does to each linear, resolved."""
+    """How each linear is quantized: ModelOpt's entries, the calibration algorithm, and the two quantizers."""
 
     quant_cfg: Sequence[Mapping[str, Any]]  # ModelOpt's ordered entries
     algorithm: str
@@ -62,14 +55,12 @@ class Recipe:
     @property
     def _switches(self) -> list[tuple[str, str | None, bool]]:
         """Entries that only switch quantizers on or off, but for the first, which every recipe has."""
-        entries = [
-            entry
-            for entry in self.quant_cfg
-            if entry.get("cfg") is None and entry["quantizer_name"] not in ("*", *QUANTIZERS)
-        ]
-        return sorted(
-            (entry["quantizer_name"], entry.get("parent_class"), bool(entry.get("enable"))) for entry in entries
-        )
+        found: list[tuple[str, str | None, bool]] = []
+        for entry in self.quant_cfg:
+            name = entry["quantizer_name"]
+            if entry.get("cfg") is None and name not in ("*", *QUANTIZERS):
+                found.append((name, entry.get("parent_class"), bool(entry.get("enable"))))
+        return sorted(found)
 
     @property
     def calibrates_activations(self) -> bool:
@@ -128,15 +119,13 @@ def resolve(
     """
     if algorithm not in ALGORITHMS:
         raise SweepError(
-            f"sensitivity.quant_algorithm={algorithm} has no parity test against ModelOpt yet. Choose one of: {', '.join(ALGORITHMS)}."
+            f"sensitivity.quant_algorithm={algorithm} has no parity test against ModelOpt yet. "
+            f"Choose one of: {', '.join(ALGORITHMS)}."
         )
     entries = _own_entries(pair, [tupled(entry) for entry in preset["quant_cfg"]], preset.get("algorithm"), algorithm)
     for quantizer, fields in pair.quant_cfg_overrides.items():
-        check_fields(
-            quantizer,
-            {key: value for key, value in fields.items() if key != "enable"},
-            f"quant_cfg_overrides of quant_pair {pair.name!r}",
-        )
+        set_fields = {key: value for key, value in fields.items() if key != "enable"}
+        check_fields(quantizer, set_fields, f"quant_cfg_overrides of quant_pair {pair.name!r}")
         entries = [_replaced(entry, fields) if entry["quantizer_name"] == quantizer else entry for entry in entries]
     for quantizer, fields in granularity.quant_cfg_overrides.items():
         check_fields(quantizer, fields, f"quant_cfg_overrides of quant_granularity {granularity.name!r}")
@@ -144,9 +133,11 @@ def resolve(
             _overlaid(entry, fields) if entry["quantizer_name"] == quantizer and entry.get("cfg") else entry
             for entry in entries
         ]
-    dropped = (_VISION_PATTERNS if coverage == "all_layers" else frozenset[str]()) | (
-        _LM_HEAD_PATTERNS if lm_head else frozenset[str]()
-    )
+    dropped = set[str]()
+    if coverage == "all_layers":
+        dropped |= _VISION_PATTERNS
+    if lm_head:
+        dropped |= _LM_HEAD_PATTERNS
     entries = [entry for entry in entries if entry["quantizer_name"] not in dropped]
     weight, activation = (_spec(entries, quantizer) for quantizer in QUANTIZERS)
     recipe = Recipe(quant_cfg=entries, algorithm=algorithm, weight=weight, activation=activation)
@@ -184,7 +175,8 @@ def _own_entries(
 ) -> list[dict[str, Any]]:
     """The preset's entries, with one for each of our two quantizers.
 
-    Raises: InvalidRecipe: the preset is more than one number format for the weights and one for the inputs of every linear.
+    Raises: InvalidRecipe: the preset is more than one number format for the weights and one for the inputs of every
+        linear.
     """
     preset = f"format_name={pair.format_name} of quant_pair {pair.name!r}"
     own = preset_algorithm if isinstance(preset_algorithm, Mapping) else {"method": preset_algorithm}
@@ -199,7 +191,8 @@ def _own_entries(
         enables = entry.get("cfg") is not None or entry.get("enable") is True
         if enables and (entry["quantizer_name"] not in QUANTIZERS or not isinstance(entry.get("cfg"), Mapping)):
             raise InvalidRecipe(
-                f"{preset} is more than one format for weights and one for inputs (entry {entry['quantizer_name']!r}). Choose another preset."
+                f"{preset} is more than one format for weights and one for inputs (entry {entry['quantizer_name']!r}). "
+                "Choose another preset."
             )
     named = {entry["quantizer_name"] for entry in entries}
     missing = [{"quantizer_name": quantizer, "enable": False} for quantizer in QUANTIZERS if quantizer not in named]
@@ -242,30 +235,35 @@ def _check_formats(recipe: Recipe) -> None:
         return
     if inputs.attributes.get("axis") not in (None, -1):
         raise InvalidRecipe(
-            "Rows of activations are tokens: axis 0 or 1 means nothing there. Choose axis -1, or per token: type dynamic, block_sizes {-1: null}."
+            "Rows of activations are tokens: axis 0 or 1 means nothing there. "
+            "Choose axis -1, or per token: type dynamic, block_sizes {-1: null}."
         )
     if inputs.attributes.get("type") == "dynamic" and -1 not in inputs.block_sizes:
         raise InvalidRecipe(
-            "A dynamic range of the whole input depends on how samples are batched. Choose per token: type dynamic, block_sizes {-1: null}."
+            "A dynamic range of the whole input depends on how samples are batched. "
+            "Choose per token: type dynamic, block_sizes {-1: null}."
         )
     if inputs.block_sizes.get(-2) is not None:
         raise InvalidRecipe(
-            "Blocks of activations lie within one token: axis -2 would mix tokens. Leave it out of the inputs' block_sizes."
+            "Blocks of activations lie within one token: axis -2 would mix tokens. "
+            "Leave it out of the inputs' block_sizes."
         )
     if inputs.block_sizes and inputs.is_calibrated and not inputs.has_dynamic_blocks:
         raise InvalidRecipe(
-            "Static blocks of activations need inputs of one fixed shape. Choose type: dynamic, or no block_sizes for the inputs."
+            "Static blocks of activations need inputs of one fixed shape. "
+            "Choose type: dynamic, or no block_sizes for the inputs."
         )
 
 
 def _check_algorithm(recipe: Recipe) -> None:
-    """Refuse what ModelOpt's algorithm would skip without a word, or cannot do."""
+    """Refuse recipes that ModelOpt's algorithm would skip silently, or cannot calibrate."""
     weight, inputs, algorithm = recipe.weight, recipe.activation, recipe.algorithm
     if algorithm == "max":
         return
     if algorithm == "mse" and (weight is None or not weight.is_calibrated or weight.has_dynamic_blocks):
         raise InvalidRecipe(
-            "quant_algorithm=mse searches ranges of weights; these have none to search. Choose max, or a format with static ranges."
+            "quant_algorithm=mse searches ranges of weights; these have none to search. "
+            "Choose max, or a format with static ranges."
         )
     if algorithm == "awq_lite" and (
         weight is None
@@ -274,11 +272,13 @@ def _check_algorithm(recipe: Recipe) -> None:
         or -1 not in weight.block_sizes
     ):
         raise InvalidRecipe(
-            "quant_algorithm=awq_lite needs weights in groups along the inputs, as INT4 under w_group128 or NVFP4. Choose max, or these."
+            "quant_algorithm=awq_lite needs weights in groups along the inputs, as INT4 under w_group128 or NVFP4. "
+            "Choose max, or these."
         )
     if algorithm == "awq_lite" and inputs is not None and not (inputs.is_per_tensor or inputs.has_dynamic_blocks):
         raise InvalidRecipe(
-            "quant_algorithm=awq_lite needs inputs in 16 bits, under one static range, or in NVFP4 or MX. Choose max, or another granularity."
+            "quant_algorithm=awq_lite needs inputs in 16 bits, under one static range, or in NVFP4 or MX. "
+            "Choose max, or another granularity."
         )
     if algorithm == "smoothquant" and not (
         weight is not None
@@ -288,7 +288,8 @@ def _check_algorithm(recipe: Recipe) -> None:
         and _is_int8_tensor(inputs)
     ):
         raise InvalidRecipe(
-            "quant_algorithm=smoothquant is for INT8 weights and INT8 inputs under one static range: wint8_aint8/default. Choose max, or that."
+            "quant_algorithm=smoothquant is for INT8 weights and INT8 inputs under one static range: "
+            "wint8_aint8/default. Choose max, or that."
         )
 
 
@@ -297,7 +298,10 @@ def _is_int8_tensor(spec: QuantizerSpec) -> bool:
 
 
 def _check_labels(pair: PairConfig, recipe: Recipe) -> None:
-    """Refuse a pair whose words are not its numbers: scores would be published under another format's name."""
+    """Refuse a pair whose `weight` or `activation` is another format than its quantizers have.
+
+    Scores would be published under another format's name.
+    """
     for key, label, spec in (
         ("weight", pair.weight, recipe.weight),
         ("activation", pair.activation, recipe.activation),
@@ -305,6 +309,6 @@ def _check_labels(pair: PairConfig, recipe: Recipe) -> None:
         found = spec and spec.num_bits
         if found != _NUM_BITS[label]:
             raise InvalidRecipe(
-                f"quant_pair {pair.name!r} says {key}: {label}, which is num_bits {_NUM_BITS[label]}, but resolves to {found}. "
-                f"Correct {key}, format_name or quant_cfg_overrides."
+                f"quant_pair {pair.name!r} says {key}: {label}, which is num_bits {_NUM_BITS[label]}, "
+                f"but resolves to {found}. Correct {key}, format_name or quant_cfg_overrides."
             )

@@ -1,4 +1,4 @@
-"""What the scores of one cell say, in numbers: ranking, uncertainty, stability, totals. Pure functions.
+"""Statistics of one cell's scores: ranking, uncertainty, stability, totals. Pure functions.
 
 A layer group that was never called has no score: NaN in the arrays here, NULL in the table. It ranks last, is left out
 of every correlation and total, and never counts as 0.
@@ -102,7 +102,7 @@ def average_ranks(values: FloatArray) -> FloatArray:
 
 
 def spearman(left: FloatArray, right: FloatArray) -> float | None:
-    """Rank correlation over the groups that both sides measured; None with under two of them or if a side is constant."""
+    """Rank correlation over the groups that both sides measured; None with under two of them, or a constant side."""
     both = np.isfinite(left) & np.isfinite(right)
     left_ranks, right_ranks = average_ranks(left[both]), average_ranks(right[both])
     if len(left_ranks) < 2 or np.ptp(left_ranks) == 0 or np.ptp(right_ranks) == 0:
@@ -111,7 +111,7 @@ def spearman(left: FloatArray, right: FloatArray) -> float | None:
 
 
 def top_k_overlap(left: FloatArray, right: FloatArray, k: int) -> float:
-    """Share of the `k` most sensitive groups of one side that are also among the other's, over groups that both measured."""
+    """Share of the `k` most sensitive groups of one side that the other names, too, over groups that both measured."""
     both = np.isfinite(left) & np.isfinite(right)
     k = min(k, int(both.sum()))
     if k == 0:
@@ -138,7 +138,7 @@ def bootstrap_interval(
 ) -> FloatArray:
     """Interval of each group's sensitivity if other samples of the same kind had been drawn.
 
-    Percentile bootstrap over samples; the number of predictions stays what it was, so differing sample lengths widen it.
+    Percentile bootstrap over samples; the number of predictions is kept, so differing sample lengths widen it.
 
     Args:
         samples: per-sample scores ``[groups, samples]``; NaN rows give NaN.

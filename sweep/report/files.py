@@ -1,4 +1,7 @@
-"""What one published folder holds, as bytes. Equal trials give equal bytes; nothing here depends on time, host or path."""
+"""The files of one published folder, as bytes.
+
+Equal trials give equal bytes; nothing here depends on time, host or path.
+"""
 
 import hashlib
 import io
@@ -52,7 +55,7 @@ def render_files(finished: FinishedTrial) -> dict[str, bytes]:
 
 
 def manifest_identity(finished: FinishedTrial) -> dict[str, Any]:
-    """The manifest without the checksums: what was measured, of what, with what, and the key figures for index pages."""
+    """The manifest without the checksums: the trial, its config and versions, and the key figures for index pages."""
     trial = finished.trial
     summary = asdict(summarize(finished.scores))
     modules = dict(zip(finished.scores["group"].to_pylist(), finished.scores["modules"].to_pylist(), strict=True))
@@ -74,7 +77,7 @@ def published_scores(finished: FinishedTrial) -> pa.Table:
 
 
 def checksums(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    """What the manifest says of each other file."""
+    """Size and SHA-256 of each file, as the manifest lists them."""
     return {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
 
 
@@ -90,7 +93,7 @@ def folder_of(
     algorithm: str,
     scales: str,
 ) -> tuple[str, ...]:
-    """Where a trial's reports lie under the models directory: the path's parts, unchecked.
+    """The path of a trial's reports under the models directory: its parts, unchecked.
 
     Args:
         model: its name, as all others but `pair`.
@@ -114,7 +117,7 @@ def folder_of(
 
 
 def folder_of_finished(finished: FinishedTrial) -> tuple[str, ...]:
-    """The same, of a trial in the store.
+    """The path, as `folder_of` gives it, of a trial in the store.
 
     Raises: SweepError: the composed config does not say which formats the pair has.
     """
@@ -123,7 +126,8 @@ def folder_of_finished(finished: FinishedTrial) -> tuple[str, ...]:
     pair, sensitivity = config.get("quant_pair", {}), config.get("sensitivity", {})
     if "weight" not in pair or "activation" not in pair:
         raise SweepError(
-            f"Trial {trial.trial_id} names no quant_pair.weight and .activation in its config. Run it again to publish it."
+            f"Trial {trial.trial_id} names no quant_pair.weight and .activation in its config. "
+            "Run it again to publish it."
         )
     return folder_of(
         trial.model,
@@ -149,7 +153,9 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 def _autoquant_state(finished: FinishedTrial) -> bytes:
-    """ModelOpt's searcher state (0.47: `candidate_stats` by hparam name) in plain types, for ``torch.load(weights_only=True)``.
+    """ModelOpt's searcher state (0.47: `candidate_stats` by hparam name) in plain types.
+
+    ``torch.load(weights_only=True)`` reads it.
 
     Costs are weight elements x bits / 16, as ModelOpt counts them. Groups never called have no score and are left out.
     """

@@ -11,6 +11,11 @@ GENERATED = "<!-- Written by `sweep publish` from the folders below; edits are l
 
 Manifest = Mapping[str, Any]  # of a published folder, quant-manifest.json
 _REPORT = "per-layer-sensitivity.md"
+_LEGEND = (
+    "KL: predicted, all layer groups added up, in nats per prediction; smaller is better. "
+    "Served by: targets that run it as it is; "
+    "(in brackets) those that run it as another recipe, which the report names."
+)
 
 
 def render_index(path: str, manifests: Mapping[str, Manifest]) -> str:
@@ -26,8 +31,7 @@ def render_index(path: str, manifests: Mapping[str, Manifest]) -> str:
     parts = [
         GENERATED,
         title,
-        f"{count(len(below), 'report')}. KL: predicted, all layer groups added up, in nats per prediction; smaller is better. "
-        "Served by: targets that run it as it is; (in brackets) those that run it as another recipe, which the report names.",
+        f"{count(len(below), 'report')}. {_LEGEND}",
     ]
     if not deeper:
         parts += ["## By quant pair", _children(below), *_grids(below)]
@@ -39,7 +43,7 @@ def render_index(path: str, manifests: Mapping[str, Manifest]) -> str:
 
 
 def _children(below: Mapping[str, Manifest]) -> str:
-    """A row for each directory of the next level, with its least damaging report of the most samples."""
+    """A row for each directory of the next level, with its report of least predicted KL among those of most samples."""
     children: dict[str, dict[str, Manifest]] = {}
     for folder, manifest in below.items():
         children.setdefault(folder.split("/")[0], {})[folder] = manifest
@@ -75,13 +79,10 @@ def _grids(below: Mapping[str, Manifest]) -> list[str]:
         pair, granularity, run = folder.split("/")
         runs.setdefault(run, {})[pair, granularity] = (folder, manifest)
     parts: list[str] = []
-    for run, cells in sorted(
-        runs.items(), key=lambda item: (-max(m["summary"]["n_samples"] for _, m in item[1].values()), item[0])
-    ):
-        pairs, granularities = (
-            sorted({pair for pair, _ in cells}),
-            sorted({granularity for _, granularity in cells}, key=lambda g: (g != "default", g)),
-        )
+    n_samples = {run: max(map(_n_samples, cells.values())) for run, cells in runs.items()}
+    for run, cells in sorted(runs.items(), key=lambda item: (-n_samples[item[0]], item[0])):
+        pairs = sorted({pair for pair, _ in cells})
+        granularities = sorted({granularity for _, granularity in cells}, key=lambda name: (name != "default", name))
         lines = [f"| KL | {' | '.join(granularities)} |", "|---|" + "---:|" * len(granularities)]
         for pair in pairs:
             found = [cells.get((pair, granularity)) for granularity in granularities]
@@ -89,6 +90,10 @@ def _grids(below: Mapping[str, Manifest]) -> list[str]:
             lines.append(f"| {pair} | {' | '.join(links)} |")
         parts += [f"## {run}", "\n".join(lines)]
     return parts
+
+
+def _n_samples(cell: tuple[str, Manifest]) -> int:
+    return cell[1]["summary"]["n_samples"]
 
 
 def _reports(below: Mapping[str, Manifest]) -> str:
@@ -103,7 +108,8 @@ def _reports(below: Mapping[str, Manifest]) -> str:
         half = count(summary["n_groups_half"], "group")
         link = f"[{folder}]({folder}/{_REPORT})"
         lines.append(
-            f"| {link} | {summary['n_samples']} | {summary['effective_bits']:.3g} | {_kl(summary)} | {half} | {_worst(summary)} | {_served([manifest])} |"
+            f"| {link} | {summary['n_samples']} | {summary['effective_bits']:.3g} | {_kl(summary)} | {half} | "
+            f"{_worst(summary)} | {_served([manifest])} |"
         )
     return "\n".join(lines)
 
@@ -125,15 +131,16 @@ def _worst(summary: Mapping[str, Any]) -> str:
 
 
 def _served(manifests: Iterable[Manifest]) -> str:
-    """Targets that run at least one of the recipes as it is; those that only run it as another one follow in brackets."""
+    """Targets that run at least one of the recipes as it is.
+
+    Those that only run it as another one follow in brackets.
+    """
     kinds: dict[str, set[str]] = {"native": set(), "runs_as": set(), "none": set()}
     for manifest in manifests:
         for target, status in manifest.get("served_as", {}).items():  # a folder of an older layout has none
             kinds[status["status"]].add(target)
-    return (
-        ", ".join([*sorted(kinds["native"]), *(f"({target})" for target in sorted(kinds["runs_as"] - kinds["native"]))])
-        or "none"
-    )
+    in_brackets = [f"({target})" for target in sorted(kinds["runs_as"] - kinds["native"])]
+    return ", ".join([*sorted(kinds["native"]), *in_brackets]) or "none"
 
 
 def _bits(manifests: Any) -> str:

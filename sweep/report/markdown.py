@@ -10,11 +10,12 @@ from sweep.report.rows import Report, ratio
 _FORMATS = {"fp16": "not quantized"}
 _BAR = 12  # characters of the longest bar
 _LEVELS = "▁▂▃▄▅▆▇█"
+_MISSING = "–"  # noqa: RUF001 -- a dash in print
 _UNITS = ((1.0, "nat"), (1e-3, "mnat"), (1e-6, "µnat"), (1e-9, "nnat"))
 
 
 def facts_table(report: Report) -> str:
-    """What was measured, and how."""
+    """Model, data set, recipe, coverage, method and versions of a trial."""
     trial, summary = report.trial, report.summary
     pair = report.config.get("quant_pair", {})
     named = [(what, pair[key]) for key, what in (("weight", "weights"), ("activation", "activations")) if key in pair]
@@ -52,18 +53,21 @@ def sentences(report: Report) -> list[str]:
     meaning = (
         "The sum over groups of score / (2 x predictions): the second-order estimate of the KL divergence "
         "that quantizing one group alone causes. Interactions between groups are not in it."
-        if report.trial.method == "gradient"
-        else "The sum over groups of the KL divergence from the original model, measured with that group alone quantized. Interactions are not in it."
     )
+    if report.trial.method != "gradient":
+        meaning = (
+            "The sum over groups of the KL divergence from the original model, measured with that group alone "
+            "quantized. Interactions are not in it."
+        )
     sentences = [f"**Total predicted KL: {total:.3g} nats per prediction**{interval}. {meaning}"]
     if total > 1 and report.trial.method == "gradient":
         sentences.append(
-            "A total above 1 nat is outside the range of a small-perturbation estimate: trust the ranking, not the size."
+            "A total above 1 nat is outside the range of a small-perturbation estimate: "
+            "trust the ranking, not the size."
         )
     if half := summary.n_groups_half:
-        names = [
-            f"`{short_group(row['layer'], row['modules'])}` {row['share']:.1%}" for row in report.rows[: min(half, 8)]
-        ]
+        largest = report.rows[: min(half, 8)]
+        names = [f"`{short_group(row['layer'], row['modules'])}` {row['share']:.1%}" for row in largest]
         more = f" and {half - len(names)} more" if half > len(names) else ""
         verb = "carries" if half == 1 else "carry"
         sentences.append(f"**{half} of {summary.n_measured} groups {verb} half of it**: {', '.join(names)}{more}.")
@@ -76,8 +80,10 @@ def sentences(report: Report) -> list[str]:
 def _stability_sentence(report: Report) -> str:
     stability = report.stability
     if report.total_interval is None:
-        engine = report.trial.engine
-        return f"**Ranking: confidence unknown.** The engine `{engine}` keeps no per-sample scores: no intervals, no stability check."
+        return (
+            f"**Ranking: confidence unknown.** The engine `{report.trial.engine}` keeps no per-sample scores: "
+            "no intervals, no stability check."
+        )
     if stability is None or stability.spearman is None:
         return "**Ranking: confidence unknown.** Too few samples or groups to compare two halves."
     if stability.spearman >= 0.95 and stability.top_overlap >= 0.8:
@@ -96,8 +102,9 @@ def kinds_table(report: Report) -> str:
     low, high = (math.log(min(values)), math.log(max(values))) if values else (0.0, 0.0)
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(report.rows + report.not_measured, key=lambda row: _numbers(row["layer"])):
-        name = short_group(row["layer"], row["modules"])
-        kinds.setdefault(".".join("*" if part.isdecimal() else part for part in name.split(".")), []).append(row)
+        parts = short_group(row["layer"], row["modules"]).split(".")
+        kind = ".".join("*" if part.isdecimal() else part for part in parts)
+        kinds.setdefault(kind, []).append(row)
     lines: list[tuple[float, str]] = []
     for kind, rows in kinds.items():
         measured = [row for row in rows if "rank" in row]
@@ -143,12 +150,12 @@ def groups_table(report: Report) -> str:
             str(row["rank"]),
             f"`{short_group(row['layer'], row['modules'])}`",
             _number(row["predicted_kl"], scale),
-            f"{_number(ends[0], scale)} … {_number(ends[1], scale)}" if ends else "–",  # noqa: RUF001 -- a dash in print
+            f"{_number(ends[0], scale)} … {_number(ends[1], scale)}" if ends else _MISSING,
             f"{row['share']:.1%}",
             "█" * round(_BAR * ratio(row["share"], top_share)) or "▏",
             _number(row["score"]),
             _number(row["sensitivity"]),
-            "–" if row["output_sqnr_db"] is None else f"{row['output_sqnr_db']:.1f}",  # noqa: RUF001
+            _MISSING if row["output_sqnr_db"] is None else f"{row['output_sqnr_db']:.1f}",
             _number(row["weight_rel_error"]),
             _number(row["input_amax"]),
             f"{row['num_bits']:.4g}",
@@ -158,19 +165,21 @@ def groups_table(report: Report) -> str:
 
 
 def columns_text(method: str) -> str:
-    """What the columns mean."""
+    """The meaning of the columns of `groups_table`."""
     score = (
         "sum over tokens and outputs of (dLoss/dy · error of y)²"
         if method == "gradient"
         else "sum over predictions of KL(original ‖ quantized)"
     )
-    return "\n".join(
-        [
-            "- **predicted KL**: nats per prediction with this group alone quantized; **interval**: 90% bootstrap over samples.",
-            f"- **score**: {score}, the loss summed over predictions. **sensitivity**: score per prediction, comparable across sizes.",
-            "- **SQNR**: signal to quantization noise of the group's outputs. **weight error**: |ΔW| / |W|. **input amax**: largest |x| seen.",
-            "- **bits**: effective bits a weight, block scales counted. In machine form: `per-layer-sensitivity.json`, `scores.parquet`.",
-        ]
+    return (
+        "- **predicted KL**: nats per prediction with this group alone quantized; "
+        "**interval**: 90% bootstrap over samples.\n"
+        f"- **score**: {score}, the loss summed over predictions. "
+        "**sensitivity**: score per prediction, comparable across sizes.\n"
+        "- **SQNR**: signal to quantization noise of the group's outputs. **weight error**: |ΔW| / |W|. "
+        "**input amax**: largest |x| seen.\n"
+        "- **bits**: effective bits a weight, block scales counted. "
+        "In machine form: `per-layer-sensitivity.json`, `scores.parquet`."
     )
 
 
@@ -188,7 +197,7 @@ def _spark(value: float | None, low: float, high: float) -> str:
 
 def _number(value: float | None, scale: float = 1.0) -> str:
     """Three significant digits."""
-    return "–" if value is None else f"{value / scale:#.3g}".removesuffix(".")  # noqa: RUF001
+    return _MISSING if value is None else f"{value / scale:#.3g}".removesuffix(".")
 
 
 def _cell(text: str) -> str:

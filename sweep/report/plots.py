@@ -1,12 +1,12 @@
-"""Pictures for people, as SVG. The home of `matplotlib`, which is imported when a picture is asked for."""
+"""Plots as SVG. The home of `matplotlib`, which is imported when a plot is asked for."""
 
 import io
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-_DAMAGE: Final = "KL, nats per prediction"
-FRONT_BEGINS: Final = re.compile(f"(?s)<\\?xml .*>{_DAMAGE}<".encode())  # by which such a picture is known again
+_KL_LABEL: Final = "KL, nats per prediction"
+FRONT_BEGINS: Final = re.compile(f"(?s)<\\?xml .*>{_KL_LABEL}<".encode())  # by which such a picture is known again
 
 _FONT: Final = 6  # of names, in points, as all below
 _LETTER: Final = 3.4  # width, at most on average
@@ -14,10 +14,11 @@ _LINE: Final = 7.0  # height
 _GAP: Final = 6.0  # between a point and its name
 
 
-def front_picture(
-    front: Sequence[Mapping[str, Any]], uniform: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Any]]
-) -> bytes:
-    """Predicted damage over size: the front, one format for all, and recipes that were chosen; with measured damages where there are any.
+Point = Mapping[str, Any]  # `effective_bits`, `gb` (None: unknown), `predicted_kl`, and a name
+
+
+def front_picture(front: Sequence[Point], uniform: Sequence[Point], chosen: Sequence[Point]) -> bytes:
+    """Predicted KL over size: the front, one format for all, and chosen recipes; with measured KL where there is any.
 
     Args:
         front: `effective_bits`, `gb` (None: unknown) and `predicted_kl` of each point.
@@ -36,51 +37,36 @@ def front_picture(
         figure: Any = Figure(figsize=(7, 4.2), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
-        shown = [point for point in front if point["predicted_kl"] > 0]  # the axis is logarithmic
-        axes.plot(
-            [point[x] for point in shown],
-            [point["predicted_kl"] for point in shown],
-            color="tab:blue",
-            marker=".",
-            label="best mix, predicted",
-        )
-        for index, point in enumerate(uniform):
-            axes.plot(
-                point[x],
-                point["predicted_kl"],
-                "o",
-                color="0.6",
-                label="one format for all, predicted" if index == 0 else None,
-            )
-        for index, point in enumerate(point for point in chosen if point["predicted_kl"] > 0):
-            axes.plot(
-                point[x],
-                point["predicted_kl"],
-                "D",
-                color="tab:orange",
-                label="recipe, predicted" if index == 0 else None,
-            )
-        measured = [point for point in chosen if point.get("measured_kl")]
-        if measured:
-            axes.plot(
-                [point[x] for point in measured],
-                [point["measured_kl"] for point in measured],
-                "x",
-                color="tab:red",
-                label="recipe, measured",
-            )
-        axes.set(xlabel=label, ylabel=_DAMAGE, yscale="log")
+        line = {"color": "tab:blue", "marker": ".", "label": "best mix, predicted"}
+        axes.plot(*_columns(_above_zero(front), x, "predicted_kl"), **line)
+        _marks(axes, uniform, x, "o", "0.6", "one format for all, predicted")
+        _marks(axes, _above_zero(chosen), x, "D", "tab:orange", "recipe, predicted")
+        if measured := [point for point in chosen if point.get("measured_kl")]:
+            axes.plot(*_columns(measured, x, "measured_kl"), "x", color="tab:red", label="recipe, measured")
+        axes.set(xlabel=label, ylabel=_KL_LABEL, yscale="log")
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=7)
-        named = [
-            (point[x], point["predicted_kl"], point.get("name") or point["format"])
-            for point in [*uniform, *chosen]
-            if point["predicted_kl"] > 0
-        ]
-        _annotate(axes, named)
+        shown = _above_zero([*uniform, *chosen])
+        names = [point.get("name") or point["format"] for point in shown]
+        _annotate(axes, list(zip(*_columns(shown, x, "predicted_kl"), names, strict=True)))
         data = io.BytesIO()
         figure.savefig(data, format="svg", metadata={"Date": None})
     return data.getvalue()
+
+
+def _above_zero(points: Sequence[Point]) -> list[Point]:
+    """The points that a logarithmic axis can show."""
+    return [point for point in points if point["predicted_kl"] > 0]
+
+
+def _columns(points: Sequence[Point], x: str, y: str) -> tuple[list[float], list[float]]:
+    return [point[x] for point in points], [point[y] for point in points]
+
+
+def _marks(axes: Any, points: Sequence[Point], x: str, marker: str, color: str, label: str) -> None:
+    """Draw a marker at each point's predicted KL, with one entry in the legend."""
+    for index, point in enumerate(points):
+        axes.plot(point[x], point["predicted_kl"], marker, color=color, label=None if index else label)
 
 
 def _annotate(axes: Any, named: Sequence[tuple[float, float, str]]) -> None:
@@ -88,10 +74,11 @@ def _annotate(axes: Any, named: Sequence[tuple[float, float, str]]) -> None:
     axes.figure.draw_without_rendering()  # settles where points lie
     scale = 72 / axes.figure.dpi
     right_edge = axes.get_window_extent().x1 * scale
-    anchors = [tuple(float(at) * scale for at in axes.transData.transform((x, y))) for x, y, _ in named]
-    boxes = spread(
-        [(x, y, len(text) * _LETTER) for (x, y), (_, _, text) in zip(anchors, named, strict=True)], right_edge
-    )
+    transform = axes.transData.transform
+    pixels = [transform((x, y)) for x, y, _ in named]
+    anchors = [(float(x) * scale, float(y) * scale) for x, y in pixels]
+    labels = [(x, y, len(text) * _LETTER) for (x, y), (_, _, text) in zip(anchors, named, strict=True)]
+    boxes = spread(labels, right_edge)
     for (x, y, text), anchor, (left, bottom) in zip(named, anchors, boxes, strict=True):
         line = {"arrowstyle": "-", "lw": 0.4, "color": "0.6", "shrinkA": 0, "shrinkB": 2}
         offset = left - anchor[0], bottom - anchor[1]
@@ -101,7 +88,9 @@ def _annotate(axes: Any, named: Sequence[tuple[float, float, str]]) -> None:
 
 
 def spread(labels: Sequence[tuple[float, float, float]], right_edge: float) -> list[tuple[float, float]]:
-    """Where labels go so that none covers another: right of their points, or left of them at the edge, and as far down as it takes.
+    """Places of labels so that none covers another.
+
+    A label goes right of its point, or left of it at the edge, and as far down as it takes.
 
     Args:
         labels: place of the point and width of the label, of each, in typographical points.

@@ -1,8 +1,9 @@
-"""Sync finished trials into the models directory: each folder whole or not at all, nothing touched that is right already.
+"""Sync finished trials into the models directory: each folder whole or not at all, right ones untouched.
 
-``<model>/layer-analysis/weight-<weight>-act-<activation>/<granularity>/<coverage>-<dataset>-<size>-<method>/``. Locally a
-folder is built beside its destination, checked, and renamed into place; what a crash leaves behind, the next run repairs.
-Behind a URL the manifest goes first when a folder is replaced and comes last when it is written: no manifest, no folder.
+``<model>/layer-analysis/weight-<weight>-act-<activation>/<granularity>/<coverage>-<dataset>-<size>-<method>/``. Locally
+a folder is built beside its destination, checked, and renamed into place; the next run repairs what a crash leaves
+behind. Behind a URL the manifest goes first when a folder is replaced and comes last when it is written: no manifest,
+no folder.
 """
 
 import contextlib
@@ -42,12 +43,15 @@ _FOLDERS_A_PROCESS = 32  # are worth the second or two that a process takes to s
 _NAMES = "|".join(map(re.escape, (*FILES, "README.md")))
 _PARTIAL = re.compile(rf"\.({_NAMES})\.\d+-[0-9a-f]+\.tmp")  # a file being written
 _MOVE = "Files of someone else are never replaced: move them away (mv -n FILE ELSEWHERE), or publish elsewhere."
-_HOW = "Replace what is there: output_layout.overwrite=true (sweep run), --overwrite (sweep publish). Or publish elsewhere."
+_HOW = (
+    "Replace what is there: output_layout.overwrite=true (sweep run), --overwrite (sweep publish). "
+    "Or publish elsewhere."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishResult:
-    """What a sync did; folders and pages by path or URL."""
+    """The folders and pages that a sync wrote, kept or removed, by path or URL."""
 
     written: tuple[str, ...]  # folders new or replaced
     unchanged: tuple[str, ...]  # folders found right, not touched
@@ -107,14 +111,13 @@ def _rendered(changed: Mapping[str, FinishedTrial]) -> Iterator[tuple[str, dict[
     if n_processes < 2:
         yield from ((folder, render_files(one)) for folder, one in changed.items())
         return
-    with ProcessPoolExecutor(
-        n_processes, multiprocessing.get_context("spawn"), initializer=_leave_signals
-    ) as pool:  # a fork would copy locks
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks
+    with ProcessPoolExecutor(n_processes, spawn, initializer=_leave_signals) as pool:
         yield from zip(changed, pool.map(render_files, changed.values(), chunksize=4), strict=True)
 
 
 def _leave_signals() -> None:
-    """Ctrl-C is the parent's to handle."""
+    """Ignore Ctrl-C in a child process: the parent handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -144,26 +147,32 @@ def check_ahead(root: str, wanted: Mapping[str, Mapping[str, object]]) -> None:
 
 
 def _by_folder(finished: Iterable[FinishedTrial], *, overwrite: bool) -> dict[str, FinishedTrial]:
-    """Each trial by the path of its folder under the root; with `overwrite` the latest of those that want the same one."""
+    """Each trial by the path of its folder under the root.
+
+    With `overwrite` the latest of those that want the same folder.
+    """
     wanted: dict[str, FinishedTrial] = {}
     for one in finished:
         trial = one.trial
         if trial.state != "done":
             raise SweepError(
-                f"Trial {trial.trial_id} is {trial.state}; only finished trials are published. Run the sweep again to finish it."
+                f"Trial {trial.trial_id} is {trial.state}; only finished trials are published. "
+                "Run the sweep again to finish it."
             )
         parts = folder_of_finished(one)
         for part in parts:
             if not re.fullmatch(r"[a-z0-9_-][a-z0-9_.-]*", part) or ".." in part:
                 raise SweepError(
-                    f"{part!r} cannot be part of a published path. Use lower-case letters, digits, _ and - in the names of the config."
+                    f"{part!r} cannot be part of a published path. "
+                    "Use lower-case letters, digits, _ and - in the names of the config."
                 )
         folder = "/".join(parts)
         other = wanted.get(folder, one)
         if other.trial.cell_id != trial.cell_id and not overwrite:
             found = "; ".join(_differences(manifest_identity(other), manifest_identity(one)))
             raise SweepError(
-                f"Two trials of this call belong in {folder}: {found}. Publish one of them, or the later one with overwrite. {_HOW}"
+                f"Two trials of this call belong in {folder}: {found}. "
+                f"Publish one of them, or the later one with overwrite. {_HOW}"
             )
         wanted[folder] = max(other, one, key=lambda candidate: candidate.trial.created_at)
     return wanted
@@ -171,7 +180,10 @@ def _by_folder(finished: Iterable[FinishedTrial], *, overwrite: bool) -> dict[st
 
 @contextlib.contextmanager
 def _locked(url: str) -> Generator[None]:
-    """Make the root and keep other publishers out of it; object storage has no lock, and needs none for equal content."""
+    """Make the root and keep other publishers out of it.
+
+    Object storage has no lock, and needs none for equal content.
+    """
     if "://" in url:
         yield
         return
@@ -206,7 +218,7 @@ def _refuse_links(url: str, folders: Iterable[str]) -> None:
 def _repair(url: str) -> list[str]:
     """Undo what an interrupted run left: put back a folder whose replacement never came, drop the rest.
 
-    Returns what was dropped. What holds anything that a run does not write is of someone else, and stays.
+    Returns the paths that were dropped. A folder with anything that a run does not write is someone else's, and stays.
     """
     if "://" in url:
         return []
@@ -264,7 +276,8 @@ def _published(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         if manifest["layout_version"] > LAYOUT_VERSION:
             raise SweepError(
-                f"{files.uri}/{directory} was published by a newer version of this program. Upgrade, or publish elsewhere."
+                f"{files.uri}/{directory} was published by a newer version of this program. "
+                "Upgrade, or publish elsewhere."
             )
         yield directory, manifest
 
@@ -298,9 +311,8 @@ def _is_current(files: Files, folder: str, one: FinishedTrial, manifest: Mapping
 
 
 def _rows(data: bytes) -> pa.Table:
-    return pq.ParquetFile(pa.BufferReader(data)).read(
-        use_threads=False
-    )  # pq.read_table takes four times as long for a small file
+    # pq.read_table takes four times as long for a small file.
+    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
 
 
 def _conflicts(changed: Mapping[str, FinishedTrial], published: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -311,7 +323,7 @@ def _conflicts(changed: Mapping[str, FinishedTrial], published: Mapping[str, Map
 
 
 def _foreign_files(files: Files, changed: Iterable[str]) -> Iterator[str]:
-    """What would go with a folder that is replaced, or stands where one is made."""
+    """Messages about files of others in folders that would be replaced, or where a folder would be made."""
     for folder in changed:
         names = files.names(folder, hidden=True)
         if foreign := [name for name in names if name not in FILES or files.is_link(f"{folder}/{name}")]:
@@ -323,9 +335,10 @@ def _foreign_files(files: Files, changed: Iterable[str]) -> Iterator[str]:
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What a reader needs to see why two contents differ: ``model_revision 0a1b there, 2c3d here``."""
+    """The facts in which two contents differ, at most four: ``model_revision 0a1b there, 2c3d here``."""
     keys = ("model_revision", "dataset_revision", "engine", "quant_pair", "config", "versions", "schema_version")
-    old, new = (_flat({key: side.get(key) for key in keys}) for side in (there, here))
+    old = _flat({key: there.get(key) for key in keys})
+    new = _flat({key: here.get(key) for key in keys})
     found = [
         f"{key} {str(old.get(key))[:40]} there, {str(new.get(key))[:40]} here"
         for key in {**old, **new}
@@ -337,7 +350,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat.update(_flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
     return flat
 
 
@@ -386,10 +399,8 @@ def _write_pages(files: Files, published: Mapping[str, Mapping[str, Any]]) -> li
     """Write the index pages whose text changes. Returns their paths."""
     written: list[str] = []
     for directory in _page_paths(published):
-        text = render_index(
-            directory,
-            {folder: manifest for folder, manifest in published.items() if folder.startswith(f"{directory}/")},
-        )
+        below = {folder: manifest for folder, manifest in published.items() if folder.startswith(f"{directory}/")}
+        text = render_index(directory, below)
         if text != _page(files, directory):
             files.write(f"{directory}/README.md", text.encode())
             written.append(f"{directory}/README.md")

@@ -18,7 +18,7 @@ REPORT_VERSION = 1  # of the JSON's layout
 
 
 def render_markdown(report: Report) -> str:
-    """What a quantization engineer reads."""
+    """The report for people."""
     trial = report.trial
     parts = [
         f"# Layer sensitivity: {trial.model}, {trial.quant_pair}, {trial.quant_granularity}",
@@ -105,18 +105,12 @@ def render_json(report: Report) -> str:
 
 
 def summary_lines(finished: Sequence[FinishedTrial], top: int, target: Target) -> list[str]:
-    """A table for the end of a run: a heading, then one line a trial with its `top` most sensitive layer groups, and what the target makes of it."""
-    cells = [
-        (
-            "pair",
-            "granularity",
-            "size",
-            "bits",
-            "KL/pred.",
-            f"on {target.name}",
-            "most sensitive layer groups (share of the total)",
-        )
-    ]
+    """A table for the end of a run: a heading, then one line a trial.
+
+    A line has the trial's `top` most sensitive layer groups, and how the target runs its recipe.
+    """
+    measured = ("pair", "granularity", "size", "bits", "KL/pred.")
+    cells = [(*measured, f"on {target.name}", "most sensitive layer groups (share of the total)")]
     for one in finished:
         summary = summarize(one.scores)
         served = target.status(one.trial.quant_pair, one.trial.quant_granularity, algorithm_of(one.trial)).words

@@ -1,4 +1,4 @@
-"""What a report tells about one trial, before it is text."""
+"""The content of one trial's report, before it is text."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from sweep.store.records import FinishedTrial, TrialRow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What the Markdown and the JSON tell."""
+    """The content that Markdown and JSON reports share."""
 
     trial: TrialRow
     config: dict[str, Any]
@@ -55,9 +55,8 @@ def analyse(finished: FinishedTrial) -> Report:
     shares = score_shares(score)
     rows: list[dict[str, Any]] = []
     not_measured: list[dict[str, Any]] = []
-    table: list[dict[str, Any]] = scores.drop_columns(
-        [name for name in ("sample_scores",) if name in scores.column_names]
-    ).to_pylist()
+    names = [name for name in scores.column_names if name != "sample_scores"]
+    table: list[dict[str, Any]] = scores.select(names).to_pylist()
     for i in ranking(score).tolist():
         row = {key: _finite(value) for key, value in table[i].items()}
         if row["score"] is None:
@@ -100,7 +99,7 @@ def analyse(finished: FinishedTrial) -> Report:
 
 
 def served_as_of(trial: TrialRow) -> dict[str, dict[str, str | None]]:
-    """What every target makes of the trial's recipe, whichever target it was run for."""
+    """How every target runs the trial's recipe, whichever target it was run for."""
     return served_as(trial.quant_pair, trial.quant_granularity, algorithm_of(trial))
 
 
@@ -110,10 +109,10 @@ def algorithm_of(trial: TrialRow) -> str:
 
 
 def portable_config(trial: TrialRow) -> dict[str, Any]:
-    """The composed config without what may differ between equal runs.
+    """The composed config without the values that may differ between equal runs.
 
-    Leaves out `store`, `cluster`, `output_layout` and `target`; an absolute path keeps only its last part; whole-number keys, which
-    JSON turned into text (``block_sizes: {-1: 64}``), are numbers again.
+    Leaves out `store`, `cluster`, `output_layout` and `target`; an absolute path keeps only its last part; whole-number
+    keys, which JSON turned into text (``block_sizes: {-1: 64}``), are numbers again.
     """
     config = json.loads(trial.config)
     return {
@@ -139,9 +138,8 @@ def ratio(part: float, whole: float) -> float:
 
 
 def _rounded(values: FloatArray) -> list[float]:
-    return [
-        float(f"{value:.6g}") for value in values.tolist()
-    ]  # the last digits of a matrix product differ between machines
+    # Six digits: the last ones of a matrix product differ between machines.
+    return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def _finite(value: Any) -> Any:

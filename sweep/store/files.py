@@ -42,16 +42,17 @@ class Files:
                 if uri.startswith("s3://"):
                     self._fs, self._root = _s3(), uri.removeprefix("s3://").rstrip("/")
                 else:
-                    self._fs, self._root = fsspec.core.url_to_fs(
-                        uri, use_listings_cache=False
-                    )  # other processes write here, too
+                    # No cache of listings: other processes write here, too.
+                    self._fs, self._root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
             except (ImportError, ValueError) as error:
                 raise SweepError(
                     f"Cannot open {uri!r}: {error}. Give a local path, or install the driver for that protocol."
                 ) from error
 
     def check_writable(self, key: str) -> None:
-        """Write and remove a small file, so that hours of work are not lost for want of a place to keep them. Leaves no trace.
+        """Write and remove a small file, so that hours of work are not lost for want of a place to keep them.
+
+        Nothing is left behind.
 
         Args:
             key: what names the root in the config, for the message.
@@ -60,7 +61,8 @@ class Files:
         """
         name = f".writable-{secrets.token_hex(4)}.tmp"
         try:
-            missing = [path for path in (self._local, *self._local.parents) if not path.exists()] if self._local else []
+            places = [self._local, *self._local.parents] if self._local else []
+            missing = [path for path in places if not path.exists()]
             self.write(name, b"")
             self.remove(name)
         except OSError as error:
@@ -226,16 +228,17 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _s3() -> Any:
-    """S3 through pyarrow, which is here anyway: credentials, region and endpoint from the usual AWS_* variables, profiles and roles.
+    """S3 through pyarrow, which is installed anyway.
+
+    Credentials, region and endpoint come from the usual AWS_* variables, profiles and roles.
 
     A file of up to 5 MB is one PUT; a larger one is sent in pieces and appears, whole, with the last request.
     """
     from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow.fs import S3FileSystem
 
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get(
-        "AWS_ENDPOINT_URL"
-    )  # which pyarrow does not look at
+    # pyarrow does not look at these two.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return ArrowFSWrapper(S3FileSystem(allow_delayed_open=True, endpoint_override=endpoint))
 
 

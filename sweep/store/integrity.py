@@ -27,7 +27,7 @@ _SILENT: Final = timedelta(minutes=10)  # a run whose heartbeat is older is over
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing looked at."""
+    """The verdict on one file, trial or other subject."""
 
     subject: str
     verdict: Literal["ok", "warning", "error"]
@@ -35,10 +35,12 @@ class Finding:
 
 
 def check_store(store: Store) -> list[Finding]:
-    """Verify every file of a store. Damaged and foreign files go into its quarantine, what killed writers left goes.
+    """Verify every file of a store.
 
-    Returns: one finding a file that was not as it should be, and at the end one with what the store holds. An error is what was
-        left as it is: a newer program's file, or a store that cannot be written.
+    Damaged and foreign files are moved into its quarantine; half-written files of killed writers are removed.
+
+    Returns: one finding a file that was not as it should be, and at the end one with the contents of the store. Errors
+        are those of things that were left as they are: a newer program's file, or a store that cannot be written.
     """
     found: list[Finding] = []
     try:
@@ -57,9 +59,8 @@ def check_store(store: Store) -> list[Finding]:
 
 
 def _findings(store: Store) -> Iterator[Finding]:
-    paths = [
-        path for path in store.files.walk() if not path.startswith("quarantine/")
-    ]  # first: whoever writes parts has named their trials before
+    # Listed before the trials are read: a trial is recorded before any of its parts is written.
+    paths = [path for path in store.files.walk() if not path.startswith("quarantine/")]
     counts: Counter[str] = Counter()
     sound: set[str] = set()
     for path in paths:
@@ -74,12 +75,12 @@ def _findings(store: Store) -> Iterator[Finding]:
     yield from _missing(sound, trials)
     yield from revisions(trials)
     n_aside = len(store.files.names("quarantine"))
-    text = f"{counts['scores']} cells, {counts['parts']} parts, {len(trials)} trials, {counts['validations']} validations, {counts['runs']} runs verified"
-    yield Finding(
-        subject="store",
-        verdict="ok",
-        text=text + (f"; {count(n_aside, 'file')} in {store.uri}/quarantine" if n_aside else ""),
+    text = (
+        f"{counts['scores']} cells, {counts['parts']} parts, {len(trials)} trials, "
+        f"{counts['validations']} validations, {counts['runs']} runs verified"
     )
+    aside = f"; {count(n_aside, 'file')} in {store.uri}/quarantine" if n_aside else ""
+    yield Finding(subject="store", verdict="ok", text=text + aside)
 
 
 def _look(store: Store, path: str) -> Finding | None:
@@ -121,7 +122,7 @@ def _reader(store: Store, path: str) -> Callable[[], object] | None:
 
 
 def _once(store: Store, path: str, found: object) -> object:
-    """What was read, unless that was damaged."""
+    """Pass on what was read. Raises: SweepError: the file at `path` was damaged."""
     if path in store.damage:
         raise SweepError(store.damage[path])
     return found
@@ -133,7 +134,7 @@ def _aside(store: Store, path: str, reason: str) -> Finding:
 
 
 def _join_trials(store: Store) -> Iterator[Finding]:
-    """Finish the compaction that killed runs never came to."""
+    """Join the trial tables of runs that were killed before they could."""
     silent = datetime.now(UTC) - _SILENT
     runs = store.runs()
     alive = {
@@ -177,7 +178,10 @@ def _missing(sound: set[str], trials: dict[str, TrialRow]) -> Iterator[Finding]:
 
 
 def revisions(trials: dict[str, TrialRow]) -> Iterator[Finding]:
-    """Say where scores of one name stand for different contents: another checkpoint, another data set, another way to score."""
+    """Findings where trials of one name have different contents.
+
+    These are another checkpoint, another data set, or another score version.
+    """
     by_name: dict[str, Counter[str]] = {}
     for (model, revision), n in Counter((row.model, row.model_revision) for row in trials.values()).items():
         by_name.setdefault(f"model {model}", Counter())[revision] += n

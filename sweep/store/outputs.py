@@ -1,4 +1,4 @@
-"""Places that a user names: what a command may replace there, and how its files get there. All else there stays.
+"""Output directories and files at places that a user names: a command replaces only files that a command put there.
 
 A directory gets a manifest, with the size and SHA-256 of each file that was put there. A later command replaces or
 removes a file only if the manifest lists it and it still is that file: files of others, edited ones, links and
@@ -45,7 +45,7 @@ class _Content:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Manifest:
-    """What lies in a directory; while files are being replaced, the old ones too."""
+    """The files that were put in a directory; while they are being replaced, the old ones too."""
 
     kind: str
     files: Mapping[str, _Content]
@@ -63,7 +63,7 @@ class OutputDirectory:
     overwrite: bool  # whether to replace what the manifest lists
 
     def check(self) -> None:
-        """Say what is in the way before minutes are spent on what goes there.
+        """Refuse the place if something is in the way, before minutes are spent on its files.
 
         Raises: SweepError: the place is no directory, cannot be written, or holds what may not be replaced.
         """
@@ -306,7 +306,7 @@ def _unlink(paths: Iterable[Path]) -> None:
 
 
 def _move(paths: Collection[Path]) -> str:
-    """What to type to keep something, and have its place; -n: what is called so already stays as well."""
+    """The command that moves things out of the way; -n: a file that has the new name already stays as well."""
     if len(paths) == 1:
         (path,) = paths
         return shlex.join(["mv", "-n", str(path), f"{path}.old"])

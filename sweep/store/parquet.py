@@ -1,6 +1,7 @@
-"""A table of the store as a file's bytes and back: schema version, checksums, and a digest of the rows and of where they belong.
+"""Encodes a table of the store as a file's bytes, and decodes it: schema version, checksums, digest of rows and path.
 
-Page checksums find flipped bits. The digest finds rows that were edited with a Parquet tool, and files copied to another's place.
+Page checksums find flipped bits. The digest finds rows that were edited with a Parquet tool, and files that were copied
+to another's place.
 """
 
 import hashlib
@@ -78,7 +79,8 @@ def _version(metadata: Mapping[bytes, bytes], where: str) -> int:
     if int(text) > records.SCHEMA_VERSION:
         known = records.SCHEMA_VERSION
         raise SweepError(
-            f"{where} has schema version {text}; this program reads {known}. Use the program that wrote it, or another store.uri."
+            f"{where} has schema version {text}; this program reads {known}. "
+            "Use the program that wrote it, or another store.uri."
         )
     return int(text)
 
@@ -102,11 +104,9 @@ def _plain(values: pa.Array) -> list[bytes | memoryview]:
         return [missing, *_plain(present.value_lengths()), *_plain(present.flatten())]
     if pa.types.is_string(values.type):
         _, offsets, content = present.buffers()
-        ends = (
-            np.frombuffer(offsets, np.int32)[present.offset : present.offset + len(present) + 1]
-            if offsets
-            else np.zeros(1, np.int32)
-        )
+        ends = np.zeros(1, np.int32)
+        if offsets:
+            ends = np.frombuffer(offsets, np.int32)[present.offset : present.offset + len(present) + 1]
         return [missing, np.diff(ends).tobytes(), memoryview(content)[ends[0] : ends[-1]] if content else b""]
     return [missing, _numbers(present.cast(pa.int64()) if pa.types.is_timestamp(values.type) else present)]
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 # 1: first layout. A reader refuses a newer one and upgrades an older one.
 SCHEMA_VERSION = 1
 
-# By version: what makes a file's rows those of the next version. Scores and trials count together; a table's columns tell which it is.
+# By version: the function that makes a file's rows those of the next version. Scores and trials count together; a
+# table's columns tell which it is.
 UPGRADES: Final[dict[int, Callable[[pa.Table], pa.Table]]] = {}
 
 TrialState = Literal["planned", "running", "done", "failed", "skipped"]

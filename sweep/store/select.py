@@ -1,8 +1,8 @@
-"""Which finished trials of a store a command is about: those that have the values that were typed."""
+"""Selects the finished trials of a store that have the values that were typed."""
 
 import json
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,17 +15,20 @@ _NOT_OF_A_TRIAL = frozenset({"store", "output_layout", "cluster", "target", "val
 
 @contextmanager
 def opened(uri: str) -> Generator[Store]:
-    """A store; files that prove damaged meanwhile are named on standard error in the end."""
+    """Open a store; at the end, files that proved damaged meanwhile are named on standard error."""
     store = Store(uri)
     try:
         yield store
     finally:
         for reason in store.damage.values():
-            print(f"Set aside in {uri}/quarantine: {reason}", file=sys.stderr)  # noqa: T201 -- standard output may be JSON
+            # Standard output may be JSON.
+            print(f"Set aside in {uri}/quarantine: {reason}", file=sys.stderr)  # noqa: T201
 
 
 def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[Mapping[str, Any]]) -> list[TrialRow]:
-    """Trials that are done and have one of the values that were typed for each key: `quant_pair=wfp8_afp8,wint4_afp16` takes two pairs.
+    """Trials that are done and have, for each key, one of the values that were typed.
+
+    `quant_pair=wfp8_afp8,wint4_afp16` takes two pairs.
 
     Args:
         store: read only.
@@ -35,7 +38,10 @@ def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[Map
     Raises: SweepError: there are none.
     """
     keys = [override.partition("=")[0].strip() for override in overrides]
-    wanted = {key: [_value(point, key) for point in points] for key in keys if key.split(".")[0] not in _NOT_OF_A_TRIAL}
+    wanted: dict[str, list[Any]] = {}
+    for key in keys:
+        if key.split(".")[0] not in _NOT_OF_A_TRIAL:
+            wanted[key] = [_value(point, key) for point in points]
     done = [
         (row, json.loads(row.config))
         for row in store.trials().values()
@@ -43,15 +49,21 @@ def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[Map
     ]
     if not done:
         raise SweepError(f"The store {store.uri} holds no finished trial. Type `sweep run` first, or store.uri=DIR.")
-    found = [row for row, config in done if all(_value(config, key) in values for key, values in wanted.items())]
+    found = [row for row, config in done if _has(config, wanted)]
     if not found:
-        there = {key: sorted({str(_value(config, key)) for _, config in done}) for key in wanted}
-        raise SweepError(
-            f"The store {store.uri} holds no finished trial of that kind. It has "
-            + "; ".join(f"{key}={','.join(there[key])}" for key in there)
-            + "."
-        )
+        there = "; ".join(f"{key}={_values(key, done)}" for key in wanted)
+        raise SweepError(f"The store {store.uri} holds no finished trial of that kind. It has {there}.")
     return found
+
+
+def _has(config: Mapping[str, Any], wanted: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether a trial's config has one of the wanted values for each key."""
+    return all(_value(config, key) in values for key, values in wanted.items())
+
+
+def _values(key: str, trials: Iterable[tuple[TrialRow, Mapping[str, Any]]]) -> str:
+    """Every value that trials have for a key, as a comma list."""
+    return ",".join(sorted({str(_value(config, key)) for _, config in trials}))
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:

@@ -1,7 +1,7 @@
 """The Parquet store: the only truth about what is measured. Readers need nothing of ours.
 
-``parts/cell=<id>/<part>.parquet`` hold a cell's finished decoder layers; ``scores/cell=<id>/scores.parquet`` appears once,
-whole, when the cell is complete. Equal inputs give equal bytes, so two writers of one cell do no harm.
+``parts/cell=<id>/<part>.parquet`` hold a cell's finished decoder layers; ``scores/cell=<id>/scores.parquet`` appears
+once, whole, when the cell is complete. Equal inputs give equal bytes, so two writers of one cell do no harm.
 What cannot be read back as it was written is moved to ``quarantine/``, with the reason beside it, and never read.
 """
 
@@ -26,11 +26,12 @@ T = TypeVar("T")
 _NO_FILE: Final = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}  # what is there is no file; anything else may pass
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
-_PARTS: Final = re.compile(r".*\.parquet|\..*\.tmp")  # what a directory of parts consists of, half-written ones too
+_PARTS: Final = re.compile(r".*\.parquet|\..*\.tmp")  # the files of a directory of parts, half-written ones too
 
 # A part lives for seconds and is written beside the scoring: a third of the time, for as many bytes.
 _PART: Final[dict[str, Any]] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
-# Dictionaries for texts alone: of per-sample scores, all different, one makes the file larger, and takes three quarters of the time.
+# Dictionaries for texts alone: of per-sample scores, all different, one makes the file larger, and takes three quarters
+# of the time.
 _SCORES: Final[dict[str, Any]] = {"compression": "zstd", "use_dictionary": ["cell_id", "group", "modules.list.element"]}
 
 
@@ -121,7 +122,8 @@ class Store:
             return self._read_rows(path, cell_id)
         except FileNotFoundError as error:
             raise SweepError(
-                f"{self.uri}/{path} is missing, though its trial is done. Type the same sweep run again: it is scored again."
+                f"{self.uri}/{path} is missing, though its trial is done. "
+                "Type the same sweep run again: it is scored again."
             ) from error
 
     def whole_scores(self, cell_id: str) -> pa.Table | None:
@@ -188,6 +190,10 @@ class Store:
             f"{reason} It is set aside; type the same sweep run again, and what it held is scored again."
         ) from cause
 
+    def _table(self, path: str, schema: pa.Schema) -> pa.Table:
+        """A file's rows. Raises: as `_guarded`."""
+        return self._guarded(path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", schema))
+
     def _write(self, path: str, data: bytes) -> None:
         try:
             self.files.write(path, data)
@@ -233,41 +239,35 @@ class Store:
         """One file's rows; none if it is damaged."""
         path = f"trials/{name}"
         try:
-            table = self._guarded(
-                path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", TRIALS_SCHEMA)
-            )
+            table = self._table(path, TRIALS_SCHEMA)
         except Damaged:
             return []
         at = table.schema.get_field_index("created_at")
         microseconds = table.column(at).cast(pa.int64())  # times as Python's would import pandas: a quarter of a second
         rows = table.set_column(at, "created_at", microseconds).to_pylist()
-        return [
-            TrialRow.from_mapping(row | {"created_at": _EPOCH + timedelta(microseconds=row["created_at"])})
-            for row in rows
-        ]
+        for row in rows:
+            row["created_at"] = _EPOCH + timedelta(microseconds=row["created_at"])
+        return [TrialRow.from_mapping(row) for row in rows]
 
     def _write_trials(self, path: str, rows: Iterable[TrialRow]) -> None:
-        self._write(
-            path,
-            encode(
-                pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA), path, {"compression": "zstd"}
-            ),
-        )
+        table = pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA)
+        self._write(path, encode(table, path, {"compression": "zstd"}))
 
     # Validations
 
     def write_validation(self, validation_id: str, rows: pa.Table) -> None:
-        """Keep what one recipe was measured to do; rows as in VALIDATIONS_SCHEMA."""
+        """Keep the measured KL and loss change of one recipe; rows as in VALIDATIONS_SCHEMA."""
         path = _validation_path(validation_id)
         self._write(path, encode(rows, path, {"compression": "zstd"}))
 
     def validation(self, validation_id: str) -> pa.Table | None:
-        """A validation's rows; None: not measured yet, or damaged and set aside. Raises: SweepError: of a newer schema version."""
+        """A validation's rows; None: not measured yet, or damaged and set aside.
+
+        Raises: SweepError: it is of a newer schema version.
+        """
         path = _validation_path(validation_id)
         try:
-            return self._guarded(
-                path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", VALIDATIONS_SCHEMA)
-            )
+            return self._table(path, VALIDATIONS_SCHEMA)
         except (Damaged, FileNotFoundError):
             return None
 

@@ -1,4 +1,7 @@
-"""Pairs and granularities become the recipes that ModelOpt would run: hand-worked overlays, ModelOpt's own rules, the grid's counts."""
+"""Pairs and granularities become the recipes that ModelOpt would run.
+
+Checked by hand-worked overlays, ModelOpt's own rules, and the grid's counts.
+"""
 
 import copy
 import functools

@@ -93,11 +93,8 @@ SMALL = finished(
 
 
 def test_the_table_ranks_groups_and_shares_add_up() -> None:
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in render_markdown(analyse(SMALL)).splitlines()
-        if line.startswith(("| 1 |", "| 2 |"))
-    ]
+    lines = render_markdown(analyse(SMALL)).splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| 1 |", "| 2 |"))]
     assert [row[1] for row in rows] == ["`layers.1.mlp.down_proj`", "`layers.0.mlp.down_proj`"]
     assert [row[2] for row in rows] == ["60.0", "20.0"]  # mnat: 12 / 200 and 4 / 200
     assert [row[3] for row in rows] == ["60.0 … 60.0", "20.0 … 20.0"]  # equal samples: no spread

@@ -1,4 +1,7 @@
-"""Damaged stores: each fault is found, named and set aside; what is left reads as it was written; nothing ends in a traceback."""
+"""Damaged stores: each fault is found, named and set aside; all else reads as it was written.
+
+Nothing ends in a traceback.
+"""
 
 import json
 import os
@@ -122,7 +125,7 @@ def a_directory(path: Path) -> None:
 
 
 def rewritten(path: Path) -> None:
-    """Someone halved the scores and wrote a table of the right schema, with none of the metadata that this program adds."""
+    """Someone halved the scores and wrote a table of the right schema, without the metadata that this program adds."""
     found = pq.read_table(path, partitioning=None).to_pylist()
     pq.write_table(
         pa.Table.from_pylist(

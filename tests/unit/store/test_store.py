@@ -1,4 +1,4 @@
-"""The store: cells appear whole, damage is refused, trials are what their latest event says, and stock readers read it."""
+"""The store: cells appear whole, damage is refused, a trial's latest event counts, and stock readers read it."""
 
 import signal
 import subprocess
