@@ -48,7 +48,7 @@ logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 
 def _take_kills_as_deaths() -> None:
-    """Have Tune start a trial again whose process was killed for want of memory; it takes that error for a bug (2.60)."""
+    """Have Tune start a trial again that was killed for want of memory; it takes that error for a bug (2.60)."""
     fail = RayActorManager._actor_task_failed  # pyright: ignore[reportPrivateUsage]
 
     def fail_or_die(self: RayActorManager, task: Any, error: Exception) -> None:

@@ -63,8 +63,8 @@ class TaskQueue:
 
     Tasks that share a capture are assigned together, to several workers if need be: each takes a decoder layer at a
     time and scores it for all recipes. Errors of the weights and of the inputs that the recipes share there are
-    computed once, however many workers there are, and no worker waits longer than a layer at the end. Where GPUs are unlike, a
-    worker is assigned what its own can score.
+    computed once, however many workers there are, and no worker waits longer than a layer at the end. Where GPUs are
+    unlike, a worker is assigned what its own can score.
     """
 
     def __init__(self, n_workers: int, tasks: Iterable[Task], windowed: frozenset[str] = frozenset()) -> None:
@@ -94,7 +94,7 @@ class TaskQueue:
             self._workers.add(worker)
 
     def place(self, worker: str, hardware: Hardware) -> None:
-        """A worker has started on a machine, or started again on another one; it is assigned what its GPUs can score."""
+        """A worker has started on a machine, or again on another one; it is assigned what its GPUs can score."""
         with self._changed:
             self._hardware[worker] = hardware
             self._drop_impossible()
@@ -238,7 +238,7 @@ class TaskQueue:
         return [batch for batch in waiting if any(self._refusal(worker, task) is None for task in batch.tasks.values())]
 
     def _refusal(self, worker: str, task: Task) -> str | None:
-        """Why a worker cannot score a task, because of its model or of what it needs; None: it can, as far as is known."""
+        """Why a worker cannot score a task: its model, or what it needs; None: it can, as far as is known."""
         if (unfit := self._unfit.get(task.model.revision, {}).get(worker)) is not None:
             return unfit
         hardware = self._hardware.get(worker)

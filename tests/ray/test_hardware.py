@@ -1,4 +1,4 @@
-"""A joined cluster whose node has a GPU and nvcc, which the driver's machine lacks: recipes are planned for the node."""
+"""A joined cluster whose node has a GPU and nvcc, which the driver lacks: recipes are planned for the node."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The command line in this process: exit codes, and wrong input as one message that says what to type, with nothing written."""
+"""The command line in this process: exit codes; wrong input as one message that says what to type, nothing written."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must exit with 2; gives the message, having checked that it is one and that nothing was written."""
+    """Run a command that must exit with 2; gives its one message, having checked that nothing was written."""
 
     def run(*arguments: str) -> str:
         assert main(arguments) == 2
@@ -290,7 +290,8 @@ def test_an_interrupted_command_is_no_traceback(
         ),
         (
             "sweep.run.session.Session.end",
-            "Cannot write to the store {store}: No space left on device. Make room, or mend what is wrong with it. Stopped",
+            "Cannot write to the store {store}: No space left on device. "
+            "Make room, or mend what is wrong with it. Stopped",
         ),
     ],
 )

@@ -193,7 +193,8 @@ def test_the_cluster_launcher_takes_the_yaml(tmp_path: Path) -> None:
     """Ray's own preparation and validation, as `ray up` does them, in a process of its own."""
     script = (
         "import sys, yaml\nfrom ray.autoscaler._private.util import prepare_config, validate_config\n"
-        "config = prepare_config(yaml.safe_load(open(sys.argv[1])))\nvalidate_config(config)\nprint(config['max_workers'], *config['file_mounts'])"
+        "config = prepare_config(yaml.safe_load(open(sys.argv[1])))\nvalidate_config(config)\n"
+        "print(config['max_workers'], *config['file_mounts'])"
     )
     printed = check(sys.executable, "-c", script, DEPLOY / "ray-cluster.yaml").split()
     assert printed[-3:] == ["2", "~/sweep", "~/.ray/auth_token"]

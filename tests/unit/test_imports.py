@@ -151,7 +151,10 @@ def test_imports_of_what_lies_below_may_stand_anywhere(thing: str, source: str) 
 
 
 def test_imports_are_found_wherever_they_stand() -> None:
-    source = "import ray.tune as t\nfrom hydra.core import x\nfrom . import torch\ndef f():\n    if t:\n        import modelopt.torch, numpy\n"
+    source = (
+        "import ray.tune as t\nfrom hydra.core import x\nfrom . import torch\n"
+        "def f():\n    if t:\n        import modelopt.torch, numpy\n"
+    )
     assert sorted(imported(ast.parse(source))) == ["hydra", "modelopt", "numpy", "ray"]
 
 
