@@ -257,8 +257,8 @@ class _Planner:
             [task], plan, plan.segments_of(point.dataset.size), model_bytes, model.structure["vocabulary"]
         )
         # Of unlike GPUs the smallest decides about windows: taken for kept where it is not, a capture costs that GPU
-        # seconds a lease; taken for not kept where it is, only the first result comes later. Whether a task is
-        # possible at all the largest decides: workers on the others leave the task to it (sweep.run.pool).
+        # seconds an assignment; taken for not kept where it is, only the first result comes later. Whether a task is
+        # possible at all the largest decides: workers on the others leave the task to it (sweep.run.task_queue).
         sizes = [gpu.memory_gb for node in self.nodes for gpu in node.gpus]
         room_gb = min(sizes, default=math.inf) * share if typed_gb is None else typed_gb
         if memory.whole_bytes(task.groups, work) > room_gb * 1e9:

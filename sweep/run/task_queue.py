@@ -227,15 +227,17 @@ class TaskQueue:
     def _forget_ended(self) -> None:
         for batch in self._batches:
             batch.tasks = {task_id: task for task_id, task in batch.tasks.items() if task_id not in self._ended}
-        self._batches = [batch for batch in self._batches if batch.tasks and (batch.parts or batch.n_out)]
+        self._batches = [batch for batch in self._batches if batch.tasks and (batch.parts or batch.n_assigned)]
 
     def _rank_of(self, batch: _Batch) -> int:
         return min(self._rank[task_id] for task_id in batch.tasks)
 
     def _possible(self, worker: str) -> list[_Batch]:
         """Batches with parts to take, of which the worker can score some tasks."""
-        waiting = [batch for batch in self._batches if batch.parts]
-        return [batch for batch in waiting if any(self._refusal(worker, task) is None for task in batch.tasks.values())]
+        return [batch for batch in self._batches if batch.parts and self._can_score(worker, batch)]
+
+    def _can_score(self, worker: str, batch: _Batch) -> bool:
+        return any(self._refusal(worker, task) is None for task in batch.tasks.values())
 
     def _refusal(self, worker: str, task: Task) -> str | None:
         """Why a worker cannot score a task: its model, or what it needs; None: it can, as far as is known."""
