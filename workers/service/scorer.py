@@ -393,7 +393,7 @@ class _AssignedParts:
 
     def __init__(self, whole: tuple[Part, ...], names: Iterable[str], states: Iterable[TaskState]) -> None:
         self.whole = whole
-        self._names, self._books, self._taken = iter(names), list(states), list[Part]()
+        self._names, self._states, self._taken = iter(names), list(states), list[Part]()
         self._by_name = {part.name: part for part in whole}
 
     def wanted(self) -> Iterator[Part]:
@@ -401,7 +401,7 @@ class _AssignedParts:
         yield from [part for part in self._taken if self._is_wanted(part)]
         for name in self._names:
             self._taken.append(part := self._by_name[name])
-            for state in self._books:
+            for state in self._states:
                 state.take(part)
             if self._is_wanted(part):
                 yield part
@@ -414,7 +414,7 @@ class _AssignedParts:
         return any(state.lacks(part) for state in self._states)
 
     def _is_wanted(self, part: Part) -> bool:
-        return any(state.wants(part) for state in self._books)
+        return any(state.wants(part) for state in self._states)
 
 
 def modules_of(parts: Sequence[Part]) -> tuple[str, ...]:
