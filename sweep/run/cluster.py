@@ -245,7 +245,7 @@ def _raylet_watched(watcher: ClusterWatcher) -> Generator[None]:
     def get_living_node(gcs_address: str, node_id: str) -> Any:
         state = GlobalState()
         options = services._get_gcs_client_options(gcs_address)  # pyright: ignore[reportPrivateUsage]
-        state._initialize_global_state(options)
+        state._initialize_global_state(options)  # pyright: ignore[reportPrivateUsage]
         while node_id not in [row["NodeID"] for row in state.node_table()]:
             names = [child.name() for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
             if not any("raylet" in name for name in names):
