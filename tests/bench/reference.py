@@ -49,7 +49,9 @@ def auto_quantize(
             logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
         )
 
-    quantization_formats = [{"quant_cfg": list(map(dict, entries)), "algorithm": "max"} for entries in formats]
+    quantization_formats: list[Any] = [
+        {"quant_cfg": list(map(dict, entries)), "algorithm": "max"} for entries in formats
+    ]
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         _, state = mtq.auto_quantize(
