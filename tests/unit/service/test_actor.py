@@ -34,7 +34,7 @@ class FailingScorer:
 def a_worker(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> actor.Worker:
     worker = actor.Worker.__new__(actor.Worker)
     worker._scorer, worker._parts, worker._metrics = FailingScorer(error), {}, None  # type: ignore[assignment]
-    monkeypatch.setattr(actor.Worker, "_tell_metrics", lambda self, rows: None)
+    monkeypatch.setattr(actor.Worker, "_report_metrics", lambda self, rows: None)
     return worker
 
 

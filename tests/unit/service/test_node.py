@@ -38,7 +38,8 @@ def load(model: Path, events: Any, seconds: float) -> None:
         events.put(("ends", os.getpid()))
 
 
-def test_the_first_loads_alone_and_the_others_together(tmp_path: Path) -> None:
+def test_the_first_loads_alone_and_the_others_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where no earlier run has left its lock
     context = multiprocessing.get_context("fork")
     events = context.Queue()
     workers = [context.Process(target=load, args=(tmp_path, events, 0.5)) for _ in range(3)]
