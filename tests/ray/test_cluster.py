@@ -246,9 +246,9 @@ def test_prometheus_sees_every_metric_of_a_sweep(head: Head, tmp_path: Path, pro
     code, output = finish(process)
     assert code == 3, output
     time.sleep(3)
-    names = set(re.findall(r'"(sweep_[a-z_]+)"', (ROOT / "workers" / "metrics.py").read_text(encoding="utf-8"))) - {
-        "sweep_gpu_memory_bytes"
-    }
+    names = set(
+        re.findall(r'"(sweep_[a-z_]+)"', (ROOT / "workers" / "service" / "metrics.py").read_text(encoding="utf-8"))
+    ) - {"sweep_gpu_memory_bytes"}
     assert len(names) == 15
     histograms = {name for name in names if name.endswith("_seconds") and name != "sweep_eta_seconds"}
     unseen = [

@@ -341,7 +341,7 @@ def test_grafana_finds_the_dashboard_and_its_data() -> None:
 
 
 def test_the_table_of_metrics_is_what_the_code_exports() -> None:
-    code = (ROOT / "workers" / "metrics.py").read_text(encoding="utf-8")
+    code = (ROOT / "workers" / "service" / "metrics.py").read_text(encoding="utf-8")
     table = re.findall(
         r"^\| `(sweep_[a-z_]+)` \|", (DEPLOY / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
