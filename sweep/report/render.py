@@ -110,7 +110,9 @@ def summary_lines(finished: Sequence[FinishedTrial], top: int, target: Target) -
     A line has the trial's `top` most sensitive layer groups, and how the target runs its recipe.
     """
     measured = ("pair", "granularity", "size", "bits", "KL/pred.")
-    cells = [(*measured, f"on {target.name}", "most sensitive layer groups (share of the total)")]
+    cells: list[tuple[str, ...]] = [
+        (*measured, f"on {target.name}", "most sensitive layer groups (share of the total)")
+    ]
     for one in finished:
         summary = summarize(one.scores)
         served = target.status(one.trial.quant_pair, one.trial.quant_granularity, algorithm_of(one.trial)).words

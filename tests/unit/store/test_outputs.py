@@ -152,7 +152,7 @@ def fill_half(place: Path) -> None:
 CRASHES = """
 import os, signal, sys
 from pathlib import Path
-from tests.unit.test_outputs import NEW, output
+from tests.unit.store.test_outputs import NEW, output
 
 place, n_left = Path(sys.argv[1]), int(sys.argv[2])
 
