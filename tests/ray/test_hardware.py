@@ -12,7 +12,7 @@ from tests.ray.test_sweep import ROOT
 # A driver on a machine without nvcc, wherever this is; what it has a node do is not touched.
 DRIVER = """
 import sys
-from sweep import machine
+from sweep.core import machine
 machine.has_compiler = lambda: False
 from sweep.cli import main
 sys.exit(main(sys.argv[1:]))
