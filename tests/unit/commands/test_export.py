@@ -18,7 +18,7 @@ from modelopt.recipe import load_recipe
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import sweep.commands.export
+import workers.export.calibrated
 from sweep.cli import main
 from sweep.config.schema import DatasetConfig
 from sweep.core.errors import SweepError
@@ -151,8 +151,8 @@ def calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
             _calibrated.append(real(*args))
         return _calibrated[0]
 
-    real = sweep.commands.export._calibrated
-    monkeypatch.setattr("sweep.commands.export._calibrated", calibrated)
+    real = workers.export.calibrated.calibrated
+    monkeypatch.setattr("workers.export.calibrated.calibrated", calibrated)
 
 
 _calibrated: list[Any] = []
@@ -236,7 +236,7 @@ def test_the_root_is_refused(
     capsys: pytest.CaptureFixture[str],
     file_format: str,
 ) -> None:
-    monkeypatch.delattr("sweep.commands.export._calibrated")
+    monkeypatch.delattr("workers.export.calibrated.calibrated")
     for name in ("rename", "replace", "unlink", "rmdir"):
         monkeypatch.setattr(os, name, None)
     assert run(file_format, "/", "--overwrite") == 2
