@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -237,8 +236,7 @@ def test_the_root_is_refused(
     file_format: str,
 ) -> None:
     monkeypatch.delattr("workers.export.calibrated.calibrated")
-    for name in ("rename", "replace", "unlink", "rmdir"):
-        monkeypatch.setattr(os, name, None)
+    monkeypatch.delattr("sweep.store.files.Files.write")
     assert run(file_format, "/", "--overwrite") == 2
     assert "--out" in capsys.readouterr().err
 

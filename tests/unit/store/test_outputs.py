@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,17 @@ def test_wherever_it_is_killed_no_two_exports_are_mixed_and_the_next_call_works(
         if ended.returncode == 0:
             break
     assert n_calls > 20
+
+
+def test_tensors_that_a_killed_writer_has_not_renamed_yet_are_removed(tmp_path: Path) -> None:
+    """As safetensors calls them; gigabytes, in a real checkpoint."""
+    with output(tmp_path / "out", OLD).filled() as partial:
+        shutil.copytree(partial, killed := tmp_path / "out" / ".sweep-partial-killed")
+        for name in ("config.json", ".tmpqnqc5B"):
+            (killed / name).write_bytes(b"half")
+    assert killed.exists()
+    fill(tmp_path / "out", NEW)
+    assert seen(tmp_path / "out").keys() == {*NEW, MANIFEST}
 
 
 def test_a_hidden_directory_of_others_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
