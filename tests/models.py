@@ -22,7 +22,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from workers.data.samples import Sample
+from sweep.core.batches import Sample
 
 VOCABULARY = 512
 

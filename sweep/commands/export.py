@@ -19,7 +19,6 @@ from sweep.mixed_precision.text import CSV_BEGINS, MODELOPT_BEGINS, check_csv, c
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.store.outputs import OutputDirectory, OutputFile, place_of, typed_path
 from sweep.store.store import Store
-from workers.model.checkpoint import checkpoint_names
 
 FORMATS: Final = ("compressed-tensors", "modelopt", "csv")
 _RECIPE_FILE: Final = "sweep_recipe.yaml"  # beside an exported checkpoint
@@ -88,7 +87,7 @@ def checkpoint_at(path: Path, model: Model, *, overwrite: bool) -> OutputDirecto
     return OutputDirectory(
         directory=place,
         kind="checkpoint",
-        names=[*checkpoint_names(model.path), _RECIPE_FILE],
+        names=[*model.file_names(), _RECIPE_FILE],
         exclusive=_LOADED,
         overwrite=overwrite,
     )

@@ -14,8 +14,8 @@ import yaml
 
 from sweep.config.schema import TargetConfig
 from sweep.core.errors import SweepError, require_known
+from sweep.core.pairs import ALGORITHMS
 from sweep.core.paths import conf_dir
-from sweep.formats.recipe import ALGORITHMS
 
 EXPORTS: Final = ("compressed_tensors", "modelopt")  # checkpoint formats: their `format`, their `quant_algo`
 

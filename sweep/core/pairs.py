@@ -1,12 +1,15 @@
-"""Quant pairs and granularities as the configuration names them."""
+"""Quant pairs, granularities and calibration algorithms as the configuration names them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from sweep.core.typed import Section
 
 NumberFormat = Literal["int4", "int8", "fp4", "fp8", "fp16"]
+
+# Calibration algorithms that have a parity test against ModelOpt.
+ALGORITHMS: Final = ("max", "mse", "awq_lite", "smoothquant")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

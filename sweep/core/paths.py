@@ -1,9 +1,14 @@
-"""Where the project's own data lies: beside the packages in a checkout, inside the package in an installed wheel."""
+"""Where the project's own data lies: beside the packages in a checkout, inside them in a wheel."""
 
 from pathlib import Path
+from typing import Final
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _ROOT = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent
+
+
+# In a directory that a command has filled: a name that transformers, vLLM and TensorRT-LLM do not look for.
+MANIFEST: Final = "sweep_manifest.json"
 
 
 def conf_dir() -> Path:

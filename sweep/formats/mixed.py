@@ -14,11 +14,11 @@ import yaml
 
 from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import Coverage
+from sweep.core.pairs import ALGORITHMS
 from sweep.core.sizes import Size
 from sweep.core.typed import describe, fits, hints_of
 from sweep.formats.fields import QUANTIZERS, check_fields
 from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, QuantizerSpec, listed, tupled
-from sweep.formats.recipe import ALGORITHMS
 
 RECIPE_VERSION: Final = 1  # of the file's layout
 RECIPE_BEGINS: Final = re.compile(rb"recipe_version: \d+\nname: ")  # by which such a file is known again

@@ -12,12 +12,9 @@ from fnmatch import fnmatch
 from typing import Any, Final
 
 from sweep.core.errors import InvalidRecipe, SweepError
-from sweep.core.pairs import GranularityConfig, PairConfig
+from sweep.core.pairs import ALGORITHMS, GranularityConfig, PairConfig
 from sweep.formats.fields import QUANTIZERS, check_fields
 from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, QuantizerSpec, check_format, tupled
-
-# Calibration algorithms that have a parity test against ModelOpt.
-ALGORITHMS: Final = ("max", "mse", "awq_lite", "smoothquant")
 
 # Those that multiply the inputs by a pre-quantization scale, found on samples.
 SCALES_INPUTS: Final = frozenset({"awq_lite", "smoothquant"})

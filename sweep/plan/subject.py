@@ -13,12 +13,19 @@ from typing import Any
 
 from sweep.config.schema import DatasetConfig, ModelConfig
 from sweep.core import cache
-from sweep.core.batches import Plan
+from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
 from workers.data.batches import make_plan
-from workers.data.samples import Sample, read_captions, read_hub_captions, scene_captions, text_samples, with_scenes
-from workers.model.checkpoint import check_checkpoint, check_weights, file_key, revision, weight_files
+from workers.data.samples import read_captions, read_hub_captions, scene_captions, text_samples, with_scenes
+from workers.model.checkpoint import (
+    check_checkpoint,
+    check_weights,
+    checkpoint_names,
+    file_key,
+    revision,
+    weight_files,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,10 @@ class Model:
             return loading.image_tokens(self.path)
 
         return cache.remember("image-tokens", [file_key(self.path / "config.json"), version("transformers")], compute)
+
+    def file_names(self) -> list[str]:
+        """Names of the files of a checkpoint that is written from this one, quantized."""
+        return checkpoint_names(self.path)
 
     def plan(self, samples: Sequence[Sample]) -> Plan:
         """Batch samples as the model reads them."""

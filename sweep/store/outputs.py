@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from sweep.core.errors import SweepError
+from sweep.core.paths import MANIFEST
 from sweep.store.files import Files
 
-MANIFEST: Final = "sweep_manifest.json"  # a name that transformers, vLLM and TensorRT-LLM do not look for
 _MANIFEST_VERSION: Final = 1
 _PARTIAL: Final = ".sweep-partial-"  # begins the name of a directory in which files are being made
 # What a killed writer has not renamed yet: `Files`, and safetensors 0.8 where a checkpoint is being made.

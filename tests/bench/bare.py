@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from sweep.core.batches import Sample
 from sweep.core.machine import Workers
 from sweep.run import driver, worker_pool
 from tests.tasks import PICTURE, TASK
 from workers.data.batches import make_plan
-from workers.data.samples import Sample
 from workers.task import Picture, Progress, Task
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.data.samples import Sample
+from sweep.core.batches import Sample
 
 PaddedBatch = dict[str, Tensor]
 

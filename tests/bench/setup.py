@@ -19,12 +19,12 @@ from scipy.stats import spearmanr
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from sweep.config.compose import expand
-from sweep.core.batches import Plan
+from sweep.core.batches import Plan, Sample
 from sweep.core.paths import bundled_model_dir
 from sweep.core.sizes import SIZES
 from sweep.plan.trials import plan_sweep
 from workers.data.batches import make_plan
-from workers.data.samples import Sample, read_captions, text_samples
+from workers.data.samples import read_captions, text_samples
 from workers.model import loading
 from workers.scoring.gradient import Job
 from workers.task import Task

@@ -10,9 +10,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from sweep.core.batches import Batch, Plan
+from sweep.core.batches import Batch, Plan, Sample
 from sweep.core.sizes import SIZES
-from workers.data.samples import Sample
 
 MAX_BATCH_TOKENS: Final = 2048  # enough to fill a GPU; attention over a packed row costs its square
 

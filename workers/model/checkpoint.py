@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sweep.core import cache
 from sweep.core.errors import SweepError
-from sweep.store.outputs import MANIFEST
+from sweep.core.paths import MANIFEST
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SETTINGS = (".json", ".jinja", ".model", ".txt")  # tokenizer, preprocessor and generation settings

@@ -52,7 +52,7 @@ def calibrated_linears(
             empty where neither the algorithm nor a static range of the inputs needs them.
         weight_attributes: a valid QuantizerAttributeConfig; None: left unquantized.
         input_attributes: the same of the inputs.
-        algorithm: one of sweep.formats.recipe.ALGORITHMS, with a recipe that it can calibrate
+        algorithm: one of sweep.core.pairs.ALGORITHMS, with a recipe that it can calibrate
             (sweep.formats.recipe.resolve).
         scales: "fused": linears share the range of the whole tensor and the pre-quantization scale, as in runtimes;
             "private": each its own.

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sweep.core.batches import Batch, Plan
+from sweep.core.batches import Batch, Plan, Sample
 from sweep.core.errors import SweepError
 from sweep.core.sizes import SIZES
 from workers.data.batches import MAX_BATCH_TOKENS, make_plan
 from workers.data.samples import (
-    Sample,
     first_texts,
     read_captions,
     read_hub_captions,

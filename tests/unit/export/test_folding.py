@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from sweep.config.schema import DatasetConfig
-from sweep.core.batches import Plan
+from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import GroupFormat, MixedRecipe
@@ -25,7 +25,6 @@ from tests.floors import SUMS, given_our_inputs
 from tests.models import random_model, random_samples
 from tests.recipes import recipe_of as recipe_over
 from workers.data.batches import make_plan
-from workers.data.samples import Sample
 from workers.export.checkpoint import check_expressible, write_checkpoint
 from workers.export.folding import check_folds, folding_modules, output_scales
 from workers.export.readback import check_export

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from sweep.core.batches import Batch
+from sweep.core.batches import Batch, Sample
 from tests.models import random_model, random_samples
 from workers.data.batches import make_plan
-from workers.data.samples import Sample, with_scenes
+from workers.data.samples import with_scenes
 from workers.model.decoder import Decoder, decoder_of
 from workers.model.forward import batch_to
 

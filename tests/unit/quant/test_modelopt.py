@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from sweep.core.batches import Plan
+from sweep.core.batches import Plan, Sample
 from tests.floors import SUMS
 from tests.models import random_model, random_samples
 from workers.data.batches import make_plan
-from workers.data.samples import Sample
 from workers.quant.modelopt import auto_quantize_scores, layer_groups, preset
 from workers.scoring.capture import capture
 from workers.scoring.gradient import Engine, Job

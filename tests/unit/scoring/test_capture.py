@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sweep.core.batches import Sample
 from tests.models import random_model, random_samples
 from workers.data.batches import make_plan
-from workers.data.samples import Sample
 from workers.model.forward import batch_to, labels_of, summed_loss
 from workers.scoring.capture import backward_from, capture
 

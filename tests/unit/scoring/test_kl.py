@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sweep.core.batches import Batch
+from sweep.core.batches import Batch, Sample
 from sweep.core.sizes import SIZES
 from tests.models import random_model, random_samples
 from workers.data.batches import make_plan
-from workers.data.samples import Sample, with_scenes
+from workers.data.samples import with_scenes
 from workers.model.forward import batch_to
 from workers.quant.modelopt import Quantizers, layer_groups
 from workers.scoring import baseline

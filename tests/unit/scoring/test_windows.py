@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from sweep.core.batches import Sample
 from tests.models import random_model, random_samples
 from workers.data.batches import make_plan
-from workers.data.samples import Sample, with_scenes
+from workers.data.samples import with_scenes
 from workers.scoring.capture import Rows, Segments, capture
 from workers.scoring.windows import captures
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from sweep.core.errors import SweepError
-from sweep.store.outputs import MANIFEST, OutputDirectory, OutputFile, place_of, typed_path
+from sweep.core.paths import MANIFEST
+from sweep.store.outputs import OutputDirectory, OutputFile, place_of, typed_path
 from tests.foreign import PLACES, foreign, seen
 
 OLD = {"config.json": b"old", "a.safetensors": b"old a", "b.safetensors": b"old b"}
