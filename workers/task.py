@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-from sweep.core.groups import GroupSpec
+from sweep.core.groups import ShapedGroup
 from sweep.core.machine import Needs
 from sweep.core.sizes import SIZES
+from sweep.formats.format import Format
+from sweep.formats.recipe import Entry
 
 _VISIT_COST: Final = 0.3  # of a task's quantizing and summing, in units of one product (GEMM)
 
@@ -31,16 +33,9 @@ class Task:
     plan_id: str  # digest of the plan's largest size: equal ids share a capture
     method: Literal["gradient", "kl_div"]
     engine: Literal["layerwise", "modelopt"]
-    quant_cfg: tuple[Mapping[str, Any], ...]  # ModelOpt's ordered entries
-    algorithm: str
-    # Linears of a group share ranges of whole tensors and pre-quantization scales; False too where it makes no
-    # difference.
-    fused: bool
-    weight_attributes: Mapping[str, Any] | None  # ModelOpt's QuantizerAttributeConfig fields; None: left unquantized
-    input_attributes: Mapping[str, Any] | None
-    calibrates_inputs: bool  # the input quantizer has a static range: scores depend on the calibration size
-    effective_bits: float  # bits a weight, block scales counted
-    groups: tuple[GroupSpec, ...]  # in the model's order
+    quant_cfg: tuple[Entry, ...]  # ModelOpt's ordered entries
+    format: Format  # of the groups' linears
+    groups: tuple[ShapedGroup, ...]  # in the model's order
     cells: Mapping[str, str]  # cell id by size
     needs: Needs  # of the GPU that scores it
 
@@ -53,21 +48,15 @@ class Task:
     def cost(self) -> float:
         """Roughly its time on a part, scored together with other tasks, in products of all rows of the largest size."""
         sizes = [SIZES[size] / max(SIZES.values()) for size in self.cells]
-        products = 0.0 if self.input_attributes is None else sum(sizes) if self.calibrates_inputs else max(sizes)
+        products = 0.0 if self.format.inputs is None else sum(sizes) if self.format.calibrates_inputs else max(sizes)
         return _VISIT_COST + products
 
     @property
     def extensions(self) -> frozenset[str]:
         """ModelOpt's CUDA extensions needed on a GPU: none for NVFP4, nor for our own engine's integers and FP8."""
         needed: set[str] = {"integers", "fp8"} if self.engine == "modelopt" else set()
-        for attributes in (self.weight_attributes, self.input_attributes):
-            blocks: Mapping[Any, Any] = (attributes or {}).get("block_sizes") or {}
-            if (
-                attributes is not None
-                and blocks.get("type") == "dynamic"
-                and (attributes.get("num_bits"), blocks.get("scale_bits")) != ((2, 1), (4, 3))
-            ):
-                needed.add("mx")
+        if any(each.has_dynamic_blocks and not each.is_nvfp4 for each in self.format.quantizers):
+            needed.add("mx")
         return frozenset(needed)
 
     def shares_capture_with(self, other: "Task") -> bool:

@@ -72,7 +72,7 @@ def checked_text(recipe: MixedRecipe, file_format: str, model: Model) -> str:
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "recipe.yaml"
         file.write_text(text, encoding="utf-8")
-        check_modelopt(*read_modelopt(file), recipe, list(model.inputs))
+        check_modelopt(*read_modelopt(file), recipe, model.linears)
     return text
 
 
@@ -103,7 +103,7 @@ def export_checkpoint(context: RecipeContext, directory: OutputDirectory) -> Non
     from workers.export.readback import check_export
 
     recipe, model = context.recipe, context.model
-    linears = [(name, n_in, n_out) for name, n_in, n_out in model.structure["linears"]]
+    linears = model.structure.linears
     check_expressible(model.path, recipe, linears)
     batches = list(context.plan.batches(recipe.size))
     quants = calibrated(model.path, context.config.model.dtype_on("cpu"), recipe, linears, batches)

@@ -278,16 +278,7 @@ def planned_candidates(plan: SweepPlan) -> Candidates:
     """
     trials = [trial for trial in plan.trials if trial.cell_id is not None and trial.task_id is not None]
     first = max(trials, key=lambda trial: SIZES[trial.config.dataset.size])
-    specs = plan.tasks[first.task_id or ""].groups
-    groups = tuple(
-        {
-            "group": spec.name,
-            "modules": list(spec.modules),
-            "layer_index": spec.layer_index,
-            "weight_elements": spec.weight_elements,
-        }
-        for spec in specs
-    )
+    groups = plan.tasks[first.task_id or ""].groups
     formats = {found.label: (found, trial.cell_id or "") for trial in trials for found in [format_of(trial.config)]}
     return Candidates(
         trial=row_of(first, "planned", None, ""),

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
-from sweep.core.groups import short_group
 from sweep.core.text import aligned
 from sweep.formats.mixed import MixedRecipe, is_called
 from sweep.mixed_precision.candidates import Candidates, read_candidates
@@ -76,12 +75,14 @@ def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRec
     recipe = context.recipe
     found = [("recipe", recipe)]
     alone = [
-        choice for choice in recipe.groups if request.groups is not None and is_called([choice.group], request.groups)
+        choice
+        for choice in recipe.groups
+        if request.groups is not None and is_called([choice.group.name], request.groups)
     ]
     if request.groups is not None and not alone:
         raise SweepError(
             f"--groups {request.groups!r} matches no layer group. "
-            f"They are called like {recipe.groups[0].group!r}; * stands for anything."
+            f"They are called like {recipe.groups[0].group.name!r}; * stands for anything."
         )
     if not (request.uniform or request.n_random or alone):
         return found
@@ -94,11 +95,11 @@ def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRec
         ]
     found += [("random", each) for each in random_mixes(candidates, request.n_random)]
     for choice in alone:
-        index = [group["group"] for group in candidates.groups].index(choice.group)
+        index = [group.name for group in candidates.groups].index(choice.group.name)
         for number, candidate in enumerate(candidates.formats):
             only = np.full(len(candidates.groups), len(candidates.formats))
             only[index] = number
-            name = f"{short_group(choice.group, choice.modules)} alone, {candidate.format.label}"
+            name = f"{choice.group.short_name} alone, {candidate.format.label}"
             found.append(("group", recipe_of_choice(candidates, only, name, recipe.target)))
     return found
 

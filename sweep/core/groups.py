@@ -9,14 +9,59 @@ Coverage = Literal["lm_only", "all_layers"]  # all_layers: vision tower and merg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupSpec:
-    """Linears that share a recipe, and where their row goes."""
+class Linear:
+    """Name and shape of one ``nn.Linear`` of a model."""
+
+    name: str
+    n_inputs: int
+    n_outputs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelStructure:
+    """The linears of a model, and numbers of elements."""
+
+    linears: tuple[Linear, ...]  # every nn.Linear, in the model's order
+    parameters: int  # elements of all weights
+    embeddings: int  # of the token embedding
+    lm_head: int  # of the output layer; 0 where it is tied to the embedding
+    vocabulary: int
+    packable: bool  # samples may share a row of a batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGroup:
+    """Linears that share a format because runtimes fuse them: q/k/v, gate/up, else one alone."""
 
     name: str  # the first module
     modules: tuple[str, ...]
-    part: str  # the decoder layer or top-level block whose file holds the row
-    layer_index: int | None  # None outside decoder blocks
-    weight_elements: int
+    weight_elements: int  # of all modules together
+
+    @property
+    def part(self) -> str:
+        """The decoder layer or top-level block whose file holds the row: see `part_of`."""
+        return part_of(self.name)[0]
+
+    @property
+    def layer_index(self) -> int | None:
+        """Number of the decoder layer, None outside decoder layers."""
+        return part_of(self.name)[1]
+
+    @property
+    def short_name(self) -> str:
+        """As people call it: ``layers.6.self_attn.q/k/v_proj``, ``visual.blocks.0.attn.qkv``."""
+        return short_group(self.name, self.modules)
+
+    @property
+    def is_lm_head(self) -> bool:
+        """Whether the output layer is in it."""
+        return any(module.rpartition(".")[2] == "lm_head" for module in self.modules)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapedGroup(LayerGroup):
+    """A layer group of a model whose structure is known."""
+
     n_inputs: int  # of the first module; the others read the same tensor
     n_outputs: int  # of all modules together
 
@@ -26,10 +71,10 @@ class Part:
     """Layer groups whose rows go into one file: a decoder layer, or a top-level block."""
 
     name: str
-    groups: tuple[GroupSpec, ...]
+    groups: tuple[ShapedGroup, ...]
 
 
-def parts_of(groups: Sequence[GroupSpec]) -> tuple[Part, ...]:
+def parts_of(groups: Sequence[ShapedGroup]) -> tuple[Part, ...]:
     """The parts that layer groups make up, in the model's order."""
     return tuple(Part(name, tuple(members)) for name, members in groupby(groups, key=lambda group: group.part))
 

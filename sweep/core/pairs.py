@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from sweep.core.typed import Section
 
 NumberFormat = Literal["int4", "int8", "fp4", "fp8", "fp16"]
 
+Algorithm = Literal["max", "mse", "awq_lite", "smoothquant"]
 # Calibration algorithms that have a parity test against ModelOpt.
-ALGORITHMS: Final = ("max", "mse", "awq_lite", "smoothquant")
+ALGORITHMS: Final[tuple[Algorithm, ...]] = get_args(Algorithm)
+
+Scales = Literal["fused", "private"]  # shared by the linears of a group as in runtimes, or each linear's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

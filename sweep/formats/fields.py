@@ -1,16 +1,28 @@
 """Checks of quantizer fields from YAML files, before they reach ModelOpt, which would pad, guess or crash later."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
 from sweep.core.errors import SweepError, require_known
+
+Plain = (
+    bool
+    | int
+    | float
+    | str
+    | list["Plain"]
+    | tuple["Plain", ...]
+    | Mapping[str, "Plain"]
+    | Mapping[int | str, "Plain"]
+    | None
+)
 
 QUANTIZERS: Final = ("*weight_quantizer", "*input_quantizer")
 _FLOATS: Final = ((4, 3), (2, 1), (5, 2), (3, 2), (2, 3))  # exponent and mantissa bits
 _BLOCK_AXES: Final = (-1, -2)  # a linear's inputs and outputs; ModelOpt pads a block on axis 1 or 0 without being asked
 
 
-def check_fields(quantizer: str, fields: Mapping[str, Any], where: str) -> None:
+def check_fields(quantizer: str, fields: Mapping[str, Plain], where: str) -> None:
     """Refuse fields that are wrong in every recipe.
 
     Args:
@@ -32,25 +44,25 @@ def check_fields(quantizer: str, fields: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _is_count(value: object, low: int, high: int) -> bool:
+def _is_count(value: Plain, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_num_bits(value: object) -> bool:
+def _is_num_bits(value: Plain) -> bool:
     return _is_count(value, 2, 16) or (isinstance(value, list | tuple) and tuple(value) in _FLOATS)
 
 
-def _is_axis(value: object) -> bool:
+def _is_axis(value: Plain) -> bool:
     return value is None or _is_count(value, -2, 1)
 
 
-def _is_blocks(value: object) -> bool:
+def _is_blocks(value: Plain) -> bool:
     return value is None or (
         isinstance(value, Mapping) and bool(value) and all(_is_block_item(key, item) for key, item in value.items())
     )
 
 
-def _is_block_item(key: object, value: object) -> bool:
+def _is_block_item(key: int | str, value: Plain) -> bool:
     if key == "type":
         return value in ("static", "dynamic")
     if key == "scale_bits":
@@ -60,7 +72,7 @@ def _is_block_item(key: object, value: object) -> bool:
 
 # ModelOpt's attributes whose scores are tested against ModelOpt's own; a rotation or a histogram would need more than a
 # quantizer.
-_ALLOWED: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
+_ALLOWED: Final[Mapping[str, tuple[Callable[[Plain], bool], str]]] = {
     "num_bits": (_is_num_bits, "a whole number of bits from 2 to 16, or exponent and mantissa bits such as [4, 3]"),
     "axis": (_is_axis, "null (per tensor), 0 (per output channel) or 1 (per input channel)"),
     "block_sizes": (

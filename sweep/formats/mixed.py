@@ -6,61 +6,82 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
+import msgspec
 import yaml
 
 from sweep.core.errors import SweepError, require_known
-from sweep.core.groups import Coverage
-from sweep.core.pairs import ALGORITHMS
+from sweep.core.groups import Coverage, LayerGroup
+from sweep.core.pairs import Algorithm, Scales
 from sweep.core.sizes import Size
 from sweep.core.typed import describe, fits, hints_of
 from sweep.formats.fields import QUANTIZERS, check_fields
-from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, QuantizerSpec, listed, tupled
+from sweep.formats.format import GroupFormat
+from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, Attributes, Quantizer
 
 RECIPE_VERSION: Final = 1  # of the file's layout
 RECIPE_BEGINS: Final = re.compile(rb"recipe_version: \d+\nname: ")  # by which such a file is known again
 _NESTED: Final = frozenset({"formats", "groups"})  # keys whose values are looked at one by one
 
-Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig; tuples and integer keys intact
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupFormat:
-    """A number format for layer groups: pair, granularity, calibration algorithm, and the quantizers' attributes."""
+class _FormatNode(msgspec.Struct, kw_only=True):
+    """A format in the file."""
 
     quant_pair: str
     quant_granularity: str
-    algorithm: str  # ModelOpt's calibration algorithm
-    scales: Literal["fused", "private"]  # whether the linears of a group share their per-tensor scales
-    weight: Attributes | None  # None: left unquantized
+    algorithm: Algorithm
+    scales: Scales
+    weight: Attributes | None  # of ModelOpt's QuantizerAttributeConfig
     inputs: Attributes | None
 
-    @property
-    def label(self) -> str:
-        """Its name in files and tables: ``wint4_afp16/w_group128/awq_lite``.
 
-        The algorithm `max` is left out.
-        """
-        algorithm = [] if self.algorithm == "max" else [self.algorithm]
-        return "/".join([self.quant_pair, self.quant_granularity, *algorithm])
+class _GroupNode(msgspec.Struct, kw_only=True):
+    """A layer group in the file."""
 
-    @property
-    def effective_bits(self) -> float:
-        """Bits a weight, block scales counted."""
-        return UNQUANTIZED_BITS if self.weight is None else QuantizerSpec(attributes=self.weight).effective_bits
+    group: str
+    modules: tuple[str, ...]
+    layer_index: int | None
+    weight_elements: int
+    format: str | None
+    cell_id: str | None
+    predicted_kl: float
+
+
+class _RecipeNode(msgspec.Struct, kw_only=True):
+    """The file, but for its version and totals."""
+
+    name: str
+    model: str
+    model_revision: str
+    model_path: str | None
+    dataset: str
+    dataset_revision: str
+    size: Size
+    coverage: Coverage
+    target: str | None
+    formats: dict[str, _FormatNode]
+    groups: tuple[_GroupNode, ...]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes tuples as lists, and every value where it stands."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        del data
+        return True
+
+
+_Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupChoice:
     """The format of one layer group, with its predicted KL."""
 
-    group: str  # the first module
-    modules: tuple[str, ...]
-    layer_index: int | None  # None outside decoder blocks
-    weight_elements: int
+    group: LayerGroup
     format: str | None  # label of one of the recipe's formats; None: left in 16 bits
     cell_id: str | None  # where its score was read
     predicted_kl: float  # nats per prediction; 0 where it is left in 16 bits
@@ -90,8 +111,8 @@ class MixedRecipe:
     @property
     def effective_bits(self) -> float:
         """Mean bits a weight of the covered groups, block scales counted."""
-        elements = sum(choice.weight_elements for choice in self.groups)
-        return sum(self.bits_of(choice) * choice.weight_elements for choice in self.groups) / elements
+        elements = sum(choice.group.weight_elements for choice in self.groups)
+        return sum(self.bits_of(choice) * choice.group.weight_elements for choice in self.groups) / elements
 
     def bits_of(self, choice: GroupChoice) -> float:
         """Bits a weight of one group."""
@@ -103,9 +124,15 @@ class MixedRecipe:
 
     def to_yaml(self) -> str:
         """The file's text; equal recipes give equal text."""
-        document = {"recipe_version": RECIPE_VERSION, **asdict(self)}
+        own = {name: getattr(self, name) for name in self.__slots__ if name not in _NESTED}
+        node = _RecipeNode(
+            **own,
+            formats={label: _format_node(each) for label, each in self.formats.items()},
+            groups=tuple(map(_group_node, self.groups)),
+        )
+        document = {"recipe_version": RECIPE_VERSION, **msgspec.to_builtins(node)}
         document["totals"] = {"effective_bits": self.effective_bits, "predicted_kl": self.predicted_kl}
-        return yaml.safe_dump(listed(document), sort_keys=False, width=1000)
+        return yaml_text(document)
 
     @classmethod
     def from_yaml(cls, text: str, where: str) -> Self:
@@ -118,7 +145,7 @@ class MixedRecipe:
         Raises: SweepError: not such a file, or one that was edited into something that no model can have.
         """
         try:
-            document: Any = yaml.safe_load(text)
+            document = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise SweepError(
                 f"{where} is no YAML: {str(error).splitlines()[0]}. Have `sweep solve` write it again."
@@ -130,27 +157,26 @@ class MixedRecipe:
                 f"{where} has recipe_version {document['recipe_version']}; this program reads {RECIPE_VERSION}. "
                 "Have `sweep solve` write it again."
             )
-        nodes: dict[str, Any] = {
-            key: value for key, value in document.items() if key not in ("recipe_version", "totals")
-        }
-        _check_keys(nodes, cls, where)
-        formats: dict[str, GroupFormat] = {}
-        for label, node in _mapping(nodes["formats"], f"{where}: formats").items():
-            formats[label] = _format(node, f"{where}: format {label!r}")
-            if formats[label].label != label:
+        del document["recipe_version"]
+        document.pop("totals", None)
+        node = _read(document, where)
+        formats = {label: _format(each) for label, each in node.formats.items()}
+        for label, each in formats.items():
+            if each.label != label:
                 raise SweepError(
-                    f"{where}: format {label!r} describes {formats[label].label!r}. "
-                    "Give it the name of what it describes."
+                    f"{where}: format {label!r} describes {each.label!r}. Give it the name of what it describes."
                 )
-        if not isinstance(nodes["groups"], list) or not nodes["groups"]:
-            raise SweepError(f"{where} names no layer groups.")
-        groups = tuple(_choice(node, formats, where) for node in nodes["groups"])
-        modules = [module for choice in groups for module in choice.modules]
-        doubled = sorted(module for module, n in Counter(modules).items() if n > 1)
-        if doubled:
+        groups = tuple(_choice(each, formats, where) for each in node.groups)
+        counts = Counter(module for choice in groups for module in choice.group.modules)
+        if doubled := sorted(module for module, n in counts.items() if n > 1):
             raise SweepError(f"{where}: {doubled[0]} is in two layer groups. A linear has one format.")
-        nodes |= {"formats": formats, "groups": groups}
-        return cls(**nodes)
+        own = {name: getattr(node, name) for name in node.__struct_fields__ if name not in _NESTED}
+        return cls(**own, formats=formats, groups=groups)
+
+
+def yaml_text(document: Mapping[str, Any]) -> str:
+    """A file's text: keys in the order given, tuples as lists, nothing wrapped."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000)
 
 
 def is_called(names: Iterable[str], pattern: str) -> bool:
@@ -158,35 +184,81 @@ def is_called(names: Iterable[str], pattern: str) -> bool:
     return any(fnmatch(name, f"*{pattern}") for name in names)
 
 
-def _format(node: Any, where: str) -> GroupFormat:
-    _check_keys(_mapping(node, where), GroupFormat, where)
-    require_known(f"calibration algorithm of {where}", node["algorithm"], ALGORITHMS)
-    for quantizer, attributes in zip(QUANTIZERS, (node["weight"], node["inputs"]), strict=True):
-        if attributes is not None:
-            check_fields(quantizer, {key: value for key, value in attributes.items() if key != COST_HINT}, where)
-    fields_: dict[str, Any] = tupled(node)
-    return GroupFormat(**fields_)
+def _format_node(chosen: GroupFormat) -> _FormatNode:
+    weight, inputs = (each and each.attributes for each in (chosen.weight, chosen.inputs))
+    return _FormatNode(
+        quant_pair=chosen.quant_pair,
+        quant_granularity=chosen.quant_granularity,
+        algorithm=chosen.algorithm,
+        scales=chosen.scales,
+        weight=weight,
+        inputs=inputs,
+    )
 
 
-def _choice(node: Any, formats: Mapping[str, GroupFormat], where: str) -> GroupChoice:
-    name = node.get("group", "?") if isinstance(node, dict) else "?"
-    _check_keys(_mapping(node, f"{where}: group {name!r}"), GroupChoice, f"{where}: group {name!r}")
-    if not 0 <= node["predicted_kl"] < float("inf"):
+def _group_node(choice: GroupChoice) -> _GroupNode:
+    return _GroupNode(
+        group=choice.group.name,
+        modules=choice.group.modules,
+        layer_index=choice.group.layer_index,
+        weight_elements=choice.group.weight_elements,
+        format=choice.format,
+        cell_id=choice.cell_id,
+        predicted_kl=choice.predicted_kl,
+    )
+
+
+def _format(node: _FormatNode) -> GroupFormat:
+    return GroupFormat(
+        quant_pair=node.quant_pair,
+        quant_granularity=node.quant_granularity,
+        algorithm=node.algorithm,
+        scales=node.scales,
+        weight=None if node.weight is None else Quantizer(node.weight),
+        inputs=None if node.inputs is None else Quantizer(node.inputs),
+    )
+
+
+def _choice(node: _GroupNode, formats: Mapping[str, GroupFormat], where: str) -> GroupChoice:
+    if not 0 <= node.predicted_kl < float("inf"):
         raise SweepError(
-            f"{where}: group {name!r}: predicted_kl is {node['predicted_kl']}. It is a number of 0 or more. "
+            f"{where}: group {node.group!r}: predicted_kl is {node.predicted_kl}. It is a number of 0 or more. "
             "Have `sweep solve` write it again."
         )
-    fields_: dict[str, Any] = {**node, "modules": tuple(node["modules"])}
-    choice = GroupChoice(**fields_)
-    if choice.format is not None:
-        require_known(f"format of group {choice.group!r} in {where}", choice.format, formats)
-    return choice
+    if node.format is not None:
+        require_known(f"format of group {node.group!r} in {where}", node.format, formats)
+    return GroupChoice(
+        group=LayerGroup(name=node.group, modules=node.modules, weight_elements=node.weight_elements),
+        format=node.format,
+        cell_id=node.cell_id,
+        predicted_kl=node.predicted_kl,
+    )
 
 
-def _check_keys(node: Mapping[str, Any], kind: type, where: str) -> None:
+def _read(document: Any, where: str) -> _RecipeNode:
+    """The file's content, checked. Raises: SweepError: names the key, the value, and what is allowed."""
+    _check_keys(document, _RecipeNode, where)
+    for label, node in _mapping(document["formats"], f"{where}: formats").items():
+        place = f"{where}: format {label!r}"
+        _check_keys(node, _FormatNode, place)
+        for name, quantizer in zip(("weight", "inputs"), QUANTIZERS, strict=True):
+            fields = {key: value for key, value in (node[name] or {}).items() if key != COST_HINT}
+            check_fields(quantizer, fields, place)
+    if not isinstance(document["groups"], list) or not document["groups"]:
+        raise SweepError(f"{where} names no layer groups.")
+    for node in document["groups"]:
+        name = node.get("group", "?") if isinstance(node, dict) else "?"
+        _check_keys(node, _GroupNode, f"{where}: group {name!r}")
+    try:
+        return msgspec.convert(document, _RecipeNode)
+    except msgspec.ValidationError as error:
+        raise SweepError(f"{where}: {error}. Have `sweep solve` write it again.") from error
+
+
+def _check_keys(node: Any, kind: type, where: str) -> None:
     """Refuse keys that are not fields of `kind`, fields without a key, and values of another type."""
     hints = hints_of(kind)
-    for key in node:
+    for key in _mapping(node, where):
         require_known(f"key in {where}", str(key), hints)
     if missing := [name for name in hints if name not in node]:
         raise SweepError(f"{where} lacks {missing[0]!r}. Have `sweep solve` write it again.")

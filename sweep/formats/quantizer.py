@@ -1,13 +1,25 @@
 """A quantizer as ModelOpt reads it: its attributes, their defaults and meaning, and whether ModelOpt can run them."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import cached_property
+from typing import Final
+
+import msgspec
 
 from sweep.core.errors import InvalidRecipe
 
+# Values of ModelOpt's QuantizerAttributeConfig: `num_bits` is a number or exponent and mantissa bits, `block_sizes` has
+# the length of a block by axis, and `type` and `scale_bits` beside them.
+NumBits = int | tuple[int, int]
+BlockValue = bool | int | str | tuple[int, ...] | None
+Attribute = bool | int | float | str | tuple[int, ...] | Mapping[int | str, BlockValue] | None
+Attributes = Mapping[str, Attribute]
+Canonical = bool | int | float | str | list["Canonical"] | None  # plain JSON without mappings
+
 # ModelOpt 0.47, QuantizerAttributeConfig; a test compares. `effective_bits` is a cost hint and changes no number.
-ATTRIBUTE_DEFAULTS: Final[dict[str, Any]] = {
+ATTRIBUTE_DEFAULTS: Final[Attributes] = {
     "num_bits": 8,
     "axis": None,
     "fake_quant": True,
@@ -29,35 +41,74 @@ ATTRIBUTE_DEFAULTS: Final[dict[str, Any]] = {
 COST_HINT: Final = "effective_bits"
 UNQUANTIZED_BITS: Final = 16.0  # of a weight that is left as it is
 _FP4, _FP8 = (2, 1), (4, 3)
-_KERNEL_BLOCKS: Final = (8, 16, 32)  # of the MX extension, which quantizes all dynamic blocks but NVFP4
+_E8M0: Final = (8, 0)
+KERNEL_BLOCKS: Final = (8, 16, 32)  # of the MX extension, which quantizes all dynamic blocks but NVFP4
 _MX_INTEGER_BITS: Final = 8
 _DEFAULT_SCALE_BITS = 16  # a block's scale where the format names none
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizerSpec:
-    """The attributes of one quantizer, and what follows from them."""
+@dataclass(frozen=True)
+class Quantizer:
+    """The attributes of one quantizer of a linear, and their meaning."""
 
-    attributes: Mapping[str, Any]  # QuantizerAttributeConfig fields as given; tuples and integer keys intact
+    attributes: Attributes  # fields of ModelOpt's QuantizerAttributeConfig as given, in that order
+
+    @classmethod
+    def read(cls, node: object) -> "Quantizer":
+        """A quantizer from plain data, in which lists stand for tuples.
+
+        Raises: msgspec.ValidationError: not a mapping of ModelOpt's attributes.
+        """
+        return cls(msgspec.convert(node, Attributes))
 
     @property
-    def num_bits(self) -> int | tuple[int, int]:
+    def num_bits(self) -> NumBits:
         """Bits of an integer, or exponent and mantissa bits of a float."""
-        return self.attributes.get("num_bits", 8)
+        found = self.attributes.get("num_bits", 8)
+        if isinstance(found, tuple):
+            exponent, mantissa = found
+            return exponent, mantissa
+        if isinstance(found, int):
+            return found
+        raise InvalidRecipe(f"num_bits is {found!r}: ModelOpt has numbers of bits, or exponent and mantissa bits.")
 
     @property
-    def block_sizes(self) -> Mapping[Any, Any]:
+    def axis(self) -> Attribute:
+        """The axis whose every index has a range of its own; None: one range, or blocks."""
+        return self.attributes.get("axis")
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether ranges are found anew in each call instead of by calibration; says nothing of dynamic blocks."""
+        return self.attributes.get("type", "static") == "dynamic"
+
+    @property
+    def block_sizes(self) -> Mapping[int | str, BlockValue]:
         """Block length by axis, with the blocks' `type` and `scale_bits`; empty without blocks."""
-        return self.attributes.get("block_sizes") or {}
+        found = self.attributes.get("block_sizes")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def block_lengths(self) -> dict[int, int | None]:
+        """Elements of a block by axis: -1 along a linear's inputs, -2 along its outputs; None: all of that axis."""
+        return {
+            axis: length if isinstance(length, int) else None
+            for axis, length in self.block_sizes.items()
+            if isinstance(axis, int)
+        }
 
     @property
     def block_elements(self) -> int:
         """Elements that share a scale, 0 without blocks."""
-        lengths = [length for axis, length in self.block_sizes.items() if isinstance(axis, int) and length is not None]
-        elements = 1
-        for length in lengths:
-            elements *= length
-        return elements if lengths else 0
+        elements = 0
+        for length in self.block_lengths.values():
+            elements = elements if length is None else max(elements, 1) * length
+        return elements
+
+    @property
+    def scale_bits(self) -> BlockValue:
+        """Exponent and mantissa bits of the blocks' scales; None: float32."""
+        return self.block_sizes.get("scale_bits")
 
     @property
     def has_dynamic_blocks(self) -> bool:
@@ -67,7 +118,7 @@ class QuantizerSpec:
     @property
     def is_nvfp4(self) -> bool:
         """FP4 in dynamic blocks with FP8 scales."""
-        return self.has_dynamic_blocks and self.num_bits == _FP4 and self.block_sizes.get("scale_bits") == _FP8
+        return self.has_dynamic_blocks and self.num_bits == _FP4 and self.scale_bits == _FP8
 
     @property
     def is_calibrated(self) -> bool:
@@ -75,14 +126,14 @@ class QuantizerSpec:
 
         NVFP4 has dynamic blocks under a calibrated second-level scale.
         """
-        is_mx = self.has_dynamic_blocks and self.block_sizes.get("scale_bits") == (8, 0)
-        return self.attributes.get("type", "static") != "dynamic" and not is_mx
+        is_mx = self.has_dynamic_blocks and self.scale_bits == _E8M0
+        return not self.is_dynamic and not is_mx
 
     @property
     def is_per_tensor(self) -> bool:
         """Whether one calibrated range covers the whole tensor; NVFP4's second-level scale is one."""
-        blocks = not self.has_dynamic_blocks and any(isinstance(axis, int) for axis in self.block_sizes)
-        return self.is_calibrated and self.attributes.get("axis") is None and not blocks
+        blocks = not self.has_dynamic_blocks and bool(self.block_lengths)
+        return self.is_calibrated and self.axis is None and not blocks
 
     @property
     def effective_bits(self) -> float:
@@ -90,78 +141,70 @@ class QuantizerSpec:
         bits = self.num_bits if isinstance(self.num_bits, int) else 1 + sum(self.num_bits)
         if not self.block_elements:
             return float(bits)
-        scale = self.block_sizes.get("scale_bits")
-        return bits + (_DEFAULT_SCALE_BITS if scale is None else 8) / self.block_elements
+        return bits + (_DEFAULT_SCALE_BITS if self.scale_bits is None else 8) / self.block_elements
 
     @property
-    def canonical(self) -> Any:
-        """The quantizer's identity: every field, defaults filled in, in one order."""
+    def canonical(self) -> Canonical:
+        """Every field, defaults filled in, in one order."""
         fields = {**ATTRIBUTE_DEFAULTS, **{key: value for key, value in self.attributes.items() if key != COST_HINT}}
-        if fields["block_sizes"] is not None:
-            fields["block_sizes"] = {
-                key: value for key, value in fields["block_sizes"].items() if (key, value) != ("type", "static")
-            }
-        return canonical_value(fields)
+        if isinstance(blocks := fields["block_sizes"], Mapping):
+            fields["block_sizes"] = {key: value for key, value in blocks.items() if (key, value) != ("type", "static")}
+        return _canonical(fields)
+
+    @cached_property
+    def id(self) -> str:
+        """The quantizer's identity: equal for equal quantizers, however their attributes are written."""
+        return json.dumps(self.canonical)
+
+    def differing(self, other: "Quantizer") -> str | None:
+        """The first attribute in which two quantizers differ, None where they are the same."""
+        if self.id == other.id:
+            return None
+        mine, others = ({**ATTRIBUTE_DEFAULTS, **each.attributes, COST_HINT: None} for each in (self, other))
+        return next((key for key in mine if mine[key] != others.get(key)), "block_sizes")
 
 
-def check_format(name: str, spec: QuantizerSpec) -> None:
+def check_format(name: str, quantizer: Quantizer) -> None:
     """Refuse attributes that ModelOpt has no arithmetic for.
 
     Args:
         name: what is quantized, "weights" or "activations".
-        spec: its quantizer, defaults and overlays included.
+        quantizer: with, defaults and overlays included.
 
     Raises: InvalidRecipe: says what the format needs.
     """
-    if spec.attributes.get("axis") is not None and spec.block_sizes:
+    if quantizer.axis is not None and quantizer.block_sizes:
         raise InvalidRecipe(f"The {name} have both axis and block_sizes, which exclude each other.")
-    if spec.num_bits == _FP4 and not spec.block_elements:
+    if quantizer.num_bits == _FP4 and not quantizer.block_elements:
         raise InvalidRecipe(
             f"FP4 {name} need blocks: ModelOpt has no FP4 per tensor or per channel. "
             "Choose a granularity that keeps or sets block_sizes."
         )
-    if isinstance(spec.num_bits, tuple) and spec.num_bits != _FP8 and not spec.has_dynamic_blocks:
+    if isinstance(quantizer.num_bits, tuple) and quantizer.num_bits != _FP8 and not quantizer.has_dynamic_blocks:
         raise InvalidRecipe(
-            f"ModelOpt has E{spec.num_bits[0]}M{spec.num_bits[1]} {name} in dynamic blocks only. "
+            f"ModelOpt has E{quantizer.num_bits[0]}M{quantizer.num_bits[1]} {name} in dynamic blocks only. "
             "Give block_sizes type: dynamic."
         )
-    if spec.has_dynamic_blocks and isinstance(spec.num_bits, int) and spec.num_bits != _MX_INTEGER_BITS:
+    if quantizer.has_dynamic_blocks and isinstance(quantizer.num_bits, int) and quantizer.num_bits != _MX_INTEGER_BITS:
         raise InvalidRecipe(
-            f"ModelOpt's kernel for dynamic blocks has no {spec.num_bits}-bit integers ({name}). "
+            f"ModelOpt's kernel for dynamic blocks has no {quantizer.num_bits}-bit integers ({name}). "
             "Choose static blocks, or 8 bits."
         )
-    n = spec.block_elements
-    if spec.has_dynamic_blocks and n and not (n & (n - 1) == 0 if spec.is_nvfp4 else n in _KERNEL_BLOCKS):
-        allowed = "powers of two" if spec.is_nvfp4 else ", ".join(map(str, _KERNEL_BLOCKS))
+    n = quantizer.block_elements
+    if quantizer.has_dynamic_blocks and n and not (n & (n - 1) == 0 if quantizer.is_nvfp4 else n in KERNEL_BLOCKS):
+        allowed = "powers of two" if quantizer.is_nvfp4 else ", ".join(map(str, KERNEL_BLOCKS))
         raise InvalidRecipe(f"ModelOpt's kernel for these {name} has no blocks of {n}. Allowed: {allowed}.")
-    if spec.has_dynamic_blocks and (set(spec.block_sizes) != {-1, "type", "scale_bits"} or not spec.block_elements):
+    if quantizer.has_dynamic_blocks and (
+        set(quantizer.block_sizes) != {-1, "type", "scale_bits"} or not quantizer.block_elements
+    ):
         raise InvalidRecipe(
             f"Dynamic blocks of {name} are of the form {{-1: 16, type: dynamic, scale_bits: [4, 3]}}, "
             "with a length along the inputs and no other axis."
         )
 
 
-def canonical_value(value: Any) -> Any:
+def _canonical(value: Attribute | Mapping[str, Attribute] | list[Attribute]) -> Canonical:
     """Plain JSON with one order: mappings as pairs sorted by `str(key)`, so that -1 and "-1" stay apart."""
     if isinstance(value, Mapping):
-        return [[key, canonical_value(value[key])] for key in sorted(value, key=str)]
-    return [canonical_value(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def canonical_attributes(attributes: Mapping[str, Any] | None) -> Any:
-    """A quantizer's identity, defaults filled in; None: left unquantized."""
-    return None if attributes is None else QuantizerSpec(attributes=attributes).canonical
-
-
-def tupled(value: Any) -> Any:
-    """A deep copy in which lists are tuples: ModelOpt compares `num_bits` with tuples, YAML has lists."""
-    if isinstance(value, Mapping):
-        return {key: tupled(item) for key, item in value.items()}
-    return tuple(tupled(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def listed(value: Any) -> Any:
-    """A deep copy in which tuples are lists, for YAML."""
-    if isinstance(value, Mapping):
-        return {key: listed(item) for key, item in value.items()}
-    return [listed(item) for item in value] if isinstance(value, list | tuple) else value
+        return [[key, _canonical(item)] for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))]
+    return [_canonical(item) for item in value] if isinstance(value, list | tuple) else value

@@ -7,25 +7,26 @@ appended, `{axis: 0}` would turn FP8 into INT8 and switch the vision tower on.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from typing import Any, Final
 
-from sweep.core.errors import InvalidRecipe, SweepError
-from sweep.core.pairs import ALGORITHMS, GranularityConfig, PairConfig
-from sweep.formats.fields import QUANTIZERS, check_fields
-from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, QuantizerSpec, check_format, tupled
+import msgspec
 
-# Those that multiply the inputs by a pre-quantization scale, found on samples.
-SCALES_INPUTS: Final = frozenset({"awq_lite", "smoothquant"})
+from sweep.core.errors import InvalidRecipe, SweepError
+from sweep.core.groups import Coverage
+from sweep.core.pairs import ALGORITHMS, Algorithm, GranularityConfig, PairConfig, Scales
+from sweep.formats.fields import QUANTIZERS, check_fields
+from sweep.formats.format import Format
+from sweep.formats.quantizer import COST_HINT, Attributes, NumBits, Quantizer, check_format
 
 # ModelOpt 0.47's, of awq_lite and of smoothquant.
-_ALGORITHM_DEFAULTS: Final[Mapping[str, object]] = {"alpha_step": 0.1, "alpha": 1.0}
+_ALGORITHM_DEFAULTS: Final[Mapping[str, float]] = {"alpha_step": 0.1, "alpha": 1.0}
 _VISION_PATTERNS = frozenset(
     {"*visual*", "*vision_tower*", "*vision_model*", "*embed_vision*", "*multi_modal_projector*"}
 )
 _LM_HEAD_PATTERNS = frozenset({"*lm_head*", "*output_layer*"})
-_NUM_BITS: Final[Mapping[str, int | tuple[int, int] | None]] = {
+_NUM_BITS: Final[Mapping[str, NumBits | None]] = {
     "int4": 4,
     "int8": 8,
     "fp4": (2, 1),
@@ -34,61 +35,43 @@ _NUM_BITS: Final[Mapping[str, int | tuple[int, int] | None]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How each linear is quantized: ModelOpt's entries, the calibration algorithm, and the two quantizers."""
+class Entry(msgspec.Struct, frozen=True):
+    """One of ModelOpt's ordered `quant_cfg` entries: it sets the quantizers that a pattern names; later ones win."""
 
-    quant_cfg: Sequence[Mapping[str, Any]]  # ModelOpt's ordered entries
-    algorithm: str
-    weight: QuantizerSpec | None  # None: left unquantized
-    activation: QuantizerSpec | None
+    quantizer_name: str  # pattern
+    cfg: Attributes | None = None  # replaces the whole quantizer, and enables it
+    enable: bool | None = None
+    parent_class: str | None = None  # only in modules of this class
 
-    @property
-    def canonical(self) -> str:
-        """The recipe's identity as text: equal recipes share one cell."""
-        quantizers = [spec and spec.canonical for spec in (self.weight, self.activation)]
-        return json.dumps([self.algorithm, *quantizers, [list(pattern) for pattern in self._switches]])
+    def matches(self, quantizer: str, parent_class: str) -> bool:
+        """Whether it sets a quantizer. Args: quantizer: its full name; parent_class: of its module."""
+        return self.parent_class in (None, parent_class) and fnmatch(quantizer, self.quantizer_name)
+
+    def to_modelopt(self) -> dict[str, Any]:
+        """As ModelOpt takes it."""
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """A format on the linears of a model: ModelOpt's entries, and what they make of a covered linear."""
+
+    quant_cfg: tuple[Entry, ...]
+    format: Format
+
+    @cached_property
+    def id(self) -> str:
+        """The recipe's identity, but for `scales`: equal recipes share one cell."""
+        return json.dumps([*self.format.canonical, [list(switch) for switch in self._switches]])
 
     @property
     def _switches(self) -> list[tuple[str, str | None, bool]]:
         """Entries that only switch quantizers on or off, but for the first, which every recipe has."""
-        found: list[tuple[str, str | None, bool]] = []
-        for entry in self.quant_cfg:
-            name = entry["quantizer_name"]
-            if entry.get("cfg") is None and name not in ("*", *QUANTIZERS):
-                found.append((name, entry.get("parent_class"), bool(entry.get("enable"))))
-        return sorted(found)
-
-    @property
-    def calibrates_activations(self) -> bool:
-        """Whether scores depend on the samples that calibrated the inputs' range or scale."""
-        return self.algorithm in SCALES_INPUTS or (self.activation is not None and self.activation.is_calibrated)
-
-    @property
-    def shares_ranges(self) -> bool:
-        """Whether it makes a difference that linears of a group share what runtimes share."""
-        return self.algorithm in SCALES_INPUTS or (self.weight is not None and self.weight.is_per_tensor)
-
-    @property
-    def has_dynamic_blocks(self) -> bool:
-        """Whether a quantizer is NVFP4 or of the MX formats."""
-        return any(spec is not None and spec.has_dynamic_blocks for spec in (self.weight, self.activation))
-
-    @property
-    def effective_bits(self) -> float:
-        """Bits a weight, block scales counted: NVFP4 4.5, INT4 in blocks of 128 4.125."""
-        return self.weight.effective_bits if self.weight is not None else UNQUANTIZED_BITS
-
-    @property
-    def block_lengths(self) -> tuple[int, ...]:
-        """Block lengths along a linear's inputs, which they must divide."""
-        specs = [spec for spec in (self.weight, self.activation) if spec is not None]
-        return tuple(length for spec in specs if (length := spec.block_sizes.get(-1)) is not None)
-
-    @property
-    def block_rows(self) -> int | None:
-        """Outputs that share a weight block, which must divide a linear's outputs; None where each has its own."""
-        return self.weight.block_sizes.get(-2) if self.weight is not None else None
+        return sorted(
+            (entry.quantizer_name, entry.parent_class, bool(entry.enable))
+            for entry in self.quant_cfg
+            if entry.cfg is None and entry.quantizer_name not in ("*", *QUANTIZERS)
+        )
 
 
 def resolve(
@@ -96,9 +79,10 @@ def resolve(
     granularity: GranularityConfig,
     preset: Mapping[str, Any],
     *,
-    coverage: str,
+    coverage: Coverage,
     lm_head: bool,
     algorithm: str,
+    scales: Scales = "private",
 ) -> Recipe:
     """The recipe of one pair under one granularity.
 
@@ -109,6 +93,7 @@ def resolve(
         coverage: "lm_only" keeps the preset's entries that disable the vision tower, "all_layers" drops them.
         lm_head: drops the entries that disable lm_head.
         algorithm: how ranges are found.
+        scales: whether linears of a group share ranges.
 
     Raises:
         InvalidRecipe: the two make no recipe that ModelOpt can run.
@@ -119,35 +104,33 @@ def resolve(
             f"sensitivity.quant_algorithm={algorithm} has no parity test against ModelOpt yet. "
             f"Choose one of: {', '.join(ALGORITHMS)}."
         )
-    entries = _own_entries(pair, [tupled(entry) for entry in preset["quant_cfg"]], preset.get("algorithm"), algorithm)
+    entries = _own_entries(pair, preset, algorithm)
     for quantizer, fields in pair.quant_cfg_overrides.items():
         set_fields = {key: value for key, value in fields.items() if key != "enable"}
         check_fields(quantizer, set_fields, f"quant_cfg_overrides of quant_pair {pair.name!r}")
-        entries = [_replaced(entry, fields) if entry["quantizer_name"] == quantizer else entry for entry in entries]
+        cfg = msgspec.convert(set_fields, Attributes) if fields.get("enable", True) else None
+        entry = Entry(quantizer, cfg, None if cfg is not None else False)
+        entries = [entry if each.quantizer_name == quantizer else each for each in entries]
     for quantizer, fields in granularity.quant_cfg_overrides.items():
         check_fields(quantizer, fields, f"quant_cfg_overrides of quant_granularity {granularity.name!r}")
-        entries = [
-            _overlaid(entry, fields) if entry["quantizer_name"] == quantizer and entry.get("cfg") else entry
-            for entry in entries
-        ]
+        overlay = msgspec.convert(fields, Attributes)
+        entries = [_overlaid(each, overlay) if each.quantizer_name == quantizer else each for each in entries]
     dropped = set[str]()
     if coverage == "all_layers":
         dropped |= _VISION_PATTERNS
     if lm_head:
         dropped |= _LM_HEAD_PATTERNS
-    entries = [entry for entry in entries if entry["quantizer_name"] not in dropped]
-    weight, activation = (_spec(entries, quantizer) for quantizer in QUANTIZERS)
-    recipe = Recipe(quant_cfg=entries, algorithm=algorithm, weight=weight, activation=activation)
-    _check_formats(recipe)
-    _check_algorithm(recipe)
-    _check_labels(pair, recipe)
-    return recipe
+    entries = [entry for entry in entries if entry.quantizer_name not in dropped]
+    weight, inputs = (_quantizer(entries, name) for name in QUANTIZERS)
+    found = Format(weight=weight, inputs=inputs, algorithm=algorithm, scales=scales)
+    _check_formats(found)
+    _check_algorithm(found)
+    _check_labels(pair, found)
+    return Recipe(quant_cfg=tuple(entries), format=found)
 
 
-def attributes_for(
-    quant_cfg: Sequence[Mapping[str, Any]], module: str, quantizer: str, parent_class: str
-) -> Mapping[str, Any] | None:
-    """The attributes that ModelOpt would give one quantizer of one module; None if it stays disabled.
+def quantizer_for(quant_cfg: Sequence[Entry], module: str, quantizer: str, parent_class: str) -> Quantizer | None:
+    """The quantizer that ModelOpt would make for one place of one module; None if it stays disabled.
 
     Args:
         quant_cfg: ModelOpt's ordered entries; later ones win.
@@ -155,92 +138,87 @@ def attributes_for(
         quantizer: "weight_quantizer" or "input_quantizer".
         parent_class: the module's class as ModelOpt registers it, "nn.Linear".
     """
-    attributes: Mapping[str, Any] = {}
+    attributes: Attributes = {}
     enabled = True
     for entry in quant_cfg:
-        if entry.get("parent_class") not in (None, parent_class) or not fnmatch(
-            f"{module}.{quantizer}", entry["quantizer_name"]
-        ):
-            continue
-        attributes = entry.get("cfg") or attributes
-        enabled = entry.get("enable", True)
-    return attributes if enabled else None
+        if entry.matches(f"{module}.{quantizer}", parent_class):
+            attributes = entry.cfg or attributes
+            enabled = entry.enable is not False
+    return Quantizer(attributes) if enabled else None
 
 
-def _own_entries(
-    pair: PairConfig, entries: list[dict[str, Any]], preset_algorithm: object, algorithm: str
-) -> list[dict[str, Any]]:
+def _own_entries(pair: PairConfig, preset: Mapping[str, Any], algorithm: Algorithm) -> list[Entry]:
     """The preset's entries, with one for each of our two quantizers.
 
     Raises: InvalidRecipe: the preset is more than one number format for the weights and one for the inputs of every
         linear.
     """
-    preset = f"format_name={pair.format_name} of quant_pair {pair.name!r}"
-    own = preset_algorithm if isinstance(preset_algorithm, Mapping) else {"method": preset_algorithm}
+    name, found = f"format_name={pair.format_name} of quant_pair {pair.name!r}", preset.get("algorithm")
+    own = found if isinstance(found, Mapping) else {"method": found}
     if own["method"] not in (None, "max", algorithm) or any(
         _ALGORITHM_DEFAULTS.get(key) != value for key, value in own.items() if key != "method"
     ):
         raise InvalidRecipe(
-            f"{preset} calibrates with {preset_algorithm!r}, not {algorithm!r}: its scores would be another format's. "
+            f"{name} calibrates with {found!r}, not {algorithm!r}: its scores would be another format's. "
             f"Choose another preset, or one of sensitivity.quant_algorithm={','.join(ALGORITHMS)} that is the preset's."
         )
-    for entry in entries:
-        enables = entry.get("cfg") is not None or entry.get("enable") is True
-        if enables and (entry["quantizer_name"] not in QUANTIZERS or not isinstance(entry.get("cfg"), Mapping)):
+    entries: list[Entry] = []
+    for node in preset["quant_cfg"]:
+        try:
+            entry = msgspec.convert(node, Entry)
+        except msgspec.ValidationError:  # several quantizers in the place of one
+            entry = Entry(node["quantizer_name"], enable=True)
+        if (entry.cfg is None and entry.enable) or (entry.cfg is not None and entry.quantizer_name not in QUANTIZERS):
             raise InvalidRecipe(
-                f"{preset} is more than one format for weights and one for inputs (entry {entry['quantizer_name']!r}). "
+                f"{name} is more than one format for weights and one for inputs (entry {entry.quantizer_name!r}). "
                 "Choose another preset."
             )
-    named = {entry["quantizer_name"] for entry in entries}
-    missing = [{"quantizer_name": quantizer, "enable": False} for quantizer in QUANTIZERS if quantizer not in named]
+        entries.append(entry)
+    named = {entry.quantizer_name for entry in entries}
+    missing = [Entry(quantizer, enable=False) for quantizer in QUANTIZERS if quantizer not in named]
     return [*entries[:1], *missing, *entries[1:]]
 
 
-def _replaced(entry: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    name = {"quantizer_name": entry["quantizer_name"]}
-    cfg = {key: value for key, value in fields.items() if key != "enable"}
-    return {**name, "cfg": tupled(cfg)} if fields.get("enable", True) else {**name, "enable": False}
-
-
-def _overlaid(entry: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    cfg = {**entry["cfg"]}
-    overlay = tupled(fields)
-    blocks = overlay.get("block_sizes")
-    if "axis" in overlay and blocks is None:
-        cfg.pop("block_sizes", None)
-    if blocks is not None:
+def _overlaid(entry: Entry, overlay: Attributes) -> Entry:
+    """An enabled entry with the overlay's fields; `axis` and `block_sizes` replace each other."""
+    if not entry.cfg:
+        return entry
+    # The cost hint was the preset's, for the preset's blocks.
+    cfg = {key: value for key, value in entry.cfg.items() if key != COST_HINT}
+    fields, blocks = dict(overlay), overlay.get("block_sizes")
+    if isinstance(blocks, Mapping):
         cfg.pop("axis", None)
-        overlay["block_sizes"] = {**(cfg.get("block_sizes") or {}), **blocks}
-    cfg.pop(COST_HINT, None)  # it was the preset's, for the preset's blocks
-    return {**entry, "cfg": {**cfg, **overlay}}
+        fields["block_sizes"] = {**Quantizer(cfg).block_sizes, **blocks}
+    elif "axis" in overlay:
+        cfg.pop("block_sizes", None)
+    return msgspec.structs.replace(entry, cfg={**cfg, **fields})
 
 
-def _spec(entries: Sequence[Mapping[str, Any]], quantizer: str) -> QuantizerSpec | None:
-    own = [entry for entry in entries if entry["quantizer_name"] == quantizer]
-    cfg = own[-1].get("cfg") if own else None
-    return QuantizerSpec(attributes=cfg) if cfg and own[-1].get("enable", True) else None
+def _quantizer(entries: Sequence[Entry], name: str) -> Quantizer | None:
+    own = [entry for entry in entries if entry.quantizer_name == name]
+    return Quantizer(own[-1].cfg) if own and own[-1].cfg and own[-1].enable is not False else None
 
 
-def _check_formats(recipe: Recipe) -> None:
-    if recipe.weight is None and recipe.activation is None:
+def _check_formats(found: Format) -> None:
+    if not found.quantizers:
         raise InvalidRecipe("Neither weights nor activations are quantized: there is nothing to score.")
-    for name, spec in (("weights", recipe.weight), ("activations", recipe.activation)):
-        if spec is not None:
-            check_format(name, spec)
-    inputs = recipe.activation
+    for name, quantizer in (("weights", found.weight), ("activations", found.inputs)):
+        if quantizer is not None:
+            check_format(name, quantizer)
+    inputs = found.inputs
     if inputs is None:
         return
-    if inputs.attributes.get("axis") not in (None, -1):
+    if inputs.axis not in (None, -1):
         raise InvalidRecipe(
             "Rows of activations are tokens: axis 0 or 1 means nothing there. "
             "Choose axis -1, or per token: type dynamic, block_sizes {-1: null}."
         )
-    if inputs.attributes.get("type") == "dynamic" and -1 not in inputs.block_sizes:
+    if inputs.is_dynamic and -1 not in inputs.block_lengths:
         raise InvalidRecipe(
             "A dynamic range of the whole input depends on how samples are batched. "
             "Choose per token: type dynamic, block_sizes {-1: null}."
         )
-    if inputs.block_sizes.get(-2) is not None:
+    if inputs.block_lengths.get(-2) is not None:
         raise InvalidRecipe(
             "Blocks of activations lie within one token: axis -2 would mix tokens. "
             "Leave it out of the inputs' block_sizes."
@@ -252,9 +230,9 @@ def _check_formats(recipe: Recipe) -> None:
         )
 
 
-def _check_algorithm(recipe: Recipe) -> None:
+def _check_algorithm(found: Format) -> None:
     """Refuse recipes that ModelOpt's algorithm would skip silently, or cannot calibrate."""
-    weight, inputs, algorithm = recipe.weight, recipe.activation, recipe.algorithm
+    weight, inputs, algorithm = found.weight, found.inputs, found.algorithm
     if algorithm == "max":
         return
     if algorithm == "mse" and (weight is None or not weight.is_calibrated or weight.has_dynamic_blocks):
@@ -263,10 +241,7 @@ def _check_algorithm(recipe: Recipe) -> None:
             "Choose max, or a format with static ranges."
         )
     if algorithm == "awq_lite" and (
-        weight is None
-        or weight.attributes.get("type") == "dynamic"
-        or not weight.block_elements
-        or -1 not in weight.block_sizes
+        weight is None or weight.is_dynamic or not weight.block_elements or -1 not in weight.block_lengths
     ):
         raise InvalidRecipe(
             "quant_algorithm=awq_lite needs weights in groups along the inputs, as INT4 under w_group128 or NVFP4. "
@@ -290,20 +265,20 @@ def _check_algorithm(recipe: Recipe) -> None:
         )
 
 
-def _is_int8_tensor(spec: QuantizerSpec) -> bool:
-    return spec.num_bits == 8 and spec.is_per_tensor and not spec.has_dynamic_blocks
+def _is_int8_tensor(quantizer: Quantizer) -> bool:
+    return quantizer.num_bits == 8 and quantizer.is_per_tensor and not quantizer.has_dynamic_blocks
 
 
-def _check_labels(pair: PairConfig, recipe: Recipe) -> None:
+def _check_labels(pair: PairConfig, format_: Format) -> None:
     """Refuse a pair whose `weight` or `activation` is another format than its quantizers have.
 
     Scores would be published under another format's name.
     """
-    for key, label, spec in (
-        ("weight", pair.weight, recipe.weight),
-        ("activation", pair.activation, recipe.activation),
+    for key, label, quantizer in (
+        ("weight", pair.weight, format_.weight),
+        ("activation", pair.activation, format_.inputs),
     ):
-        found = spec and spec.num_bits
+        found = quantizer and quantizer.num_bits
         if found != _NUM_BITS[label]:
             raise InvalidRecipe(
                 f"quant_pair {pair.name!r} says {key}: {label}, which is num_bits {_NUM_BITS[label]}, "

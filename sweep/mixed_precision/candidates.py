@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,11 +10,12 @@ import pyarrow as pa
 from sweep.config.compose import expand
 from sweep.config.schema import SweepConfig, from_record, to_plain
 from sweep.core.errors import SweepError
+from sweep.core.groups import LayerGroup
 from sweep.core.sizes import SIZES
-from sweep.formats.mixed import GroupFormat
+from sweep.formats.format import GroupFormat
 from sweep.formats.quantizer import UNQUANTIZED_BITS
 from sweep.plan.subject import Model, checkpoint_dir
-from sweep.plan.trials import ELEMENTS, recipe_of
+from sweep.plan.trials import elements_of, recipe_of
 from sweep.report.analysis import FloatArray, float_column, sample_matrix
 from sweep.store.records import TrialRow
 from sweep.store.select import finished_trials
@@ -38,14 +38,14 @@ class Candidates:
 
     trial: TrialRow  # one of those that the candidates come from
     config: SweepConfig  # of this trial
-    groups: tuple[Mapping[str, Any], ...]  # group, modules, layer_index, weight_elements; in the model's order
+    groups: tuple[LayerGroup, ...]  # in the model's order
     formats: tuple[Candidate, ...]
     elements: Mapping[str, int] | None  # of the model: see SweepPlan.models; None: the store does not know them
 
     @property
     def weights(self) -> FloatArray:
         """[groups], elements."""
-        return np.array([group["weight_elements"] for group in self.groups], dtype=np.float64)
+        return np.array([group.weight_elements for group in self.groups], dtype=np.float64)
 
     @property
     def other_bytes(self) -> float:
@@ -62,7 +62,7 @@ class Candidates:
             )
         # A tied lm_head that is quantized is a copy: the embeddings are still there in 16 bits.
         copied = (
-            sum(group["weight_elements"] for group in self.groups if _is_lm_head(group))
+            sum(group.weight_elements for group in self.groups if group.is_lm_head)
             if not self.elements["lm_head"]
             else 0
         )
@@ -78,7 +78,7 @@ class Candidates:
     @property
     def covers_lm_head(self) -> bool:
         """Whether lm_head is among the groups."""
-        return any(_is_lm_head(group) for group in self.groups)
+        return any(group.is_lm_head for group in self.groups)
 
 
 def sized(candidates: Candidates) -> Candidates:
@@ -92,7 +92,7 @@ def sized(candidates: Candidates) -> Candidates:
         model = Model(checkpoint_dir(candidates.config.model))
         if model.revision != candidates.trial.model_revision:
             return candidates
-        return replace(candidates, elements={key: model.structure[key] for key in ELEMENTS})
+        return replace(candidates, elements=elements_of(model))
     except SweepError:  # not there any more: the store's own message says what to type
         return candidates
 
@@ -115,15 +115,14 @@ def read_candidates(store: Store, overrides: Sequence[str]) -> Candidates:
     rows = _of_one_revision([row for row in rows if row.size == largest])
     tables = {row.cell_id: store.scores(row.cell_id) for row in rows if row.cell_id is not None}
     first = next(iter(tables.values()))
-    columns = ("group", "modules", "layer_index", "weight_elements")
-    groups = tuple(first.select(columns).to_pylist())
+    groups = _groups(first)
     named = {row.cell_id: row for row in reversed(rows)}  # equal trials share a cell: the first one's name counts
     candidates: dict[str, Candidate] = {}
     for row in sorted(rows, key=lambda row: row.created_at):
         if named[row.cell_id] is not row or row.cell_id is None:
             continue
         table = tables[row.cell_id]
-        if table.select(columns).to_pylist() != list(groups):
+        if _groups(table) != groups:
             raise SweepError(
                 f"Cells of {row.model} cover different layer groups: {row.trial_id}, {rows[0].trial_id}. "
                 "Type quant_pair=... or quant_granularity=..."
@@ -144,6 +143,12 @@ def read_candidates(store: Store, overrides: Sequence[str]) -> Candidates:
     )
 
 
+def _groups(table: pa.Table) -> tuple[LayerGroup, ...]:
+    """The layer groups of a cell's rows."""
+    columns = zip(*(table[name].to_pylist() for name in ("group", "modules", "weight_elements")), strict=True)
+    return tuple(LayerGroup(name=name, modules=tuple(modules), weight_elements=n) for name, modules, n in columns)
+
+
 def _candidate(cell_id: str, config: SweepConfig, table: pa.Table) -> Candidate:
     kl = float_column(table, "predicted_kl")
     score, samples = float_column(table, "score"), sample_matrix(table)
@@ -161,10 +166,10 @@ def format_of(config: SweepConfig) -> GroupFormat:
     return GroupFormat(
         quant_pair=config.quant_pair.name,
         quant_granularity=config.quant_granularity.name,
-        algorithm=recipe.algorithm,
-        scales=config.sensitivity.scales,
-        weight=recipe.weight and recipe.weight.attributes,
-        inputs=recipe.activation and recipe.activation.attributes,
+        weight=recipe.format.weight,
+        inputs=recipe.format.inputs,
+        algorithm=recipe.format.algorithm,
+        scales=recipe.format.scales,
     )
 
 
@@ -211,7 +216,3 @@ def _of_one_revision(rows: Sequence[TrialRow]) -> list[TrialRow]:
         )
     score_version = json.loads(max(rows, key=lambda row: row.created_at).versions).get("score")
     return [row for row in rows if json.loads(row.versions).get("score") == score_version]
-
-
-def _is_lm_head(group: Mapping[str, Any]) -> bool:
-    return any(module.rpartition(".")[2] == "lm_head" for module in group["modules"])

@@ -1,10 +1,10 @@
 """Checks of a recipe file, which may have been edited by hand: its model, layer groups, formats and cells."""
 
-import math
-
 from sweep.core.errors import SweepError, require_known
-from sweep.formats.mixed import GroupFormat, MixedRecipe
-from sweep.formats.quantizer import QuantizerSpec, check_format
+from sweep.core.groups import Linear
+from sweep.formats.format import GroupFormat
+from sweep.formats.mixed import MixedRecipe
+from sweep.formats.quantizer import check_format
 from sweep.plan.subject import Model
 from sweep.store.store import Store
 
@@ -25,29 +25,29 @@ def check_recipe(recipe: MixedRecipe, model: Model) -> None:
             f"but {model.path} is {model.revision[:12]}. "
             "Give the checkpoint that was scored: model.path=DIR, or sweep and solve again for this one."
         )
-    shapes = {name: (n_in, n_out) for name, n_in, n_out in model.structure["linears"]}
-    groups: dict[str, list[str]] = model.structure["groups"]
-    for choice in recipe.groups:
-        for module in choice.modules:
-            require_known("module in the recipe", module, shapes)
-        require_known("layer group in the recipe", choice.group, groups)
-        if sorted(choice.modules) != sorted(groups[choice.group]):
+    for group in (choice.group for choice in recipe.groups):
+        for module in group.modules:
+            require_known("module in the recipe", module, model.linears)
+        require_known("layer group in the recipe", group.name, model.groups)
+        known = model.groups[group.name]
+        if sorted(group.modules) != sorted(known.modules):
             raise SweepError(
-                f"Layer group {choice.group} is {', '.join(groups[choice.group])}, which runtimes fuse; "
-                f"the recipe has {choice.modules}."
+                f"Layer group {group.name} is {', '.join(known.modules)}, which runtimes fuse; "
+                f"the recipe has {group.modules}."
             )
-        elements = sum(math.prod(shapes[module]) for module in choice.modules)
-        if choice.weight_elements != elements:
+        if group.weight_elements != known.weight_elements:
             raise SweepError(
-                f"Layer group {choice.group} has {elements} weights; the recipe says {choice.weight_elements}. "
-                "Have `sweep solve` write it again."
+                f"Layer group {group.name} has {known.weight_elements} weights; the recipe says "
+                f"{group.weight_elements}. Have `sweep solve` write it again."
             )
     for label, chosen in recipe.formats.items():
-        _check_quantizers(label, chosen)
+        for name, quantizer in (("weights", chosen.weight), ("activations", chosen.inputs)):
+            if quantizer is not None:
+                check_format(f"{name} of format {label!r}", quantizer)
     for choice in recipe.groups:
-        chosen = recipe.format_of(choice)
-        for module in choice.modules if chosen is not None else ():
-            _check_blocks(choice.format or "", chosen, module, shapes[module])
+        if (chosen := recipe.format_of(choice)) is not None:
+            for module in choice.group.modules:
+                _check_blocks(chosen, model.linears[module])
 
 
 def check_cells(recipe: MixedRecipe, store: Store) -> None:
@@ -62,7 +62,7 @@ def check_cells(recipe: MixedRecipe, store: Store) -> None:
         row = None if choice.cell_id is None else known.get(choice.cell_id)
         if row is None:
             continue
-        score = f"The score of {choice.group} (cell {choice.cell_id})"
+        score = f"The score of {choice.group.name} (cell {choice.cell_id})"
         if row.model_revision != recipe.model_revision:
             raise SweepError(
                 f"{score} is of {row.model} revision {row.model_revision[:12]}, the recipe's model is {recipe.model} "
@@ -77,20 +77,12 @@ def check_cells(recipe: MixedRecipe, store: Store) -> None:
             )
 
 
-def _check_quantizers(label: str, chosen: GroupFormat) -> None:
-    for name, attributes in (("weights", chosen.weight), ("activations", chosen.inputs)):
-        if attributes is not None:
-            check_format(f"{name} of format {label!r}", QuantizerSpec(attributes=attributes))
-
-
-def _check_blocks(label: str, chosen: GroupFormat | None, module: str, shape: tuple[int, int]) -> None:
-    n_in, n_out = shape
-    for attributes in (chosen.weight, chosen.inputs) if chosen is not None else ():
-        blocks = QuantizerSpec(attributes=attributes).block_sizes if attributes is not None else {}
-        for axis, size, word in ((-1, n_in, "inputs"), (-2, n_out, "outputs")):
-            length = blocks.get(axis)
+def _check_blocks(chosen: GroupFormat, linear: Linear) -> None:
+    for lengths in (each.block_lengths for each in chosen.quantizers):
+        for axis, size, word in ((-1, linear.n_inputs, "inputs"), (-2, linear.n_outputs, "outputs")):
+            length = lengths.get(axis)
             if length is not None and size % length:
                 raise SweepError(
-                    f"Blocks of {length} (format {label!r}) do not divide the {size} {word} of {module}. "
+                    f"Blocks of {length} (format {chosen.label!r}) do not divide the {size} {word} of {linear.name}. "
                     "Choose another format for its group."
                 )

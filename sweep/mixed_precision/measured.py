@@ -13,7 +13,7 @@ import pyarrow as pa
 from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
 from sweep.core.sizes import SIZES
-from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
+from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidates
 from sweep.mixed_precision.checks import check_recipe
 from sweep.mixed_precision.recipe import recipe_of_choice
@@ -171,7 +171,7 @@ def _measurer(
     calibration = list(context.plan.batches(context.recipe.size))
     return measurer(
         load_model(context, device),
-        context.recipe.groups,
+        [choice.group for choice in context.recipe.groups],
         recipes,
         calibration,
         list(plan.batches(list(SIZES)[len(plan.segments) - 1])),
@@ -234,15 +234,6 @@ def _identity(recipe: MixedRecipe, held_out: str, dtype: str, device: str) -> st
 
 def _content(recipe: MixedRecipe) -> str:
     """Hash of the formats that the recipe gives each linear; its name has no part in it."""
-
-    def words(choice: GroupChoice, chosen: GroupFormat | None) -> list[object]:
-        if chosen is None:
-            return [list(choice.modules), None]
-        quantizers = [
-            repr(sorted((attributes or {}).items(), key=str)) for attributes in (chosen.weight, chosen.inputs)
-        ]
-        return [list(choice.modules), chosen.algorithm, chosen.scales, *quantizers]
-
-    return hashlib.sha256(
-        json.dumps([words(choice, recipe.format_of(choice)) for choice in recipe.groups]).encode()
-    ).hexdigest()
+    formats = [(choice.group.modules, recipe.format_of(choice)) for choice in recipe.groups]
+    words = [(modules, chosen and [chosen.id, chosen.scales]) for modules, chosen in formats]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from sweep.formats.mixed import GroupFormat, MixedRecipe
+from sweep.formats.format import GroupFormat
+from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidates
 from sweep.mixed_precision.recipe_context import RecipeContext, load_model
 from sweep.plan.trials import Device
@@ -25,7 +26,7 @@ def recaptured_kl(context: RecipeContext, recipe: MixedRecipe, candidates: Candi
     """
     from workers.scoring.recapture import recaptured_scores
 
-    places = {group["group"]: index for index, group in enumerate(candidates.groups)}
+    places = {group.name: index for index, group in enumerate(candidates.groups)}
     columns = {candidate.format.label: number for number, candidate in enumerate(candidates.formats)}
     wanted: dict[str, list[GroupFormat]] = {}
     for group, index in places.items():

@@ -8,7 +8,8 @@ import numpy as np
 
 from sweep.config.targets import Target
 from sweep.core.errors import SweepError, require_known
-from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe, is_called
+from sweep.formats.format import GroupFormat
+from sweep.formats.mixed import GroupChoice, MixedRecipe, is_called
 from sweep.formats.quantizer import UNQUANTIZED_BITS
 from sweep.mixed_precision.candidates import Candidates
 from sweep.mixed_precision.knapsack import Infeasible, Problem, cost_range, solve, total
@@ -89,14 +90,12 @@ def problem_of(candidates: Candidates, rules: Rules, predicted_kl: FloatArray | 
     for pattern, label in [*rules.pins.items(), *((pattern, SIXTEEN) for pattern in rules.excludes)]:
         require_known("format", label, labels)
         matching = [
-            index
-            for index, group in enumerate(candidates.groups)
-            if is_called([group["group"], *group["modules"]], pattern)
+            index for index, group in enumerate(candidates.groups) if is_called([group.name, *group.modules], pattern)
         ]
         if not matching:
             raise SweepError(
                 f"{pattern!r} matches no layer group. "
-                f"Groups are called like {candidates.groups[0]['group']!r}; * stands for anything."
+                f"Groups are called like {candidates.groups[0].name!r}; * stands for anything."
             )
         column = labels.index(label)
         for index in matching:
@@ -105,10 +104,10 @@ def problem_of(candidates: Candidates, rules: Rules, predicted_kl: FloatArray | 
             table[index, column] = keep
             if not np.isfinite(keep):
                 raise SweepError(
-                    f"{candidates.groups[index]['group']} cannot be {label}: "
+                    f"{candidates.groups[index].name} cannot be {label}: "
                     "the target does not run it, another rule forbids it, or it was not measured."
                 )
-    layers = [group["layer_index"] for group in candidates.groups]
+    layers = [group.layer_index for group in candidates.groups]
     together = np.array(
         [n + layer if rules.uniform_layer and layer is not None else index for index, layer in enumerate(layers)]
     )
@@ -185,10 +184,7 @@ def recipe_of_choice(
             kl = float(candidate.predicted_kl[index] if predicted_kl is None else predicted_kl[index, chosen])
         groups.append(
             GroupChoice(
-                group=group["group"],
-                modules=tuple(group["modules"]),
-                layer_index=group["layer_index"],
-                weight_elements=group["weight_elements"],
+                group=group,
                 format=candidate and candidate.format.label,
                 cell_id=candidate and candidate.cell_id,
                 predicted_kl=kl,

@@ -4,7 +4,6 @@ from collections import Counter
 from typing import Any
 
 from sweep.core.errors import SweepError
-from sweep.core.groups import short_group
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidates
 from sweep.mixed_precision.knapsack import Problem, cost_range, front, total
@@ -36,9 +35,7 @@ def summary(candidates: Candidates, problem: Problem, choice: IntArray, made: Mi
         "predicted_kl": total(problem.predicted_kl, choice),
         "predicted_kl_interval": interval(candidates, choice),
         "formats": dict(sorted(counts.items(), key=lambda item: -item[1])),
-        "most_bits": [
-            short_group(group.group, list(group.modules)) for group in made.groups if made.bits_of(group) == highest
-        ],
+        "most_bits": [each.group.short_name for each in made.groups if made.bits_of(each) == highest],
     }
 
 
@@ -69,8 +66,8 @@ def ranked(candidates: Candidates, problem: Problem, choice: IntArray) -> list[d
         label = SIXTEEN if choice[index] == len(candidates.formats) else candidates.formats[choice[index]].format.label
         rows.append(
             {
-                "group": group["group"],
-                "name": short_group(group["group"], group["modules"]),
+                "group": group.name,
+                "name": group.short_name,
                 "format": label,
                 "predicted_kl": float(predicted_kl),
                 "bytes_saved": float(saved),

@@ -3,15 +3,14 @@
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
-
-import yaml
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 from sweep.core.errors import SweepError
-from sweep.formats.mixed import MixedRecipe
-from sweep.formats.quantizer import canonical_attributes, listed
-from sweep.formats.recipe import attributes_for
+from sweep.formats.format import Format, GroupFormat
+from sweep.formats.mixed import MixedRecipe, yaml_text
+from sweep.formats.quantizer import Quantizer
+from sweep.formats.recipe import Entry, quantizer_for
 
 COLUMNS: Final[tuple[str, ...]] = (
     "group",
@@ -31,8 +30,6 @@ CSV_BEGINS: Final = re.compile(",".join(COLUMNS).encode() + b"\n")
 _COVERS: Final = "bits a weight over the covered layer groups of"
 MODELOPT_BEGINS: Final = re.compile(rf"metadata:\n  recipe_type: ptq\n  description: .* {_COVERS} ".encode())
 
-_QUANTIZERS: Final = ("weight_quantizer", "input_quantizer")
-
 
 def to_csv(recipe: MixedRecipe) -> str:
     """One row a layer group; modules are separated by spaces, and a group in 16 bits has no format."""
@@ -41,14 +38,17 @@ def to_csv(recipe: MixedRecipe) -> str:
     writer.writeheader()
     for choice in recipe.groups:
         chosen = recipe.format_of(choice)
-        row: dict[str, Any] = {
-            name: getattr(choice, name)
-            for name in ("group", "layer_index", "weight_elements", "predicted_kl", "cell_id")
+        row = {
+            "group": choice.group.name,
+            "modules": " ".join(choice.group.modules),
+            "layer_index": choice.group.layer_index,
+            "weight_elements": choice.group.weight_elements,
+            "effective_bits": recipe.bits_of(choice),
+            "predicted_kl": choice.predicted_kl,
+            "cell_id": choice.cell_id,
         }
-        row |= {"modules": " ".join(choice.modules), "effective_bits": recipe.bits_of(choice)}
-        if chosen is not None:
-            row |= {name: getattr(chosen, name) for name in ("quant_pair", "quant_granularity", "algorithm", "scales")}
-        writer.writerow(row)
+        named = ("quant_pair", "quant_granularity", "algorithm", "scales") if chosen is not None else ()
+        writer.writerow(row | {name: getattr(chosen, name) for name in named})
     return out.getvalue()
 
 
@@ -57,24 +57,27 @@ def check_csv(text: str, recipe: MixedRecipe) -> None:
     rows = list(csv.DictReader(io.StringIO(text)))
     found = {row["group"]: (row["quant_pair"], row["quant_granularity"], row["algorithm"]) for row in rows}
     for choice in recipe.groups:
-        chosen = recipe.format_of(choice)
+        chosen, name = recipe.format_of(choice), choice.group.name
         wanted = ("", "", "") if chosen is None else (chosen.quant_pair, chosen.quant_granularity, chosen.algorithm)
-        if found.get(choice.group) != wanted:
-            raise SweepError(f"{choice.group}: CSV can't express {wanted}, it comes back as {found.get(choice.group)}.")
+        if found.get(name) != wanted:
+            raise SweepError(f"{name}: CSV can't express {wanted}, it comes back as {found.get(name)}.")
 
 
-def quant_cfg(recipe: MixedRecipe) -> list[dict[str, Any]]:
+def quant_cfg(recipe: MixedRecipe) -> list[Entry]:
     """ModelOpt's ordered entries (list form, >= 0.44): everything off, then each quantizer of each module by name."""
-    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    entries = [Entry("*", enable=False)]
     for choice in recipe.groups:
-        chosen = recipe.format_of(choice)
-        for module in choice.modules if chosen is not None else ():
-            for quantizer, attributes in zip(
-                _QUANTIZERS, (chosen.weight, chosen.inputs) if chosen is not None else (), strict=True
-            ):
-                if attributes is not None:
-                    entries.append({"quantizer_name": f"{module}.{quantizer}", "cfg": dict(attributes)})
+        for module in choice.group.modules:
+            for place, quantizer in _places(recipe.format_of(choice)):
+                if quantizer is not None:
+                    entries.append(Entry(f"{module}.{place}", quantizer.attributes))
     return entries
+
+
+def _places(chosen: Format | None) -> Iterator[tuple[str, Quantizer | None]]:
+    """ModelOpt's names of a linear's quantizers, with those that a format has there."""
+    yield "weight_quantizer", chosen and chosen.weight
+    yield "input_quantizer", chosen and chosen.inputs
 
 
 def to_modelopt(recipe: MixedRecipe) -> str:
@@ -94,21 +97,19 @@ def to_modelopt(recipe: MixedRecipe) -> str:
         ]
         raise SweepError(
             f"A ModelOpt recipe can't express several calibration algorithms ({', '.join(algorithms)}): "
-            f"it has one for the whole model. {others[0].group} has algorithm {algorithms[1]!r}. "
+            f"it has one for the whole model. {others[0].group.name} has algorithm {algorithms[1]!r}. "
             "Solve again among formats of one algorithm."
         )
     description = f"{recipe.name}: {recipe.effective_bits:.3f} {_COVERS} {recipe.model}"
     document = {
         "metadata": {"recipe_type": "ptq", "description": description},
-        "quantize": {"quant_cfg": listed(quant_cfg(recipe)), "algorithm": algorithms[0]},
+        "quantize": {"quant_cfg": [each.to_modelopt() for each in quant_cfg(recipe)], "algorithm": algorithms[0]},
     }
-    return yaml.safe_dump(document, sort_keys=False, width=1000)
+    return yaml_text(document)
 
 
-def check_modelopt(
-    entries: Sequence[Mapping[str, Any]], algorithm: object, recipe: MixedRecipe, modules: Sequence[str]
-) -> None:
-    """Compare the quantizer attributes that ModelOpt would give every module with the recipe's.
+def check_modelopt(entries: Sequence[Entry], algorithm: object, recipe: MixedRecipe, modules: Iterable[str]) -> None:
+    """Compare the quantizers that ModelOpt would give every module with the recipe's.
 
     Args:
         entries: of `quant_cfg`, as ModelOpt's own parser read them.
@@ -118,21 +119,20 @@ def check_modelopt(
 
     Raises: SweepError: names the group and the quantizer or the algorithm that the format can't express.
     """
+    chosen_of: dict[str, GroupFormat] = {}
     for choice in recipe.groups:
-        chosen = recipe.format_of(choice)
-        if chosen is not None and chosen.algorithm != algorithm:
-            raise SweepError(
-                f"{choice.group}: a ModelOpt recipe can't express algorithm {chosen.algorithm!r}, "
-                f"it comes back as {algorithm!r}."
-            )
-    chosen_of = {module: recipe.format_of(choice) for choice in recipe.groups for module in choice.modules}
-    for module in modules:
-        chosen = chosen_of.get(module)
-        for quantizer, wanted in zip(
-            _QUANTIZERS, (None, None) if chosen is None else (chosen.weight, chosen.inputs), strict=True
-        ):
-            found = attributes_for(entries, module, quantizer, "nn.Linear")
-            if canonical_attributes(found) != canonical_attributes(wanted):
+        if (chosen := recipe.format_of(choice)) is not None:
+            chosen_of |= dict.fromkeys(choice.group.modules, chosen)
+            if chosen.algorithm != algorithm:
                 raise SweepError(
-                    f"{module}.{quantizer}: a ModelOpt recipe can't express {wanted}, it comes back as {found}."
+                    f"{choice.group.name}: a ModelOpt recipe can't express algorithm {chosen.algorithm!r}, "
+                    f"it comes back as {algorithm!r}."
+                )
+    for module in modules:
+        for place, wanted in _places(chosen_of.get(module)):
+            found = quantizer_for(entries, module, place, "nn.Linear")
+            if (found and found.id) != (wanted and wanted.id):
+                raise SweepError(
+                    f"{module}.{place}: a ModelOpt recipe can't express {wanted and wanted.attributes}, "
+                    f"it comes back as {found and found.attributes}."
                 )

@@ -5,16 +5,19 @@ Results that take seconds to compute (hashes, token ids, the model's structure) 
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sweep.config.schema import DatasetConfig, ModelConfig
 from sweep.core import cache
 from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
+from sweep.core.groups import Linear, ModelStructure, ShapedGroup
 from sweep.core.paths import bundled_model_dir
 from workers.data.batches import make_plan
 from workers.data.samples import read_captions, read_hub_captions, scene_captions, text_samples, with_scenes
@@ -39,23 +42,43 @@ class Model:
         return revision(self.path)
 
     @cached_property
-    def structure(self) -> dict[str, Any]:
-        """As workers.model.loading.structure; and `groups`: modules of each layer group, by the first of them."""
-        key = [3, file_key(self.path / "config.json"), version("transformers"), version("nvidia-modelopt")]
-        return cache.remember("model-structure", key, self._read_structure)
+    def structure(self) -> ModelStructure:
+        """Found without reading a weight. Raises: SweepError: the checkpoint makes no model."""
 
-    def _read_structure(self) -> dict[str, Any]:
-        from workers.model import loading
-        from workers.quant import modelopt
+        def compute() -> dict[str, Any]:
+            from workers.model import loading
 
-        found = loading.structure(self.path)
-        groups = modelopt.layer_groups(name for name, _, _ in found["linears"])
-        return {**found, "groups": {first: list(modules) for first, modules in groups.items()}}
+            return asdict(loading.structure(self.path))
+
+        key = [4, file_key(self.path / "config.json"), version("transformers")]
+        return msgspec.convert(cache.remember("model-structure", key, compute), ModelStructure)
 
     @cached_property
-    def inputs(self) -> dict[str, int]:
-        """Number of inputs of each linear, by module."""
-        return {name: n_inputs for name, n_inputs, _ in self.structure["linears"]}
+    def groups(self) -> dict[str, ShapedGroup]:
+        """The layer groups of all linears, by name, in the model's order."""
+
+        def compute() -> list[list[str]]:
+            from workers.quant import modelopt
+
+            return [list(modules) for modules in modelopt.layer_groups(self.linears).values()]
+
+        key = [1, version("nvidia-modelopt"), list(self.linears)]
+        found: dict[str, ShapedGroup] = {}
+        for modules in cache.remember("layer-groups", key, compute):
+            linears = [self.linears[module] for module in modules]
+            found[modules[0]] = ShapedGroup(
+                name=modules[0],
+                modules=tuple(modules),
+                weight_elements=sum(linear.n_inputs * linear.n_outputs for linear in linears),
+                n_inputs=linears[0].n_inputs,
+                n_outputs=sum(linear.n_outputs for linear in linears),
+            )
+        return found
+
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        """By name."""
+        return {linear.name: linear for linear in self.structure.linears}
 
     def tokenize(self, source: object, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, cached by the texts' source and the tokenizer's files."""
@@ -88,7 +111,7 @@ class Model:
 
     def plan(self, samples: Sequence[Sample]) -> Plan:
         """Batch samples as the model reads them."""
-        return make_plan(samples, packed=self.structure["packable"])
+        return make_plan(samples, packed=self.structure.packable)
 
     def load(self, dtype: str, device: str) -> Any:
         """Load the model with its weights into this process. Args: dtype: name of torch's; device: "cpu" or "cuda"."""
@@ -159,9 +182,9 @@ def _read(dataset: DatasetConfig, model: Model, n_samples: int) -> list[Sample]:
 
 def _check_vocabulary(samples: Sequence[Sample], model: Model) -> None:
     largest = max(int(sample.token_ids.max()) for sample in samples)
-    if largest >= model.structure["vocabulary"]:
+    if largest >= model.structure.vocabulary:
         raise SweepError(
             f"The tokenizer in {model.path} gives token {largest}, "
-            f"but the model has {model.structure['vocabulary']} tokens: the two do not belong together. "
+            f"but the model has {model.structure.vocabulary} tokens: the two do not belong together. "
             "Copy the model's own tokenizer files there."
         )

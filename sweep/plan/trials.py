@@ -17,10 +17,11 @@ from sweep.config.schema import ModelConfig, SweepConfig
 from sweep.core import cache
 from sweep.core.batches import Plan
 from sweep.core.errors import InvalidRecipe, SweepError
-from sweep.core.groups import GroupSpec, part_of, parts_of
+from sweep.core.groups import ShapedGroup, parts_of
 from sweep.core.machine import Device, Hardware, Needs
 from sweep.core.sizes import SIZES
-from sweep.formats.recipe import Recipe, attributes_for, resolve
+from sweep.formats.format import Format
+from sweep.formats.recipe import Recipe, quantizer_for, resolve
 from sweep.plan.subject import Model, checkpoint_dir, samples_of
 from workers.data.batches import make_plan
 from workers.model import memory
@@ -132,7 +133,7 @@ class _Planner:
         self._models: dict[str | None, Model] = {}
         self._data: dict[tuple[object, ...], tuple[str, Plan]] = {}
         self._digests: dict[tuple[str, str], str] = {}
-        self._coverage: dict[str, tuple[GroupSpec, ...]] = {}
+        self._coverage: dict[str, tuple[ShapedGroup, ...]] = {}
 
     def trial(self, point: SweepConfig) -> PlannedTrial:
         """Identify one point and enter its cell into the task of its recipe."""
@@ -176,29 +177,25 @@ class _Planner:
 
     def elements(self) -> dict[str, dict[str, int]]:
         """Elements of each model, by revision; see SweepPlan."""
-        found: dict[str, dict[str, int]] = {}
-        for model in self._models.values():
-            found[model.revision] = {key: model.structure[key] for key in ELEMENTS}
-        return found
+        return {model.revision: elements_of(model) for model in self._models.values()}
 
     def _enter(self, point: SweepConfig, model: Model, plan_id: str, digest: str) -> tuple[str, str]:
         recipe = recipe_of(point)
         groups = self._covered(model, recipe)
-        _check_block_size(recipe, model, groups)
+        _check_block_size(recipe.format, model, groups)
         dtype = point.model.dtype_on(self.device)
         common = {
             "score_version": SCORE_VERSION,
             "modelopt": version("nvidia-modelopt"),
             "model": model.revision,
-            "recipe": recipe.canonical,
+            "recipe": recipe.id,
             "groups": [group.modules for group in groups],
             "coverage": point.sensitivity.coverage,
             "method": point.sensitivity.method,
             "engine": point.sensitivity.engine,
             "dtype": dtype,
         }
-        fused = point.sensitivity.scales == "fused" and recipe.shares_ranges
-        if fused:
+        if recipe.format.is_fused:
             common["scales"] = "fused"
         cell_id = _hash(common | {"data": digest})[:20]
         task_id = _hash(common | {"plan": plan_id})[:20]
@@ -211,18 +208,13 @@ class _Planner:
                 plan_id=plan_id,
                 method=point.sensitivity.method,
                 engine=point.sensitivity.engine,
-                quant_cfg=tuple(recipe.quant_cfg),
-                algorithm=recipe.algorithm,
-                fused=fused,
-                weight_attributes=recipe.weight and recipe.weight.attributes,
-                input_attributes=recipe.activation and recipe.activation.attributes,
-                calibrates_inputs=recipe.calibrates_activations,
-                effective_bits=recipe.effective_bits,
+                quant_cfg=recipe.quant_cfg,
+                format=recipe.format,
                 groups=groups,
                 cells={},
                 needs=Needs(),
             )
-        needs = self._needs(point, recipe, replace(task, cells={point.dataset.size: cell_id}), model)
+        needs = self._needs(point, replace(task, cells={point.dataset.size: cell_id}), model)
         needs = replace(needs, gpu_gb=max(needs.gpu_gb, task.needs.gpu_gb))  # of the other sizes
         self._check_nodes(needs)
         cells = {**task.cells, point.dataset.size: cell_id}
@@ -230,15 +222,15 @@ class _Planner:
         self.tasks[task_id] = replace(task, cells=ordered, needs=needs)
         return cell_id, task_id
 
-    def _needs(self, point: SweepConfig, recipe: Recipe, task: Task, model: Model) -> Needs:
+    def _needs(self, point: SweepConfig, task: Task, model: Model) -> Needs:
         """What a GPU and its machine must have for a task."""
         gpu_gb = self._gpu_gb(point, task, model)
         if self.device == "cpu":
             return Needs()
-        specs = [spec for spec in (recipe.weight, recipe.activation) if spec is not None and spec.has_dynamic_blocks]
+        blocks = [each for each in task.format.quantizers if each.has_dynamic_blocks]
         return Needs(
-            capability=_NVFP4_CAPABILITY if any(spec.is_nvfp4 for spec in specs) else (0, 0),
-            nvcc=not all(spec.is_nvfp4 for spec in specs),
+            capability=_NVFP4_CAPABILITY if any(each.is_nvfp4 for each in blocks) else (0, 0),
+            nvcc=not all(each.is_nvfp4 for each in blocks),
             gpu_gb=gpu_gb,
         )
 
@@ -252,9 +244,9 @@ class _Planner:
             return 0.0
         plan = self.plans[task.plan_id]
         parts = [part.groups for part in parts_of(task.groups)]
-        model_bytes = model.structure["parameters"] * (2 if task.model.dtype == "bfloat16" else 4)
+        model_bytes = model.structure.parameters * (2 if task.model.dtype == "bfloat16" else 4)
         work = memory.workload(
-            [task], plan, plan.segments_of(point.dataset.size), model_bytes, model.structure["vocabulary"]
+            [task], plan, plan.segments_of(point.dataset.size), model_bytes, model.structure.vocabulary
         )
         # Of unlike GPUs the smallest decides about windows: taken for kept where it is not, a capture costs that GPU
         # seconds an assignment; taken for not kept where it is, only the first result comes later. Whether a task is
@@ -289,9 +281,8 @@ class _Planner:
     def _plan(self, point: SweepConfig, model: Model) -> tuple[str, Plan]:
         key = _data_key(point)
         if key not in self._data:
-            packable = model.structure[
-                "packable"
-            ]  # before the tokenizer, which would blame itself for a broken config.json
+            # Before the tokenizer, which would blame itself for a broken config.json.
+            packable = model.structure.packable
             samples = samples_of(point.dataset, model, self._largest[key])
             plan = make_plan(samples, packed=packable)
             largest = next(size for size, n in SIZES.items() if n == self._largest[key])
@@ -305,11 +296,10 @@ class _Planner:
             self._digests[plan_id, size] = plan.digest(size)
         return self._digests[plan_id, size]
 
-    def _covered(self, model: Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
+    def _covered(self, model: Model, recipe: Recipe) -> tuple[ShapedGroup, ...]:
         """Groups that the recipe quantizes; decided by its patterns, not by its formats."""
         skeleton = [
-            [entry["quantizer_name"], entry.get("parent_class"), entry.get("enable"), "cfg" in entry]
-            for entry in recipe.quant_cfg
+            [each.quantizer_name, each.parent_class, each.enable, each.cfg is None] for each in recipe.quant_cfg
         ]
         key = _hash([model.revision, skeleton])
         if key not in self._coverage:
@@ -333,7 +323,13 @@ def recipe_of(point: SweepConfig) -> Recipe:
         coverage=point.sensitivity.coverage,
         lm_head=point.sensitivity.lm_head,
         algorithm=point.sensitivity.quant_algorithm,
+        scales=point.sensitivity.scales,
     )
+
+
+def elements_of(model: Model) -> dict[str, int]:
+    """Elements of a model, by the names in ELEMENTS."""
+    return {name: getattr(model.structure, name) for name in ELEMENTS}
 
 
 def _variant(point: SweepConfig) -> list[str]:
@@ -349,47 +345,26 @@ def _label(point: SweepConfig) -> str:
     return "/".join([point.quant_pair.name, point.quant_granularity.name, *_variant(point)])
 
 
-def _covered_groups(model: Model, recipe: Recipe) -> tuple[GroupSpec, ...]:
+def _covered_groups(model: Model, recipe: Recipe) -> tuple[ShapedGroup, ...]:
     def is_covered(module: str) -> bool:
-        found = (
-            attributes_for(recipe.quant_cfg, module, quantizer, "nn.Linear")
-            for quantizer in ("weight_quantizer", "input_quantizer")
-        )
-        return any(attributes is not None for attributes in found)
+        places = ("weight_quantizer", "input_quantizer")
+        return any(quantizer_for(recipe.quant_cfg, module, place, "nn.Linear") is not None for place in places)
 
-    outputs = {name: n_outputs for name, _, n_outputs in model.structure["linears"]}
-    covered = {name for name in outputs if is_covered(name)}
-    groups: list[GroupSpec] = []
-    for first, modules in model.structure["groups"].items():
-        if not all(module in covered for module in modules):
-            continue
-        part, layer_index = part_of(first)
-        elements = sum(model.inputs[module] * outputs[module] for module in modules)
-        groups.append(
-            GroupSpec(
-                name=first,
-                modules=tuple(modules),
-                part=part,
-                layer_index=layer_index,
-                weight_elements=elements,
-                n_inputs=model.inputs[first],
-                n_outputs=sum(outputs[module] for module in modules),
-            )
-        )
+    groups = tuple(group for group in model.groups.values() if all(map(is_covered, group.modules)))
     if not groups:
         raise SweepError(
             f"{model.path} has no linear that the recipe covers. "
             "Choose sensitivity.coverage=all_layers, or another model."
         )
-    return tuple(groups)
+    return groups
 
 
-def _check_block_size(recipe: Recipe, model: Model, groups: Sequence[GroupSpec]) -> None:
+def _check_block_size(format_: Format, model: Model, groups: Sequence[ShapedGroup]) -> None:
     modules = [module for group in groups for module in group.modules]
-    for block in recipe.block_lengths:
-        bad = [module for module in modules if model.inputs[module] % block]
+    for block in format_.block_lengths:
+        bad = [module for module in modules if model.linears[module].n_inputs % block]
         if bad:
-            common = math.gcd(*(model.inputs[module] for module in modules))
+            common = math.gcd(*(model.linears[module].n_inputs for module in modules))
             allowed = [str(size) for size in (16, 32, 64, 128) if common % size == 0]
             advice = (
                 f"Sizes that divide every layer: {', '.join(allowed)}."
@@ -397,14 +372,13 @@ def _check_block_size(recipe: Recipe, model: Model, groups: Sequence[GroupSpec])
                 else "Choose a granularity without groups."
             )
             raise InvalidRecipe(
-                f"Groups of {block} do not divide the {model.inputs[bad[0]]} inputs of {bad[0]} "
+                f"Groups of {block} do not divide the {model.linears[bad[0]].n_inputs} inputs of {bad[0]} "
                 f"({len(bad)} such layers): ModelOpt would pad silently. {advice}"
             )
-    rows = recipe.block_rows
-    outputs = {name: n_outputs for name, _, n_outputs in model.structure["linears"]}
-    if rows is not None and (bad := [module for module in modules if outputs[module] % rows]):
+    rows = format_.block_rows
+    if rows is not None and (bad := [module for module in modules if model.linears[module].n_outputs % rows]):
         raise InvalidRecipe(
-            f"Blocks of {rows} rows do not divide the {outputs[bad[0]]} outputs of {bad[0]} "
+            f"Blocks of {rows} rows do not divide the {model.linears[bad[0]].n_outputs} outputs of {bad[0]} "
             f"({len(bad)} such layers): ModelOpt would pad silently. Choose a granularity without blocks on axis -2."
         )
 

@@ -288,7 +288,7 @@ def _batches(tasks: Iterable[Task], n_workers: int) -> list[_Batch]:
         parts = part_names(family[0])
         n_slices = min(len(family), 1 if n_workers == 1 else math.ceil(_PARTS_EACH * n_workers / len(parts)))
         # Recipes with equal weight formats in one slice: they share a product.
-        ordered = sorted(family, key=lambda task: repr(task.weight_attributes))
+        ordered = sorted(family, key=lambda task: task.format.weight_id)
         costs = [task.cost for task in ordered]
         places = [min(n_slices - 1, int(before / sum(costs) * n_slices)) for before in accumulate(costs, initial=0.0)]
         slices: list[dict[str, Task]] = [{} for _ in range(n_slices)]

@@ -6,15 +6,16 @@ from pathlib import Path
 import torch
 
 from sweep.core.batches import Batch
+from sweep.core.groups import Linear
 from sweep.formats.mixed import MixedRecipe
-from workers.export.folding import Linears, check_folds, output_scales
+from workers.export.folding import check_folds, output_scales
 from workers.model.loading import load
 from workers.quant.applied import calibrated_model
 from workers.quant.linear import LinearQuant
 
 
 def calibrated(
-    path: Path, dtype: str, recipe: MixedRecipe, linears: Linears, batches: Sequence[Batch]
+    path: Path, dtype: str, recipe: MixedRecipe, linears: Sequence[Linear], batches: Sequence[Batch]
 ) -> dict[str, LinearQuant]:
     """ModelOpt's calibration ranges and pre-quantization scales by module name, checked to be foldable.
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sweep.core.errors import SweepError
+from sweep.core.groups import Linear
 from sweep.formats.mixed import MixedRecipe
-from workers.export.folding import Linears, check_foldable, folding_modules, output_scales, scaled_rows
+from workers.export.folding import check_foldable, folding_modules, output_scales, scaled_rows
 from workers.export.schemes import Inexpressible, scheme_of
 from workers.export.weights import packed
 from workers.model.checkpoint import index_files, settings_files, weight_files
@@ -25,7 +26,7 @@ from workers.quant.linear import LinearQuant
 _VISION: Final = "visual"
 
 
-def quantization_config(recipe: MixedRecipe, linears: Linears) -> dict[str, Any]:
+def quantization_config(recipe: MixedRecipe, linears: Sequence[Linear]) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     Modules are named one by one: a runtime renames prefixes and joins q/k/v and gate/up by name, and a pattern that
@@ -42,10 +43,10 @@ def quantization_config(recipe: MixedRecipe, linears: Linears) -> dict[str, Any]
     targets: dict[str, list[str]] = {label: [] for label in schemes}
     for choice in recipe.groups:
         if choice.format is not None:
-            targets[choice.format] += choice.modules
+            targets[choice.format] += choice.group.modules
     formats = {scheme.format for scheme in schemes.values()}
     quantized = set(chain.from_iterable(targets.values()))
-    ignored = [name for name, _, _ in linears if name not in quantized]
+    ignored = [linear.name for linear in linears if linear.name not in quantized]
     if not any(_VISION in module for module in quantized) and any(_VISION in name for name in ignored):
         ignored.append(f"re:.*{_VISION}.*")  # the convolution, which some runtimes hold as a linear
     file_format: Any = formats.pop() if len(formats) == 1 else "mixed-precision"  # Any: the value of an enum
@@ -72,12 +73,12 @@ def schemes_of(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
             try:
                 schemes[choice.format] = scheme_of(choice.format, recipe.formats[choice.format])
             except Inexpressible as error:
-                raise Inexpressible(f"{choice.group}: {error}") from None
+                raise Inexpressible(f"{choice.group.name}: {error}") from None
     return schemes
 
 
 def write_checkpoint(
-    source: Path, directory: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears
+    source: Path, directory: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Sequence[Linear]
 ) -> None:
     """Write the quantized checkpoint, with files of `checkpoint_names`, one shard of the source in memory at a time.
 
@@ -124,7 +125,7 @@ def write_checkpoint(
         shutil.copyfile(path, directory / path.name)
 
 
-def check_expressible(source: Path, recipe: MixedRecipe, linears: Linears) -> None:
+def check_expressible(source: Path, recipe: MixedRecipe, linears: Sequence[Linear]) -> None:
     """Refuse what can be seen to be inexpressible before minutes are spent on calibration.
 
     Args: as for `write_checkpoint`.
@@ -165,7 +166,7 @@ def _by_module(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
         module: schemes[choice.format]
         for choice in recipe.groups
         if choice.format is not None
-        for module in choice.modules
+        for module in choice.group.modules
     }
 
 

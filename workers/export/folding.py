@@ -20,15 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from sweep.core.batches import Batch
-from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
-from sweep.formats.quantizer import QuantizerSpec
-from sweep.formats.recipe import SCALES_INPUTS
+from sweep.core.groups import Linear
+from sweep.formats.format import SCALES_INPUTS, GroupFormat
+from sweep.formats.mixed import GroupChoice, MixedRecipe
 from workers.export.schemes import Inexpressible
 from workers.model.forward import batch_to
 from workers.model.hooks import removed_after
 from workers.quant.linear import LinearQuant
-
-Linears = Sequence[tuple[str, int, int]]  # name, inputs, outputs of every nn.Linear, in the model's order
 
 # Name of a linear, and of the module before, whose output is its input. `check_folds` tries it on the model itself.
 _BEFORE: Final[Sequence[tuple[str, str]]] = (
@@ -43,7 +41,7 @@ _BEFORE: Final[Sequence[tuple[str, str]]] = (
 _ROWS: Final = 64  # rows of each linear's input that are compared
 
 
-def folding_modules(recipe: MixedRecipe, linears: Linears) -> dict[str, GroupChoice]:
+def folding_modules(recipe: MixedRecipe, linears: Sequence[Linear]) -> dict[str, GroupChoice]:
     """The modules into whose weights a pre-quantization scale is folded, with the layer group that has the scale.
 
     Args:
@@ -52,35 +50,35 @@ def folding_modules(recipe: MixedRecipe, linears: Linears) -> dict[str, GroupCho
 
     Raises: Inexpressible: a group whose scale cannot be folded exactly, with the way out.
     """
-    shapes = {name: (n_in, n_out) for name, n_in, n_out in linears}
+    shapes = {linear.name: linear for linear in linears}
     formats: dict[str, GroupFormat] = {}
     for choice in recipe.groups:
         if (chosen := recipe.format_of(choice)) is not None:
-            formats |= dict.fromkeys(choice.modules, chosen)
+            formats |= dict.fromkeys(choice.group.modules, chosen)
     found: dict[str, GroupChoice] = {}
     for choice in recipe.groups:
         chosen = recipe.format_of(choice)
         if chosen is None or chosen.algorithm not in SCALES_INPUTS:
             continue
-        before, n_in = _module_before(choice.group), shapes[choice.group][0]
+        before, n_in = _module_before(choice.group.name), shapes[choice.group.name].n_inputs
         if before is None:
             reason = (
                 "no module before it is known to fold a scale: there is attention or an activation function between"
             )
             raise _refuse(choice, chosen, reason)
-        if chosen.scales == "private" and len(choice.modules) > 1:
+        if chosen.scales == "private" and len(choice.group.modules) > 1:
             raise Inexpressible(
-                f"{choice.group}: compressed-tensors has no pre-quantization scale. That of {chosen.algorithm} goes "
-                f"into {before}, which {len(choice.modules)} linears read, each with a scale of its own. "
+                f"{choice.group.name}: compressed-tensors has no pre-quantization scale. That of {chosen.algorithm} "
+                f"goes into {before}, which {len(choice.group.modules)} linears read, each with a scale of its own. "
                 "Score with sensitivity.scales=fused, which gives them one, and solve again."
             )
         if before in shapes:
-            _check_rows_foldable(choice, chosen, before, shapes[before][1], n_in, formats.get(before))
+            _check_rows_foldable(choice, chosen, shapes[before], n_in, formats.get(before))
         found[before] = choice
     return found
 
 
-def check_foldable(held: Mapping[str, tuple[str, int]], recipe: MixedRecipe, linears: Linears) -> None:
+def check_foldable(held: Mapping[str, tuple[str, int]], recipe: MixedRecipe, linears: Sequence[Linear]) -> None:
     """Refuse a pre-quantization scale that cannot be folded into the weights that the checkpoint holds.
 
     Args:
@@ -92,12 +90,12 @@ def check_foldable(held: Mapping[str, tuple[str, int]], recipe: MixedRecipe, lin
     Raises: Inexpressible: a module without a weight, of another width, or a linear that is left in 16 bits, which a
         product does not fit.
     """
-    widths = {name: n_in for name, n_in, _ in linears}
+    widths = {linear.name: linear.n_inputs for linear in linears}
     matrices = widths.keys() - {
-        module for choice in recipe.groups if choice.format is not None for module in choice.modules
+        module for choice in recipe.groups if choice.format is not None for module in choice.group.modules
     }
     for before, choice in folding_modules(recipe, linears).items():
-        chosen, n_in = recipe.format_of(choice), widths[choice.group]
+        chosen, n_in = recipe.format_of(choice), widths[choice.group.name]
         assert chosen is not None  # folding_modules names groups with a format only
         dtype, n_out = held.get(before, ("", 0))
         if n_out != n_in:
@@ -111,7 +109,9 @@ def check_foldable(held: Mapping[str, tuple[str, int]], recipe: MixedRecipe, lin
             raise _refuse(choice, chosen, reason)
 
 
-def output_scales(recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears) -> dict[str, Tensor]:
+def output_scales(
+    recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Sequence[Linear]
+) -> dict[str, Tensor]:
     """The scale that is folded into each of the `folding_modules`: their outputs are multiplied by it.
 
     Args:
@@ -148,7 +148,9 @@ def scaled_rows(tensor: Tensor, scale: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check_folds(model: nn.Module, scales: Mapping[str, Tensor], linears: Linears, batches: Iterable[Batch]) -> None:
+def check_folds(
+    model: nn.Module, scales: Mapping[str, Tensor], linears: Sequence[Linear], batches: Iterable[Batch]
+) -> None:
     """Try the folds on the unquantized model: with the inputs of the scaled linears divided again, nothing may change.
 
     Names alone don't say that a norm multiplies by its weight (some by 1 + weight) or that no other module uses its
@@ -163,7 +165,8 @@ def check_folds(model: nn.Module, scales: Mapping[str, Tensor], linears: Linears
     Raises: Inexpressible: names the linear that would get another input or that no sample reaches, or says that the
         logits would differ.
     """
-    scaled = {name: scale for name, _, _ in linears if (scale := scales.get(_module_before(name) or "")) is not None}
+    befores = {linear.name: _module_before(linear.name) or "" for linear in linears}
+    scaled = {name: scales[before] for name, before in befores.items() if before in scales}
     missing = scaled.keys()
     for batch in batches if scales else ():
         missing = missing - _checked(model, scales, scaled, batch)
@@ -211,30 +214,28 @@ def _module_before(module: str) -> str | None:
 
 
 def _check_rows_foldable(
-    choice: GroupChoice, chosen: GroupFormat, before: str, n_out: int, n_in: int, format_: GroupFormat | None
+    choice: GroupChoice, chosen: GroupFormat, before: Linear, n_in: int, format_: GroupFormat | None
 ) -> None:
-    """Refuse a scale of a group that cannot be folded into the rows of the linear before, which has `n_out` of them."""
-    if n_out != n_in:
-        reason = f"{before} has {n_out} outputs for its {n_in} inputs: query heads share a value head, but not a scale"
-        raise _refuse(choice, chosen, reason)
+    """Refuse a scale of a group that cannot be folded into the rows of the linear before."""
+    if before.n_outputs != n_in:
+        outputs = f"{before.name} has {before.n_outputs} outputs for its {n_in} inputs"
+        raise _refuse(choice, chosen, f"{outputs}: query heads share a value head, but not a scale")
     if format_ is None or format_.weight is None:
         return  # check_foldable sees whether the checkpoint's precision holds the product
-    spec = QuantizerSpec(attributes=format_.weight)
-    block_axes = {axis for axis in spec.block_sizes if isinstance(axis, int)}
-    along_rows = spec.attributes.get("axis") == 0 or block_axes == {-1}
-    if spec.has_dynamic_blocks or not along_rows:
+    along_rows = format_.weight.axis == 0 or format_.weight.block_lengths.keys() == {-1}
+    if format_.weight.has_dynamic_blocks or not along_rows:
         reason = (
-            f"rows of {before} would be multiplied, and its format {format_.label!r} has no scale a row "
+            f"rows of {before.name} would be multiplied, and its format {format_.label!r} has no scale a row "
             "(a channel, or groups along the inputs)"
         )
         raise _refuse(choice, chosen, reason)
 
 
 def _refuse(choice: GroupChoice, chosen: GroupFormat, reason: str) -> Inexpressible:
-    end = choice.group.rsplit(".", 1)[-1]
+    end = choice.group.name.rsplit(".", 1)[-1]
     plain = f"{chosen.quant_pair}/{chosen.quant_granularity}"
     return Inexpressible(
-        f"{choice.group}: compressed-tensors can't express the pre-quantization scale that algorithm "
+        f"{choice.group.name}: compressed-tensors can't express the pre-quantization scale that algorithm "
         f"{chosen.algorithm!r} gives it: {reason}. Solve again with --pin {end}={plain} (algorithm max) or "
         f"--exclude {end}; --format modelopt takes one algorithm for all groups."
     )

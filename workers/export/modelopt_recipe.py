@@ -6,12 +6,16 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from sweep.formats.recipe import Entry
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # see workers.quant.modelopt
     from modelopt.recipe import load_recipe
 
 
-def read_modelopt(path: Path) -> tuple[list[dict[str, Any]], object]:
+def read_modelopt(path: Path) -> tuple[list[Entry], object]:
     """The `quant_cfg` entries of a PTQ recipe file as ModelOpt reads them, and its `algorithm`.
 
     Entries have only the fields that the file names.
@@ -23,16 +27,12 @@ def read_modelopt(path: Path) -> tuple[list[dict[str, Any]], object]:
     """
     with redirect_stdout(io.StringIO()):  # it prints the file's name
         recipe: Any = load_recipe(path)
-    entries = [_entry(entry.model_dump(exclude_unset=True)) for entry in recipe.quantize.quant_cfg]
-    return entries, recipe.quantize.algorithm
+    entries = [entry.model_dump(exclude_unset=True) for entry in recipe.quantize.quant_cfg]
+    for cfg in (entry["cfg"] for entry in entries if entry.get("cfg")):
+        if blocks := cfg.get("block_sizes"):  # ModelOpt reads the axes as numbers or as text
+            cfg["block_sizes"] = {int(key) if _is_axis(key) else key: value for key, value in blocks.items()}
+    return msgspec.convert(entries, list[Entry]), recipe.quantize.algorithm
 
 
-def _entry(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry with the axes of blocks as numbers: ModelOpt reads them as numbers or as text."""
-    cfg = entry.get("cfg")
-    if cfg and cfg.get("block_sizes"):
-        blocks = {
-            int(key) if str(key).lstrip("-").isdigit() else key: value for key, value in cfg["block_sizes"].items()
-        }
-        entry["cfg"] = {**cfg, "block_sizes": blocks}
-    return entry
+def _is_axis(key: int | str) -> bool:
+    return str(key).lstrip("-").isdigit()

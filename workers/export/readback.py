@@ -1,7 +1,7 @@
 """Check of an exported checkpoint: read back with compressed-tensors itself and compared with the recipe, all of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -11,11 +11,11 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from torch import Tensor, nn
 
 from sweep.core.errors import SweepError
+from sweep.core.groups import Linear
 from sweep.formats.mixed import MixedRecipe
-from sweep.formats.quantizer import canonical_attributes
 from workers.export.checkpoint import held_tensors
-from workers.export.folding import Linears, output_scales, scaled_rows
-from workers.export.schemes import Inexpressible, attributes_of
+from workers.export.folding import output_scales, scaled_rows
+from workers.export.schemes import Inexpressible, quantizer_of
 from workers.export.weights import input_scales, unpacked
 from workers.quant.calibration import fake_quantized
 from workers.quant.linear import LinearQuant
@@ -25,7 +25,7 @@ _TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-6, torch.bfl
 
 
 def check_export(
-    directory: Path, source: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Linears
+    directory: Path, source: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Sequence[Linear]
 ) -> None:
     """Read an export back with the reader's own library and compare all of it with the recipe.
 
@@ -69,7 +69,7 @@ def check_export(
             raise SweepError(f"{directory} holds {surplus[0]}, which {source} does not. Export again.")
 
 
-def read_schemes(directory: Path, linears: Linears) -> dict[str, QuantizationScheme]:
+def read_schemes(directory: Path, linears: Sequence[Linear]) -> dict[str, QuantizationScheme]:
     """The scheme of each module, as compressed-tensors reads config.json and matches its targets to module names.
 
     Args:
@@ -88,20 +88,20 @@ def read_schemes(directory: Path, linears: Linears) -> dict[str, QuantizationSch
     return found
 
 
-def _check_formats(read: Mapping[str, QuantizationScheme], recipe: MixedRecipe, linears: Linears) -> None:
-    meant = {module: choice for choice in recipe.groups for module in choice.modules}
-    for name, _, _ in linears:
+def _check_formats(read: Mapping[str, QuantizationScheme], recipe: MixedRecipe, linears: Sequence[Linear]) -> None:
+    meant = {module: choice for choice in recipe.groups for module in choice.group.modules}
+    for name in (linear.name for linear in linears):
         choice = meant.get(name)
         chosen = None if choice is None else recipe.format_of(choice)
         scheme = read.get(name)
         wanted = (None, None)
         if chosen is not None:
-            wanted = canonical_attributes(chosen.weight), canonical_attributes(chosen.inputs)
+            wanted = (chosen.weight and chosen.weight.id, chosen.inputs and chosen.inputs.id)
         args = (None, None) if scheme is None else (scheme.weights, scheme.input_activations)
-        found = tuple(None if item is None else canonical_attributes(attributes_of(item)) for item in args)
+        found = tuple(item and quantizer_of(item).id for item in args)
         if found != wanted:
             raise Inexpressible(
-                f"{name if choice is None else choice.group}: compressed-tensors can't express this: "
+                f"{name if choice is None else choice.group.name}: compressed-tensors can't express this: "
                 f"module {name} would be read as {found}, not {wanted}."
             )
 
@@ -136,15 +136,15 @@ def _check_linear(
             raise SweepError(f"{where}: {name} is {state.get(name)}, calibrated was {scale}. Export again.")
 
 
-def _skeleton(linears: Linears) -> nn.Module:
+def _skeleton(linears: Sequence[Linear]) -> nn.Module:
     """Modules of these names and shapes without weights, for the library to match its targets against."""
     root = nn.Module()
-    for name, n_in, n_out in linears:
-        *parents, leaf = name.split(".")
+    for linear in linears:
+        *parents, leaf = linear.name.split(".")
         module = root
         for parent in parents:
             if parent not in dict(module.named_children()):
                 module.add_module(parent, nn.Module())
             module = module.get_submodule(parent)
-        module.add_module(leaf, nn.Linear(n_in, n_out, bias=False, device="meta"))
+        module.add_module(leaf, nn.Linear(linear.n_inputs, linear.n_outputs, bias=False, device="meta"))
     return root

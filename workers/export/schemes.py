@@ -5,9 +5,9 @@ does not return. Formats as of compressed-tensors 0.20. With the three modules b
 `compressed_tensors`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 import torch
 from compressed_tensors.compressors.format import infer_module_format
@@ -16,8 +16,8 @@ from compressed_tensors.quantization.quant_args import DynamicType
 from torch import nn
 
 from sweep.core.errors import SweepError
-from sweep.formats.mixed import GroupFormat
-from sweep.formats.quantizer import ATTRIBUTE_DEFAULTS, COST_HINT, QuantizerSpec, canonical_attributes
+from sweep.formats.format import GroupFormat
+from sweep.formats.quantizer import ATTRIBUTE_DEFAULTS, Attribute, Attributes, BlockValue, Quantizer
 
 _E2M1, _E4M3, _E8M0 = (2, 1), (4, 3), (8, 0)
 _FLOAT_BITS: Final = {_E2M1: 4, _E4M3: 8}
@@ -35,7 +35,7 @@ class _Where:
     label: str  # of the recipe's format
     quantizer: str  # "weight" or "inputs"
 
-    def refuse(self, field: str, found: object, allowed: str) -> Inexpressible:
+    def refuse(self, field: str, found: Attribute, allowed: str) -> Inexpressible:
         return Inexpressible(
             f"compressed-tensors can't express {self.quantizer}.{field}: {found!r} of format {self.label!r}. "
             f"It has {allowed}. Choose another format for these groups, or --format modelopt."
@@ -62,65 +62,68 @@ def scheme_of(label: str, chosen: GroupFormat) -> QuantizationScheme:
     scheme = QuantizationScheme(targets=[], weights=weights, input_activations=inputs)
     for where, given, args in (("weight", chosen.weight, weights), ("inputs", chosen.inputs, inputs)):
         if given is not None and args is not None:
-            _check_returns(given, attributes_of(args), _Where(label=label, quantizer=where))
+            _check_returns(given, quantizer_of(args), _Where(label=label, quantizer=where))
     return scheme.model_copy(update={"format": infer_module_format(nn.Linear, scheme).value})
 
 
-def attributes_of(args: QuantizationArgs) -> dict[str, Any]:
-    """The quantizer that a reader of the file uses, as ModelOpt's attributes: fields that differ from its defaults.
+def quantizer_of(args: QuantizationArgs) -> Quantizer:
+    """The quantizer that a reader of the file uses: the attributes that differ from ModelOpt's defaults.
 
     Args:
         args: of weights or of inputs, symmetric.
     """
     is_float = args.type == QuantizationType.FLOAT
-    found: dict[str, Any] = {
-        "num_bits": {bits: name for name, bits in _FLOAT_BITS.items()}[args.num_bits] if is_float else args.num_bits
-    }
+    bits = {bits: name for name, bits in _FLOAT_BITS.items()}[args.num_bits] if is_float else args.num_bits
+    return Quantizer({"num_bits": bits, **_ranges_of(args)})
+
+
+def _ranges_of(args: QuantizationArgs) -> Attributes:
+    """What shares a range, and whether it is found anew in each call."""
     group, strategy = args.group_size, args.strategy
     if strategy == QuantizationStrategy.CHANNEL:
-        return {**found, "axis": 0}
+        return {"axis": 0}
     if strategy == QuantizationStrategy.TOKEN:
-        return {**found, "type": "dynamic", "block_sizes": {-1: None}}
-    if strategy == QuantizationStrategy.TENSOR_GROUP:
-        return {**found, "block_sizes": {-1: group, "type": "dynamic", "scale_bits": _E4M3}}
+        return {"type": "dynamic", "block_sizes": {-1: None}}
     if strategy == QuantizationStrategy.BLOCK:
         rows, columns = args.block_structure or (0, 0)
-        return {**found, "block_sizes": {-1: columns, -2: rows}}
-    if strategy == QuantizationStrategy.GROUP and args.scale_dtype == torch.uint8:
-        return {**found, "block_sizes": {-1: group, "type": "dynamic", "scale_bits": _E8M0}}
-    if strategy == QuantizationStrategy.GROUP:
-        return {**found, "block_sizes": {-1: group}} | ({"type": "dynamic"} if args.dynamic else {})
-    return found | ({"type": "dynamic"} if args.dynamic else {})
+        return {"block_sizes": {-1: columns, -2: rows}}
+    has_small_scales = strategy == QuantizationStrategy.GROUP and args.scale_dtype == torch.uint8
+    if strategy == QuantizationStrategy.TENSOR_GROUP or has_small_scales:
+        blocks: dict[int | str, BlockValue] = {
+            -1: group,
+            "type": "dynamic",
+            "scale_bits": _E8M0 if has_small_scales else _E4M3,
+        }
+        return {"block_sizes": blocks}
+    dynamic: Attributes = {"type": "dynamic"} if args.dynamic else {}
+    return {"block_sizes": {-1: group}, **dynamic} if strategy == QuantizationStrategy.GROUP else dynamic
 
 
-def _weight_args(attributes: Mapping[str, Any], where: _Where) -> QuantizationArgs:
-    spec = QuantizerSpec(attributes=attributes)
-    common: dict[str, Any] = {**_number(spec, where), "symmetric": True, "dynamic": False}
-    if attributes.get("type", "static") != "static":
-        raise where.refuse("type", attributes["type"], "weights in static ranges")
+def _weight_args(spec: Quantizer, where: _Where) -> QuantizationArgs:
+    num_bits, number = _number(spec, where)
+    args = partial(QuantizationArgs, num_bits=num_bits, type=number, symmetric=True, dynamic=False)
+    if spec.is_dynamic:
+        raise where.refuse("type", "dynamic", "weights in static ranges")
     if spec.has_dynamic_blocks:
-        return QuantizationArgs(**common, **_scaled_blocks(spec, where))
-    axis, blocks = attributes.get("axis"), {key: length for key, length in spec.block_sizes.items() if key != "type"}
-    if not blocks:
-        if axis not in (None, 0):
-            raise where.refuse("axis", axis, "one scale a tensor (null) or one an output channel (0)")
-        return QuantizationArgs(
-            **common, strategy=QuantizationStrategy.TENSOR if axis is None else QuantizationStrategy.CHANNEL
-        )
-    if set(blocks) == {-1} and spec.num_bits != _E2M1:
-        return QuantizationArgs(**common, strategy=QuantizationStrategy.GROUP, group_size=blocks[-1])
-    if set(blocks) == {-1, -2} and spec.num_bits == _E4M3:
-        return QuantizationArgs(**common, strategy=QuantizationStrategy.BLOCK, block_structure=[blocks[-2], blocks[-1]])
+        strategy, length, scale_dtype = _scaled_blocks(spec, where)
+        return args(strategy=strategy, group_size=length, scale_dtype=scale_dtype)
+    lengths, axes = spec.block_lengths, _block_fields(spec)
+    if not axes:
+        if spec.axis not in (None, 0):
+            raise where.refuse("axis", spec.axis, "one scale a tensor (null) or one an output channel (0)")
+        return args(strategy=QuantizationStrategy.TENSOR if spec.axis is None else QuantizationStrategy.CHANNEL)
+    if axes == {-1} and spec.num_bits != _E2M1:
+        return args(strategy=QuantizationStrategy.GROUP, group_size=lengths[-1])
+    if axes == {-1, -2} and spec.num_bits == _E4M3:
+        return args(strategy=QuantizationStrategy.BLOCK, block_structure=[lengths[-2] or 0, lengths[-1] or 0])
     raise where.refuse(
-        "block_sizes",
-        dict(spec.block_sizes),
-        "groups along the inputs for integers and FP8, two-dimensional blocks for FP8",
+        "block_sizes", spec.block_sizes, "groups along the inputs for integers and FP8, two-dimensional blocks for FP8"
     )
 
 
-def _input_args(attributes: Mapping[str, Any], where: _Where) -> QuantizationArgs:
-    spec = QuantizerSpec(attributes=attributes)
-    common: dict[str, Any] = {**_number(spec, where), "symmetric": True}
+def _input_args(spec: Quantizer, where: _Where) -> QuantizationArgs:
+    num_bits, number = _number(spec, where)
+    args = partial(QuantizationArgs, num_bits=num_bits, type=number, symmetric=True)
     if spec.has_dynamic_blocks:
         if not spec.is_nvfp4 and spec.num_bits == _E2M1:
             # generate_mx_scales rounds a block's range to the nearest power of two and saturates, ModelOpt rounds up.
@@ -129,58 +132,58 @@ def _input_args(attributes: Mapping[str, Any], where: _Where) -> QuantizationArg
                 spec.num_bits,
                 "another rule for the scale of MXFP4 inputs than ModelOpt, so it would compute other numbers",
             )
-        return QuantizationArgs(
-            **common, **_scaled_blocks(spec, where), dynamic=DynamicType.LOCAL if spec.is_nvfp4 else True
-        )
-    if attributes.get("axis") is not None:
-        raise where.refuse(
-            "axis", attributes["axis"], "inputs in one static scale, or in dynamic ones a token or a group"
-        )
-    blocks = {key: length for key, length in spec.block_sizes.items() if key != "type"}
-    if attributes.get("type", "static") == "static":
-        if blocks:
-            raise where.refuse("block_sizes", dict(spec.block_sizes), "no static blocks of inputs")
-        return QuantizationArgs(**common, strategy=QuantizationStrategy.TENSOR, dynamic=False)
+        strategy, length, scale_dtype = _scaled_blocks(spec, where)
+        dynamic = DynamicType.LOCAL if spec.is_nvfp4 else True
+        return args(strategy=strategy, group_size=length, scale_dtype=scale_dtype, dynamic=dynamic)
+    if spec.axis is not None:
+        raise where.refuse("axis", spec.axis, "inputs in one static scale, or in dynamic ones a token or a group")
+    if not spec.is_dynamic:
+        if _block_fields(spec):
+            raise where.refuse("block_sizes", spec.block_sizes, "no static blocks of inputs")
+        return args(strategy=QuantizationStrategy.TENSOR, dynamic=False)
     if spec.num_bits == 4:
         raise where.refuse(
             "num_bits",
             4,
             "a range of amax / 7.5 for dynamic INT4 where ModelOpt's is amax / 7, so it would compute other numbers",
         )
-    if blocks == {-1: None}:
-        return QuantizationArgs(**common, strategy=QuantizationStrategy.TOKEN, dynamic=True)
-    if set(blocks) == {-1}:
-        return QuantizationArgs(**common, strategy=QuantizationStrategy.GROUP, group_size=blocks[-1], dynamic=True)
-    raise where.refuse(
-        "block_sizes", dict(spec.block_sizes), "dynamic scales of inputs a token or a group along the inputs"
-    )
+    if _block_fields(spec) == {-1}:
+        length = spec.block_lengths[-1]
+        strategy = QuantizationStrategy.TOKEN if length is None else QuantizationStrategy.GROUP
+        return args(strategy=strategy, group_size=length, dynamic=True)
+    raise where.refuse("block_sizes", spec.block_sizes, "dynamic scales of inputs a token or a group along the inputs")
 
 
-def _number(spec: QuantizerSpec, where: _Where) -> dict[str, Any]:
+def _block_fields(spec: Quantizer) -> set[int | str]:
+    """Axes of blocks, and names of their other fields than their type."""
+    return spec.block_sizes.keys() - {"type"}
+
+
+def _number(spec: Quantizer, where: _Where) -> tuple[int, QuantizationType]:
     bits = spec.num_bits
     if isinstance(bits, int):
         if bits > 8:
             raise where.refuse("num_bits", bits, "integers of 2 to 8 bits")
-        return {"num_bits": bits, "type": QuantizationType.INT}
+        return bits, QuantizationType.INT
     if bits not in _FLOAT_BITS:
         raise where.refuse("num_bits", bits, "floats of E2M1 and E4M3")
-    return {"num_bits": _FLOAT_BITS[bits], "type": QuantizationType.FLOAT}
+    return _FLOAT_BITS[bits], QuantizationType.FLOAT
 
 
-def _scaled_blocks(spec: QuantizerSpec, where: _Where) -> dict[str, Any]:
-    """NVFP4 and the MX formats: blocks whose scale is a small float of its own."""
-    length, scale_bits = spec.block_sizes.get(-1), spec.block_sizes.get("scale_bits")
+def _scaled_blocks(spec: Quantizer, where: _Where) -> tuple[QuantizationStrategy, int, torch.dtype]:
+    """NVFP4 and the MX formats: blocks whose scale is a small float of its own; their length and the scale's type."""
+    length = spec.block_lengths.get(-1)
     if spec.is_nvfp4:
         if length != _NVFP4_BLOCK:
-            raise where.refuse("block_sizes", dict(spec.block_sizes), f"NVFP4 in blocks of {_NVFP4_BLOCK} only")
-        return {"strategy": QuantizationStrategy.TENSOR_GROUP, "group_size": length, "scale_dtype": torch.float8_e4m3fn}
-    if scale_bits != _E8M0 or isinstance(spec.num_bits, int) or length != _MX_BLOCK:
+            raise where.refuse("block_sizes", spec.block_sizes, f"NVFP4 in blocks of {_NVFP4_BLOCK} only")
+        return QuantizationStrategy.TENSOR_GROUP, length, torch.float8_e4m3fn
+    if spec.scale_bits != _E8M0 or isinstance(spec.num_bits, int) or length != _MX_BLOCK:
         raise where.refuse(
             "block_sizes",
-            dict(spec.block_sizes),
+            spec.block_sizes,
             f"blocks of {_MX_BLOCK} with scale_bits (8, 0) of E2M1 and E4M3, beside NVFP4",
         )
-    return {"strategy": QuantizationStrategy.GROUP, "group_size": length, "scale_dtype": torch.uint8}
+    return QuantizationStrategy.GROUP, length, torch.uint8
 
 
 def _check_pair(weights: QuantizationArgs, inputs: QuantizationArgs, where: _Where) -> None:
@@ -199,10 +202,7 @@ def _check_pair(weights: QuantizationArgs, inputs: QuantizationArgs, where: _Whe
         )
 
 
-def _check_returns(given: Mapping[str, Any], returned: Mapping[str, Any], where: _Where) -> None:
-    if canonical_attributes(given) == canonical_attributes(returned):
-        return
-    full = {**ATTRIBUTE_DEFAULTS, **{key: value for key, value in given.items() if key != COST_HINT}}
-    back = {**ATTRIBUTE_DEFAULTS, **returned}
-    field = next((key for key in full if full[key] != back.get(key)), "block_sizes")
-    raise where.refuse(field, full[field], f"{back.get(field)!r} there")
+def _check_returns(given: Quantizer, returned: Quantizer, where: _Where) -> None:
+    if (field := given.differing(returned)) is not None:
+        found, back = ({**ATTRIBUTE_DEFAULTS, **each.attributes}.get(field) for each in (given, returned))
+        raise where.refuse(field, found, f"{back!r} there")

@@ -27,7 +27,7 @@ from compressed_tensors.quantization.utils import calculate_range
 from torch import Tensor
 
 from workers.export.folding import scaled_rows
-from workers.export.schemes import attributes_of
+from workers.export.schemes import quantizer_of
 from workers.quant.block_formats import mx_exponents, nvfp4_scales
 from workers.quant.calibration import fake_quantized, smoothed_weight
 from workers.quant.linear import LinearQuant
@@ -92,7 +92,7 @@ def _weight_scales(
 ) -> dict[str, Tensor]:
     original_OI = smoothed_weight(linear, weight_OI)
     if args.scale_dtype == torch.uint8:
-        exponents = mx_exponents(original_OI, args.group_size or 0, attributes_of(args)["num_bits"])
+        exponents = mx_exponents(original_OI, args.group_size or 0, quantizer_of(args).num_bits)
         return {"weight_scale": torch.exp2(exponents.squeeze(-1).float())}
     amax = linear.weight_amax
     assert amax is not None  # all but the MX formats have a range

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from sweep.core.errors import SweepError
+from sweep.core.groups import Linear, ModelStructure
 from workers.model.checkpoint import check_checkpoint
 
 # Model types whose attention keeps samples of one row apart when their positions start again at 0; each has a test.
@@ -67,12 +68,8 @@ def read_config(path: Path) -> Any:
         raise _no_model(path, error) from error
 
 
-def structure(path: Path) -> dict[str, Any]:
+def structure(path: Path) -> ModelStructure:
     """Linears and sizes of the checkpoint's model; no weight is read.
-
-    Returns: `linears`, [name, inputs, outputs] of every nn.Linear in the model's order; `parameters` and `vocabulary`,
-        their numbers; `embeddings` and `lm_head`, weight elements of the token embedding and of the output layer, 0
-        where it is tied to that; `packable`.
 
     Raises: SweepError: the configuration makes no model.
     """
@@ -86,16 +83,18 @@ def structure(path: Path) -> dict[str, Any]:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {
-        "linears": [
-            [name, module.in_features, module.out_features] for name, module in modules if isinstance(module, nn.Linear)
-        ],
-        "parameters": n_parameters - (head.weight.numel() if tied and head.weight is not embedding else 0),
-        "embeddings": embedding.numel(),
-        "lm_head": 0 if tied or head is None else head.weight.numel(),
-        "vocabulary": config.get_text_config().vocab_size,
-        "packable": config.model_type in PACKABLE,
-    }
+    return ModelStructure(
+        linears=tuple(
+            Linear(name=name, n_inputs=module.in_features, n_outputs=module.out_features)
+            for name, module in modules
+            if isinstance(module, nn.Linear)
+        ),
+        parameters=n_parameters - (head.weight.numel() if tied and head.weight is not embedding else 0),
+        embeddings=embedding.numel(),
+        lm_head=0 if tied or head is None else head.weight.numel(),
+        vocabulary=config.get_text_config().vocab_size,
+        packable=config.model_type in PACKABLE,
+    )
 
 
 def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from sweep.core.batches import Batch, Plan
-from sweep.core.groups import GroupSpec, is_vision
+from sweep.core.groups import ShapedGroup, is_vision
 from workers.task import Task
 
 # One batch's activations that the backward pass needs, over the x and g that one batch adds to the capture: attention,
@@ -48,9 +48,9 @@ def workload(tasks: Sequence[Task], plan: Plan, n_segments: int, model_bytes: in
     """
     batches = [batch for segment in plan.segments[:n_segments] for batch in segment]
     inputs = {
-        (repr(task.input_attributes), size if task.calibrates_inputs else None)
+        (task.format.input_id, size if task.format.calibrates_inputs else None)
         for task in tasks
-        if task.input_attributes
+        if task.format.inputs is not None
         for size in task.cells
     }
     return Workload(
@@ -64,14 +64,14 @@ def workload(tasks: Sequence[Task], plan: Plan, n_segments: int, model_bytes: in
     )
 
 
-def capture_bytes(groups: Sequence[GroupSpec], work: Workload) -> int:
+def capture_bytes(groups: Sequence[ShapedGroup], work: Workload) -> int:
     """Bytes of x and g of layer groups, and of the autograd graph of one batch through them."""
     graph_rows = _GRAPH_SHARE * min(work.n_tokens, work.batch_tokens)
     values = sum((group.n_inputs + group.n_outputs) * (_rows(group, work) + graph_rows) for group in groups)
     return round(values * work.itemsize)
 
 
-def fixed_bytes(groups: Sequence[GroupSpec], work: Workload) -> int:
+def fixed_bytes(groups: Sequence[ShapedGroup], work: Workload) -> int:
     """Bytes of all else: the model, logits, and the operands of the widest layer group."""
     logits = min(work.n_tokens, HEAD_ROWS) * work.vocabulary * (work.itemsize + 3 * 4)
     operands = max(
@@ -85,17 +85,17 @@ def n_rows(batches: Iterable[Batch]) -> int:
     return sum(max(sum(batch.lengths), sum(batch.patch_counts)) for batch in batches)
 
 
-def _rows(group: GroupSpec, work: Workload) -> int:
+def _rows(group: ShapedGroup, work: Workload) -> int:
     return work.n_patches if is_vision(group.name) else work.n_tokens
 
 
-def needed_bytes(parts: Sequence[Sequence[GroupSpec]], work: Workload) -> int:
+def needed_bytes(parts: Sequence[Sequence[ShapedGroup]], work: Workload) -> int:
     """The fewest bytes that a sweep can run in: one part captured at a time."""
     groups = [group for part in parts for group in part]
     return fixed_bytes(groups, work) + max(capture_bytes(part, work) for part in parts)
 
 
-def whole_bytes(groups: Sequence[GroupSpec], work: Workload) -> int:
+def whole_bytes(groups: Sequence[ShapedGroup], work: Workload) -> int:
     """Bytes that a sweep takes that captures everything at once."""
     return fixed_bytes(groups, work) + capture_bytes(groups, work)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from sweep.core.batches import Batch
 from sweep.core.errors import SweepError
-from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
-from sweep.formats.quantizer import QuantizerSpec
-from sweep.formats.recipe import SCALES_INPUTS
+from sweep.core.groups import LayerGroup
+from sweep.formats.format import Format
+from sweep.formats.mixed import MixedRecipe
 from workers.model.forward import batch_to
 from workers.model.hooks import removed_after
 from workers.model.memory import n_rows, windows
@@ -41,8 +41,8 @@ def calibrated_model(
 
     Raises: SweepError: no calibration sample reaches a group whose format needs its inputs.
     """
-    formats = {choice.group: [chosen] for choice in recipe.groups if (chosen := recipe.format_of(choice)) is not None}
-    found = calibrated_groups(model, batches, recipe.groups, formats, room_bytes)
+    chosen = {choice.group.name: [each] for choice in recipe.groups if (each := recipe.format_of(choice)) is not None}
+    found = calibrated_groups(model, batches, [choice.group for choice in recipe.groups], chosen, room_bytes)
     return {name: quant for (quants,) in found.values() for name, quant in quants.items()}
 
 
@@ -50,8 +50,8 @@ def calibrated_model(
 def calibrated_groups(
     model: nn.Module,
     batches: Sequence[Batch],
-    groups: Sequence[GroupChoice],
-    formats: Mapping[str, Sequence[GroupFormat]],
+    groups: Sequence[LayerGroup],
+    formats: Mapping[str, Sequence[Format]],
     room_bytes: float = _ROOM_BYTES,
 ) -> dict[str, list[dict[str, LinearQuant]]]:
     """ModelOpt's calibration ranges (amax) and pre-quantization scales for several formats of each layer group.
@@ -60,37 +60,33 @@ def calibrated_groups(
         model: unquantized, evaluation mode.
         batches: calibration samples; run through the model only if a format needs its linears' inputs, once for as many
             groups as fit into `room_bytes`.
-        groups: in the model's order; the formats chosen for them are ignored.
-        formats: those to calibrate, by group; groups that are absent are left out.
+        groups: in the model's order.
+        formats: those to calibrate, by the group's name; groups that are absent are left out.
         room_bytes: for the inputs that are kept at a time.
 
-    Returns: by group, for each of its formats in the order given: quantizers by module name.
+    Returns: by the name of the group, for each of its formats in the order given: quantizers by module name.
 
     Raises: SweepError: no calibration sample reaches a group one of whose formats needs its inputs.
     """
-    wanted = [choice for choice in groups if choice.group in formats]
+    wanted = [group for group in groups if group.name in formats]
     row_bytes = n_rows(batches) * next(model.parameters()).element_size()
-    with_inputs = {choice.group for choice in wanted if any(map(needs_inputs, formats[choice.group]))}
-    sizes = [
-        row_bytes * _linear(model, choice.group).in_features if choice.group in with_inputs else 0 for choice in wanted
-    ]
+    with_inputs = {group.name for group in wanted if any(each.calibrates_inputs for each in formats[group.name])}
+    sizes = [row_bytes * _linear(model, group.name).in_features if group.name in with_inputs else 0 for group in wanted]
     found: dict[str, list[dict[str, LinearQuant]]] = {}
     for window in windows(wanted, sizes, room_bytes):
-        inputs = _inputs(model, batches, [choice.group for choice in window if choice.group in with_inputs])
-        for choice in window:
-            seen = inputs.pop(choice.group, [])
-            if choice.group in with_inputs and not seen:
+        inputs = _inputs(model, batches, [group.name for group in window if group.name in with_inputs])
+        for group in window:
+            seen = inputs.pop(group.name, [])
+            if group.name in with_inputs and not seen:
                 raise SweepError(
-                    f"No calibration sample reaches {choice.group}, so its inputs have no range. "
+                    f"No calibration sample reaches {group.name}, so its inputs have no range. "
                     "Choose a data set that does, or another format."
                 )
-            weights: dict[str, Tensor] = {module: _linear(model, module).weight.detach() for module in choice.modules}
-            found[choice.group] = []
-            for chosen in formats[choice.group]:
-                x = seen if needs_inputs(chosen) else []
-                found[choice.group].append(
-                    calibrated_linears(weights, x, chosen.weight, chosen.inputs, chosen.algorithm, chosen.scales)
-                )
+            weights: dict[str, Tensor] = {module: _linear(model, module).weight.detach() for module in group.modules}
+            found[group.name] = [
+                calibrated_linears(weights, seen if chosen.calibrates_inputs else [], chosen)
+                for chosen in formats[group.name]
+            ]
     return found
 
 
@@ -160,12 +156,6 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     if not isinstance(found, nn.Linear):
         raise SweepError(f"{name} is a {type(found).__name__}, not a linear: the recipe belongs to another model.")
     return found
-
-
-def needs_inputs(chosen: GroupFormat) -> bool:
-    """Whether a format's ranges or scales depend on calibration samples."""
-    is_static = chosen.inputs is not None and QuantizerSpec(attributes=chosen.inputs).is_calibrated
-    return is_static or chosen.algorithm in SCALES_INPUTS
 
 
 def _inputs(model: nn.Module, batches: Sequence[Batch], groups: Sequence[str]) -> dict[str, list[Tensor]]:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,10 @@ with warnings.catch_warnings():
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization import model_calib
 
-from sweep.formats.quantizer import QuantizerSpec
+from sweep.formats.format import Format
+from sweep.formats.quantizer import Quantizer
 from workers.quant.linear import LinearQuant
-from workers.quant.modelopt import Attributes, calibrate, new_quantizer, quantized, range_of
-
-Scales = Literal["fused", "private"]
+from workers.quant.modelopt import calibrate, new_quantizer, quantized, range_of
 
 _ALGORITHMS: Final[Mapping[str, Callable[..., None]]] = {
     "max": model_calib.max_calibrate,
@@ -39,10 +38,7 @@ _NEEDS_OUTPUTS: Final = frozenset({"awq_lite"})  # compares outputs; the others 
 def calibrated_linears(
     weights: Mapping[str, Tensor],
     x_batches: Sequence[Tensor],
-    weight_attributes: Attributes | None,
-    input_attributes: Attributes | None,
-    algorithm: str,
-    scales: Scales,
+    chosen: Format,
 ) -> dict[str, LinearQuant]:
     """Calibration ranges (amax) and pre-quantization scales, by ModelOpt in float32, of linears that share their input.
 
@@ -50,26 +46,22 @@ def calibrated_linears(
         weights: [out, in], by module name; of one layer group.
         x_batches: the input, [rows, in] for each batch of the plan: awq_lite gives every batch the same weight. May be
             empty where neither the algorithm nor a static range of the inputs needs them.
-        weight_attributes: a valid QuantizerAttributeConfig; None: left unquantized.
-        input_attributes: the same of the inputs.
-        algorithm: one of sweep.core.pairs.ALGORITHMS, with a recipe that it can calibrate
-            (sweep.formats.recipe.resolve).
-        scales: "fused": linears share the range of the whole tensor and the pre-quantization scale, as in runtimes;
-            "private": each its own.
+        chosen: the format, one that its algorithm can calibrate (sweep.formats.recipe.resolve). Linears share the range
+            of the whole tensor and the pre-quantization scale if its scales are "fused".
     """
-    linears: Any = _quant_linears(weights, weight_attributes, input_attributes)
-    _run(algorithm, linears, x_batches)
+    linears: Any = _quant_linears(weights, chosen)
+    _run(chosen.algorithm, linears, x_batches)
     found = {
         name: LinearQuant(
-            weight=weight_attributes,
-            inputs=input_attributes,
-            weight_amax=None if weight_attributes is None else range_of(linear.weight_quantizer),
-            input_amax=None if input_attributes is None else range_of(linear.input_quantizer),
+            weight=chosen.weight,
+            inputs=chosen.inputs,
+            weight_amax=None if chosen.weight is None else range_of(linear.weight_quantizer),
+            input_amax=None if chosen.inputs is None else range_of(linear.input_quantizer),
             pre_quant_scale=linear.input_quantizer.pre_quant_scale,
         )
         for name, linear in zip(weights, linears, strict=True)
     }
-    return _fused(weights, found) if scales == "fused" else found
+    return _fused(weights, found) if chosen.scales == "fused" else found
 
 
 def fake_quantized(quant: LinearQuant, weight_OI: Tensor) -> Tensor:
@@ -97,18 +89,16 @@ def smoothed_inputs(quant: LinearQuant, x_TI: Tensor) -> Tensor:
     return x_TI.float() if quant.pre_quant_scale is None else x_TI.float() * quant.pre_quant_scale
 
 
-def _applied(attributes: Attributes | None, amax: Tensor | None, tensor: Tensor) -> Tensor:
-    if attributes is None:
+def _applied(quantizer: Quantizer | None, amax: Tensor | None, tensor: Tensor) -> Tensor:
+    if quantizer is None:
         return tensor
-    quantizer = new_quantizer(attributes, tensor.device)
+    made = new_quantizer(quantizer, tensor.device)
     if amax is not None:
-        quantizer.amax = amax
-    return quantized(quantizer, tensor)
+        made.amax = amax
+    return quantized(made, tensor)
 
 
-def _quant_linears(
-    weights: Mapping[str, Tensor], weight_attributes: Attributes | None, input_attributes: Attributes | None
-) -> nn.ModuleList:
+def _quant_linears(weights: Mapping[str, Tensor], chosen: Format) -> nn.ModuleList:
     """ModelOpt's quantized linears with copies of the weights, which algorithms may change, and with our quantizers."""
     linears: Any = nn.ModuleList()  # Any: ModelOpt changes their class
     for weight_OI in weights.values():
@@ -119,15 +109,15 @@ def _quant_linears(
         mtq.replace_quant_module(linears)
     device = next(iter(weights.values())).device
     for linear in linears:
-        for place, attributes in (
-            ("weight_quantizer", weight_attributes),
-            ("input_quantizer", input_attributes),
+        for place, quantizer in (
+            ("weight_quantizer", chosen.weight),
+            ("input_quantizer", chosen.inputs),
             ("output_quantizer", None),
         ):
-            if attributes is None:
+            if quantizer is None:
                 getattr(linear, place).disable()
             else:
-                setattr(linear, place, new_quantizer(attributes, device))
+                setattr(linear, place, new_quantizer(quantizer, device))
     return linears
 
 
@@ -170,20 +160,20 @@ def _fused(weights: Mapping[str, Tensor], quants: Mapping[str, LinearQuant]) -> 
     }
 
 
-def _shared(ranges: Sequence[tuple[Attributes | None, Tensor | None]]) -> dict[int, Tensor]:
+def _shared(ranges: Sequence[tuple[Quantizer | None, Tensor | None]]) -> dict[int, Tensor]:
     """The largest of the ranges that cover a whole tensor, for each linear that has one."""
     whole = {
         i: amax
-        for i, (attributes, amax) in enumerate(ranges)
-        if attributes and amax is not None and QuantizerSpec(attributes=attributes).is_per_tensor
+        for i, (quantizer, amax) in enumerate(ranges)
+        if quantizer is not None and amax is not None and quantizer.is_per_tensor
     }
     return dict.fromkeys(whole, torch.stack([*whole.values()]).amax(dim=0)) if whole else {}
 
 
-def _largest(attributes: Attributes | None, weight_OI: Tensor) -> Tensor | None:
+def _largest(quantizer: Quantizer | None, weight_OI: Tensor) -> Tensor | None:
     """A weight's range by ModelOpt's `max` calibrator, None where it has no static range."""
-    if attributes is None or attributes.get("type") == "dynamic":
+    if quantizer is None or quantizer.is_dynamic:
         return None
-    quantizer = new_quantizer(attributes, weight_OI.device)
-    calibrate(quantizer, [weight_OI])
-    return range_of(quantizer)
+    made = new_quantizer(quantizer, weight_OI.device)
+    calibrate(made, [weight_OI])
+    return range_of(made)

@@ -1,18 +1,18 @@
 """One linear's quantizers after calibration: all that a fake-quantized model or an export needs."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
+
+from sweep.formats.quantizer import Quantizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearQuant:
-    """One linear's quantizers after calibration: fields of ModelOpt's QuantizerAttributeConfig, ranges and scales."""
+    """One linear's quantizers after calibration, with their ranges and scales."""
 
-    weight: Mapping[str, Any] | None  # None: left unquantized
-    inputs: Mapping[str, Any] | None
+    weight: Quantizer | None  # None: left unquantized
+    inputs: Quantizer | None
     # float32, as ModelOpt's TensorQuantizer keeps it: one a tensor, a channel or a block; None where values alone
     # decide (MX)
     weight_amax: Tensor | None

@@ -19,10 +19,10 @@ with warnings.catch_warnings():
 
 from sweep.core.batches import Batch
 from sweep.core.errors import SweepError, require_known
+from sweep.formats.quantizer import Attributes, Quantizer
+from sweep.formats.recipe import Entry
 from workers.model.forward import batch_to, labels_of, summed_loss
 from workers.quant import block_formats, tensor_formats
-
-Attributes = Mapping[str, Any]  # fields of ModelOpt's QuantizerAttributeConfig
 
 block_formats.register()
 tensor_formats.register()
@@ -35,7 +35,10 @@ def preset(name: str) -> dict[str, Any]:
     """
     require_known("ModelOpt preset (quant_pair.format_name)", name, mtq.config.choices)
     found: Any = getattr(mtq, name)
-    return {"quant_cfg": [copy.deepcopy(dict(entry)) for entry in found["quant_cfg"]], "algorithm": found["algorithm"]}
+    return {
+        "quant_cfg": [copy.deepcopy(dict(entry)) for entry in found["quant_cfg"]],
+        "algorithm": found.get("algorithm"),
+    }
 
 
 def build_extensions(names: Iterable[str]) -> None:
@@ -84,41 +87,41 @@ class Quantizers:
     """
 
     def __init__(self) -> None:
-        self._made: dict[tuple[str, tuple[int, ...]], Any] = {}
+        self._made: dict[tuple[str, tuple[int, ...]], TensorQuantizer] = {}
         self._weight_ranges: dict[tuple[str, str], Tensor] = {}
 
     def weight(
-        self, module: str, attributes: Attributes, weight_OI: Tensor, fused: Mapping[str, Tensor] | None = None
+        self, module: str, quantizer: Quantizer, weight_OI: Tensor, fused: Mapping[str, Tensor] | None = None
     ) -> TensorQuantizer:
         """A quantizer with a weight's range, set by ModelOpt's own `max` calibrator or known from an earlier call.
 
         Args:
             module: names the weight; an equal name means an equal weight.
-            attributes: a valid QuantizerAttributeConfig.
+            quantizer: of the weight.
             weight_OI: [out, in].
             fused: weights by module, this one among them, that share the largest of their ranges, each of its whole
                 tensor.
 
         Raises: AssertionError: ModelOpt's calibrator met a NaN; callers check for it first.
         """
+        range_key = _range_key(quantizer)
         if fused is not None and len(fused) > 1:
-            shared = (",".join(fused), _range_key(attributes))
+            shared = (",".join(fused), range_key)
             if shared not in self._weight_ranges:
-                ranges = [range_of(self.weight(name, attributes, weight)) for name, weight in fused.items()]
+                ranges = [range_of(self.weight(name, quantizer, weight)) for name, weight in fused.items()]
                 amaxes = torch.stack([amax.clone() for amax in ranges if amax is not None])
                 self._weight_ranges[shared] = amaxes.amax(dim=0)
-            return self._calibrated(attributes, tuple(weight_OI.shape), [weight_OI], self._weight_ranges[shared])
-        key = (module, _range_key(attributes))
-        known = self._weight_ranges.get(key)
+            return self._calibrated(quantizer, tuple(weight_OI.shape), weight_OI, self._weight_ranges[shared])
+        known = self._weight_ranges.get((module, range_key))
         calibrates_on = weight_OI if known is not None else weight_OI.float()
-        quantizer = self._calibrated(attributes, tuple(weight_OI.shape), [calibrates_on], known)
-        if known is None and (amax := getattr(quantizer, "_amax", None)) is not None:
-            self._weight_ranges[key] = amax.clone()
-        return quantizer
+        made = self._calibrated(quantizer, tuple(weight_OI.shape), calibrates_on, known)
+        if known is None and (amax := _amax(made)) is not None:
+            self._weight_ranges[module, range_key] = amax.clone()
+        return made
 
     def inputs(
         self,
-        attributes: Attributes,
+        quantizer: Quantizer,
         x_TI: Tensor,
         amaxes: Sequence[float],
         known: MutableMapping[tuple[str, int], Tensor] | None = None,
@@ -126,34 +129,34 @@ class Quantizers:
         """A quantizer with the range of calibration inputs, set by ModelOpt's own `max` calibrator or known.
 
         Args:
-            attributes: a valid QuantizerAttributeConfig.
+            quantizer: of the inputs.
             x_TI: the inputs, [rows, in]: leading rows of one tensor.
             amaxes: largest magnitudes of parts of `x_TI`: they suffice to calibrate one range for the whole tensor.
             known: ranges of that tensor, by axis and blocks and by number of rows; receives this one.
         """
-        known, key = {} if known is None else known, (_range_key(attributes), len(x_TI))
+        known, key = {} if known is None else known, (_range_key(quantizer), len(x_TI))
         if (amax := known.get(key)) is not None:
-            return self._calibrated(attributes, (x_TI.shape[1],), [x_TI], amax)
-        seen = torch.tensor(amaxes, device=x_TI.device) if attributes.get("axis") is None else x_TI.float()
-        quantizer = self._calibrated(attributes, (x_TI.shape[1],), [seen], None)
-        if (amax := getattr(quantizer, "_amax", None)) is not None:
+            return self._calibrated(quantizer, (x_TI.shape[1],), x_TI, amax)
+        seen = torch.tensor(amaxes, device=x_TI.device) if quantizer.axis is None else x_TI.float()
+        made = self._calibrated(quantizer, (x_TI.shape[1],), seen, None)
+        if (amax := _amax(made)) is not None:
             known[key] = amax.clone()
-        return quantizer
+        return made
 
     def _calibrated(
-        self, attributes: Attributes, shape: tuple[int, ...], tensors: Sequence[Tensor], known: Tensor | None
+        self, quantizer: Quantizer, shape: tuple[int, ...], tensor: Tensor, known: Tensor | None
     ) -> TensorQuantizer:
-        key = (repr(sorted(attributes.items(), key=str)), shape)
+        key = (quantizer.id, shape)
         if key not in self._made:
-            self._made[key] = new_quantizer(attributes, tensors[0].device)
-        quantizer = self._made[key]
-        if not quantizer._dynamic and not quantizer.is_mx_format:
-            quantizer.reset_amax()
+            self._made[key] = new_quantizer(quantizer, tensor.device)
+        made = self._made[key]
+        if not made._dynamic and not made.is_mx_format:
+            made.reset_amax()
             if known is not None:
-                quantizer.amax = known
+                made.amax = known
             else:
-                calibrate(quantizer, tensors)
-        return quantizer
+                calibrate(made, [tensor])
+        return made
 
 
 class _RowBlocks(TensorQuantizer):
@@ -170,75 +173,71 @@ class _RowBlocks(TensorQuantizer):
         return super().forward(inputs.reshape(-1, self._block)).view_as(inputs)
 
 
-def new_quantizer(attributes: Attributes, device: torch.device) -> TensorQuantizer:
+def new_quantizer(quantizer: Quantizer, device: torch.device) -> TensorQuantizer:
     """One of ModelOpt's quantizers, without a range yet.
 
     Args:
-        attributes: a valid QuantizerAttributeConfig.
+        quantizer: its attributes.
         device: of the tensors that it will quantize; it decides which kernels.
     """
-    block = _row_block(attributes)
-    plain = {**attributes, "block_sizes": {-1: None}} if block is not None else attributes
+    block = _row_block(quantizer)
+    plain = quantizer if block is None else Quantizer({**quantizer.attributes, "block_sizes": {-1: None}})
     fast = device.type == "cuda" and tensor_formats.supports(plain)
-    fields = {**plain, "backend": tensor_formats.BACKEND} if fast else _with_backend(plain)
-    config = QuantizerAttributeConfig(**fields)
+    fields = {**plain.attributes, "backend": tensor_formats.BACKEND} if fast else with_backend(plain)
+    config = QuantizerAttributeConfig.model_validate(fields)
     return (TensorQuantizer(config) if block is None else _RowBlocks(config, block)).to(device)
 
 
-def _row_block(attributes: Attributes) -> int | None:
+def _row_block(quantizer: Quantizer) -> int | None:
     """The block length of a format whose blocks lie along rows and have a dynamic range each, None for others."""
-    blocks: Mapping[Any, Any] = attributes.get("block_sizes") or {}
-    along_rows = (
-        attributes.get("type") == "dynamic"
-        and blocks.get("type", "static") == "static"
-        and [axis for axis in blocks if isinstance(axis, int)] == [-1]
-    )
-    return blocks[-1] if along_rows else None
+    along_rows = quantizer.is_dynamic and not quantizer.has_dynamic_blocks and [*quantizer.block_lengths] == [-1]
+    return quantizer.block_lengths[-1] if along_rows else None
 
 
-def range_of(quantizer: Any) -> Tensor | None:
+def _amax(made: TensorQuantizer) -> Tensor | None:
+    return getattr(made, "_amax", None)
+
+
+def range_of(made: TensorQuantizer) -> Tensor | None:
     """A calibrated quantizer's range (amax), None for dynamic ranges and MX formats."""
-    return None if quantizer._dynamic or quantizer.is_mx_format else getattr(quantizer, "_amax", None)
+    return None if made._dynamic or made.is_mx_format else _amax(made)
 
 
-def quantized(quantizer: Any, tensor: Tensor) -> Tensor:
+def quantized(made: TensorQuantizer, tensor: Tensor) -> Tensor:
     """The tensor quantized in float32, whatever its dtype."""
-    result: Tensor = quantizer(tensor if quantizer.backend == tensor_formats.BACKEND else tensor.float())
-    return result
+    return made(tensor if made.backend == tensor_formats.BACKEND else tensor.float())
 
 
-def calibrate(quantizer: Any, tensors: Iterable[Tensor]) -> None:
+def calibrate(made: TensorQuantizer, tensors: Iterable[Tensor]) -> None:
     """Set a quantizer's range with its own calibrator."""
-    quantizer.disable_quant()
-    quantizer.enable_calib()
+    made.disable_quant()
+    made.enable_calib()
     for tensor in tensors:
-        quantizer(tensor)
-    quantizer.load_calib_amax()
-    quantizer.disable_calib()
-    quantizer.enable_quant()
+        made(tensor)
+    made.load_calib_amax()
+    made.disable_calib()
+    made.enable_quant()
 
 
-def _with_backend(attributes: Attributes) -> Attributes:
+def with_backend(quantizer: Quantizer) -> Attributes:
     """The attributes with our backend for dynamic blocks.
 
     It is exact on a CPU, and on a GPU calls ModelOpt's kernels with the recipe's block size.
     """
-    dynamic = (attributes.get("block_sizes") or {}).get("type") == "dynamic"
-    return {**attributes, "backend": block_formats.BACKEND} if dynamic else attributes
+    backend = {"backend": block_formats.BACKEND} if quantizer.has_dynamic_blocks else {}
+    return {**quantizer.attributes, **backend}
 
 
-def _range_key(attributes: Attributes) -> str:
+def _range_key(quantizer: Quantizer) -> str:
     """A key of the range: formats of one axis or static block size share it, whatever their number of bits."""
-    blocks: Mapping[Any, Any] = attributes.get("block_sizes") or {}
-    static = blocks if blocks.get("type", "static") != "dynamic" else {}
-    lengths = sorted((axis, length) for axis, length in static.items() if isinstance(axis, int))
-    return repr((attributes.get("axis"), lengths))
+    lengths = {} if quantizer.has_dynamic_blocks else quantizer.block_lengths
+    return repr((quantizer.axis, sorted(lengths.items())))
 
 
 @torch.enable_grad()
 def auto_quantize_state(
     model: nn.Module,
-    recipes: Sequence[Mapping[str, Any]],
+    recipes: Sequence[tuple[Sequence[Entry], str]],
     batches: Sequence[Batch],
     covered: Sequence[str],
     *,
@@ -249,7 +248,7 @@ def auto_quantize_state(
 
     Args:
         model: unquantized; it is not touched.
-        recipes: ModelOpt's `quant_cfg` and `algorithm`, to choose among.
+        recipes: entries and algorithm of each, to choose among.
         batches: calibrated and scored on, all of them.
         covered: names of the modules to choose for; all others, convolutions too, stay unquantized.
         bits: its `effective_bits` constraint, over all linears of the model, disabled ones too.
@@ -267,7 +266,10 @@ def auto_quantize_state(
         _, state = mtq.auto_quantize(
             copy.deepcopy(model).requires_grad_(True),
             constraints={"effective_bits": bits},
-            quantization_formats=[dict(recipe) for recipe in recipes],
+            quantization_formats=[
+                {"quant_cfg": [_entry(each) for each in entries], "algorithm": algorithm}
+                for entries, algorithm in recipes
+            ],
             data_loader=list(batches),
             forward_step=forward_step,
             loss_func=lambda logits, batch: summed_loss(logits, labels_of(batch)),
@@ -281,7 +283,7 @@ def auto_quantize_state(
 
 def auto_quantize_scores(
     model: nn.Module,
-    quant_cfg: Sequence[Mapping[str, Any]],
+    quant_cfg: Sequence[Entry],
     algorithm: str,
     batches: Sequence[Batch],
     covered: Sequence[str],
@@ -297,12 +299,8 @@ def auto_quantize_scores(
 
     Returns: raw score by layer group, in the model's order.
     """
-    entries = [
-        {**entry, "cfg": _with_backend(entry["cfg"])} if entry.get("cfg") else dict(entry) for entry in quant_cfg
-    ]
-    recipe = {"quant_cfg": entries, "algorithm": algorithm}
     # 16 bits let any search pass: only the scores are used.
-    state = auto_quantize_state(model, [recipe], batches, covered, bits=16.0, verbose=False)
+    state = auto_quantize_state(model, [(quant_cfg, algorithm)], batches, covered, bits=16.0, verbose=False)
     scores: dict[str, float] = {}
     for name, stats in state["candidate_stats"].items():
         if len(stats["scores"]) == 2:  # groups that are disabled have the unquantized choice only
@@ -310,3 +308,8 @@ def auto_quantize_scores(
     if not scores:
         raise SweepError("mtq.auto_quantize scored no layer group: every linear is disabled.")
     return scores
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    """An entry as ModelOpt takes it, with our backend for dynamic blocks."""
+    return entry.to_modelopt() | ({"cfg": with_backend(Quantizer(entry.cfg))} if entry.cfg else {})

@@ -4,11 +4,15 @@ It has less than half of the memory traffic: ModelOpt's own kernels return the d
 would have to be cast to float32 first; they and the cast move 14 bytes an element, this one 6.
 """
 
-from collections.abc import Mapping
 from typing import Any, Final
 
-from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend, register_quant_backend
+from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
+    is_registered_quant_backend,
+    register_quant_backend,
+)
 from torch import Tensor
+
+from sweep.formats.quantizer import Quantizer
 
 BACKEND: Final = "sweep_tensors"
 
@@ -19,18 +23,16 @@ def register() -> None:
         register_quant_backend(BACKEND, _quantize)
 
 
-def supports(attributes: Mapping[str, Any]) -> bool:
+def supports(quantizer: Quantizer) -> bool:
     """Whether the backend has the arithmetic of a quantizer.
 
     It has signed integers and E4M3 under one range for all, a row, a column or a block of a row.
     """
-    blocks = attributes.get("block_sizes") or {}
-    lengths = [axis for axis in blocks if isinstance(axis, int)]
     return (
-        blocks.get("type", "static") == "static"
-        and lengths in ([], [-1])
-        and not attributes.get("unsigned")
-        and attributes.get("bias") is None
+        not quantizer.has_dynamic_blocks
+        and [*quantizer.block_lengths] in ([], [-1])
+        and not quantizer.attributes.get("unsigned")
+        and quantizer.attributes.get("bias") is None
     )
 
 

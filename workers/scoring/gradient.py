@@ -10,7 +10,7 @@ segment by segment; so does dx Q(W)^T where the inputs' range is dynamic, and as
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from sweep.core.errors import SweepError
 from sweep.core.sizes import SIZES
+from sweep.formats.format import Format
+from sweep.formats.quantizer import Quantizer
 from workers.quant import kernels
 from workers.quant.calibration import (
     calibrated_linears,
@@ -29,7 +31,7 @@ from workers.quant.calibration import (
     smoothed_weight,
 )
 from workers.quant.linear import LinearQuant
-from workers.quant.modelopt import Attributes, Quantizers, quantized
+from workers.quant.modelopt import Quantizers, quantized
 from workers.scoring.capture import Layout, Rows, square_sum
 from workers.scoring.host_copy import start_host_copy
 from workers.scoring.scores import GroupScore, NotFinite, Scores, not_finite_weight
@@ -39,21 +41,11 @@ _PRODUCT_BYTES = 2e9  # of dx Q(W)^T held at once
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One recipe, and the calibration sizes in which it is to be scored."""
+    """One format, and the calibration sizes in which it is to be scored."""
 
     name: str  # for error messages
-    weight: Attributes | None  # None: left unquantized
-    inputs: Attributes | None
-    calibrates_inputs: bool  # the inputs' range or scale is static, set by the samples of each size
+    format: Format
     sizes: Mapping[str, int]  # number of leading segments, by size
-    algorithm: str = "max"  # ModelOpt's calibration algorithm
-    fused: bool = False  # linears of a group share the ranges of whole tensors and the pre-quantization scale
-    weight_key: str = field(init=False)  # equal for equal attributes
-    input_key: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weight_key", _key([self.weight, self.algorithm, self.fused]))
-        object.__setattr__(self, "input_key", _key(self.inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +139,7 @@ class Engine:
             _score_visit(visit, rows[visit.name], jobs, here, total.sums[called.index(visit.name)])
             total.add_weight(visit, self._weight_squares[visit.name])
         for index, job in enumerate(jobs):
-            if job.algorithm != "max":
+            if job.format.algorithm != "max":
                 own = [column for column in columns if column.job == index]
                 self._score_calibrated(index, called, weights, rows, jobs, own, total)
         total.close()
@@ -164,8 +156,8 @@ class Engine:
         """The operands of every module and distinct weight recipe, for the jobs whose ranges `max` finds."""
         by_weight: dict[str, list[int]] = {}
         for index, job in enumerate(jobs):
-            if job.algorithm == "max":
-                by_weight.setdefault(job.weight_key, []).append(index)
+            if job.format.algorithm == "max":
+                by_weight.setdefault(job.format.weight_id, []).append(index)
         if not by_weight:
             return
         inputs: dict[tuple[str, str | None], Tensor] = {}
@@ -179,9 +171,9 @@ class Engine:
                 fresh = list(inputs.values())
             for indices in by_weight.values():
                 first = jobs[indices[0]]
-                fused = {module: weights[module] for module in called} if first.fused else None
+                fused = {module: weights[module] for module in called} if first.format.is_fused else None
                 with self._on_side_stream():
-                    operand = self._weight(name, first.weight, weights[name], fused)
+                    operand = self._weight(name, first.format.weight, weights[name], fused)
                 self._wait_for_side_stream(operand.quantized_OI, operand.delta_OI, operand.dw_square_sum, *fresh)
                 fresh = []
                 yield _Visit(name, operand, tuple(indices), inputs)
@@ -207,16 +199,13 @@ class Engine:
                 x_TI, layout = rows[names[0]].x_TI[: column.end], rows[names[0]].layout
                 ends = [end for end in layout.batch_ends if end <= column.end]
                 batches = [x_TI[start:end] for start, end in pairwise(ends) if end > start]
-                scales = "fused" if job.fused else "private"
-                found = calibrated_linears(
-                    {name: weights[name] for name in names}, batches, job.weight, job.inputs, job.algorithm, scales
-                )
+                found = calibrated_linears({name: weights[name] for name in names}, batches, job.format)
                 for name in names:
                     quant, dtype = found[name], weights[name].dtype
                     x = smoothed_inputs(quant, x_TI)
                     inputs: dict[tuple[str, str | None], Tensor] = {}
-                    if job.inputs is not None:
-                        inputs[job.input_key, column.size] = (quantized_inputs(quant, x_TI) - x).to(dtype)
+                    if job.format.inputs is not None:
+                        inputs[job.format.input_id, column.size] = (quantized_inputs(quant, x_TI) - x).to(dtype)
                     visit = _Visit(name, _smoothed(quant, weights[name]), (index,), inputs)
                     seen = replace(rows[name], x_TI=x.to(dtype))
                     _score_visit(visit, seen, jobs, [column], total.sums[called.index(name)])
@@ -226,7 +215,7 @@ class Engine:
                         total.add_weight(visit, self._weight_squares[name])
 
     def _weight(
-        self, name: str, attributes: Attributes | None, weight: Tensor, fused: Mapping[str, Tensor] | None
+        self, name: str, attributes: Quantizer | None, weight: Tensor, fused: Mapping[str, Tensor] | None
     ) -> _Weight:
         if attributes is None:
             return _Weight(weight, None, 0.0)
@@ -237,11 +226,11 @@ class Engine:
         self, rows: Rows, jobs: Sequence[Job], columns: Sequence[_Column]
     ) -> dict[tuple[str, str | None], Tensor]:
         """The dx of every distinct recipe of the inputs, by its key and size, over the rows of its longest column."""
-        wanted: dict[tuple[str, str | None], tuple[Attributes, int]] = {}
+        wanted: dict[tuple[str, str | None], tuple[Quantizer, int]] = {}
         for column in columns:
-            attributes = jobs[column.job].inputs
-            if attributes is not None and jobs[column.job].algorithm == "max":
-                key = (jobs[column.job].input_key, column.size)
+            attributes = jobs[column.job].format.inputs
+            if attributes is not None and jobs[column.job].format.algorithm == "max":
+                key = (jobs[column.job].format.input_id, column.size)
                 wanted[key] = attributes, max(column.end, wanted.get(key, (attributes, 0))[1])
         deltas: dict[tuple[str, str | None], Tensor] = {}
         for key, (attributes, end) in wanted.items():
@@ -397,11 +386,11 @@ def _score_visit(visit: _Visit, rows: Rows, jobs: Sequence[Job], columns: Sequen
     for first in range(0, len(columns), step):
         together = columns[first : first + step]
         ends = [column.end for column in together]
-        input_ends = [0 if jobs[column.job].inputs is None else column.end for column in together]
+        input_ends = [0 if jobs[column.job].format.inputs is None else column.end for column in together]
         by_inputs = rows.g_TO.new_empty(len(together), max(input_ends), n_out, dtype=dtype)  # dx Q(W)^T
         for place, column in enumerate(together):
             if input_ends[place]:
-                deltas = visit.inputs[jobs[column.job].input_key, column.size]
+                deltas = visit.inputs[jobs[column.job].format.input_id, column.size]
                 for start, end in column.pieces:
                     _matmul(deltas[start:end], weight, by_inputs[place, start:end])
         into = slice(together[0].index, together[-1].index + 1)
@@ -436,11 +425,11 @@ def _columns(jobs: Sequence[Job], layout: Layout) -> list[_Column]:
     """The columns of all jobs; those of jobs with equal weights lie side by side."""
     order: dict[str, int] = {}
     for job in jobs:
-        order.setdefault(job.weight_key, len(order))
+        order.setdefault(job.format.weight_id, len(order))
     columns: list[_Column] = []
-    for index in sorted(range(len(jobs)), key=lambda index: order[jobs[index].weight_key]):
+    for index in sorted(range(len(jobs)), key=lambda index: order[jobs[index].format.weight_id]):
         job = jobs[index]
-        if job.calibrates_inputs:
+        if job.format.calibrates_inputs:
             for size, n_segments in job.sizes.items():
                 columns.append(_Column(len(columns), index, size, ((0, layout.ends[n_segments - 1]),)))
         else:
@@ -467,9 +456,3 @@ def _result_dtype(operand: Tensor) -> torch.dtype:
     (some 1e-6 of a score).
     """
     return torch.float32 if not operand.is_cuda else operand.dtype
-
-
-def _key(value: object) -> str:
-    if isinstance(value, Mapping):
-        return repr(sorted(value.items(), key=str))
-    return "".join(map(_key, value)) if isinstance(value, list) else repr(value)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sweep.core.sizes import SIZES
+from sweep.formats.quantizer import Quantizer
 from workers.quant import kernels
-from workers.quant.modelopt import Attributes, Quantizers, quantized
+from workers.quant.modelopt import Quantizers, quantized
 from workers.scoring.baseline import Baseline
 from workers.scoring.capture import Segments, square_sum
 from workers.scoring.gradient import Job
@@ -76,10 +77,12 @@ class KlEngine:
         return lambda: [finish(modules[0]) for finish in started]
 
     def _start(self, modules: Sequence[str], job: Job) -> Callable[[str], Scores]:
-        fused = {name: self._model.get_submodule(name).weight.detach() for name in modules} if job.fused else None
-        linears = {name: self._linear(name, job.weight, fused) for name in modules}
+        fused = (
+            {name: self._model.get_submodule(name).weight.detach() for name in modules} if job.format.is_fused else None
+        )
+        linears = {name: self._linear(name, job.format.weight, fused) for name in modules}
         by_size: dict[str, Tensor] = {}  # [samples] float64, in the order of the rows
-        if job.calibrates_inputs:
+        if job.format.calibrates_inputs:
             by_size |= {
                 size: self._samples(self._with_inputs(linears, job, n_segments), n_segments)
                 for size, n_segments in job.sizes.items()
@@ -160,7 +163,7 @@ class KlEngine:
             for module in replaced.values():
                 del module.forward  # the instance's attribute: the class's method is in force again
 
-    def _linear(self, name: str, attributes: Attributes | None, fused: Mapping[str, Tensor] | None) -> _Linear:
+    def _linear(self, name: str, attributes: Quantizer | None, fused: Mapping[str, Tensor] | None) -> _Linear:
         weight = self._model.get_submodule(name).weight.detach()
         if attributes is None:
             return _Linear(weight, None, 0.0)
@@ -169,7 +172,7 @@ class KlEngine:
 
     def _with_inputs(self, linears: Mapping[str, _Linear], job: Job, n_segments: int) -> Mapping[str, _Linear]:
         """The linears with one quantizer for each distinct input tensor, its range set by leading segments."""
-        if job.inputs is None:
+        if job.format.inputs is None:
             return linears
         shared: dict[str, _SharedInput] = {}
         for name in linears:
@@ -179,7 +182,7 @@ class KlEngine:
                 # same time. A range is remembered as a weight's is: finding one makes the host wait for the GPU.
                 quantizers = self._input_quantizers.setdefault(len(shared), Quantizers())
                 amaxes = self._base.inputs.amaxes[source][:n_segments]
-                shared[source] = _SharedInput(quantizers.weight(f"{source} {n_segments}", job.inputs, amaxes))
+                shared[source] = _SharedInput(quantizers.weight(f"{source} {n_segments}", job.format.inputs, amaxes))
         return {
             name: replace(linear, inputs=shared[self._base.inputs.source[name]]) for name, linear in linears.items()
         }

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
-from sweep.core.groups import part_of
-from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
+from sweep.core.groups import LayerGroup
+from sweep.formats.format import GroupFormat
+from sweep.formats.mixed import MixedRecipe
 from workers.model import memory
 from workers.quant.applied import applied, calibrated_model, output_error
 from workers.quant.calibration import calibrated_linears
@@ -70,7 +71,7 @@ def recaptured_scores(
     """
     segments = plan.segments[: plan.segments_of(recipe.size)]
     quants = calibrated_model(model, list(plan.batches(recipe.size)), recipe)
-    wanted = [choice for choice in recipe.groups if formats.get(choice.group)]
+    wanted = [choice.group for choice in recipe.groups if formats.get(choice.group.name)]
     if not wanted:
         return []
     found: dict[str, list[RecapturedScore]] = {}
@@ -78,32 +79,32 @@ def recaptured_scores(
     n_predictions = plan.n_predictions(recipe.size)
     with applied(model, quants):
         for index, rows in captures(model, segments, [_modules(window) for window in windows]):
-            for choice in windows[index]:
-                found[choice.group] = list(_scored(model, choice, formats[choice.group], rows, n_predictions))
-    return [row for choice in wanted for row in found[choice.group]]
+            for group in windows[index]:
+                found[group.name] = list(_scored(model, group, formats[group.name], rows, n_predictions))
+    return [row for group in wanted for row in found[group.name]]
 
 
 def _scored(
-    model: Any, choice: GroupChoice, formats: Sequence[GroupFormat], rows: Mapping[str, Rows], n_predictions: int
+    model: Any, group: LayerGroup, formats: Sequence[GroupFormat], rows: Mapping[str, Rows], n_predictions: int
 ) -> Iterator[RecapturedScore]:
-    called = [name for name in choice.modules if name in rows]
+    called = [name for name in group.modules if name in rows]
     if not called:
         return
     weights = {name: model.get_submodule(name).weight.detach() for name in called}
     first = rows[called[0]]
     batches = [part for part in first.x_TI.split(np.diff(first.layout.batch_ends).tolist()) if len(part)]
     for chosen in formats:
-        quants = calibrated_linears(weights, batches, chosen.weight, chosen.inputs, chosen.algorithm, chosen.scales)
+        quants = calibrated_linears(weights, batches, chosen)
         samples = sum(_sample_scores(quants[name], weights[name], rows[name]) for name in called)
         assert isinstance(samples, np.ndarray)
         if not np.isfinite(samples).all():
             raise SweepError(
-                f"Layer group {choice.group} under {chosen.label}: "
+                f"Layer group {group.name} under {chosen.label}: "
                 "its score in the quantized model is NaN or infinite. Exclude the format."
             )
         score = float(samples.sum())
         yield RecapturedScore(
-            group=choice.group,
+            group=group.name,
             format=chosen.label,
             score=score,
             predicted_kl=score / (2 * n_predictions),
@@ -123,14 +124,14 @@ def _sample_scores(quant: LinearQuant, weight_OI: Tensor, rows: Rows) -> npt.NDA
 
 
 def _windows(
-    model: Any, groups: Sequence[GroupChoice], segments: Segments, room: float | None
-) -> list[list[GroupChoice]]:
+    model: Any, groups: Sequence[LayerGroup], segments: Segments, room: float | None
+) -> list[list[LayerGroup]]:
     """Decoder layers whose x and g fit in memory together; a layer stays whole."""
     parameter = next(model.parameters())
     if room is None:
         room = torch.cuda.mem_get_info(parameter.device)[0] / 2 if parameter.device.type == "cuda" else _CPU_BYTES
     row_bytes = memory.n_rows(chain.from_iterable(segments)) * parameter.element_size()
-    parts = [list(members) for _, members in groupby(groups, key=lambda choice: part_of(choice.group)[0])]
+    parts = [list(members) for _, members in groupby(groups, key=lambda group: group.part)]
     sizes: list[int] = []
     for part in parts:
         shapes = [model.get_submodule(name).weight.shape for name in _modules(part)]
@@ -138,5 +139,5 @@ def _windows(
     return [list(chain.from_iterable(window)) for window in memory.windows(parts, sizes, room)]
 
 
-def _modules(groups: Sequence[GroupChoice]) -> list[str]:
-    return [name for choice in groups for name in choice.modules]
+def _modules(groups: Sequence[LayerGroup]) -> list[str]:
+    return [name for group in groups for name in group.modules]

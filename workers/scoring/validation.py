@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from sweep.core.batches import Batch
 from sweep.core.errors import SweepError
-from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
+from sweep.core.groups import LayerGroup
+from sweep.formats.format import Format
+from sweep.formats.mixed import MixedRecipe
 from workers.model.forward import batch_to, labels_of
 from workers.model.hooks import removed_after
 from workers.model.memory import HEAD_ROWS
@@ -143,7 +145,7 @@ def _input_of(head: nn.Linear) -> Generator[Callable[[], Tensor]]:
 
 def measurer(
     model: Any,
-    groups: Sequence[GroupChoice],
+    groups: Sequence[LayerGroup],
     recipes: Sequence[MixedRecipe],
     calibration: Sequence[Batch],
     held_out: Sequence[Batch],
@@ -152,17 +154,17 @@ def measurer(
 
     Args:
         model: as for `Validator`.
-        groups: of the model, in its order; the formats chosen for them are ignored.
+        groups: of the model, in its order.
         recipes: of this model, that will be measured.
         calibration: samples that calibrate.
         held_out: samples to measure on.
     """
-    formats: dict[str, list[GroupFormat]] = {}
+    formats: dict[str, list[Format]] = {}
     for recipe in recipes:
         for choice in recipe.groups:
             chosen = recipe.format_of(choice)
-            if chosen is not None and chosen not in formats.setdefault(choice.group, []):
-                formats[choice.group].append(chosen)
+            if chosen is not None and chosen not in formats.setdefault(choice.group.name, []):
+                formats[choice.group.name].append(chosen)
     quants = calibrated_groups(model, calibration, groups, formats)
     validator = Validator(model, held_out)
 
@@ -170,7 +172,7 @@ def measurer(
         by_module: dict[str, LinearQuant] = {}
         for choice in recipe.groups:
             if (chosen := recipe.format_of(choice)) is not None:
-                by_module |= quants[choice.group][formats[choice.group].index(chosen)]
+                by_module |= quants[choice.group.name][formats[choice.group.name].index(chosen)]
         return validator.measure(by_module)
 
     return measure

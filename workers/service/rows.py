@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sweep.core.groups import GroupSpec, Part
+from sweep.core.groups import Part, ShapedGroup
 from sweep.core.sizes import SIZES
 from sweep.store.records import SCORES_SCHEMA
 from sweep.store.store import Store
@@ -56,7 +56,7 @@ class TaskWriter:
             elif self._store.is_finished(cell_id):
                 self._store.drop_parts(cell_id)
 
-    def _row(self, group: GroupSpec, size: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+    def _row(self, group: ShapedGroup, size: str, columns: Mapping[str, Any]) -> dict[str, Any]:
         n_predictions, score = self._n_predictions[size], columns["score"]
         divisor = n_predictions if self.task.method == "kl_div" else 2 * n_predictions
         return {
@@ -69,7 +69,7 @@ class TaskWriter:
             "n_predictions": n_predictions,
             "n_samples": SIZES[size],
             "weight_elements": group.weight_elements,
-            "effective_bits": self.task.effective_bits,
+            "effective_bits": self.task.format.effective_bits,
             **columns,
         }
 

@@ -16,7 +16,7 @@ import torch
 
 from sweep.core.batches import Plan
 from sweep.core.errors import SweepError, Unfit
-from sweep.core.groups import GroupSpec, Part, parts_of
+from sweep.core.groups import Part, ShapedGroup, parts_of
 from sweep.core.machine import Gpu, Hardware, has_compiler, memory_gb, n_cores
 from sweep.store.store import Store
 from workers.model import loading, memory
@@ -38,7 +38,7 @@ _MAX_HALVINGS = 8
 _MAX_WRITERS = 8  # that put parts on disk while the next layer is scored
 
 _Waiting = Callable[[], list[Scores] | None]  # see Engine.score_group
-_Start = Callable[[GroupSpec, Sequence[Job]], _Waiting]
+_Start = Callable[[ShapedGroup, Sequence[Job]], _Waiting]
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +258,7 @@ class Scorer:
         """method=gradient: each part, and a function that starts the scoring of one of its groups."""
         for window, rows in self._windows(states, plan, parts):
 
-            def start(group: GroupSpec, jobs: Sequence[Job], rows: Mapping[str, Rows] = rows) -> _Waiting:
+            def start(group: ShapedGroup, jobs: Sequence[Job], rows: Mapping[str, Rows] = rows) -> _Waiting:
                 weights = self._weights(group)
                 device = next(iter(weights.values())).device
                 if device not in self._engines:
@@ -350,7 +350,7 @@ class Scorer:
             self._captured = held = _Captured(plan_id, n_segments, frozenset(modules), rows)
         return held.rows
 
-    def _weights(self, group: GroupSpec) -> dict[str, torch.Tensor]:
+    def _weights(self, group: ShapedGroup) -> dict[str, torch.Tensor]:
         return {name: self._model.get_submodule(name).weight.detach() for name in group.modules}
 
     def _explained(self, error: NotFinite) -> NotFinite:
@@ -377,7 +377,7 @@ class Scorer:
                 with _calls(self._model, covered) as called:
                     try:
                         found = auto_quantize_scores(
-                            self._model, task.quant_cfg, task.algorithm, list(plan.batches(size)), covered
+                            self._model, task.quant_cfg, task.format.algorithm, list(plan.batches(size)), covered
                         )
                     except AssertionError as error:  # ModelOpt's calibrator met a NaN
                         yield wanted[0], {task_id: NotFinite(f"{task.label}: ModelOpt {error}.")}

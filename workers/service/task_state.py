@@ -61,11 +61,7 @@ class TaskState:
         task = self.task
         return Job(
             name=task.label,
-            weight=task.weight_attributes,
-            inputs=task.input_attributes,
-            calibrates_inputs=task.calibrates_inputs,
-            algorithm=task.algorithm,
-            fused=task.fused,
+            format=task.format,
             sizes={size: self._plan.segments_of(size) for size, done in self.done.items() if part.name not in done},
         )
 

@@ -1,0 +1,99 @@
+"""A number format of linears: both quantizers, the calibration algorithm, and whose scales linears share."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from sweep.core.pairs import Algorithm, Scales
+from sweep.formats.quantizer import UNQUANTIZED_BITS, Canonical, Quantizer
+
+# Algorithms that multiply the inputs by a pre-quantization scale, found on samples.
+SCALES_INPUTS: Final = frozenset({"awq_lite", "smoothquant"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How linears are quantized."""
+
+    weight: Quantizer | None  # None: left unquantized
+    inputs: Quantizer | None
+    algorithm: Algorithm  # ModelOpt's, which finds calibration ranges (amax) and pre-quantization scales
+    scales: Scales  # whether the linears of a group share the ranges of whole tensors and the pre-quantization scale
+
+    @property
+    def quantizers(self) -> tuple[Quantizer, ...]:
+        """Those of weights and inputs that are quantized."""
+        return tuple(each for each in (self.weight, self.inputs) if each is not None)
+
+    @property
+    def calibrates_inputs(self) -> bool:
+        """Whether scores depend on the samples that calibrated the inputs' range or scale."""
+        return self.algorithm in SCALES_INPUTS or (self.inputs is not None and self.inputs.is_calibrated)
+
+    @property
+    def shares_ranges(self) -> bool:
+        """Whether it makes a difference that linears of a group share what runtimes share."""
+        return self.algorithm in SCALES_INPUTS or (self.weight is not None and self.weight.is_per_tensor)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether linears of a group share ranges or scales, and that makes a difference."""
+        return self.scales == "fused" and self.shares_ranges
+
+    @property
+    def has_dynamic_blocks(self) -> bool:
+        """Whether a quantizer is NVFP4 or of the MX formats."""
+        return any(each.has_dynamic_blocks for each in self.quantizers)
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits a weight, block scales counted: NVFP4 4.5, INT4 in blocks of 128 4.125."""
+        return self.weight.effective_bits if self.weight is not None else UNQUANTIZED_BITS
+
+    @property
+    def block_lengths(self) -> tuple[int, ...]:
+        """Block lengths along a linear's inputs, which they must divide."""
+        return tuple(length for each in self.quantizers if (length := each.block_lengths.get(-1)) is not None)
+
+    @property
+    def block_rows(self) -> int | None:
+        """Outputs that share a weight block, which must divide a linear's outputs; None where each has its own."""
+        return self.weight.block_lengths.get(-2) if self.weight is not None else None
+
+    @property
+    def canonical(self) -> list[Canonical]:
+        """Algorithm, weights and inputs, with defaults filled in."""
+        return [self.algorithm, *(each and each.canonical for each in (self.weight, self.inputs))]
+
+    @cached_property
+    def weight_id(self) -> str:
+        """Equal for formats under which a weight has the same values."""
+        return json.dumps([self.algorithm, self.is_fused, self.weight and self.weight.id])
+
+    @property
+    def input_id(self) -> str:
+        """Equal for formats that quantize inputs alike."""
+        return self.inputs.id if self.inputs is not None else ""
+
+    @cached_property
+    def id(self) -> str:
+        """The format's identity: equal for formats with the same arithmetic."""
+        return json.dumps([self.weight_id, self.input_id])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupFormat(Format):
+    """A format for layer groups, with the names of its pair and granularity."""
+
+    quant_pair: str
+    quant_granularity: str
+
+    @property
+    def label(self) -> str:
+        """Its name in files and tables: ``wint4_afp16/w_group128/awq_lite``.
+
+        The algorithm `max` is left out.
+        """
+        algorithm = [] if self.algorithm == "max" else [self.algorithm]
+        return "/".join([self.quant_pair, self.quant_granularity, *algorithm])
