@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypeVar
 
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE, EXIT_INCOMPLETE, EXIT_WRONG_INPUT
@@ -32,6 +32,34 @@ exit codes: 0 done, 2 wrong input, 3 some trials failed, 75 interrupted (run aga
 """
 
 
+class Options(argparse.Namespace):
+    """Typed options, each of the verbs that have it."""
+
+    verb: str
+    overrides: list[str]
+    multirun: bool
+    cfg: str | None
+    watch: bool
+    cluster: bool
+    store: bool
+    overwrite: bool
+    as_json: bool
+    recipe_path: str
+    format: str
+    out: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Verb:
+    """A verb: its line in the help, its command, and the options that it adds."""
+
+    summary: str
+    command: Callable[[Options], int]  # returns the exit code
+    add_options: Callable[[argparse.ArgumentParser], None]
+    epilog: str | None = None
+    takes_recipe: bool = False
+
+
 def script() -> int:
     """The console script: `main`, whose exit code stands whatever signal arrives while Python ends."""
     code = main()
@@ -42,13 +70,14 @@ def script() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code; wrong input prints one message to standard error."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)  # argparse itself refuses overrides after an option
+    # parse_args itself refuses overrides after an option.
+    options, rest = parser.parse_known_args(arguments, namespace=Options())
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}; try: sweep {options.verb} --help")
     options.overrides += rest
     try:
         with interruptible():
-            return _VERBS[options.verb](options)
+            return _VERBS[options.verb].command(options)
     except SweepError as error:
         print(f"sweep {options.verb}: {error}", file=sys.stderr)  # noqa: T201 -- the one place that prints errors
         return EXIT_WRONG_INPUT
@@ -60,72 +89,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: Options) -> int:
     from rich.console import Console
 
-    overrides: list[str] = options.overrides
     if options.cfg:
         from sweep.commands.cfg import print_config
 
-        return print_config(overrides, multirun=options.multirun)
+        return print_config(options.overrides, multirun=options.multirun)
     from sweep.commands.run import run
 
-    demo = not overrides and not options.multirun
+    demo = not options.overrides and not options.multirun
     return run(
-        ["grid=demo"] if demo else overrides,
+        ["grid=demo"] if demo else options.overrides,
         multirun=options.multirun or demo,
         console=Console(markup=False, soft_wrap=True),
     )
 
 
-def _status(options: argparse.Namespace) -> int:
+def _status(options: Options) -> int:
     from sweep.commands.status import print_status
 
     return print_status(options.overrides, as_json=options.as_json, watch=options.watch, ask_ray=options.cluster)
 
 
-def _publish(options: argparse.Namespace) -> int:
+def _publish(options: Options) -> int:
     from sweep.commands.publish import publish_store
 
     return publish_store(options.overrides, overwrite=options.overwrite, as_json=options.as_json)
 
 
-def _solve(options: argparse.Namespace) -> int:
-    from sweep.commands.solve import Request, solve_command
+def _doctor(options: Options) -> int:
+    from sweep.commands.doctor import examine, examine_store
 
-    return solve_command(_request(Request, options))
-
-
-def _validate(options: argparse.Namespace) -> int:
-    from sweep.commands.validate import Request, validate_command
-
-    return validate_command(_request(Request, options))
-
-
-def _recommend(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from sweep.commands.recommend import Request, recommend
-
-    return recommend(_request(Request, options), Console(markup=False, soft_wrap=True, quiet=options.as_json))
-
-
-def _request(kind: type[_Request], options: argparse.Namespace) -> _Request:
-    """The typed options as a verb's own request type, whose fields are called as the options' destinations."""
-    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
-
-
-def _doctor(options: argparse.Namespace) -> int:
     if options.store:
-        from sweep.commands.doctor import examine_store
-
         return examine_store(options.overrides, as_json=options.as_json)
-    from sweep.commands.doctor import examine
-
     return examine(options.overrides, multirun=options.multirun, as_json=options.as_json)
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(options: Options) -> int:
     from sweep.commands.export import export
 
     return export(
@@ -133,16 +134,29 @@ def _export(options: argparse.Namespace) -> int:
     )
 
 
-_VERBS = {
-    "run": _run,
-    "status": _status,
-    "publish": _publish,
-    "doctor": _doctor,
-    "solve": _solve,
-    "validate": _validate,
-    "export": _export,
-    "recommend": _recommend,
-}
+def _solve(options: Options) -> int:
+    from sweep.commands.solve import Request, solve_command
+
+    return solve_command(_request(Request, options))
+
+
+def _validate(options: Options) -> int:
+    from sweep.commands.validate import Request, validate_command
+
+    return validate_command(_request(Request, options))
+
+
+def _recommend(options: Options) -> int:
+    from rich.console import Console
+
+    from sweep.commands.recommend import Request, recommend
+
+    return recommend(_request(Request, options), Console(markup=False, soft_wrap=True, quiet=options.as_json))
+
+
+def _request(kind: type[_Request], options: Options) -> _Request:
+    """The typed options as a verb's own request type, whose fields are called as the options' destinations."""
+    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,82 +164,63 @@ def _parser() -> argparse.ArgumentParser:
         prog="sweep", description="Which layers of a vision-language model suffer under which number format."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    add_verbs = (
-        _add_run,
-        _add_status,
-        _add_publish,
-        _add_doctor,
-        _add_export,
-        _add_solve,
-        _add_validate,
-        _add_recommend,
-    )
-    for add_verb in add_verbs:
-        add_verb(verbs)
+    for name, verb in _VERBS.items():
+        added = verbs.add_parser(
+            name,
+            help=verb.summary,
+            description=verb.summary[0].upper() + verb.summary[1:] + ".",
+            epilog=verb.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if verb.takes_recipe:
+            added.add_argument("recipe_path", metavar="RECIPE.yaml", help="what sweep solve wrote")
+        override = "Hydra override, e.g. quant_pair=wfp8_afp8 or dataset.size=small"
+        added.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=override)
+        verb.add_options(added)
     return parser
 
 
-def _add_run(verbs: Any) -> None:
-    run = _verb(verbs, "run", "score one trial, or with -m a grid; the same command again resumes", epilog=_RUN_EPILOG)
+def _run_options(run: argparse.ArgumentParser) -> None:
     _add_multirun(run)
     run.add_argument("--cfg", choices=["job"], help="print the composed config and stop")
 
 
-def _add_status(verbs: Any) -> None:
-    status = _verb(verbs, "status", "trials, layer groups done, workers, ETA and failures, from the store")
+def _status_options(status: argparse.ArgumentParser) -> None:
     status.add_argument("--watch", action="store_true", help="again every few seconds, while a run is under way")
     status.add_argument("--cluster", action="store_true", help="ask Ray as well: nodes, GPUs, workers of every sweep")
     _add_json(status)
 
 
-def _add_publish(verbs: Any) -> None:
-    publish = _verb(verbs, "publish", "sync finished results into the models directory")
+def _publish_options(publish: argparse.ArgumentParser) -> None:
     replaced = "replace folders that another model revision or data set content left; files of others stay"
     publish.add_argument("--overwrite", action="store_true", help=replaced)
     _add_json(publish)
 
 
-def _add_doctor(verbs: Any) -> None:
-    doctor = _verb(verbs, "doctor", "check machine, config, model and data before hours are spent")
+def _doctor_options(doctor: argparse.ArgumentParser) -> None:
     _add_multirun(doctor)
     verified = "verify every file of the store, repair what can be, name the rest"
     doctor.add_argument("--store", action="store_true", help=verified)
     _add_json(doctor)
 
 
-def _add_export(verbs: Any) -> None:
-    export = _verb(verbs, "export", "files that runtimes read, from a recipe that sweep solve wrote", takes_recipe=True)
-    export.add_argument(
-        "--format",
-        required=True,
-        choices=["compressed-tensors", "modelopt", "csv"],
-        help="a checkpoint, ModelOpt's recipe YAML, or a table",
-    )
+def _export_options(export: argparse.ArgumentParser) -> None:
+    formats = ["compressed-tensors", "modelopt", "csv"]
+    written = "a checkpoint, ModelOpt's recipe YAML, or a table"
+    export.add_argument("--format", required=True, choices=formats, help=written)
     place = "a directory for compressed-tensors, else a file"
     export.add_argument("--out", required=True, metavar="DIR|FILE", help=place)
     replaced = "replace what an earlier export has put there; files of others stay"
     export.add_argument("--overwrite", action="store_true", help=replaced)
 
 
-def _add_solve(verbs: Any) -> None:
-    summary = "the mixed-precision recipe of least predicted KL under a budget, from the store alone"
-    solve = _verb(verbs, "solve", summary)
-    solve.add_argument(
-        "--pin",
-        dest="pins",
-        action="append",
-        default=[],
-        metavar="PATTERN=FORMAT",
-        help="layer groups that get this format; 16: none",
-    )
-    solve.add_argument(
-        "--exclude",
-        dest="excludes",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="layer groups that stay in 16 bits",
-    )
+def _solve_options(solve: argparse.ArgumentParser) -> None:
+    rules = {
+        "--pin": ("pins", "PATTERN=FORMAT", "layer groups that get this format; 16: none"),
+        "--exclude": ("excludes", "PATTERN", "layer groups that stay in 16 bits"),
+    }
+    for option, (name, metavar, text) in rules.items():
+        solve.add_argument(option, dest=name, action="append", default=[], metavar=metavar, help=text)
     solve.add_argument("--uniform-layer", action="store_true", help="one format for all groups of a decoder layer")
     again = "apply the recipe, capture and score again, solve again; N times"
     solve.add_argument("--recapture", type=int, default=0, metavar="N", help=again)
@@ -238,9 +233,7 @@ def _add_solve(verbs: Any) -> None:
     _add_json(solve)
 
 
-def _add_validate(verbs: Any) -> None:
-    summary = "a recipe's KL measured on samples that it has not seen, beside the predicted one"
-    validate = _verb(verbs, "validate", summary, takes_recipe=True)
+def _validate_options(validate: argparse.ArgumentParser) -> None:
     mixes = "measure N random mixes of the store's formats as well"
     validate.add_argument("--random", dest="n_random", type=int, default=0, metavar="N", help=mixes)
     uniform = "measure one format for all groups, those no larger than the recipe, as well"
@@ -250,9 +243,7 @@ def _add_validate(verbs: Any) -> None:
     _add_json(validate)
 
 
-def _add_recommend(verbs: Any) -> None:
-    summary = "doctor, the target's grid, recipes under a budget, their measured KL, files and a page, in one command"
-    recommend = _verb(verbs, "recommend", summary)
+def _recommend_options(recommend: argparse.ArgumentParser) -> None:
     place = "where everything goes, beside files of others; default outputs/recommended/NAME"
     recommend.add_argument("--out", metavar="DIR", help=place)
     _add_budget(recommend)
@@ -274,22 +265,28 @@ def _add_json(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", dest="as_json", action="store_true", help="print JSON instead of text")
 
 
-def _verb(
-    verbs: Any, name: str, summary: str, epilog: str | None = None, *, takes_recipe: bool = False
-) -> argparse.ArgumentParser:
-    verb: argparse.ArgumentParser = verbs.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    if takes_recipe:
-        verb.add_argument("recipe_path", metavar="RECIPE.yaml", help="what sweep solve wrote")
-    verb.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="OVERRIDE",
-        help="Hydra override, e.g. quant_pair=wfp8_afp8 or dataset.size=small",
-    )
-    return verb
+_VERBS = {
+    "run": _Verb(
+        "score one trial, or with -m a grid; the same command again resumes", _run, _run_options, epilog=_RUN_EPILOG
+    ),
+    "status": _Verb("trials, layer groups done, workers, ETA and failures, from the store", _status, _status_options),
+    "publish": _Verb("sync finished results into the models directory", _publish, _publish_options),
+    "doctor": _Verb("check machine, config, model and data before hours are spent", _doctor, _doctor_options),
+    "export": _Verb(
+        "files that runtimes read, from a recipe that sweep solve wrote", _export, _export_options, takes_recipe=True
+    ),
+    "solve": _Verb(
+        "the mixed-precision recipe of least predicted KL under a budget, from the store alone", _solve, _solve_options
+    ),
+    "validate": _Verb(
+        "a recipe's KL measured on samples that it has not seen, beside the predicted one",
+        _validate,
+        _validate_options,
+        takes_recipe=True,
+    ),
+    "recommend": _Verb(
+        "doctor, the target's grid, recipes under a budget, their measured KL, files and a page, in one command",
+        _recommend,
+        _recommend_options,
+    ),
+}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -27,6 +27,9 @@ from sweep.config.targets import Target
 from sweep.core import cache
 from sweep.core.errors import SweepError, require_known
 from sweep.core.paths import bundled_model_dir, conf_dir
+from sweep.core.typed import Plain, Section
+
+_Nodes: TypeAlias = dict[str, dict[str, Plain]]  # composed, by group
 
 # Groups and keys of the run, not of a trial: they cannot be axes.
 _OF_THE_RUN = frozenset({"store", "output_layout", "cluster", "grid", "target", "validation", "sensitivity.memory_gb"})
@@ -44,6 +47,14 @@ def _refuse_environment(name: str, *default: str) -> str:
 
 
 OmegaConf.register_new_resolver("oc.env", _refuse_environment, replace=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridConfig(Section):
+    """A file of the group ``grid``."""
+
+    axes: Mapping[str, list[str | int | float | bool]]  # values by key
+    points: Literal["all", "target"]  # the product of the axes; its recipes are those that the target runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,16 +113,17 @@ def _expand(overrides: Sequence[str], multirun: bool, default_grid: str) -> Grid
         given["grid"] = (default_grid,)
     singles = {key: values[0] for key, values in given.items() if len(values) == 1}
     base = _composed(singles)
-    grid = base.pop("grid")
-    axes = _axes(grid, given, multirun)
+    grid = GridConfig.from_node("grid", base["grid"])
+    if grid.axes and not multirun:
+        raise SweepError("grid=... spans a grid. Add -m: sweep run -m grid=NAME")
+    # The grid file's axes, each replaced by what was typed for its key, and then the other lists typed.
+    axes = {key: given.get(key, tuple(map(str, values))) for key, values in grid.axes.items()}
+    axes |= {key: values for key, values in given.items() if len(values) > 1}
     recipes: list[dict[str, str]] = [{}]
-    if grid["points"] == "target":
+    if grid.points == "target":
         recipes = _target_points(base, given)
         axes = {key: values for key, values in axes.items() if key not in _RECIPE_KEYS}
-    spanned: dict[str, tuple[str, ...]] = {}
-    for key in recipes[0]:
-        spanned[key] = tuple(dict.fromkeys(recipe[key] for recipe in recipes))
-    spanned |= axes
+    spanned = {key: tuple(dict.fromkeys(recipe[key] for recipe in recipes)) for key in recipes[0]} | axes
     _check_groups(spanned, options)
     choices = _choices(singles, spanned)
     points: list[SweepConfig] = []
@@ -121,14 +133,14 @@ def _expand(overrides: Sequence[str], multirun: bool, default_grid: str) -> Grid
     return Grid(points=tuple(points), axes=spanned)
 
 
-def _target_points(base: Mapping[str, Any], given: Mapping[str, tuple[str, ...]]) -> list[dict[str, str]]:
+def _target_points(base: _Nodes, given: Mapping[str, tuple[str, ...]]) -> list[dict[str, str]]:
     """The recipes that the target runs, of those typed if any were.
 
     Raises: SweepError: it runs none of them.
     """
     target = Target.from_config(TargetConfig.from_node("target", base["target"]))
     pairs, granularities = (given.get(key) for key in _RECIPE_KEYS[:2])
-    algorithms = given.get(_RECIPE_KEYS[2], (base["sensitivity"]["quant_algorithm"],))
+    algorithms = given.get(_RECIPE_KEYS[2], (str(base["sensitivity"]["quant_algorithm"]),))
     points = [
         dict(zip(_RECIPE_KEYS, point, strict=True))
         for point in target.points(pairs=pairs, granularities=granularities, algorithms=algorithms)
@@ -158,13 +170,11 @@ def _parsed(override: str) -> Override:
 
 
 def _group_options() -> dict[str, list[str]]:
-    groups = [path for path in conf_dir().iterdir() if path.is_dir()]
-    return {group.name: _stems(group) for group in groups}
-
-
-def _stems(group: Path) -> list[str]:
-    """The options of a group: its YAML files' names."""
-    return sorted(path.stem for path in group.glob("*.yaml"))
+    """The options of each group: its YAML files' names."""
+    options: dict[str, list[str]] = {path.name: [] for path in conf_dir().iterdir() if path.is_dir()}
+    for path in sorted(conf_dir().glob("*/*.yaml")):
+        options[path.parent.name].append(path.stem)
+    return options
 
 
 def _check_form(override: Override, multirun: bool) -> None:
@@ -207,12 +217,12 @@ def _check_keys(given: Mapping[str, Sequence[str]], options: Mapping[str, Sequen
             require_known("key", key, known)
 
 
-def _choices(singles: Mapping[str, str], axes: Mapping[str, Sequence[str]]) -> dict[str, dict[str, dict[str, Any]]]:
+def _choices(singles: Mapping[str, str], axes: Mapping[str, Sequence[str]]) -> dict[str, dict[str, _Nodes]]:
     """A composed config for each value of each axis.
 
     Axes are composed side by side, so there are as many configs as the longest axis has values.
     """
-    choices: dict[str, dict[str, dict[str, Any]]] = {key: {} for key in axes}
+    choices: dict[str, dict[str, _Nodes]] = {key: {} for key in axes}
     for index in range(max(map(len, axes.values()), default=0)):
         chosen = {key: values[min(index, len(values) - 1)] for key, values in axes.items()}
         composed = _composed({**singles, **chosen})
@@ -221,8 +231,8 @@ def _choices(singles: Mapping[str, str], axes: Mapping[str, Sequence[str]]) -> d
     return choices
 
 
-def _composed(chosen: Mapping[str, str]) -> dict[str, Any]:
-    def compute() -> dict[str, Any]:
+def _composed(chosen: Mapping[str, str]) -> _Nodes:
+    def compute() -> _Nodes:
         overrides = [f"{key}={value}" for key, value in chosen.items()]
         composed: Any = OmegaConf.to_container(compose("config", overrides=overrides), resolve=True)
         return composed
@@ -237,26 +247,20 @@ def _tree_key() -> list[list[str | int]]:
     return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in files]
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+def _leaves(nodes: _Nodes) -> Iterator[str]:
+    """Every key: of the groups, and of mappings inside them."""
+    left: list[tuple[str, Plain]] = list(nodes.items())
+    while left:
+        key, value = left.pop()
+        if isinstance(value, Mapping) and value:
+            left += [(f"{key}.{name}", item) for name, item in value.items()]
         else:
-            yield f"{prefix}{key}"
-
-
-def _axes(grid: Mapping[str, Any], given: Mapping[str, tuple[str, ...]], multirun: bool) -> dict[str, tuple[str, ...]]:
-    """The grid file's axes, each replaced by what was typed for its key, and then the other lists typed."""
-    named: dict[str, list[str]] = grid["axes"]
-    if named and not multirun:
-        raise SweepError("grid=... spans a grid. Add -m: sweep run -m grid=NAME")
-    axes = {key: given.get(key, tuple(map(str, values))) for key, values in named.items()}
-    return axes | {key: values for key, values in given.items() if len(values) > 1}
+            yield key
 
 
 def _point(
-    base: Mapping[str, Any],
-    choices: Mapping[str, Mapping[str, Any]],
+    base: _Nodes,
+    choices: Mapping[str, Mapping[str, _Nodes]],
     values: Mapping[str, str],
     options: Mapping[str, Sequence[str]],
 ) -> SweepConfig:
@@ -265,31 +269,25 @@ def _point(
     Groups come first and single keys after, so that `dataset=a,b dataset.size=...` works.
     """
     nodes = {section: dict(base[section]) for section in SECTIONS}
-    for key, value in values.items():
-        if key in options:
-            nodes[key] = dict(choices[key][value][key])
-    for key, value in values.items():
-        if key not in options:
-            section, *path = key.split(".")
-            found: Any = choices[key][value][section]
-            for word in path:
-                found = found[word]
-            if len(path) > 1:
-                raise SweepError(
-                    f"{key} cannot be an axis: "
-                    f"write a new option of group {section!r} instead, conf/{section}/NAME.yaml."
-                )
-            nodes[section][path[0]] = found
+    for key in sorted(values, key=lambda key: key not in options):
+        section, _, name = key.partition(".")
+        found = choices[key][values[key]][section]
+        if "." in name:
+            raise SweepError(
+                f"{key} cannot be an axis: write a new option of group {section!r} instead, conf/{section}/NAME.yaml."
+            )
+        nodes[section] = nodes[section] | {name: found[name]} if name else dict(found)
     _fill_in(nodes)
     return from_nodes(nodes)
 
 
-def _fill_in(nodes: dict[str, dict[str, Any]]) -> None:
+def _fill_in(nodes: _Nodes) -> None:
     """Fill in values that follow from others: the model's name from its path, the store's absolute path."""
     model, store = nodes["model"], nodes["store"]
-    if model.get("name") is None and model.get("path") is None:
+    path, uri = model.get("path"), store.get("uri")
+    if model.get("name") is None and path is None:
         model["name"] = bundled_model_dir().name
-    elif model.get("name") is None and isinstance(model["path"], str) and model["path"] != "???":
-        model["name"] = re.sub(r"[^a-z0-9]+", "_", Path(model["path"]).name.lower()).strip("_") or None
-    if isinstance(store.get("uri"), str) and "://" not in store["uri"]:
-        store["uri"] = str(Path(store["uri"]).expanduser().absolute())
+    elif model.get("name") is None and isinstance(path, str) and path != "???":
+        model["name"] = re.sub(r"[^a-z0-9]+", "_", Path(path).name.lower()).strip("_") or None
+    if isinstance(uri, str) and "://" not in uri:
+        store["uri"] = str(Path(uri).expanduser().absolute())

@@ -5,16 +5,19 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
+
+import msgspec
 
 from sweep.core.errors import SweepError
 from sweep.core.groups import Coverage
+from sweep.core.json import Json
 from sweep.core.pairs import GranularityConfig, PairConfig
 from sweep.core.sizes import Size
-from sweep.core.typed import Section
+from sweep.core.typed import Plain, Section
 
 _NAME = re.compile(r"[a-z0-9_]+")
-_SINCE: Mapping[str, Mapping[str, Any]] = {  # of keys that earlier configs lack
+_SINCE: Mapping[str, Mapping[str, str]] = {  # of keys that earlier configs lack
     "sensitivity": {"scales": "private"},
     "cluster": {"address": "local", "dashboard": "auto"},
 }
@@ -108,7 +111,8 @@ class TargetConfig(Section):
     runtime: str  # what it is, for people
     scales: Literal["fused", "private"]  # whether it shares scales inside fused layer groups
     sources: Mapping[str, str]  # where its facts were read: project, version or commit, file
-    recipes: Mapping[str, Mapping[str, Any]]  # by "pair/granularity"; what is not listed does not run
+    # By "pair/granularity"; what is not listed does not run.
+    recipes: Mapping[str, Mapping[str, str | list[str] | Mapping[str, str] | None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,44 +213,42 @@ class SweepConfig:
                 )
 
 
-SECTIONS: Mapping[str, type[Section]] = {name: hint for name, hint in typing.get_type_hints(SweepConfig).items()}
+SECTIONS: Mapping[str, type[Section]] = typing.get_type_hints(SweepConfig)
 
 
-def to_plain(config: SweepConfig) -> dict[str, Any]:
+def to_plain(config: SweepConfig) -> dict[str, Json]:
     """The composed config as JSON can hold it, always in the same order."""
-    return _plain(asdict(config))
+    return msgspec.to_builtins(config, str_keys=True)
 
 
-def from_record(document: Mapping[str, Any], target: TargetConfig, validation: ValidationConfig) -> SweepConfig:
+def to_record(config: SweepConfig) -> dict[str, Json]:
+    """The plain config for a trial's record: without target and validation, on which no score depends."""
+    return {section: node for section, node in to_plain(config).items() if section not in ("target", "validation")}
+
+
+def from_record(
+    document: Mapping[str, Mapping[str, Plain]], target: TargetConfig, validation: ValidationConfig
+) -> SweepConfig:
     """Read back from a store the config that `to_record` gave.
 
     Keys that are newer than the record get the value that it was composed under.
 
     Raises: SweepError: it was edited into something else.
     """
-    nodes = {section: {**_SINCE.get(section, {}), **_revived(document.get(section, {}))} for section in SECTIONS}
+    nodes = {section: {**_SINCE.get(section, {}), **document.get(section, {})} for section in SECTIONS}
+    for section in ("quant_pair", "quant_granularity"):
+        nodes[section] = {key: _revived(value) for key, value in nodes[section].items()}
     return from_nodes(nodes | {"target": asdict(target), "validation": asdict(validation)})
 
 
-def from_nodes(nodes: Mapping[str, Mapping[str, Any]]) -> SweepConfig:
+def from_nodes(nodes: Mapping[str, Mapping[str, Plain]]) -> SweepConfig:
     """The config of plain sections, by name. Raises: SweepError: a key or value that is not allowed."""
     sections = {section: kind.from_node(section, nodes[section]) for section, kind in SECTIONS.items()}
     return SweepConfig(**sections)  # pyright: ignore[reportArgumentType]
 
 
-def _revived(value: Any) -> Any:
+def _revived(value: Plain) -> Plain:
     """JSON has texts as keys: axes of blocks are numbers."""
     if isinstance(value, Mapping):
-        return {int(key) if key.lstrip("-").isdigit() else key: _revived(item) for key, item in value.items()}
+        return {int(key) if str(key).lstrip("-").isdigit() else key: _revived(item) for key, item in value.items()}
     return value
-
-
-def to_record(config: SweepConfig) -> dict[str, Any]:
-    """The plain config for a trial's record: without target and validation, on which no score depends."""
-    return {section: node for section, node in to_plain(config).items() if section not in ("target", "validation")}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -7,15 +7,17 @@ or not at all.
 
 import functools
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Final, Literal, Self
+from dataclasses import dataclass, field
+from typing import Final, Literal, Self
 
+import msgspec
 import yaml
 
 from sweep.config.schema import TargetConfig
 from sweep.core.errors import SweepError, require_known
 from sweep.core.pairs import ALGORITHMS
 from sweep.core.paths import conf_dir
+from sweep.core.typed import hints_of
 
 EXPORTS: Final = ("compressed_tensors", "modelopt")  # checkpoint formats: their `format`, their `quant_algo`
 
@@ -27,11 +29,12 @@ class TargetStatus:
     """How a target runs one recipe: as itself, as another one, or not at all."""
 
     kind: StatusKind
-    runs_as: str | None  # "pair/granularity" that it really computes
-    reader_name: str | None  # what the runtime calls it
-    export: Mapping[str, str]  # by checkpoint format, the name that the format has for it; empty: no exporter writes it
-    source: str | None  # where this was read
-    reason: str | None  # why it does not run, or what differs from what was scored
+    runs_as: str | None = None  # "pair/granularity" that it really computes
+    reader_name: str | None = None  # the runtime's name for it
+    # By checkpoint format, the name that the format has for it; empty: no exporter writes it.
+    export: Mapping[str, str] = field(default_factory=dict[str, str])
+    source: str | None = None  # where this was read
+    reason: str | None = None  # why it does not run, or what differs from what was scored
 
     @property
     def words(self) -> str:
@@ -45,13 +48,13 @@ class TargetRecipe:
 
     quant_pair: str
     quant_granularity: str
-    also: tuple[str, ...]  # granularities under which this pair resolves to the same recipe
-    algorithms: tuple[str, ...]  # calibration algorithms whose results the runtime can hold
-    runs_as: str | None  # None: as itself
     reader_name: str
-    export: Mapping[str, str]
     source: str
-    note: str | None
+    also: tuple[str, ...] = ()  # granularities under which this pair resolves to the same recipe
+    algorithms: tuple[str, ...] = ("max",)  # calibration algorithms whose results the runtime can hold
+    runs_as: str | None = None  # None: as itself
+    export: Mapping[str, str] = field(default_factory=dict[str, str])
+    note: str | None = None
 
     @property
     def name(self) -> str:
@@ -81,7 +84,7 @@ class Target:
             a recipe listed twice, or one that runs as a recipe that the target does not run as itself.
         """
         where = f"target {config.name!r}"
-        recipes = tuple(_recipe(name, node, config.sources, where) for name, node in config.recipes.items())
+        recipes = tuple(_recipe(config, name) for name in config.recipes)
         names = [f"{recipe.quant_pair}/{granularity}" for recipe in recipes for granularity in recipe.granularities]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise SweepError(f"{where} lists {doubled[0]} twice. Keep one of the two.")
@@ -97,10 +100,8 @@ class Target:
             if recipe.quant_pair == quant_pair and quant_granularity in recipe.granularities:
                 if algorithm not in recipe.algorithms:
                     held = ", ".join(recipe.algorithms)
-                    return _none(
-                        f"{self.name} runs {recipe.name}, but cannot hold what {algorithm} gives; it can: {held}",
-                        recipe.source,
-                    )
+                    why = f"{self.name} runs {recipe.name}, but cannot hold what {algorithm} gives; it can: {held}"
+                    return TargetStatus(kind="none", source=recipe.source, reason=why)
                 return TargetStatus(
                     kind="native" if recipe.runs_as is None else "runs_as",
                     runs_as=recipe.runs_as,
@@ -109,7 +110,7 @@ class Target:
                     source=recipe.source,
                     reason=recipe.note,
                 )
-        return _none(f"{self.name} has nothing that runs {quant_pair}/{quant_granularity}", None)
+        return TargetStatus(kind="none", reason=f"{self.name} has nothing that runs {quant_pair}/{quant_granularity}")
 
     def points(
         self,
@@ -151,48 +152,27 @@ def served_as(quant_pair: str, quant_granularity: str, algorithm: str) -> dict[s
     }
 
 
-def _none(reason: str, source: str | None) -> TargetStatus:
-    return TargetStatus(kind="none", runs_as=None, reader_name=None, export={}, source=source, reason=reason)
-
-
-_OPTIONAL: Final[Mapping[str, Any]] = {"also": [], "algorithms": ["max"], "runs_as": None, "export": {}, "note": None}
-_KEYS: Final = tuple(
-    field.name for field in fields(TargetRecipe) if field.name not in ("quant_pair", "quant_granularity")
-)
-
-
-def _recipe(name: str, node: Mapping[str, Any], sources: Mapping[str, str], where: str) -> TargetRecipe:
-    where = f"{where}, recipe {name!r}"
+def _recipe(config: TargetConfig, name: str) -> TargetRecipe:
+    where, node = f"target {config.name!r}, recipe {name!r}", config.recipes[name]
     for key in node:
-        require_known(f"key in {where}", str(key), _KEYS)
-    values: dict[str, Any] = {**_OPTIONAL, **node}
-    for key in _KEYS:
-        if key not in values:
-            raise SweepError(f"{where} lacks {key!r}. Type its value.")
+        require_known(f"key in {where}", key, hints_of(TargetRecipe).keys() - {"quant_pair", "quant_granularity"})
+    if missing := [key for key in ("reader_name", "source") if key not in node]:
+        raise SweepError(f"{where} lacks {missing[0]!r}. Type its value.")
     pair, _, granularity = name.partition("/")
-    also, algorithms = (_texts(values[key], f"{key} in {where}") for key in ("also", "algorithms"))
+    require_known(f"source in {where}", str(node["source"]), config.sources)
+    named = {"quant_pair": pair, "quant_granularity": granularity, "source": config.sources[str(node["source"])]}
+    try:
+        recipe = msgspec.convert({**node, **named}, TargetRecipe)
+    except msgspec.ValidationError as error:
+        raise SweepError(f"{where}: {error}. Type a list of names for also and algorithms.") from None
     require_known(f"quant_pair in {where}", pair, _options("quant_pair"))
-    for one in (granularity, *also):
+    for one in recipe.granularities:
         require_known(f"quant_granularity in {where}", one, _options("quant_granularity"))
-    for one in algorithms:
+    for one in recipe.algorithms:
         require_known(f"algorithm in {where}", one, ALGORITHMS)
-    for one in values["export"]:
-        require_known(f"export format in {where}", str(one), EXPORTS)
-    require_known(f"source in {where}", str(values["source"]), sources)
-    values |= {
-        "quant_pair": pair,
-        "quant_granularity": granularity,
-        "also": also,
-        "algorithms": algorithms,
-        "source": sources[values["source"]],
-    }
-    return TargetRecipe(**values)
-
-
-def _texts(value: Any, what: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise SweepError(f"{what} is {value!r}. Type a list of names.")
-    return tuple(value)
+    for one in recipe.export:
+        require_known(f"export format in {where}", one, EXPORTS)
+    return recipe
 
 
 @functools.cache

@@ -8,11 +8,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-T = TypeVar("T")
+from sweep.core.typed import Plain
+
+T = TypeVar("T", bound=Plain)
 
 
 def cache_dir() -> Path:
@@ -35,7 +37,7 @@ def remember(kind: str, key: object, compute: Callable[[], T]) -> T:
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = cache_dir() / kind / f"{name}.json"
     with contextlib.suppress(OSError, ValueError):  # absent or torn: compute again
-        return _unpacked(json.loads(path.read_text(encoding="utf-8")))
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=_unpacked)
     value = compute()
     with contextlib.suppress(OSError):  # a read-only home directory costs speed, not results
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,17 +47,15 @@ def remember(kind: str, key: object, compute: Callable[[], T]) -> T:
     return value
 
 
-def _packed(value: Any) -> Any:
-    if isinstance(value, dict):
+def _packed(value: Plain) -> Plain:
+    """The value with its tuples and mappings as JSON objects that say so."""
+    if isinstance(value, Mapping):
         return {"pairs": [[key, _packed(item)] for key, item in value.items()]}
-    if isinstance(value, tuple):
-        return {"tuple": [_packed(item) for item in value]}
-    return [_packed(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list | tuple):
+        items = [_packed(item) for item in value]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    return value
 
 
-def _unpacked(value: Any) -> Any:
-    if isinstance(value, dict):
-        if "tuple" in value:
-            return tuple(_unpacked(item) for item in value["tuple"])
-        return {key: _unpacked(item) for key, item in value["pairs"]}
-    return [_unpacked(item) for item in value] if isinstance(value, list) else value
+def _unpacked(node: Mapping[str, list[tuple[str, Plain]]]) -> Plain:
+    return tuple(node["tuple"]) if "tuple" in node else dict(node["pairs"])

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LEAVING_SECONDS = 10.0  # after an interrupt, until another one counts
@@ -14,12 +15,11 @@ def interruptible() -> Generator[None]:
     """End the body with KeyboardInterrupt on SIGINT or SIGTERM, whatever a library makes of the signal on the way."""
     interrupted_at: float | None = None  # monotonic seconds
 
-    def interrupt(number: int, frame: object) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupted_at
         now = time.monotonic()
-        if (
-            interrupted_at is None or now - interrupted_at > _LEAVING_SECONDS
-        ):  # a second Ctrl-C would cut the exit short
+        # A second Ctrl-C would cut the exit short.
+        if interrupted_at is None or now - interrupted_at > _LEAVING_SECONDS:
             interrupted_at = now
             raise KeyboardInterrupt
 
@@ -41,7 +41,7 @@ def signals_wait() -> Generator[None]:
     """
     waiting: list[int] = []
 
-    def note(number: int, frame: object) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         waiting.append(number)
         if len(waiting) > 1:
             raise KeyboardInterrupt
@@ -55,7 +55,7 @@ def signals_wait() -> Generator[None]:
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, object], None]) -> Generator[None]:
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Generator[None]:
     before = {number: signal.signal(number, handler) for number in _SIGNALS}
     try:
         yield
