@@ -4,18 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from sweep.core.errors import SweepError, require_known
-
-Plain = (
-    bool
-    | int
-    | float
-    | str
-    | list["Plain"]
-    | tuple["Plain", ...]
-    | Mapping[str, "Plain"]
-    | Mapping[int | str, "Plain"]
-    | None
-)
+from sweep.core.typed import Plain
 
 QUANTIZERS: Final = ("*weight_quantizer", "*input_quantizer")
 _FLOATS: Final = ((4, 3), (2, 1), (5, 2), (3, 2), (2, 3))  # exponent and mantissa bits

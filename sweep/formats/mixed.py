@@ -17,7 +17,7 @@ from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import Coverage, LayerGroup
 from sweep.core.pairs import Algorithm, Scales
 from sweep.core.sizes import Size
-from sweep.core.typed import describe, fits, hints_of
+from sweep.core.typed import Plain, describe, fits, hints_of
 from sweep.formats.fields import QUANTIZERS, check_fields
 from sweep.formats.format import GroupFormat
 from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, Attributes, Quantizer
@@ -69,7 +69,7 @@ class _RecipeNode(msgspec.Struct, kw_only=True):
 class _Dumper(yaml.SafeDumper):
     """Writes tuples as lists, and every value where it stands."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: Plain) -> bool:
         del data
         return True
 
@@ -174,7 +174,7 @@ class MixedRecipe:
         return cls(**own, formats=formats, groups=groups)
 
 
-def yaml_text(document: Mapping[str, Any]) -> str:
+def yaml_text(document: Mapping[str, Plain]) -> str:
     """A file's text: keys in the order given, tuples as lists, nothing wrapped."""
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000)
 
@@ -235,7 +235,7 @@ def _choice(node: _GroupNode, formats: Mapping[str, GroupFormat], where: str) ->
     )
 
 
-def _read(document: Any, where: str) -> _RecipeNode:
+def _read(document: dict[str, Any], where: str) -> _RecipeNode:
     """The file's content, checked. Raises: SweepError: names the key, the value, and what is allowed."""
     _check_keys(document, _RecipeNode, where)
     for label, node in _mapping(document["formats"], f"{where}: formats").items():

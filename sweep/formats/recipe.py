@@ -47,7 +47,7 @@ class Entry(msgspec.Struct, frozen=True):
         """Whether it sets a quantizer. Args: quantizer: its full name; parent_class: of its module."""
         return self.parent_class in (None, parent_class) and fnmatch(quantizer, self.quantizer_name)
 
-    def to_modelopt(self) -> dict[str, Any]:
+    def to_modelopt(self) -> dict[str, Attributes | str | bool]:
         """As ModelOpt takes it."""
         fields = {name: getattr(self, name) for name in self.__struct_fields__}
         return {name: value for name, value in fields.items() if value is not None}

@@ -10,12 +10,12 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array, csr_array, vstack
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.sparse import csr_array, vstack
 
 from sweep.report.analysis import FloatArray, IntArray
 
@@ -203,20 +203,20 @@ def _exact(kl: FloatArray, cost: FloatArray, groups: IntArray, room: float, reac
     Returns: [options], whether each is chosen; none, if HiGHS finds nothing.
     """
     rows = _one_each(groups)
-    n_groups = rows.shape[0]
+    n_groups = int(groups.max()) + 1
     # HiGHS' tolerances are absolute, 1e-6: scaled so that they are less than predicted KLs and budgets are known to.
     budget = csr_array(cost[None] * (_SCALE / room))
     objective = kl * (1e3 / reached)
     least, most = np.append(np.ones(n_groups), -np.inf), np.append(np.ones(n_groups), _SCALE)
-    constraints: Any = vstack([rows, budget])
+    constraints = vstack([rows, budget], format="csr")
     end = time.monotonic() + _SECONDS
     while True:
         with _hushed():
-            found: Any = milp(
+            found = milp(
                 objective,
                 integrality=np.ones(len(kl)),
                 bounds=Bounds(0, 1),
-                constraints=LinearConstraint(constraints.tocsr(), least, most),  # pyright: ignore[reportArgumentType]
+                constraints=LinearConstraint(constraints, least, most),  # pyright: ignore[reportArgumentType]
                 options={"mip_rel_gap": _GAP, "time_limit": max(0.0, end - time.monotonic())},
             )
         if found.status == _TIME_IS_UP:
@@ -233,7 +233,7 @@ def _exact(kl: FloatArray, cost: FloatArray, groups: IntArray, room: float, reac
         # Within HiGHS' tolerance, but not within the budget: so is nothing that costs as much or more in every group.
         spent = np.zeros(n_groups)
         spent[groups[chosen]] = cost[chosen]
-        constraints = vstack([constraints, csr_array((cost >= spent[groups]).astype(np.float64)[None])])
+        constraints = vstack([constraints, csr_array((cost >= spent[groups]).astype(np.float64)[None])], format="csr")
         least, most = np.append(least, -np.inf), np.append(most, n_groups - 1.0)
 
 
@@ -251,13 +251,13 @@ def _hushed() -> Generator[None]:
         os.close(sink)
 
 
-def _left_open(found: Any) -> float:
+def _left_open(found: OptimizeResult) -> float:
     """By how much a better choice may be better, in per cent."""
     return 100.0 if found.x is None or not found.fun else 100 * (1 - (found.mip_dual_bound or 0.0) / found.fun)
 
 
-def _one_each(groups: IntArray) -> Any:
-    return coo_array((np.ones(len(groups)), (groups, np.arange(len(groups))))).tocsr()
+def _one_each(groups: IntArray) -> csr_array:
+    return csr_array((np.ones(len(groups)), (groups, np.arange(len(groups)))))
 
 
 def _least(values: FloatArray, groups: IntArray) -> FloatArray:

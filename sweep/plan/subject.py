@@ -5,11 +5,11 @@ Results that take seconds to compute (hashes, token ids, the model's structure) 
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,6 +18,7 @@ from sweep.core import cache
 from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
 from sweep.core.groups import Linear, ModelStructure, ShapedGroup
+from sweep.core.json import Json
 from sweep.core.paths import bundled_model_dir
 from workers.data.batches import make_plan
 from workers.data.samples import read_captions, read_hub_captions, scene_captions, text_samples, with_scenes
@@ -29,6 +30,9 @@ from workers.model.checkpoint import (
     revision,
     weight_files,
 )
+
+if TYPE_CHECKING:
+    from workers.model.loading import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,10 @@ class Model:
     def structure(self) -> ModelStructure:
         """Found without reading a weight. Raises: SweepError: the checkpoint makes no model."""
 
-        def compute() -> dict[str, Any]:
+        def compute() -> Json:
             from workers.model import loading
 
-            return asdict(loading.structure(self.path))
+            return msgspec.to_builtins(loading.structure(self.path))
 
         key = [4, file_key(self.path / "config.json"), version("transformers")]
         return msgspec.convert(cache.remember("model-structure", key, compute), ModelStructure)
@@ -80,7 +84,7 @@ class Model:
         """By name."""
         return {linear.name: linear for linear in self.structure.linears}
 
-    def tokenize(self, source: object, texts: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, source: Json, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, cached by the texts' source and the tokenizer's files."""
 
         def compute() -> list[list[int]]:
@@ -113,7 +117,7 @@ class Model:
         """Batch samples as the model reads them."""
         return make_plan(samples, packed=self.structure.packable)
 
-    def load(self, dtype: str, device: str) -> Any:
+    def load(self, dtype: str, device: str) -> "PreTrainedModel":
         """Load the model with its weights into this process. Args: dtype: name of torch's; device: "cpu" or "cuda"."""
         import torch
 
@@ -162,7 +166,7 @@ def samples_of(dataset: DatasetConfig, model: Model, n_samples: int) -> list[Sam
 def _read(dataset: DatasetConfig, model: Model, n_samples: int) -> list[Sample]:
     if dataset.kind == "scenes":
         captions = scene_captions(n_samples)
-        source: object = ["scenes", n_samples, hashlib.sha256("\n".join(captions).encode()).hexdigest()]
+        source: Json = ["scenes", n_samples, hashlib.sha256("\n".join(captions).encode()).hexdigest()]
         return with_scenes(text_samples(model.tokenize(source, captions), dataset.max_tokens), **model.image_tokens())
     if dataset.kind == "bundled" or dataset.captions_path is not None:
         path = (

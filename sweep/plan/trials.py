@@ -18,6 +18,7 @@ from sweep.core import cache
 from sweep.core.batches import Plan
 from sweep.core.errors import InvalidRecipe, SweepError
 from sweep.core.groups import ShapedGroup, parts_of
+from sweep.core.json import Json
 from sweep.core.machine import Device, Hardware, Needs
 from sweep.core.sizes import SIZES
 from sweep.formats.format import Format
@@ -117,6 +118,9 @@ def versions() -> dict[str, str]:
     }
 
 
+_DataKey = tuple[str | None, str]  # checkpoint, and data set without its size
+
+
 class _Planner:
     """Finds each fact once, however many points ask for it."""
 
@@ -126,12 +130,12 @@ class _Planner:
         self.tasks: dict[str, Task] = {}
         self.plans: dict[str, Plan] = {}
         self.windowed: set[str] = set()
-        self._largest: dict[tuple[object, ...], int] = {}
+        self._largest: dict[_DataKey, int] = {}
         for point in points:
             key = _data_key(point)
             self._largest[key] = max(self._largest.get(key, 0), SIZES[point.dataset.size])
         self._models: dict[str | None, Model] = {}
-        self._data: dict[tuple[object, ...], tuple[str, Plan]] = {}
+        self._data: dict[_DataKey, tuple[str, Plan]] = {}
         self._digests: dict[tuple[str, str], str] = {}
         self._coverage: dict[str, tuple[ShapedGroup, ...]] = {}
 
@@ -189,7 +193,7 @@ class _Planner:
             "modelopt": version("nvidia-modelopt"),
             "model": model.revision,
             "recipe": recipe.id,
-            "groups": [group.modules for group in groups],
+            "groups": [list(group.modules) for group in groups],
             "coverage": point.sensitivity.coverage,
             "method": point.sensitivity.method,
             "engine": point.sensitivity.engine,
@@ -383,10 +387,10 @@ def _check_block_size(format_: Format, model: Model, groups: Sequence[ShapedGrou
         )
 
 
-def _data_key(point: SweepConfig) -> tuple[object, ...]:
+def _data_key(point: SweepConfig) -> _DataKey:
     dataset = {key: value for key, value in asdict(point.dataset).items() if key != "size"}
     return (point.model.path, json.dumps(dataset, sort_keys=True))
 
 
-def _hash(value: object) -> str:
+def _hash(value: Json) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import compressed_tensors
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sweep.core.errors import SweepError
 from sweep.core.groups import Linear
+from sweep.core.json import Json
 from sweep.formats.mixed import MixedRecipe
 from workers.export.folding import check_foldable, folding_modules, output_scales, scaled_rows
 from workers.export.schemes import Inexpressible, scheme_of
@@ -26,7 +27,35 @@ from workers.quant.linear import LinearQuant
 _VISION: Final = "visual"
 
 
-def quantization_config(recipe: MixedRecipe, linears: Sequence[Linear]) -> dict[str, Any]:
+class TensorSlice(Protocol):
+    """A tensor in a file: its header."""
+
+    def get_dtype(self) -> str:
+        """By safetensors' name."""
+        ...
+
+    def get_shape(self) -> list[int]:
+        """Its sizes."""
+        ...
+
+
+class TensorFile(Protocol):
+    """An open safetensors file."""
+
+    def keys(self) -> Iterable[str]:
+        """Names of its tensors."""
+        ...
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A tensor, read."""
+        ...
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """A tensor that is not read yet."""
+        ...
+
+
+def quantization_config(recipe: MixedRecipe, linears: Sequence[Linear]) -> dict[str, Json]:
     """The `quantization_config` of config.json.
 
     Modules are named one by one: a runtime renames prefixes and joins q/k/v and gate/up by name, and a pattern that
@@ -119,7 +148,7 @@ def write_checkpoint(
     for index in index_files(source):
         held = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(directory / index.name, held)
-    document: dict[str, Any] = json.loads((source / "config.json").read_bytes())
+    document = json.loads((source / "config.json").read_bytes())
     _write_json(directory / "config.json", {**document, "quantization_config": config})
     for path in settings_files(source):
         shutil.copyfile(path, directory / path.name)
@@ -151,11 +180,11 @@ def check_expressible(source: Path, recipe: MixedRecipe, linears: Sequence[Linea
         check_foldable(weights, recipe, linears)
 
 
-def held_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
+def held_tensors(directory: Path, stack: ExitStack) -> dict[str, TensorFile]:
     """The open file that holds each tensor of a checkpoint, by the tensor's name. Args: stack: closes the files."""
-    found: dict[str, Any] = {}
+    found: dict[str, TensorFile] = {}
     for shard in weight_files(directory):
-        file: Any = stack.enter_context(safe_open(shard, framework="pt"))
+        file: TensorFile = stack.enter_context(safe_open(shard, framework="pt"))
         found |= dict.fromkeys(file.keys(), file)
     return found
 
@@ -170,5 +199,5 @@ def _by_module(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
     }
 
 
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+def _write_json(path: Path, document: Mapping[str, Json]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -12,9 +12,9 @@ own KL is 6e-2.
 """
 
 import re
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -262,7 +262,7 @@ def _inputs_and_logits(
     """The first rows of each linear's input, and of the logits. Args: divided: first divide inputs by their scales."""
     found: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Any:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
         def before(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             x = (args[0] / scaled[name].to(args[0].device)).to(args[0].dtype) if divided else args[0]
             found[name] = x.flatten(0, -2)[:_ROWS].float()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
@@ -76,7 +76,7 @@ def read_schemes(directory: Path, linears: Sequence[Linear]) -> dict[str, Quanti
         directory: an export.
         linears: of the whole model.
     """
-    document: dict[str, Any] = json.loads((directory / "config.json").read_bytes())["quantization_config"]
+    document = json.loads((directory / "config.json").read_bytes())["quantization_config"]
     config = QuantizationConfig.model_validate({key: value for key, value in document.items() if key != "version"})
     model = _skeleton(linears)
     apply_quantization_config(model, config, show_progress=False)

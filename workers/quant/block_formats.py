@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # see workers.quant.modelopt
@@ -30,9 +31,9 @@ with warnings.catch_warnings():
     from modelopt.torch.quantization.tensor_quant import dynamic_block_quant
 
 from sweep.core.errors import SweepError
+from sweep.formats.quantizer import KERNEL_BLOCKS, NumBits
 
 BACKEND: Final = "sweep_blocks"
-NumBits = int | tuple[int, int]  # bits of an integer, or exponent and mantissa bits of a float
 
 _E2M1, _E4M3, _E5M2, _E8M0 = (2, 1), (4, 3), (5, 2), (8, 0)
 _LARGEST: Final[dict[NumBits, float]] = {
@@ -43,8 +44,6 @@ _LARGEST: Final[dict[NumBits, float]] = {
     (2, 1): 6.0,
     8: 127.0,
 }
-# Block lengths that ModelOpt's MX extension takes; its NVFP4 kernel takes any power of two.
-_KERNEL_BLOCKS: Final = (8, 16, 32)
 _SMALLEST_NORMAL: Final = torch.finfo(torch.float32).tiny
 
 
@@ -58,12 +57,12 @@ class _StraightThrough(torch.autograd.Function):
     """Quantized values forward, the gradient unchanged backward, as ModelOpt's own dynamic block formats."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, quantizer: Any) -> Tensor:
+    def forward(ctx: FunctionCtx, inputs: Tensor, quantizer: Any) -> Tensor:
         del ctx
         return _quantize(inputs, quantizer)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         del ctx
         return grad_outputs[0], None
 
@@ -76,14 +75,16 @@ def _quantize(inputs: Tensor, quantizer: Any) -> Tensor:
         raise SweepError(
             f"NVFP4 in blocks of {block}: ModelOpt's kernel takes powers of two. Set block_sizes to 16, 32, 64 or 128."
         )
-    if not is_nvfp4 and block not in _KERNEL_BLOCKS:
+    if not is_nvfp4 and block not in KERNEL_BLOCKS:
         raise SweepError(
             f"num_bits={num_bits} in dynamic blocks of {block}: ModelOpt's kernel takes blocks of 8, 16 or 32. "
             "Set block_sizes to one of these."
         )
-    amax: Any = None if scale_bits == _E8M0 else quantizer._get_amax(inputs).amax()
+    amax: Tensor | None = None if scale_bits == _E8M0 else quantizer._get_amax(inputs).amax()
     if inputs.is_cuda:
-        if is_nvfp4 and hasattr(modelopt_kernels, "fp4_fake_quant_block"):  # compute capability 8.9 and above
+        if (
+            is_nvfp4 and amax is not None and hasattr(modelopt_kernels, "fp4_fake_quant_block")
+        ):  # compute capability 8.9 and above
             return modelopt_kernels.fp4_fake_quant_block(inputs, amax, block_size=block)
         return dynamic_block_quant(inputs, block, amax, None, num_bits, scale_bits)
     if amax is None:

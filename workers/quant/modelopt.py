@@ -34,7 +34,7 @@ def preset(name: str) -> dict[str, Any]:
     Raises: SweepError: ModelOpt has no such preset.
     """
     require_known("ModelOpt preset (quant_pair.format_name)", name, mtq.config.choices)
-    found: Any = getattr(mtq, name)
+    found = getattr(mtq, name)
     return {
         "quant_cfg": [copy.deepcopy(dict(entry)) for entry in found["quant_cfg"]],
         "algorithm": found.get("algorithm"),
@@ -310,6 +310,6 @@ def auto_quantize_scores(
     return scores
 
 
-def _entry(entry: Entry) -> dict[str, Any]:
+def _entry(entry: Entry) -> dict[str, Attributes | str | bool]:
     """An entry as ModelOpt takes it, with our backend for dynamic blocks."""
     return entry.to_modelopt() | ({"cfg": with_backend(Quantizer(entry.cfg))} if entry.cfg else {})
