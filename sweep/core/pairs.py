@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
-from sweep.core.typed import Plain, Section
+from sweep.core.typed import Section
 
 NumberFormat = Literal["int4", "int8", "fp4", "fp8", "fp16"]
 
@@ -23,7 +23,7 @@ class PairConfig(Section):
     weight: NumberFormat
     activation: NumberFormat
     format_name: str  # ModelOpt preset that it starts from
-    quant_cfg_overrides: Mapping[str, Mapping[str, Plain]]  # quantizers of the preset that it replaces
+    quant_cfg_overrides: Mapping[str, Mapping[str, Any]]  # quantizers of the preset that it replaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,4 +31,4 @@ class GranularityConfig(Section):
     """An overlay on a pair: what shares a scale."""
 
     name: str  # [a-z0-9_]+
-    quant_cfg_overrides: Mapping[str, Mapping[str, Plain]]  # fields merged into the pair's quantizers
+    quant_cfg_overrides: Mapping[str, Mapping[str, Any]]  # fields merged into the pair's quantizers
