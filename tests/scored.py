@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from sweep.config.compose import expand
 from sweep.config.schema import to_record
-from sweep.store.records import SCORES_SCHEMA, TrialRow
+from sweep.store.records import SCORES_SCHEMA, RunRecord, TrialRow
 from sweep.store.store import Store
 
 # name, modules, decoder layer, weight elements
@@ -25,7 +25,7 @@ N_PREDICTIONS: Final = 50
 INT4 = "wint4_afp16/default"  # 4.125 bits
 INT8 = "wint8_aint8/recipe_match_channel_token"  # 8 bits
 FP8 = "wfp8_afp8/default"  # 8 bits
-DAMAGES: Final[Mapping[str, Sequence[float | None]]] = {  # predicted KL, nats per prediction
+PREDICTED_KL: Final[Mapping[str, Sequence[float | None]]] = {  # nats per prediction
     INT4: (0.04, 0.01, 0.02, 0.03, 0.05),
     INT8: (0.004, 0.002, 0.003, 0.002, 0.001),
     FP8: (0.005, 0.003, 0.004, 0.003, 0.0005),
@@ -33,10 +33,10 @@ DAMAGES: Final[Mapping[str, Sequence[float | None]]] = {  # predicted KL, nats p
 ELEMENTS: Final = {"parameters": 25_000, "embeddings": 8_000, "lm_head": 0}
 
 
-def scores(cell_id: str, damages: Sequence[float | None], bits: float = 8.0) -> pa.Table:
+def scores(cell_id: str, predicted_kl: Sequence[float | None], bits: float = 8.0) -> pa.Table:
     """Rows of one cell; None: never called. Two samples, of which the first has a quarter of the score."""
     rows: list[dict[str, Any]] = []
-    for (group, modules, layer, elements), kl in zip(GROUPS, damages, strict=True):
+    for (group, modules, layer, elements), kl in zip(GROUPS, predicted_kl, strict=True):
         score = None if kl is None else kl * 2 * N_PREDICTIONS
         row = {
             "cell_id": cell_id,
@@ -54,13 +54,13 @@ def scores(cell_id: str, damages: Sequence[float | None], bits: float = 8.0) -> 
 
 
 def add(
-    store: Store, recipe: str, damages: Sequence[float | None], *overrides: str, minute: int = 0, **changed: Any
+    store: Store, recipe: str, predicted_kl: Sequence[float | None], *overrides: str, minute: int = 0, **changed: Any
 ) -> str:
     """Enter one finished trial; returns its cell. `changed` are columns of its row."""
     pair, granularity = recipe.split("/")
     config = expand([f"quant_pair={pair}", f"quant_granularity={granularity}", *overrides], multirun=False).points[0]
     cell_id = f"{pair}-{granularity}-{config.dataset.size}-{minute}"
-    store.write_part(cell_id, "m", scores(cell_id, damages))
+    store.write_part(cell_id, "m", scores(cell_id, predicted_kl))
     store.complete(cell_id, {"m": None})
     row: dict[str, Any] = {
         "trial_id": cell_id,
@@ -75,6 +75,9 @@ def add(
         "engine": config.sensitivity.engine,
         "quant_pair": pair,
         "quant_granularity": granularity,
+        "algorithm": config.sensitivity.quant_algorithm,
+        "scales": config.sensitivity.scales,
+        "dtype": config.model.dtype_on("cpu"),
         "state": "done",
         "reason": None,
         "config": json.dumps(to_record(config)),
@@ -87,11 +90,13 @@ def add(
 
 
 def store_at(
-    path: Any, damages: Mapping[str, Sequence[float | None]] = DAMAGES, elements: Mapping[str, int] | None = ELEMENTS
+    path: Any,
+    predicted_kl: Mapping[str, Sequence[float | None]] = PREDICTED_KL,
+    elements: Mapping[str, int] | None = ELEMENTS,
 ) -> Store:
     """The store of these recipes, in size `small`."""
     store = Store(str(path))
-    for recipe, each in damages.items():
+    for recipe, each in predicted_kl.items():
         add(store, recipe, each)
-    store.write_run("r", {"run_id": "r"} | ({} if elements is None else {"models": {"r1": dict(elements)}}))
+    store.write_run("r", RunRecord(run_id="r", models={} if elements is None else {"r1": dict(elements)}))
     return store

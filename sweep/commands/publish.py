@@ -6,10 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sweep.commands.recipes import by_recipe, show_recipes
 from sweep.config.compose import expand
 from sweep.config.schema import to_plain
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
+from sweep.core.screen import say
+from sweep.report.files import folder_of
 from sweep.report.publish import publish
 from sweep.store.records import FinishedTrial
 from sweep.store.select import finished_trials, opened
@@ -35,16 +38,16 @@ def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -
     )
     result = publish(finished, root, overwrite=overwrite or config.output_layout.overwrite)
     if as_json:
-        counts = {
-            "written": [str(path) for path in result.written],
-            "unchanged": len(result.unchanged),
-            "root": str(root),
-        }
+        counts = {"written": result.written, "unchanged": len(result.unchanged), "root": str(root)}
         print(json.dumps(counts, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
-    else:
-        Console(markup=False).print(
-            f"{len(result.written)} written, {len(result.unchanged)} unchanged, under {root}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        return EXIT_DONE
+    console = Console(markup=False, highlight=False)
+    written = set(result.written)
+    done = [(one.trial, "written" if f"{root}/{_folder(one)}" in written else "unchanged") for one in finished]
+    show_recipes(console, by_recipe(done), ("written", "unchanged"))
+    say(console, f"{len(result.written)} written, {len(result.unchanged)} unchanged, under {root}")
     return EXIT_DONE
+
+
+def _folder(finished: FinishedTrial) -> str:
+    return "/".join(folder_of(finished.trial))

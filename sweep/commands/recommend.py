@@ -145,7 +145,7 @@ def _picture(candidates: Candidates, problem: Problem, summaries: Sequence[dict[
     """KL over size, as SVG; without a front where one recipe is both the smallest and the best."""
     low, high = cost_range(problem)
     front = front_rows(candidates, problem, _FRONT) if high > low else []
-    return front_picture(front, uniform_rows(candidates, problem), summaries)
+    return front_picture(front, uniform_rows(candidates, problem), summaries, candidates.trial.setting)
 
 
 def render(

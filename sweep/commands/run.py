@@ -21,17 +21,17 @@ from sweep.core.errors import ClusterLost, MemoryShort, StoreFailed, SweepError
 from sweep.core.exits import EXIT_INCOMPLETE
 from sweep.core.interrupts import interruptible
 from sweep.core.machine import Workers
-from sweep.core.sizes import SIZES
+from sweep.core.screen import show_table
 from sweep.core.text import count, duration
-from sweep.plan.trials import PlannedTrial, SweepPlan, plan_sweep
+from sweep.plan.trials import SweepPlan, plan_sweep
 from sweep.report.files import folder_of
 from sweep.report.publish import check_ahead, publish
-from sweep.report.render import most_sensitive, summary_lines
+from sweep.report.render import largest, most_sensitive, summary_table
 from sweep.run.progress import Display
 from sweep.run.resources import pick_workers
-from sweep.run.session import Session, exit_code
+from sweep.run.session import Session, exit_code, row_of
 from sweep.store.files import Files
-from sweep.store.records import FinishedTrial
+from sweep.store.records import FinishedTrial, TrialRow
 from sweep.store.store import Store
 from workers.task import Progress, Task
 
@@ -140,12 +140,12 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
         store_uri=session.store.uri,
         memory_gb=session.plan.trials[0].config.sensitivity.memory_gb,
     )
-    session.record["workers"] = workers.count
+    session.record.workers = workers.count
     with Display(console, session.tally) as display, _Events(session, display, console) as events:
         events.stage(f"Starting Ray and {count(workers.count, 'worker')} ({workers.device}) ...")
         outcome = driver.run_trials(work, workers, events)
         session.failures = dict(outcome.failures)
-        session.record["worker_info"] = outcome.worker_info
+        session.record.worker_info = [dict(info) for info in outcome.worker_info]
 
 
 class _Events:
@@ -165,11 +165,9 @@ class _Events:
         self._beating.close()
 
     def connected(self, connection: "Connection") -> None:
-        self._session.record |= {
-            "ray_address": connection.address,
-            "dashboard_url": connection.dashboard_url,
-            "metrics": connection.metrics,
-        }
+        record = self._session.record
+        record.ray_address, record.dashboard_url = connection.address, connection.dashboard_url
+        record.metrics = list(connection.metrics)
         if connection.dashboard_url is not None:
             self._display.note(f"Ray dashboard: {connection.dashboard_url}")
 
@@ -196,7 +194,7 @@ class _Events:
         self._display.update()
 
     def ended(self) -> None:
-        self._session.record["scoring_seconds"] = self._session.tally.seconds
+        self._session.record.scoring_seconds = self._session.tally.seconds
 
 
 def _finished(session: Session) -> list[FinishedTrial]:
@@ -222,40 +220,18 @@ def _check_folders(plan: SweepPlan, root: str) -> None:
 
     Raises: SweepError: two of its trials have one folder, or a folder holds other content; names them.
     """
-    by_folder: dict[str, PlannedTrial] = {}
+    by_folder: dict[str, TrialRow] = {}
     for trial in plan.trials:
-        config = trial.config
-        assert config.model.name is not None  # SweepConfig has checked
-        pair = {"weight": config.quant_pair.weight, "activation": config.quant_pair.activation}
-        dataset, sensitivity = config.dataset, config.sensitivity
-        parts = folder_of(
-            config.model.name,
-            pair,
-            config.quant_granularity.name,
-            sensitivity.coverage,
-            dataset.name,
-            dataset.size,
-            sensitivity.method,
-            algorithm=sensitivity.quant_algorithm,
-            scales=sensitivity.scales,
-        )
-        folder = "/".join(parts)
-        if trial.cell_id is not None and by_folder.setdefault(folder, trial).cell_id != trial.cell_id:
+        row = row_of(trial, "planned", None, "")
+        folder = "/".join(folder_of(row))
+        if trial.cell_id is not None and by_folder.setdefault(folder, row).cell_id != trial.cell_id:
             raise SweepError(
                 f"Two trials {trial.name} of this grid have one report folder: "
                 f"{by_folder[folder].trial_id} and {trial.trial_id}. "
                 "Run them one after the other, each with its own output_layout.root=DIR, "
                 "or keep the later one's report with output_layout.overwrite=true."
             )
-    identities = {
-        folder: {
-            "model_revision": trial.model_revision,
-            "dataset_revision": trial.dataset_revision,
-            "cell_id": trial.cell_id,
-        }
-        for folder, trial in by_folder.items()
-    }
-    check_ahead(root, identities)
+    check_ahead(root, by_folder)
 
 
 @contextmanager
@@ -307,10 +283,11 @@ def say_results(
     counts = session.counts()
     scored = sum(cell in session.finished for task in session.tasks.values() for cell in task.cells.values())
     console.print()
-    shown = list(_largest(finished).values())
+    shown = largest(finished)
     target = Target.from_config(session.plan.trials[0].config.target)
-    for line in summary_lines(shown[:_SUMMARY_RECIPES], 3, target) if shown else ():
-        console.print(line, highlight=False, soft_wrap=True)
+    if shown:
+        heading, *rows = summary_table(shown[:_SUMMARY_RECIPES], 3, target)
+        show_table(console, heading, rows)
     if len(shown) > _SUMMARY_RECIPES:
         console.print(f"... and {len(shown) - _SUMMARY_RECIPES} more recipes, in the reports", style="dim")
     done = f"{counts['done']} of {len(session.plan.trials)} trials done"
@@ -332,22 +309,3 @@ def say_results(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _largest(finished: Sequence[FinishedTrial]) -> dict[tuple[str, ...], FinishedTrial]:
-    """The trial with the most samples of each recipe, in the order asked for."""
-    best: dict[tuple[str, ...], FinishedTrial] = {}
-    for one in finished:
-        trial = one.trial
-        key = (
-            trial.model,
-            trial.dataset,
-            trial.coverage,
-            trial.method,
-            trial.engine,
-            trial.quant_pair,
-            trial.quant_granularity,
-        )
-        if key not in best or SIZES[best[key].trial.size] < SIZES[trial.size]:
-            best[key] = one
-    return best

@@ -89,7 +89,7 @@ def solve_command(request: Request) -> int:
         document["picture"] = str(picture.path)
     file.put(made.to_yaml().encode())
     if request.n_front is not None:
-        picture.put(front_picture(document["front"], document["uniform"], [document]))
+        picture.put(front_picture(document["front"], document["uniform"], [document], candidates.trial.setting))
     if request.as_json:
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:

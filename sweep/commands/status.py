@@ -1,22 +1,22 @@
 """`sweep status`: progress of a store's sweeps, from its tables and heartbeats; Ray is asked only with `--cluster`."""
 
-import json
 import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import Any
 
+import msgspec
 from rich.console import Console
-from rich.table import Table
 
+from sweep.commands.recipes import RecipeCount, by_recipe, show_recipes
 from sweep.config.compose import expand
 from sweep.config.schema import ClusterConfig
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
+from sweep.core.screen import say, show_table
 from sweep.core.text import count, duration
 from sweep.store.integrity import revisions
+from sweep.store.records import RunRecord
 from sweep.store.store import Store
 
 _ALIVE_SECONDS = 15.0  # a heartbeat older than this means that the driver is gone
@@ -24,30 +24,68 @@ _SHOWN_FAILURES = 10
 _WATCH_SECONDS = 2.0
 
 
-def read_status(store: Store) -> dict[str, Any]:
+class Failure(msgspec.Struct, frozen=True):
+    """A trial that has failed."""
+
+    trial: str  # id
+    reason: str | None
+
+
+class ClusterNode(msgspec.Struct, frozen=True):
+    """A living node of a Ray cluster."""
+
+    host: str
+    cpus: float
+    gpus: float
+
+
+class ClusterState(msgspec.Struct, frozen=True):
+    """A Ray cluster's answer: see sweep.run.cluster.look."""
+
+    address: str  # host:port
+    nodes: list[ClusterNode]
+    gpus: float
+    gpus_free: float
+    workers: dict[str, list[str]]  # names, by the namespace of each sweep
+
+
+class Status(msgspec.Struct, kw_only=True):
+    """The state of a store's sweeps, as `--json` prints it."""
+
+    store: str  # path or URL
+    trials: dict[str, int]  # number in total and by state
+    recipes: list[RecipeCount]
+    failures: list[Failure]
+    running: bool  # whether a run is under way
+    last_run: RunRecord | None  # of several the one that is under way
+    damaged: list[str]  # reasons
+    set_aside: int  # files in the quarantine
+    mixed: list[str]  # revisions of one model, data set or score version
+    cluster: ClusterState | msgspec.UnsetType | None = msgspec.UNSET  # unset: not asked for; None: no run under way
+
+
+def read_status(store: Store) -> Status:
     """Trials by state, failures with their reasons, and the last run's progress."""
     trials = store.trials()
-    states = Counter(row.state for row in trials.values())
-    runs = store.runs()
-    by_start = sorted(runs.values(), key=lambda run: run.get("started_at", ""))
-    alive = [run for run in by_start if _is_alive(run)]
-    last = next(reversed(alive or by_start), None)  # of several sweeps on one store the one that is under way
-    running = bool(alive)
-    if not running and (gone := states.pop("running", 0)):  # the driver that ran them is gone
-        states["planned"] += gone
-    return {
-        "store": store.uri,
-        "trials": {
+    by_start = sorted(store.runs().values(), key=lambda run: run.started_at or "")
+    alive = [run for run in by_start if run.is_alive(_ALIVE_SECONDS)]
+    # Where no driver lives, the one that ran them is gone.
+    states = [(row, "planned" if row.state == "running" and not alive else row.state) for row in trials.values()]
+    counts = Counter(state for _, state in states)
+    return Status(
+        store=store.uri,
+        trials={
             "total": len(trials),
-            **{state: states[state] for state in ("planned", "running", "done", "failed", "skipped")},
+            **{state: counts[state] for state in ("planned", "running", "done", "failed", "skipped")},
         },
-        "failures": [{"trial": row.trial_id, "reason": row.reason} for row in trials.values() if row.state == "failed"],
-        "running": running,
-        "last_run": last,
-        "damaged": [*store.damage.values()],
-        "set_aside": len(store.files.names("quarantine")),
-        "mixed": [f"{finding.subject}: {finding.text}" for finding in revisions(trials)],
-    }
+        recipes=by_recipe(states),
+        failures=[Failure(row.trial_id, row.reason) for row in trials.values() if row.state == "failed"],
+        running=bool(alive),
+        last_run=next(reversed(alive or by_start), None),
+        damaged=[*store.damage.values()],
+        set_aside=len(store.files.names("quarantine")),
+        mixed=[f"{finding.subject}: {finding.text}" for finding in revisions(trials)],
+    )
 
 
 def print_status(overrides: Sequence[str], *, as_json: bool, watch: bool, ask_ray: bool = False) -> int:
@@ -63,39 +101,34 @@ def print_status(overrides: Sequence[str], *, as_json: bool, watch: bool, ask_ra
     """
     config = expand(overrides, multirun=False).points[0]
     store = Store(config.store.uri, repairs=False)
-    # No markup, no wrapping: paths and reasons may hold brackets, and are copied from the screen.
-    console = Console(markup=False, soft_wrap=True)
+    console = Console(markup=False, highlight=False)  # paths and reasons may hold brackets
     while True:
         status = read_status(store)
         if ask_ray:
-            status["cluster"] = _ask_ray(config.cluster, status)
+            status.cluster = _ask_ray(config.cluster, status)
         if watch and console.is_terminal and not as_json:
             console.clear()
         if as_json:
-            text = json.dumps(status, indent=1)
+            text = msgspec.json.format(msgspec.json.encode(status), indent=1).decode()
             print(text, flush=True)  # noqa: T201 -- machine-readable output, not for rich to wrap
         else:
             _print(status, console)
-        if not (watch and status["running"]):
+        if not (watch and status.running):
             return EXIT_DONE
         time.sleep(_WATCH_SECONDS)
 
 
-def _ask_ray(config: ClusterConfig, status: dict[str, Any]) -> dict[str, Any] | None:
+def _ask_ray(config: ClusterConfig, status: Status) -> ClusterState | None:
     """Nodes, GPUs and workers of the cluster that the config names, or of that of the run under way.
 
-    Returns: as sweep.run.cluster.look; None: there is no such run any more.
-
+    Returns: None: there is no such run any more.
 
     Raises: SweepError: nothing names a cluster, or none answers.
     """
-    address = (
-        (status["last_run"] or {}).get("ray_address")
-        if config.address == "local"
-        else config.address or os.environ.get("RAY_ADDRESS")
-    )
-    if config.address == "local" and not status["running"]:
-        if status["trials"]["total"]:
+    of_run = status.last_run.ray_address if status.last_run else None
+    address = of_run if config.address == "local" else config.address or os.environ.get("RAY_ADDRESS")
+    if config.address == "local" and not status.running:
+        if status.trials["total"]:
             return None
         raise SweepError(
             "No run is under way that would have a Ray cluster. Type cluster.address=HOST:6379 to ask one."
@@ -108,59 +141,47 @@ def _ask_ray(config: ClusterConfig, status: dict[str, Any]) -> dict[str, Any] | 
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from sweep.run.cluster import look  # imports Ray
 
-    return look(address, on_loopback=own)
+    return msgspec.convert(look(address, on_loopback=own), ClusterState, from_attributes=True)
 
 
-def _print(status: dict[str, Any], console: Console) -> None:
-    trials = status["trials"]
-    for reason in status["damaged"]:
-        console.print(f"{reason} Type: sweep doctor --store store.uri={status['store']}", style="red", highlight=False)
+def _print(status: Status, console: Console) -> None:
+    trials = status.trials
+    for reason in status.damaged:
+        say(console, f"{reason} Type: sweep doctor --store store.uri={status.store}", "red")
     if not trials["total"]:
-        console.print(f"No trials in {status['store']} yet. Type: sweep run", highlight=False)
+        say(console, f"No trials in {status.store} yet. Type: sweep run")
         return
-    console.print(f"{trials['done']} of {trials['total']} trials done ({status['store']})", highlight=False)
-    table = Table("state", "trials", box=None)
-    for state in ("running", "planned", "failed", "skipped", "done"):
-        if trials[state]:
-            table.add_row(state, str(trials[state]))
-    console.print(table)
-    for failure in status["failures"][:_SHOWN_FAILURES]:
-        console.print(f"failed: {failure['trial']}: {failure['reason']}", style="red", highlight=False)
-    if cluster := status.get("cluster"):
-        console.print(_cluster_line(cluster), highlight=False)
-    if last := status["last_run"]:
-        console.print(_run_line(last, running=status["running"]), highlight=False)
-    for mixed in status["mixed"]:
-        console.print(mixed, style="yellow", highlight=False)
-    if not status["running"] and trials["planned"]:
-        console.print("Interrupted: type the same `sweep run` command again to resume.")
+    say(console, f"{trials['done']} of {trials['total']} trials done ({status.store})")
+    states = [state for state in ("running", "planned", "failed", "skipped", "done") if trials[state]]
+    show_table(console, ("state", "trials"), [(state, str(trials[state])) for state in states], ("trials",))
+    console.print()
+    show_recipes(console, status.recipes, states)
+    console.print()
+    for failure in status.failures[:_SHOWN_FAILURES]:
+        say(console, f"failed: {failure.trial}: {failure.reason}", "red", indent="  ")
+    if status.cluster:
+        say(console, _cluster_line(status.cluster))
+    if status.last_run:
+        say(console, _run_line(status.last_run, running=status.running))
+    for mixed in status.mixed:
+        say(console, mixed, "yellow", indent="  ")
+    if not status.running and trials["planned"]:
+        say(console, "Interrupted: type the same `sweep run` command again to resume.")
 
 
-def _cluster_line(cluster: dict[str, Any]) -> str:
-    sweeps = [f"{len(names)} workers of {space}" for space, names in cluster["workers"].items()]
-    gpus = f"{cluster['gpus'] - cluster['gpus_free']:g} of {cluster['gpus']:g} GPUs in use"
+def _cluster_line(cluster: ClusterState) -> str:
+    sweeps = [f"{len(names)} workers of {space}" for space, names in cluster.workers.items()]
+    gpus = f"{cluster.gpus - cluster.gpus_free:g} of {cluster.gpus:g} GPUs in use"
     workers = ", ".join(sweeps) or "no workers of a sweep"
-    return f"Ray at {cluster['address']}: {count(len(cluster['nodes']), 'node')}, {gpus}, {workers}"
+    return f"Ray at {cluster.address}: {count(len(cluster.nodes), 'node')}, {gpus}, {workers}"
 
 
-def _run_line(run: dict[str, Any], *, running: bool) -> str:
-    groups = f"{run.get('groups_done', 0)} of {run.get('groups_total', 0)} layer groups"
-    workers = f"{run.get('workers', 0)} workers on {run.get('host', 'an unknown host')}"
+def _run_line(run: RunRecord, *, running: bool) -> str:
+    groups = f"{run.groups_done or 0} of {run.groups_total or 0} layer groups"
+    workers = f"{count(run.workers or 0, 'worker')} on {run.host or 'an unknown host'}"
     if running:
-        eta, url = run.get("eta_seconds"), run.get("dashboard_url")
-        left = "" if eta is None else f", about {duration(eta)} left"
-        return f"Running: {groups}, {workers}, {run.get('groups_per_second', 0):.0f}/s{left}" + (
-            f"\nRay dashboard: {url}" if url else ""
-        )
-    ended = run.get("ended_at")
-    return f"Last run: {groups}, {workers}, " + (
-        f"ended {ended} with exit code {run.get('exit_code')}"
-        if ended
-        else f"no sign of life since {run.get('heartbeat_at')}"
-    )
-
-
-def _is_alive(run: dict[str, Any]) -> bool:
-    if "ended_at" in run or "heartbeat_at" not in run:
-        return False
-    return (datetime.now(UTC) - datetime.fromisoformat(run["heartbeat_at"])).total_seconds() < _ALIVE_SECONDS
+        left = "" if run.eta_seconds is None else f", about {duration(run.eta_seconds)} left"
+        dashboard = f"\nRay dashboard: {run.dashboard_url}" if run.dashboard_url else ""
+        return f"Running: {groups}, {workers}, {run.groups_per_second or 0:.0f}/s{left}{dashboard}"
+    ended = f"ended {run.ended_at} with exit code {run.exit_code}"
+    return f"Last run: {groups}, {workers}, {ended if run.ended_at else f'no sign of life since {run.heartbeat_at}'}"

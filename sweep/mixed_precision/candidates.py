@@ -132,7 +132,7 @@ def read_candidates(store: Store, overrides: Sequence[str]) -> Candidates:
             candidate  # the latest, where another version of something scored it before
         )
     revision = rows[0].model_revision
-    known = (record["models"] for record in store.runs().values() if revision in record.get("models", {}))
+    known = (record.models for record in store.runs().values() if revision in record.models)
     elements = next((models[revision] for models in known), None)
     return Candidates(
         trial=rows[0],

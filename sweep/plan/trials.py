@@ -44,6 +44,7 @@ class PlannedTrial:
     config: SweepConfig
     model_revision: str
     dataset_revision: str
+    dtype: str  # that the model computes in: float32, bfloat16
     cell_id: str | None  # None: no valid recipe, see reason
     task_id: str | None
     reason: str | None
@@ -174,6 +175,7 @@ class _Planner:
             config=point,
             model_revision=model.revision,
             dataset_revision=digest,
+            dtype=point.model.dtype_on(self.device),
             cell_id=cell_id,
             task_id=task_id,
             reason=reason,

@@ -36,6 +36,7 @@ class Summary:
     effective_bits: float  # mean bits a weight over the covered groups
     n_groups_half: int  # so few groups carry half of the total score
     top_groups: tuple[str, ...]  # most sensitive first, at most 10
+    top_modules: tuple[str, ...]  # of the first of them
     top_shares: tuple[float, ...]  # of the total score, aligned with `top_groups`
 
 
@@ -55,6 +56,7 @@ def summarize(scores: pa.Table) -> Summary:
         effective_bits=mean_effective_bits(scores),
         n_groups_half=groups_carrying(score, 0.5),
         top_groups=tuple(groups[i] for i in top),
+        top_modules=tuple(scores["modules"][int(top[0])].as_py()) if len(top) else (),
         top_shares=tuple(float(shares[i]) for i in top),
     )
 

@@ -6,23 +6,24 @@ Equal trials give equal bytes; nothing here depends on time, host or path.
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
 from sweep.core.errors import SweepError
+from sweep.core.json import Json
 from sweep.report.analysis import summarize
 from sweep.report.render import render_json, render_markdown
-from sweep.report.rows import analyse, portable_config, served_as_of
-from sweep.store.records import SCHEMA_VERSION, SCORES_SCHEMA, FinishedTrial
+from sweep.report.rows import analyse, pair_of, portable_config, served_as_of
+from sweep.store.records import ATTRIBUTES, SCHEMA_VERSION, SCORES_SCHEMA, FinishedTrial, TrialRow
 
 # Raise it when the text of a report or the set of files changes, so that folders published before are written anew.
-# 2: what every target makes of the recipe.
-LAYOUT_VERSION = 2
+# 2: what every target makes of the recipe. 3: algorithm, scales and dtype.
+LAYOUT_VERSION = 3
 MANIFEST = "quant-manifest.json"
 STATE = "autoquant-state.pt"  # the only file that git ignores
 FILES = (
@@ -33,8 +34,7 @@ FILES = (
     STATE,
     MANIFEST,
 )
-_RECIPE = ("quant_pair", "quant_granularity", "coverage", "method", "engine")
-_IDENTITY = ("trial_id", "cell_id", "model", "model_revision", "dataset", "dataset_revision", "size", *_RECIPE)
+_IDENTITY = ("trial_id", "cell_id", "model_revision", "dataset_revision", *ATTRIBUTES)
 _PUBLISHED_SCHEMA = pa.schema(
     [field for field in SCORES_SCHEMA if field.name != "sample_scores"], metadata=SCORES_SCHEMA.metadata
 )
@@ -54,21 +54,19 @@ def render_files(finished: FinishedTrial) -> dict[str, bytes]:
     return {**files, MANIFEST: (json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()}
 
 
-def manifest_identity(finished: FinishedTrial) -> dict[str, Any]:
+def manifest_identity(finished: FinishedTrial) -> dict[str, Json]:
     """The manifest without the checksums: the trial, its config and versions, and the key figures for index pages."""
     trial = finished.trial
-    summary = asdict(summarize(finished.scores))
-    modules = dict(zip(finished.scores["group"].to_pylist(), finished.scores["modules"].to_pylist(), strict=True))
     identity = {
         "layout_version": LAYOUT_VERSION,
         "schema_version": SCHEMA_VERSION,
         **{name: getattr(trial, name) for name in _IDENTITY},
-        "versions": json.loads(trial.versions),
+        "versions": msgspec.json.decode(trial.versions),
         "config": portable_config(trial),
         "served_as": served_as_of(trial),
-        "summary": {**summary, "top_modules": modules[summary["top_groups"][0]] if summary["top_groups"] else []},
+        "summary": summarize(finished.scores),
     }
-    return json.loads(json.dumps(identity))  # as it reads back: lists for tuples, text for keys
+    return json.loads(json.dumps(msgspec.to_builtins(identity)))  # as it reads back: lists for tuples
 
 
 def published_scores(finished: FinishedTrial) -> pa.Table:
@@ -76,74 +74,37 @@ def published_scores(finished: FinishedTrial) -> pa.Table:
     return finished.scores.select(_PUBLISHED_SCHEMA.names).cast(_PUBLISHED_SCHEMA).combine_chunks()
 
 
-def checksums(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+def checksums(files: Mapping[str, bytes]) -> dict[str, Json]:
     """Size and SHA-256 of each file, as the manifest lists them."""
     return {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
 
 
-def folder_of(
-    model: str,
-    pair: Mapping[str, Any],
-    granularity: str,
-    coverage: str,
-    dataset: str,
-    size: str,
-    method: str,
-    *,
-    algorithm: str,
-    scales: str,
-) -> tuple[str, ...]:
+def folder_of(trial: TrialRow) -> tuple[str, ...]:
     """The path of a trial's reports under the models directory: its parts, unchecked.
 
-    Args:
-        model: its name, as all others but `pair`.
-        pair: `weight` and `activation`, the number formats.
-        granularity: see model.
-        coverage: see model.
-        dataset: see model.
-        size: see model.
-        method: see model.
-        algorithm: sensitivity.quant_algorithm; `max` goes without saying.
-        scales: sensitivity.scales; `private` goes without saying.
-    """
-    variant = "".join(f"-{value}" for value, usual in ((algorithm, "max"), (scales, "private")) if value != usual)
-    return (
-        model,
-        "layer-analysis",
-        f"weight-{pair['weight']}-act-{pair['activation']}",
-        granularity,
-        f"{coverage}-{dataset}-{size}-{method}{variant}",
-    )
-
-
-def folder_of_finished(finished: FinishedTrial) -> tuple[str, ...]:
-    """The path, as `folder_of` gives it, of a trial in the store.
+    The usual calibration algorithm and scales go without saying.
 
     Raises: SweepError: the composed config does not say which formats the pair has.
     """
-    trial = finished.trial
-    config = json.loads(trial.config)
-    pair, sensitivity = config.get("quant_pair", {}), config.get("sensitivity", {})
-    if "weight" not in pair or "activation" not in pair:
+    pair = pair_of(trial)
+    if pair.weight is None or pair.activation is None:
         raise SweepError(
             f"Trial {trial.trial_id} names no quant_pair.weight and .activation in its config. "
             "Run it again to publish it."
         )
-    return folder_of(
+    return (
         trial.model,
-        pair,
+        "layer-analysis",
+        f"weight-{pair.weight}-act-{pair.activation}",
         trial.quant_granularity,
-        trial.coverage,
-        trial.dataset,
-        trial.size,
-        trial.method,
-        algorithm=sensitivity.get("quant_algorithm", "max"),
-        scales=sensitivity.get("scales", "private"),
+        "-".join([trial.coverage, trial.dataset, trial.size, trial.method, *trial.variant]),
     )
 
 
 def _config_yaml(finished: FinishedTrial) -> bytes:
-    return yaml.safe_dump(portable_config(finished.trial), sort_keys=False, allow_unicode=True, width=150).encode()
+    text = yaml.safe_dump(portable_config(finished.trial), sort_keys=False, allow_unicode=True, width=150)
+    # Whole-number keys, which JSON turned into text (``block_sizes: {-1: 64}``), are numbers again.
+    return re.sub(r"(?m)^([ -]*)'(-?\d+)':", r"\1\2:", text).encode()
 
 
 def _parquet(table: pa.Table) -> bytes:
@@ -161,12 +122,10 @@ def _autoquant_state(finished: FinishedTrial) -> bytes:
     """
     import torch  # 1-2 s; only needed when a folder is written
 
-    recipe = f"{finished.trial.quant_pair}.{finished.trial.quant_granularity}"
-    stats: dict[str, dict[str, Any]] = {}
-    for row in published_scores(finished).to_pylist():
-        if row["score"] is None:
-            continue
-        stats[f"{row['group']}.quant_recipe"] = {
+    trial = finished.trial
+    recipe = ".".join([trial.quant_pair, trial.quant_granularity, *trial.variant])
+    stats = {
+        f"{row['group']}.quant_recipe": {
             "formats": [recipe, "NONE"],
             "scores": [row["score"], 0.0],
             "costs": [row["weight_elements"] * row["effective_bits"] / 16, float(row["weight_elements"])],
@@ -176,8 +135,11 @@ def _autoquant_state(finished: FinishedTrial) -> bytes:
             "is_fixed": False,
             "uncompressed_cost": float(row["weight_elements"]),
         }
+        for row in published_scores(finished).to_pylist()
+        if row["score"] is not None
+    }
     state = {
-        "method": finished.trial.method,
+        "method": trial.method,
         "candidate_stats": stats,
         "best": {"recipe": {}, "constraints": {}, "score": float("inf"), "is_satisfied": False},
     }

@@ -1,21 +1,66 @@
 """Index pages of the published tree: from a model's page down to every report."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import msgspec
 
 from sweep.core.groups import short_group
+from sweep.core.json import Json
 from sweep.core.text import count
+from sweep.report.analysis import Summary
+from sweep.store.records import RECIPE, UNKNOWN
+from sweep.store.upgrades import unrecorded
 
 # First line of every page we write: a README without it is someone's own and is left alone.
 GENERATED = "<!-- Written by `sweep publish` from the folders below; edits are lost. -->"
 
-Manifest = Mapping[str, Any]  # of a published folder, quant-manifest.json
 _REPORT = "per-layer-sensitivity.md"
+_VARIANT = RECIPE[2:]  # those that have no level of directories of their own
+_COLUMNS, _LINES = f"{' | '.join(_VARIANT)}", "---|" * len(_VARIANT)
 _LEGEND = (
     "KL: predicted, all layer groups added up, in nats per prediction; smaller is better. "
     "Served by: targets that run it as it is; "
     "(in brackets) those that run it as another recipe, which the report names."
 )
+
+
+class _Served(msgspec.Struct):
+    status: str  # native, runs_as, none
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """As much of a published folder's manifest as is read; the rest is only compared."""
+
+    layout_version: int
+    cell_id: str
+    summary: Summary
+    served_as: dict[str, _Served] = {}  # by target; a folder of an older layout has none
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A published folder's quant-manifest.json."""
+
+    document: Mapping[str, Json]
+    figures: Figures
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """Read it; one of an older layout gets the attributes that it lacks. Raises: ValueError: it is none of ours."""
+        document = msgspec.json.decode(data, type=dict)
+        figures = msgspec.convert(document, Figures)
+        return cls({**unrecorded(document, document.get("config", {})), **document}, figures)
+
+    @property
+    def summary(self) -> Summary:
+        return self.figures.summary
+
+    @property
+    def variant(self) -> tuple[str, ...]:
+        """Its values of `_VARIANT`."""
+        return tuple(str(self.document.get(name) or UNKNOWN) for name in _VARIANT)
 
 
 def render_index(path: str, manifests: Mapping[str, Manifest]) -> str:
@@ -27,10 +72,9 @@ def render_index(path: str, manifests: Mapping[str, Manifest]) -> str:
     """
     below = {folder.removeprefix(f"{path}/"): manifest for folder, manifest in sorted(manifests.items())}
     model, _, *deeper = path.split("/")
-    title = f"# Layer sensitivity of {' / '.join([model, *deeper])}"
     parts = [
         GENERATED,
-        title,
+        f"# Layer sensitivity of {' / '.join([model, *deeper])}",
         f"{count(len(below), 'report')}. {_LEGEND}",
     ]
     if not deeper:
@@ -48,25 +92,23 @@ def _children(below: Mapping[str, Manifest]) -> str:
     for folder, manifest in below.items():
         children.setdefault(folder.split("/")[0], {})[folder] = manifest
     lines = [
-        "| directory | reports | bits | least KL | in | most sensitive group there | served by |",
-        "|---|---:|---:|---:|---|---|---|",
+        f"| directory | reports | {_COLUMNS} | bits | least KL | in | most sensitive group there | served by |",
+        f"|---|---:|{_LINES}---:|---:|---|---|---|",
     ]
     for child, folders in children.items():
-        most = max(manifest["summary"]["n_samples"] for manifest in folders.values())
-        candidates = {
-            folder: manifest for folder, manifest in folders.items() if manifest["summary"]["n_samples"] == most
-        }
-        best = min(candidates, key=lambda folder: _order(candidates[folder]))
-        where = f"[{best.partition('/')[2]}]({best}/{_REPORT})"
-        summary = folders[best]["summary"]
+        most = max(manifest.summary.n_samples for manifest in folders.values())
+        candidates = [folder for folder, manifest in folders.items() if manifest.summary.n_samples == most]
+        best = min(candidates, key=lambda folder: _order(folders[folder].summary))
+        summary, manifests = folders[best].summary, folders.values()
         row = [
             f"[{child}]({child}/README.md)",
             str(len(folders)),
-            _bits(folders.values()),
+            *_variants(manifests),
+            _bits(manifests),
             _kl(summary),
-            where,
+            f"[{best.partition('/')[2]}]({best}/{_REPORT})",
             _worst(summary),
-            _served(folders.values()),
+            _served(manifests),
         ]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
@@ -79,70 +121,79 @@ def _grids(below: Mapping[str, Manifest]) -> list[str]:
         pair, granularity, run = folder.split("/")
         runs.setdefault(run, {})[pair, granularity] = (folder, manifest)
     parts: list[str] = []
-    n_samples = {run: max(map(_n_samples, cells.values())) for run, cells in runs.items()}
+    n_samples = {run: max(manifest.summary.n_samples for _, manifest in cells.values()) for run, cells in runs.items()}
     for run, cells in sorted(runs.items(), key=lambda item: (-n_samples[item[0]], item[0])):
         pairs = sorted({pair for pair, _ in cells})
         granularities = sorted({granularity for _, granularity in cells}, key=lambda name: (name != "default", name))
         lines = [f"| KL | {' | '.join(granularities)} |", "|---|" + "---:|" * len(granularities)]
         for pair in pairs:
             found = [cells.get((pair, granularity)) for granularity in granularities]
-            links = [f"[{_kl(cell[1]['summary'])}]({cell[0]}/{_REPORT})" if cell else "" for cell in found]
+            links = [f"[{_kl(cell[1].summary)}]({cell[0]}/{_REPORT})" if cell else "" for cell in found]
             lines.append(f"| {pair} | {' | '.join(links)} |")
-        parts += [f"## {run}", "\n".join(lines)]
+        values = _variants([manifest for _, manifest in cells.values()])
+        named = ", ".join(f"{name} {value}" for name, value in zip(_VARIANT, values, strict=True))
+        parts += [f"## {run}", f"With {named}:", "\n".join(lines)]
     return parts
-
-
-def _n_samples(cell: tuple[str, Manifest]) -> int:
-    return cell[1]["summary"]["n_samples"]
 
 
 def _reports(below: Mapping[str, Manifest]) -> str:
     lines = [
-        "| report | samples | bits | KL | half of it in | most sensitive group | served by |",
-        "|---|---:|---:|---:|---:|---|---|",
+        f"| report | {_COLUMNS} | samples | bits | KL | half of it in | most sensitive group | served by |",
+        f"|---|{_LINES}---:|---:|---:|---:|---|---|",
     ]
     for folder, manifest in sorted(
-        below.items(), key=lambda item: (item[0].rpartition("/")[0], item[1]["summary"]["n_samples"], item[0])
+        below.items(), key=lambda item: (item[0].rpartition("/")[0], item[1].summary.n_samples, item[0])
     ):
-        summary = manifest["summary"]
-        half = count(summary["n_groups_half"], "group")
-        link = f"[{folder}]({folder}/{_REPORT})"
-        lines.append(
-            f"| {link} | {summary['n_samples']} | {summary['effective_bits']:.3g} | {_kl(summary)} | {half} | "
-            f"{_worst(summary)} | {_served([manifest])} |"
-        )
+        summary = manifest.summary
+        row = [
+            f"[{folder}]({folder}/{_REPORT})",
+            *manifest.variant,
+            str(summary.n_samples),
+            f"{summary.effective_bits:.3g}",
+            _kl(summary),
+            count(summary.n_groups_half, "group"),
+            _worst(summary),
+            _served([manifest]),
+        ]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
-def _order(manifest: Manifest) -> tuple[bool, float]:
-    kl = manifest["summary"]["total_predicted_kl"]
+def _order(summary: Summary) -> tuple[bool, float]:
+    kl = summary.total_predicted_kl
     return (kl is None, kl or 0.0)
 
 
-def _kl(summary: Mapping[str, Any]) -> str:
-    kl = summary["total_predicted_kl"]
+def _kl(summary: Summary) -> str:
+    kl = summary.total_predicted_kl
     return "not measured" if kl is None else f"{kl:.3g}"
 
 
-def _worst(summary: Mapping[str, Any]) -> str:
-    if not summary["top_groups"]:
+def _worst(summary: Summary) -> str:
+    if not summary.top_groups:
         return "none"
-    return f"`{short_group(summary['top_groups'][0], summary['top_modules'])}` {summary['top_shares'][0]:.0%}"
+    return f"`{short_group(summary.top_groups[0], summary.top_modules)}` {summary.top_shares[0]:.0%}"
 
 
-def _served(manifests: Iterable[Manifest]) -> str:
+def _variants(manifests: Collection[Manifest]) -> list[str]:
+    """Every value of each attribute in `_VARIANT`."""
+    values = zip(*(manifest.variant for manifest in manifests), strict=True)
+    return [", ".join(sorted(set(each))) for each in values]
+
+
+def _served(manifests: Collection[Manifest]) -> str:
     """Targets that run at least one of the recipes as it is.
 
     Those that only run it as another one follow in brackets.
     """
     kinds: dict[str, set[str]] = {"native": set(), "runs_as": set(), "none": set()}
     for manifest in manifests:
-        for target, status in manifest.get("served_as", {}).items():  # a folder of an older layout has none
-            kinds[status["status"]].add(target)
+        for target, served in manifest.figures.served_as.items():
+            kinds[served.status].add(target)
     in_brackets = [f"({target})" for target in sorted(kinds["runs_as"] - kinds["native"])]
     return ", ".join([*sorted(kinds["native"]), *in_brackets]) or "none"
 
 
-def _bits(manifests: Any) -> str:
-    bits = sorted({f"{manifest['summary']['effective_bits']:.3g}" for manifest in manifests}, key=float)
+def _bits(manifests: Collection[Manifest]) -> str:
+    bits = sorted({f"{manifest.summary.effective_bits:.3g}" for manifest in manifests}, key=float)
     return bits[0] if len(bits) == 1 else f"{bits[0]} to {bits[-1]}"

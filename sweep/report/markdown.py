@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
-from sweep.core.groups import short_group
-from sweep.report.rows import Report, ratio
+from sweep.report.rows import CoveredGroup, Report, ScoredGroup, ratio
+from sweep.store.records import UNKNOWN
 
 _FORMATS = {"fp16": "not quantized"}
 _BAR = 12  # characters of the longest bar
@@ -17,15 +16,16 @@ _UNITS = ((1.0, "nat"), (1e-3, "mnat"), (1e-6, "µnat"), (1e-9, "nnat"))
 def facts_table(report: Report) -> str:
     """Model, data set, recipe, coverage, method and versions of a trial."""
     trial, summary = report.trial, report.summary
-    pair = report.config.get("quant_pair", {})
-    named = [(what, pair[key]) for key, what in (("weight", "weights"), ("activation", "activations")) if key in pair]
-    formats = ", ".join(f"{what} {_FORMATS.get(name, name)}" for what, name in named)
+    named = (("weights", report.pair.weight), ("activations", report.pair.activation))
+    formats = ", ".join(f"{what} {_FORMATS.get(name, name)}" for what, name in named if name is not None)
     facts = {
         "model": f"{trial.model} (revision `{trial.model_revision[:12]}`)",
         "data set": f"{trial.dataset} (revision `{trial.dataset_revision[:12]}`)",
         "size": f"{trial.size}: {summary.n_samples} samples, {summary.n_predictions} predictions",
         "quant pair": f"`{trial.quant_pair}`: {formats}" if formats else f"`{trial.quant_pair}`",
         "granularity": f"`{trial.quant_granularity}`",
+        "algorithm, scales": f"`{trial.algorithm}`, `{trial.scales}`",
+        "computed in": trial.dtype or UNKNOWN,
         "effective bits": f"{summary.effective_bits:.3f} a weight, block scales counted",
         "coverage": f"`{trial.coverage}`: {summary.n_measured} of {summary.n_groups} layer groups measured",
         "method, engine": f"`{trial.method}`, `{trial.engine}`",
@@ -67,7 +67,7 @@ def sentences(report: Report) -> list[str]:
         )
     if half := summary.n_groups_half:
         largest = report.rows[: min(half, 8)]
-        names = [f"`{short_group(row['layer'], row['modules'])}` {row['share']:.1%}" for row in largest]
+        names = [f"`{row.name}` {row.share:.1%}" for row in largest]
         more = f" and {half - len(names)} more" if half > len(names) else ""
         verb = "carries" if half == 1 else "carry"
         sentences.append(f"**{half} of {summary.n_measured} groups {verb} half of it**: {', '.join(names)}{more}.")
@@ -98,20 +98,19 @@ def _stability_sentence(report: Report) -> str:
 
 def kinds_table(report: Report) -> str:
     """Share by kind of layer, with a sparkline over depth."""
-    values = [row["sensitivity"] for row in report.rows if row["sensitivity"] > 0]
+    values = [row.sensitivity for row in report.rows if row.sensitivity > 0]
     low, high = (math.log(min(values)), math.log(max(values))) if values else (0.0, 0.0)
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(report.rows + report.not_measured, key=lambda row: _numbers(row["layer"])):
-        parts = short_group(row["layer"], row["modules"]).split(".")
-        kind = ".".join("*" if part.isdecimal() else part for part in parts)
+    kinds: dict[str, list[CoveredGroup]] = {}
+    for row in sorted([*report.rows, *report.not_measured], key=lambda row: _numbers(row.layer)):
+        kind = ".".join("*" if part.isdecimal() else part for part in row.name.split("."))
         kinds.setdefault(kind, []).append(row)
     lines: list[tuple[float, str]] = []
     for kind, rows in kinds.items():
-        measured = [row for row in rows if "rank" in row]
-        share = sum(row["share"] for row in measured)
-        worst = min(measured, key=lambda row: row["rank"], default=None)
-        most = f"`{short_group(worst['layer'], worst['modules'])}` (rank {worst['rank']})" if worst else "not measured"
-        spark = "".join(_spark(row.get("sensitivity"), low, high) for row in rows)
+        measured = [row for row in rows if isinstance(row, ScoredGroup)]
+        share = sum(row.share for row in measured)
+        worst = min(measured, key=lambda row: row.rank, default=None)
+        most = f"`{worst.name}` (rank {worst.rank})" if worst else "not measured"
+        spark = "".join(_spark(row, low, high) for row in rows)
         lines.append((share, f"| `{kind}` | {len(rows)} | {share:.1%} | `{spark}` | {most} |"))
     table = "\n".join(line for _, line in sorted(lines, key=lambda item: -item[0]))
     missing = " `x`: not measured." if report.not_measured else ""
@@ -124,41 +123,30 @@ def kinds_table(report: Report) -> str:
 
 def groups_table(report: Report) -> str:
     """Every measured layer group, most sensitive first."""
-    largest = max((row["predicted_kl"] or 0.0) for row in report.rows)
+    largest = max(row.predicted_kl for row in report.rows)
     scale, unit = next(
         ((scale, unit) for scale, unit in _UNITS if largest >= scale), _UNITS[-1] if largest > 0 else _UNITS[0]
     )
-    top_share = max(row["share"] for row in report.rows)
-    header = [
-        "#",
-        "layer group",
-        f"predicted KL, {unit}",
-        "90% interval",
-        "share",
-        "",
-        "score",
-        "sensitivity",
-        "SQNR dB",
-        "weight error",
-        "input amax",
-        "bits",
-    ]
-    lines = [f"| {' | '.join(header)} |", "|---:|---|---:|:---:|---:|---|---:|---:|---:|---:|---:|---:|"]
+    top_share = max(row.share for row in report.rows)
+    names = (
+        f"#|layer group|predicted KL, {unit}|90% interval|share||score|sensitivity|SQNR dB|weight error|input amax|bits"
+    )
+    lines = [f"| {' | '.join(names.split('|'))} |", "|---:|---|---:|:---:|---:|---|---:|---:|---:|---:|---:|---:|"]
     for row in report.rows:
-        ends = row["predicted_kl_interval"]
+        ends = row.predicted_kl_interval
         cells = [
-            str(row["rank"]),
-            f"`{short_group(row['layer'], row['modules'])}`",
-            _number(row["predicted_kl"], scale),
+            str(row.rank),
+            f"`{row.name}`",
+            _number(row.predicted_kl, scale),
             f"{_number(ends[0], scale)} … {_number(ends[1], scale)}" if ends else _MISSING,
-            f"{row['share']:.1%}",
-            "█" * round(_BAR * ratio(row["share"], top_share)) or "▏",
-            _number(row["score"]),
-            _number(row["sensitivity"]),
-            _MISSING if row["output_sqnr_db"] is None else f"{row['output_sqnr_db']:.1f}",
-            _number(row["weight_rel_error"]),
-            _number(row["input_amax"]),
-            f"{row['num_bits']:.4g}",
+            f"{row.share:.1%}",
+            "█" * round(_BAR * ratio(row.share, top_share)) or "▏",
+            _number(row.score),
+            _number(row.sensitivity),
+            _MISSING if row.output_sqnr_db is None else f"{row.output_sqnr_db:.1f}",
+            _number(row.weight_rel_error),
+            _number(row.input_amax),
+            f"{row.num_bits:.4g}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -187,12 +175,13 @@ def _numbers(group: str) -> list[int]:
     return [int(part) for part in group.split(".") if part.isdecimal()]
 
 
-def _spark(value: float | None, low: float, high: float) -> str:
-    if value is None:
+def _spark(group: CoveredGroup, low: float, high: float) -> str:
+    if not isinstance(group, ScoredGroup):
         return "x"
-    if value <= 0:
+    if group.sensitivity <= 0:
         return "·"
-    return _LEVELS[round((math.log(value) - low) / (high - low) * (len(_LEVELS) - 1))] if high > low else _LEVELS[-1]
+    place = (math.log(group.sensitivity) - low) / (high - low) if high > low else 1.0
+    return _LEVELS[round(place * (len(_LEVELS) - 1))]
 
 
 def _number(value: float | None, scale: float = 1.0) -> str:

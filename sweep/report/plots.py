@@ -3,7 +3,15 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from sweep.core.json import Json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _KL_LABEL: Final = "KL, nats per prediction"
 FRONT_BEGINS: Final = re.compile(f"(?s)<\\?xml .*>{_KL_LABEL}<".encode())  # by which such a picture is known again
@@ -14,16 +22,34 @@ _LINE: Final = 7.0  # height
 _GAP: Final = 6.0  # between a point and its name
 
 
-Point = Mapping[str, Any]  # `effective_bits`, `gb` (None: unknown), `predicted_kl`, and a name
+class Point(msgspec.Struct, frozen=True):
+    """A recipe in the picture."""
+
+    effective_bits: float
+    predicted_kl: float  # nats per prediction
+    gb: float | None  # 1e9 bytes of weights; None: unknown
+    measured_kl: float | None = None  # None: not measured
+    name: str = ""
+    format: str = ""  # its name if it is one format for all layer groups
+
+    def x(self, in_gb: bool) -> float:
+        """Its size."""
+        return self.gb if in_gb and self.gb is not None else self.effective_bits
 
 
-def front_picture(front: Sequence[Point], uniform: Sequence[Point], chosen: Sequence[Point]) -> bytes:
+def front_picture(
+    front: Sequence[Mapping[str, Json]],
+    uniform: Sequence[Mapping[str, Json]],
+    chosen: Sequence[Mapping[str, Json]],
+    title: str,
+) -> bytes:
     """Predicted KL over size: the front, one format for all, and chosen recipes; with measured KL where there is any.
 
     Args:
-        front: `effective_bits`, `gb` (None: unknown) and `predicted_kl` of each point.
-        uniform: the same with `format`.
-        chosen: the same with `name`, and `measured_kl` if it was measured.
+        front: the fields of each Point.
+        uniform: the same, with `format`.
+        chosen: the same, with `name`.
+        title: of the picture.
 
     Returns: an SVG file, always the same for the same points.
     """
@@ -31,24 +57,29 @@ def front_picture(front: Sequence[Point], uniform: Sequence[Point], chosen: Sequ
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    known = all(point["gb"] is not None for point in [*front, *uniform, *chosen])
-    x, label = ("gb", "weights, GB") if known else ("effective_bits", "bits a weight")
+    best, same, recipes = (msgspec.convert(rows, list[Point]) for rows in (front, uniform, chosen))
+    in_gb = all(point.gb is not None for point in (*best, *same, *recipes))
     with mpl.rc_context({"svg.hashsalt": "sweep", "svg.fonttype": "none"}):
-        figure: Any = Figure(figsize=(7, 4.2), layout="constrained")
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
         FigureCanvasSVG(figure)
-        axes = figure.subplots()
-        line = {"color": "tab:blue", "marker": ".", "label": "best mix, predicted"}
-        axes.plot(*_columns(_above_zero(front), x, "predicted_kl"), **line)
-        _marks(axes, uniform, x, "o", "0.6", "one format for all, predicted")
-        _marks(axes, _above_zero(chosen), x, "D", "tab:orange", "recipe, predicted")
-        if measured := [point for point in chosen if point.get("measured_kl")]:
-            axes.plot(*_columns(measured, x, "measured_kl"), "x", color="tab:red", label="recipe, measured")
-        axes.set(xlabel=label, ylabel=_KL_LABEL, yscale="log")
+        axes = figure.add_subplot()
+
+        def draw(points: Sequence[Point], kl: Sequence[float], style: str, color: str, label: str) -> None:
+            if points:
+                axes.plot([point.x(in_gb) for point in points], kl, style, color=color, label=label)
+
+        best, recipes = _above_zero(best), _above_zero(recipes)
+        draw(best, _predicted(best), ".-", "tab:blue", "best mix, predicted")
+        draw(same, _predicted(same), "o", "0.6", "one format for all, predicted")
+        draw(recipes, _predicted(recipes), "D", "tab:orange", "recipe, predicted")
+        measured = [point for point in recipes if point.measured_kl]
+        draw(measured, [point.measured_kl or 0.0 for point in measured], "x", "tab:red", "recipe, measured")
+        axes.set(xlabel="weights, GB" if in_gb else "bits a weight", ylabel=_KL_LABEL, yscale="log")
+        axes.set_title(title, fontsize=8)
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=7)
-        shown = _above_zero([*uniform, *chosen])
-        names = [point.get("name") or point["format"] for point in shown]
-        _annotate(axes, list(zip(*_columns(shown, x, "predicted_kl"), names, strict=True)))
+        shown = [*_above_zero(same), *recipes]
+        _annotate(figure, axes, [(point.x(in_gb), point.predicted_kl, point.name or point.format) for point in shown])
         data = io.BytesIO()
         figure.savefig(data, format="svg", metadata={"Date": None})
     return data.getvalue()
@@ -56,23 +87,17 @@ def front_picture(front: Sequence[Point], uniform: Sequence[Point], chosen: Sequ
 
 def _above_zero(points: Sequence[Point]) -> list[Point]:
     """The points that a logarithmic axis can show."""
-    return [point for point in points if point["predicted_kl"] > 0]
+    return [point for point in points if point.predicted_kl > 0]
 
 
-def _columns(points: Sequence[Point], x: str, y: str) -> tuple[list[float], list[float]]:
-    return [point[x] for point in points], [point[y] for point in points]
+def _predicted(points: Sequence[Point]) -> list[float]:
+    return [point.predicted_kl for point in points]
 
 
-def _marks(axes: Any, points: Sequence[Point], x: str, marker: str, color: str, label: str) -> None:
-    """Draw a marker at each point's predicted KL, with one entry in the legend."""
-    for index, point in enumerate(points):
-        axes.plot(point[x], point["predicted_kl"], marker, color=color, label=None if index else label)
-
-
-def _annotate(axes: Any, named: Sequence[tuple[float, float, str]]) -> None:
+def _annotate(figure: "Figure", axes: "Axes", named: Sequence[tuple[float, float, str]]) -> None:
     """Write each name beside its point, below the names that are in the way, with a line to the point."""
-    axes.figure.draw_without_rendering()  # settles where points lie
-    scale = 72 / axes.figure.dpi
+    figure.draw_without_rendering()  # settles where points lie
+    scale = 72 / figure.dpi
     right_edge = axes.get_window_extent().x1 * scale
     transform = axes.transData.transform
     pixels = [transform((x, y)) for x, y, _ in named]

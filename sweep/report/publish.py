@@ -7,7 +7,6 @@ no folder.
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import re
@@ -16,27 +15,27 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sweep.core.errors import StoreFailed, SweepError
+from sweep.core.json import Json
 from sweep.core.machine import n_cores
 from sweep.report.files import (
     FILES,
     LAYOUT_VERSION,
     MANIFEST,
     checksums,
-    folder_of_finished,
+    folder_of,
     manifest_identity,
     published_scores,
     render_files,
 )
-from sweep.report.index import GENERATED, render_index
+from sweep.report.index import GENERATED, Manifest, render_index
 from sweep.store.files import Files
 from sweep.store.outputs import locked, sync
-from sweep.store.records import FinishedTrial
+from sweep.store.records import FinishedTrial, TrialRow
 
 _NEW, _OLD = ".new-", ".old-"  # a folder being built; a folder being replaced
 _FOLDERS_A_PROCESS = 32  # are worth the second or two that a process takes to start
@@ -47,6 +46,8 @@ _HOW = (
     "Replace what is there: output_layout.overwrite=true (sweep run), --overwrite (sweep publish). "
     "Or publish elsewhere."
 )
+
+_CONTENT = ("model_revision", "dataset_revision", "cell_id")  # a folder that differs in them holds other content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +94,7 @@ def publish(finished: Iterable[FinishedTrial], root: Path | str, *, overwrite: b
                 _put_folder(files, folder, content)
             else:
                 _swap_folder(Path(url), folder, content)
-            published[folder] = json.loads(content[MANIFEST])
+            published[folder] = Manifest.from_json(content[MANIFEST])
         written_pages = _write_pages(files, published)
         stale_pages = _remove_stale_pages(files, pages)
     at = f"{url}/"
@@ -121,24 +122,24 @@ def _leave_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def check_ahead(root: str, wanted: Mapping[str, Mapping[str, object]]) -> None:
+def check_ahead(root: str, wanted: Mapping[str, TrialRow]) -> None:
     """Refuse a sweep whose reports would not be published, before hours are spent on it.
 
     Args:
         root: the models directory, or a URL.
-        wanted: `model_revision`, `dataset_revision` and `cell_id` of each trial, by its folder under the root.
+        wanted: each trial by its folder under the root.
 
     Raises: SweepError: names the folders that hold other content.
     """
     files = Files(root)
     conflicts: list[str] = []
-    for folder, identity in wanted.items():
+    for folder, trial in wanted.items():
         if (there := _manifest(files, folder)) is None:
             continue
         conflicts += [
-            f"{folder} holds other content: {key} {there.get(key)} there, {value} here"
-            for key, value in identity.items()
-            if there.get(key) != value
+            f"{folder} holds other content: {key} {there.document.get(key)} there, {getattr(trial, key)} here"
+            for key in _CONTENT
+            if there.document.get(key) != getattr(trial, key)
         ][:1]
     if conflicts:
         raise SweepError(
@@ -159,7 +160,7 @@ def _by_folder(finished: Iterable[FinishedTrial], *, overwrite: bool) -> dict[st
                 f"Trial {trial.trial_id} is {trial.state}; only finished trials are published. "
                 "Run the sweep again to finish it."
             )
-        parts = folder_of_finished(one)
+        parts = folder_of(trial)
         for part in parts:
             if not re.fullmatch(r"[a-z0-9_-][a-z0-9_.-]*", part) or ".." in part:
                 raise SweepError(
@@ -267,14 +268,14 @@ def _directories(files: Files) -> Iterator[str]:
             ]
 
 
-def _published(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
+def _published(files: Files) -> Iterator[tuple[str, Manifest]]:
     """Folders that are there, with their manifests; one without a readable manifest is not there."""
     for directory in _directories(files):
         if directory.count("/") < 4:
             continue
         if (manifest := _manifest(files, directory)) is None:
             continue
-        if manifest["layout_version"] > LAYOUT_VERSION:
+        if manifest.figures.layout_version > LAYOUT_VERSION:
             raise SweepError(
                 f"{files.uri}/{directory} was published by a newer version of this program. "
                 "Upgrade, or publish elsewhere."
@@ -282,21 +283,19 @@ def _published(files: Files) -> Iterator[tuple[str, dict[str, Any]]]:
         yield directory, manifest
 
 
-def _manifest(files: Files, folder: str) -> dict[str, Any] | None:
+def _manifest(files: Files, folder: str) -> Manifest | None:
     """A published folder's manifest; None if there is none that this program can have written."""
     try:
-        manifest = json.loads(files.read(f"{folder}/{MANIFEST}"))
+        return Manifest.from_json(files.read(f"{folder}/{MANIFEST}"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
-    kinds = {"layout_version": int, "summary": dict, "cell_id": str}
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
-        return None
-    return manifest
 
 
-def _is_current(files: Files, folder: str, one: FinishedTrial, manifest: Mapping[str, Any] | None) -> bool:
+def _is_current(files: Files, folder: str, one: FinishedTrial, manifest: Manifest | None) -> bool:
     """Whether the folder says what the trial says and all its bytes are as its manifest lists them."""
-    if manifest is None or {key: value for key, value in manifest.items() if key != "files"} != manifest_identity(one):
+    if manifest is None:
+        return False
+    if {key: value for key, value in manifest.document.items() if key != "files"} != manifest_identity(one):
         return False
     content: dict[str, bytes] = {}
     for name in FILES:
@@ -305,7 +304,7 @@ def _is_current(files: Files, folder: str, one: FinishedTrial, manifest: Mapping
                 content[name] = files.read(f"{folder}/{name}")
             except FileNotFoundError:
                 return False
-    return manifest.get("files") == checksums(content) and _rows(content["scores.parquet"]).equals(
+    return manifest.document.get("files") == checksums(content) and _rows(content["scores.parquet"]).equals(
         published_scores(one)
     )
 
@@ -315,11 +314,11 @@ def _rows(data: bytes) -> pa.Table:
     return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
 
 
-def _conflicts(changed: Mapping[str, FinishedTrial], published: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _conflicts(changed: Mapping[str, FinishedTrial], published: Mapping[str, Manifest]) -> Iterator[str]:
     for folder, one in changed.items():
         there, here = published.get(folder), manifest_identity(one)
-        if there and any(there.get(key) != here[key] for key in ("model_revision", "dataset_revision", "cell_id")):
-            yield f"{folder} holds other content: {'; '.join(_differences(there, here))}"
+        if there and any(there.document.get(key) != here[key] for key in _CONTENT):
+            yield f"{folder} holds other content: {'; '.join(_differences(there.document, here))}"
 
 
 def _foreign_files(files: Files, changed: Iterable[str]) -> Iterator[str]:
@@ -334,9 +333,18 @@ def _foreign_files(files: Files, changed: Iterable[str]) -> Iterator[str]:
                 yield f"{beside} was made by someone else"
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def _differences(there: Mapping[str, Json], here: Mapping[str, Json]) -> list[str]:
     """The facts in which two contents differ, at most four: ``model_revision 0a1b there, 2c3d here``."""
-    keys = ("model_revision", "dataset_revision", "engine", "quant_pair", "config", "versions", "schema_version")
+    keys = (
+        "model_revision",
+        "dataset_revision",
+        "engine",
+        "quant_pair",
+        "dtype",
+        "config",
+        "versions",
+        "schema_version",
+    )
     old = _flat({key: there.get(key) for key in keys})
     new = _flat({key: here.get(key) for key in keys})
     found = [
@@ -347,10 +355,10 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     return found[:4] or [f"cell {there.get('cell_id')} there, {here['cell_id']} here"]
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(value: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
+    flat: dict[str, Json] = {}
     for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
     return flat
 
 
@@ -395,7 +403,7 @@ def _foreign_pages(files: Files, pages: Iterable[str]) -> Iterator[str]:
             yield f"{directory}/README.md was written by someone else"
 
 
-def _write_pages(files: Files, published: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _write_pages(files: Files, published: Mapping[str, Manifest]) -> list[str]:
     """Write the index pages whose text changes. Returns their paths."""
     written: list[str] = []
     for directory in _page_paths(published):

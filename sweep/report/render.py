@@ -1,18 +1,18 @@
 """One trial's report as text: Markdown for people, JSON for programs. Opens no file, knows no path."""
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
+import msgspec
 import pyarrow as pa
 
 from sweep.config.targets import Target
 from sweep.core.groups import short_group
-from sweep.core.text import aligned
+from sweep.core.sizes import SIZES
 from sweep.report.analysis import summarize
 from sweep.report.markdown import columns_text, facts_table, groups_table, kinds_table, sentences
-from sweep.report.rows import Report, algorithm_of
-from sweep.store.records import FinishedTrial
+from sweep.report.rows import Report
+from sweep.store.records import ATTRIBUTES, RECIPE, UNKNOWN, FinishedTrial
 
 REPORT_VERSION = 1  # of the JSON's layout
 
@@ -21,21 +21,21 @@ def render_markdown(report: Report) -> str:
     """The report for people."""
     trial = report.trial
     parts = [
-        f"# Layer sensitivity: {trial.model}, {trial.quant_pair}, {trial.quant_granularity}",
+        f"# Layer sensitivity: {trial.title}",
         facts_table(report),
         "## Summary",
         "\n".join(f"- {sentence}" for sentence in sentences(report)),
     ]
     if report.rows:
         parts += [
-            "## Where the damage sits",
+            "## Predicted KL by layer",
             kinds_table(report),
             "## Layer groups, most sensitive first",
             columns_text(trial.method),
             groups_table(report),
         ]
     if report.not_measured:
-        names = "\n".join(f"- `{short_group(row['layer'], row['modules'])}`" for row in report.not_measured)
+        names = "\n".join(f"- `{row.name}`" for row in report.not_measured)
         parts += [
             "## Not measured",
             f"Never called on these samples, so nothing is known about them; they are not counted as 0.\n\n{names}",
@@ -49,25 +49,27 @@ def render_json(report: Report) -> str:
     `scheme`, `model`, `dataset` and `layer_sensitivity` have the origin's keys; `sensitivity` is per prediction here.
     """
     trial, summary, stability = report.trial, report.summary, report.stability
-    pair: dict[str, Any] = report.config.get("quant_pair", {})
     document = {
         "report_version": REPORT_VERSION,
         "scheme": {
-            "name": f"{trial.quant_pair}_{trial.quant_granularity}_{trial.coverage}",
+            "name": "_".join([trial.quant_pair, trial.quant_granularity, trial.coverage, *trial.variant]),
+            "quant_algorithm": trial.algorithm,
+            "scales": trial.scales,
+            "dtype": trial.dtype,
             "auto_quantize_bits": summary.effective_bits,
             "auto_quantize_method": trial.method,
             "auto_quantize_score_size": summary.n_samples,
             "coverage_mode": trial.coverage,
             "coverage_fraction": summary.n_measured / summary.n_groups if summary.n_groups else 0.0,
             "engine": trial.engine,
-            "quant_formats": [pair.get("format_name", trial.quant_pair)],
-            "quant_granularity": report.config.get("quant_granularity", {"name": trial.quant_granularity}),
-            "quant_pair": pair or {"name": trial.quant_pair},
+            "quant_formats": [report.pair.format_name or trial.quant_pair],
+            "quant_granularity": report.section("quant_granularity") or {"name": trial.quant_granularity},
+            "quant_pair": report.section("quant_pair") or {"name": trial.quant_pair},
             "served_as": report.served_as,
         },
-        "model": {**report.config.get("model", {}), "id": trial.model, "revision": trial.model_revision},
+        "model": {**report.section("model"), "id": trial.model, "revision": trial.model_revision},
         "dataset": {
-            **report.config.get("dataset", {}),
+            **report.section("dataset"),
             "name": trial.dataset,
             "size": trial.size,
             "revision": trial.dataset_revision,
@@ -101,33 +103,34 @@ def render_json(report: Report) -> str:
         "layer_sensitivity": report.rows,
         "not_measured": report.not_measured,
     }
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(msgspec.to_builtins(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def summary_lines(finished: Sequence[FinishedTrial], top: int, target: Target) -> list[str]:
-    """A table for the end of a run: a heading, then one line a trial.
-
-    A line has the trial's `top` most sensitive layer groups, and how the target runs its recipe.
-    """
-    measured = ("pair", "granularity", "size", "bits", "KL/pred.")
-    cells: list[tuple[str, ...]] = [
-        (*measured, f"on {target.name}", "most sensitive layer groups (share of the total)")
-    ]
+def largest(finished: Iterable[FinishedTrial]) -> list[FinishedTrial]:
+    """Of trials that differ in their size alone the one with the most samples; in the order given."""
+    best: dict[tuple[str, ...], FinishedTrial] = {}
     for one in finished:
-        summary = summarize(one.scores)
-        served = target.status(one.trial.quant_pair, one.trial.quant_granularity, algorithm_of(one.trial)).words
-        groups = ", ".join(most_sensitive(one.scores, top))
+        key = tuple(getattr(one.trial, name) or UNKNOWN for name in ATTRIBUTES if name != "size")
+        if key not in best or SIZES[best[key].trial.size] < SIZES[one.trial.size]:
+            best[key] = one
+    return [*best.values()]
+
+
+def summary_table(finished: Sequence[FinishedTrial], top: int, target: Target) -> list[tuple[str, ...]]:
+    """A table for the end of a run: a heading, then one row a trial.
+
+    A row has the trial's `top` most sensitive layer groups, and how the target runs its recipe.
+    """
+    names = (name.removeprefix("quant_") for name in RECIPE)
+    groups = "most sensitive layer groups (share of the total)"
+    rows = [(*names, "size", "bits", "KL/pred.", f"on {target.name}", groups)]
+    for one in finished:
+        trial, summary = one.trial, summarize(one.scores)
+        served = target.status(trial.quant_pair, trial.quant_granularity, trial.algorithm).words
         kl = "-" if summary.total_predicted_kl is None else f"{summary.total_predicted_kl:.3g}"
-        facts = (
-            one.trial.quant_pair,
-            one.trial.quant_granularity,
-            one.trial.size,
-            f"{summary.effective_bits:.2f}",
-            kl,
-            served,
-        )
-        cells.append((*facts, groups or "nothing measured"))
-    return aligned(cells)
+        groups = ", ".join(most_sensitive(one.scores, top)) or "nothing measured"
+        rows.append((*trial.recipe, trial.size, f"{summary.effective_bits:.2f}", kl, served, groups))
+    return rows
 
 
 def most_sensitive(scores: pa.Table, top: int) -> list[str]:

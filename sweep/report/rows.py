@@ -1,13 +1,15 @@
 """The content of one trial's report, before it is text."""
 
-import json
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 
 from sweep.config.targets import served_as
+from sweep.core.groups import short_group
+from sweep.core.json import Json
 from sweep.report.analysis import (
     FloatArray,
     RankStability,
@@ -24,72 +26,110 @@ from sweep.store.records import FinishedTrial, TrialRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CoveredGroup:
+    """One layer group; alone if it was never called on the samples. Its fields are keys of the JSON report."""
+
+    layer: str  # first module of the group
+    modules: list[str]
+    layer_index: int | None
+
+    @property
+    def name(self) -> str:
+        """As people call it: ``layers.6.self_attn.q/k/v_proj``."""
+        return short_group(self.layer, self.modules)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup(CoveredGroup):
+    """One layer group that was measured. Units as in SCORES_SCHEMA."""
+
+    rank: int  # 1: most sensitive
+    score: float
+    sensitivity: float
+    sensitivity_interval: list[float] | None = None  # 90 %, if other samples had been drawn; None: no per-sample scores
+    predicted_kl: float
+    predicted_kl_interval: list[float] | None = None
+    share: float  # of the total score, 0..1
+    output_rel_error: float | None
+    output_sqnr_db: float | None
+    weight_rel_error: float | None
+    input_amax: float | None
+    weight_elements: int
+    num_bits: float  # effective bits a weight
+    size_cost: float  # weights of the group in 16-bit units
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """Number formats of a quant pair, as a trial's config names them."""
+
+    weight: str | None = None
+    activation: str | None = None
+    format_name: str | None = None  # ModelOpt preset that it starts from
+
+
+class _Config(msgspec.Struct):
+    quant_pair: Pair = Pair()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """The content that Markdown and JSON reports share."""
 
     trial: TrialRow
-    config: dict[str, Any]
+    pair: Pair
+    config: dict[str, Json]
     versions: dict[str, str]
     served_as: dict[str, dict[str, str | None]]  # by target
-    rows: list[dict[str, Any]]  # groups that were measured, most sensitive first, as in the JSON
-    not_measured: list[dict[str, Any]]
+    rows: list[ScoredGroup]  # most sensitive first
+    not_measured: list[CoveredGroup]
     summary: Summary
     total_interval: list[float] | None
     stability: RankStability | None
 
+    def section(self, name: str) -> Mapping[str, Json]:
+        """A section of the config; empty where there is none."""
+        node = self.config.get(name)
+        return node if isinstance(node, Mapping) else {}
+
 
 def analyse(finished: FinishedTrial) -> Report:
     """Rank a finished trial's rows, with intervals and stability where per-sample scores were kept."""
-    scores = finished.scores
+    scores, trial = finished.scores, finished.trial
     score = float_column(scores, "score")
     summary = summarize(scores)
     samples = sample_matrix(scores)
     interval, total_interval = None, None
     if samples is not None and summary.n_predictions > 0:
         with_total = np.vstack([samples, np.nansum(samples, axis=0)])
-        interval = bootstrap_interval(with_total, summary.n_predictions, finished.trial.cell_id or "")
+        interval = bootstrap_interval(with_total, summary.n_predictions, trial.cell_id or "")
         kl_per_sensitivity = ratio(
             np.nansum(float_column(scores, "predicted_kl")), np.nansum(float_column(scores, "sensitivity"))
         )
         total_interval = _rounded(interval[:, -1] * kl_per_sensitivity)
     shares = score_shares(score)
-    rows: list[dict[str, Any]] = []
-    not_measured: list[dict[str, Any]] = []
-    names = [name for name in scores.column_names if name != "sample_scores"]
-    table: list[dict[str, Any]] = scores.select(names).to_pylist()
+    rows: list[ScoredGroup] = []
+    not_measured: list[CoveredGroup] = []
+    table = scores.select([name for name in scores.column_names if name != "sample_scores"]).to_pylist()
     for i in ranking(score).tolist():
-        row = {key: _finite(value) for key, value in table[i].items()}
+        finite = {key: value for key, value in table[i].items() if not isinstance(value, float) or math.isfinite(value)}
+        row = dict.fromkeys(table[i]) | finite | {"layer": table[i]["group"]}
         if row["score"] is None:
-            not_measured.append({"layer": row["group"], "modules": row["modules"], "layer_index": row["layer_index"]})
+            not_measured.append(msgspec.convert(row, CoveredGroup))
             continue
-        ends = None if interval is None else interval[:, i]
-        to_kl = ratio(row["predicted_kl"] or 0.0, row["sensitivity"] or 0.0)
-        rows.append(
-            {
-                "rank": len(rows) + 1,
-                "layer": row["group"],
-                "modules": row["modules"],
-                "layer_index": row["layer_index"],
-                "score": row["score"],
-                "sensitivity": row["sensitivity"],
-                "sensitivity_interval": None if ends is None else _rounded(ends),
-                "predicted_kl": row["predicted_kl"],
-                "predicted_kl_interval": None if ends is None else _rounded(ends * to_kl),
-                "share": float(shares[i]),
-                "output_rel_error": row["output_rel_error"],
-                "output_sqnr_db": row["output_sqnr_db"],
-                "weight_rel_error": row["weight_rel_error"],
-                "input_amax": row["input_amax"],
-                "weight_elements": row["weight_elements"],
-                "num_bits": row["effective_bits"],
-                "size_cost": row["weight_elements"] * row["effective_bits"] / 16,
-            }
-        )
+        known = {"rank": len(rows) + 1, "share": float(shares[i]), "num_bits": row["effective_bits"], "size_cost": 0.0}
+        group = msgspec.convert(row | known, ScoredGroup)
+        group = replace(group, size_cost=group.weight_elements * group.num_bits / 16)
+        if interval is not None:
+            to_kl = ratio(group.predicted_kl, group.sensitivity)
+            ends, kl_ends = _rounded(interval[:, i]), _rounded(interval[:, i] * to_kl)
+            group = replace(group, sensitivity_interval=ends, predicted_kl_interval=kl_ends)
+        rows.append(group)
     return Report(
-        trial=finished.trial,
-        config=portable_config(finished.trial),
-        versions=json.loads(finished.trial.versions),
-        served_as=served_as_of(finished.trial),
+        trial=trial,
+        pair=pair_of(trial),
+        config=portable_config(trial),
+        versions=msgspec.json.decode(trial.versions, type=dict[str, str]),
+        served_as=served_as_of(trial),
         rows=rows,
         not_measured=not_measured,
         summary=summary,
@@ -100,31 +140,27 @@ def analyse(finished: FinishedTrial) -> Report:
 
 def served_as_of(trial: TrialRow) -> dict[str, dict[str, str | None]]:
     """How every target runs the trial's recipe, whichever target it was run for."""
-    return served_as(trial.quant_pair, trial.quant_granularity, algorithm_of(trial))
+    return served_as(trial.quant_pair, trial.quant_granularity, trial.algorithm)
 
 
-def algorithm_of(trial: TrialRow) -> str:
-    """The calibration algorithm; records older than the key have `max`."""
-    return json.loads(trial.config).get("sensitivity", {}).get("quant_algorithm", "max")
+def pair_of(trial: TrialRow) -> Pair:
+    """The number formats of a trial's pair; None: its config does not say them."""
+    return msgspec.json.decode(trial.config, type=_Config).quant_pair
 
 
-def portable_config(trial: TrialRow) -> dict[str, Any]:
+def portable_config(trial: TrialRow) -> dict[str, Json]:
     """The composed config without the values that may differ between equal runs.
 
-    Leaves out `store`, `cluster`, `output_layout` and `target`; an absolute path keeps only its last part; whole-number
-    keys, which JSON turned into text (``block_sizes: {-1: 64}``), are numbers again.
+    Leaves out `store`, `cluster`, `output_layout` and `target`; an absolute path keeps only its last part.
     """
-    config = json.loads(trial.config)
-    return {
-        key: _portable(value)
-        for key, value in config.items()
-        if key not in ("store", "cluster", "output_layout", "target")
-    }
+    config = msgspec.json.decode(trial.config, type=dict)
+    left_out = ("store", "cluster", "output_layout", "target")
+    return {key: _portable(value) for key, value in config.items() if key not in left_out}
 
 
-def _portable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {int(key) if key.removeprefix("-").isdecimal() else key: _portable(item) for key, item in value.items()}
+def _portable(value: Json) -> Json:
+    if isinstance(value, Mapping):
+        return {key: _portable(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_portable(item) for item in value]
     if isinstance(value, str) and (value.startswith(("/", "~")) or value[1:3] in (":\\", ":/")):
@@ -140,7 +176,3 @@ def ratio(part: float, whole: float) -> float:
 def _rounded(values: FloatArray) -> list[float]:
     # Six digits: the last ones of a matrix product differ between machines.
     return [float(f"{value:.6g}") for value in values.tolist()]
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

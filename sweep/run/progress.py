@@ -4,19 +4,22 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bars
+from rich.table import Column
 from rich.text import Text
 
+from sweep.core.screen import say
 from sweep.core.text import duration
 from workers.task import Progress, Task
 
 _LINE_SECONDS = 10.0  # between lines where there is no terminal
 _SHOWN_TASKS = 6  # running recipes listed below the totals
+_BAR = 20  # columns of a bar: on a screen of 80 the longest recipe's name stays whole beside it
 
 
 class Tally:
@@ -161,11 +164,11 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a warning, which stays on the screen."""
-        self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
+        say(self._console, text, "yellow")
 
     def note(self, text: str) -> None:
         """Print information, which stays on the screen."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        say(self._console, text)
 
     def update(self) -> None:
         """Show a changed tally."""
@@ -180,22 +183,13 @@ class Display:
         groups = f"{tally.done_groups} of {tally.total_groups} layer groups"
         return f"{tally.done_trials} of {tally.n_trials} trials, {groups}, {tally.groups_per_second:.0f}/s{left}"
 
-    def _render(self) -> Any:
-        tally = self._tally
-        table = Table.grid(padding=(0, 2))
-        table.add_row(
-            Text("sweep", style="bold"),
-            ProgressBar(total=max(tally.total_groups, 1), completed=tally.done_groups, width=40),
-            self._totals(),
-        )
-        running = tally.running
+    def _render(self) -> RenderableType:
+        """Bars of the whole and of the recipes under way; their text takes the rest of the line and folds."""
+        tally, running = self._tally, self._tally.running
+        text = TextColumn("{task.description}", markup=False, table_column=Column())
+        bars = Bars(BarColumn(_BAR), text, console=self._console, auto_refresh=False)
+        bars.add_task(self._totals(), total=max(tally.total_groups, 1), completed=tally.done_groups)
         for task, done in running[:_SHOWN_TASKS]:
-            sizes = ", ".join(task.cells)
-            table.add_row(
-                Text(task.label, style="cyan"),
-                ProgressBar(total=task.n_steps, completed=done, width=40),
-                f"{done} of {task.n_steps} layer groups ({sizes})",
-            )
-        if not running:
-            return Group(table, Text(self._stage, style="dim"))
-        return table
+            groups = f"{done} of {task.n_steps} layer groups ({', '.join(task.cells)})"
+            bars.add_task(f"{task.label}: {groups}", total=task.n_steps, completed=done)
+        return bars.get_renderable() if running else Group(bars.get_renderable(), Text(self._stage, style="dim"))

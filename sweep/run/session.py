@@ -8,14 +8,13 @@ import socket
 import time
 from collections import Counter
 from datetime import UTC, datetime
-from typing import Any
 
 from sweep.config.compose import Grid
 from sweep.config.schema import to_record
 from sweep.core.exits import EXIT_DONE, EXIT_FAILED, EXIT_INCOMPLETE
 from sweep.plan.trials import PlannedTrial, SweepPlan, versions
 from sweep.run.progress import Tally
-from sweep.store.records import TrialRow, TrialState
+from sweep.store.records import RunRecord, TrialRow, TrialState
 from sweep.store.store import Store
 from workers.task import Picture
 
@@ -48,14 +47,14 @@ class Session:
             }
         self._given_up = given_up - self.finished
         self.tasks = plan.pending(self.finished | self._given_up)
-        self.record: dict[str, Any] = {
-            "run_id": self.run_id,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started_at": now(),
-            "trials": len(plan.trials),
-            "models": plan.models,
-        }
+        self.record = RunRecord(
+            run_id=self.run_id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started_at=now(),
+            trials=len(plan.trials),
+            models={revision: dict(elements) for revision, elements in plan.models.items()},
+        )
         self._at_first = self.counts()
         self.tally = Tally(
             self.tasks, Counter(trial.task_id for trial in self.pending_trials() if trial.task_id), len(plan.trials)
@@ -124,15 +123,12 @@ class Session:
 
     def beat(self) -> None:
         """Write the run's heartbeat."""
-        tally = self.tally
-        self.record |= {
-            "heartbeat_at": now(),
-            "groups_done": tally.done_groups,
-            "groups_total": tally.total_groups,
-            "groups_per_second": round(tally.groups_per_second, 3),
-            "eta_seconds": None if tally.eta_seconds is None else round(tally.eta_seconds, 1),
-        }
-        self.store.write_run(self.run_id, self.record)
+        tally, record = self.tally, self.record
+        record.heartbeat_at = now()
+        record.groups_done, record.groups_total = tally.done_groups, tally.total_groups
+        record.groups_per_second = round(tally.groups_per_second, 3)
+        record.eta_seconds = None if tally.eta_seconds is None else round(tally.eta_seconds, 1)
+        self.store.write_run(self.run_id, record)
 
     def end(self, code: int | None) -> Counter[str]:
         """Read from the store which cells are finished, and record the end of the run. Returns trials by state."""
@@ -143,10 +139,10 @@ class Session:
         self.write_trials(running=False)
         counts = self.counts()
         if self.tasks:
-            self.record |= {"ended_at": now(), "exit_code": exit_code(counts) if code is None else code}
+            self.record.ended_at, self.record.exit_code = now(), exit_code(counts) if code is None else code
             self.beat()
         if self._written:
-            self.store.compact_trials(run_id for run_id, record in self.store.runs().items() if "ended_at" in record)
+            self.store.compact_trials(run_id for run_id, record in self.store.runs().items() if record.ended_at)
         return counts
 
     def row(self, trial: PlannedTrial) -> TrialRow:
@@ -175,6 +171,9 @@ def row_of(trial: PlannedTrial, state: TrialState, reason: str | None, run_id: s
         engine=config.sensitivity.engine,
         quant_pair=config.quant_pair.name,
         quant_granularity=config.quant_granularity.name,
+        algorithm=config.sensitivity.quant_algorithm,
+        scales=config.sensitivity.scales,
+        dtype=trial.dtype,
         state=state,
         reason=reason,
         config=json.dumps(to_record(config)),

@@ -3,9 +3,8 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import Final, Literal
 
 from sweep.core.errors import SweepError
@@ -22,7 +21,7 @@ _RUN: Final = re.compile(rf"runs/({_ID})\.json")
 _FOLDERS: Final = ("scores", "parts", "trials", "validations", "runs")
 _TEMPORARY: Final = re.compile(r"(?:.*/)?\.[^/]+\.tmp")
 _TEMPORARY_SECONDS: Final = 600.0  # a writer holds one for less than a second; on a slow network file system for longer
-_SILENT: Final = timedelta(minutes=10)  # a run whose heartbeat is older is over
+_SILENT_SECONDS: Final = 600.0  # a run whose heartbeat is older is over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +95,9 @@ def _look(store: Store, path: str) -> Finding | None:
         return Finding(
             subject=path, verdict="warning", text="not a file of this program; left where it is, nobody reads it"
         )
-    if (read := _reader(store, path)) is None:
-        return _aside(store, path, "not a file of this program")
     try:
-        read()
+        if not _read(store, path):
+            return _aside(store, path, "not a file of this program")
     except FileNotFoundError:
         return None
     except SweepError as error:
@@ -109,23 +107,23 @@ def _look(store: Store, path: str) -> Finding | None:
     return None
 
 
-def _reader(store: Store, path: str) -> Callable[[], object] | None:
+def _read(store: Store, path: str) -> bool:
+    """Read a file as commands do. Returns whether this program has such files. Raises: SweepError: it is damaged."""
     if found := _SCORES.fullmatch(path):
-        return lambda: _once(store, path, store.whole_scores(found[1]))
-    if found := _PART.fullmatch(path):
-        return lambda: _once(store, path, store.has_part(found[1], found[2]))
-    if found := _TRIALS.fullmatch(path):
-        return lambda: _once(store, path, store.read_trials(f"{found[1]}.parquet"))
-    if found := _VALIDATION.fullmatch(path):
-        return lambda: _once(store, path, store.validation(found[1]))
-    return (lambda: _once(store, path, store.run_record(path))) if _RUN.fullmatch(path) else None
-
-
-def _once(store: Store, path: str, found: object) -> object:
-    """Pass on what was read. Raises: SweepError: the file at `path` was damaged."""
+        store.whole_scores(found[1])
+    elif found := _PART.fullmatch(path):
+        store.has_part(found[1], found[2])
+    elif found := _TRIALS.fullmatch(path):
+        store.read_trials(f"{found[1]}.parquet")
+    elif found := _VALIDATION.fullmatch(path):
+        store.validation(found[1])
+    elif _RUN.fullmatch(path):
+        store.run_record(path)
+    else:
+        return False
     if path in store.damage:
         raise SweepError(store.damage[path])
-    return found
+    return True
 
 
 def _aside(store: Store, path: str, reason: str) -> Finding:
@@ -135,13 +133,7 @@ def _aside(store: Store, path: str, reason: str) -> Finding:
 
 def _join_trials(store: Store) -> Iterator[Finding]:
     """Join the trial tables of runs that were killed before they could."""
-    silent = datetime.now(UTC) - _SILENT
-    runs = store.runs()
-    alive = {
-        name
-        for name, run in runs.items()
-        if "ended_at" not in run and datetime.fromisoformat(run.get("heartbeat_at", "0001-01-01T00:00+00:00")) > silent
-    }
+    alive = {name for name, run in store.runs().items() if run.is_alive(_SILENT_SECONDS)}
     names = {
         name.removeprefix("run-").removesuffix(".parquet")
         for name in store.files.names("trials")

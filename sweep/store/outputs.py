@@ -22,7 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+import msgspec
 
 from sweep.core.errors import SweepError
 from sweep.core.paths import MANIFEST
@@ -47,9 +49,17 @@ class _Content:
 class _Manifest:
     """The files that were put in a directory; while they are being replaced, the old ones too."""
 
+    manifest_version: int = _MANIFEST_VERSION
     kind: str
     files: Mapping[str, _Content]
     replaced: Mapping[str, _Content] = field(default_factory=dict[str, _Content])
+
+    def __post_init__(self) -> None:
+        if self.manifest_version != _MANIFEST_VERSION:
+            raise ValueError(f"manifest_version is {self.manifest_version}, and {_MANIFEST_VERSION} is known")
+        for name in (*self.files, *self.replaced):
+            if name in ("", ".", "..", MANIFEST) or os.path.basename(name) != name:
+                raise ValueError(f"{name!r} is no file directly inside")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,31 +244,18 @@ def _read(directory: Path) -> _Manifest | None:
             return None
         if not _is_regular(path):
             raise ValueError("it is no regular file")
-        document = json.loads(path.read_bytes())
-        if document["manifest_version"] != _MANIFEST_VERSION:
-            raise ValueError(f"manifest_version is {document['manifest_version']!r}, and {_MANIFEST_VERSION} is known")
-        files, replaced = _listed(document["files"]), _listed(document["replaced"])
-        return _Manifest(kind=str(document["kind"]), files=files, replaced=replaced)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return msgspec.convert(
+            json.loads(path.read_bytes()), _Manifest
+        )  # names may be no UTF-8, which its decoder wants
+    except (ValueError, RecursionError) as error:
         raise SweepError(
             f"{path} is not as this program writes it ({error}), so nothing says which files may be replaced. "
             f"Type {_move([directory])}, or give another place with --out."
         ) from error
 
 
-def _listed(node: Any) -> dict[str, _Content]:
-    """Files of a manifest. Raises: ValueError, TypeError, AttributeError: it lists something else."""
-    found: dict[str, _Content] = {}
-    for name, facts in node.items():
-        if name in ("", ".", "..", MANIFEST) or os.path.basename(name) != name:
-            raise ValueError(f"{name!r} is no file directly inside")
-        found[name] = _Content(**facts)
-    return found
-
-
 def _write(directory: Path, manifest: _Manifest) -> None:
-    document = {"manifest_version": _MANIFEST_VERSION, **asdict(manifest)}
-    Files(str(directory)).write(MANIFEST, (json.dumps(document, indent=1) + "\n").encode())
+    Files(str(directory)).write(MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
 
 
 def _unchanged(directory: Path, manifest: _Manifest) -> dict[str, _Content]:

@@ -6,14 +6,14 @@ to another's place.
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sweep.core.errors import SweepError
-from sweep.store import records
+from sweep.store.upgrades import UPGRADES
 
 _VERSION: Final = b"schema_version"
 _DIGEST: Final = b"rows_sha256"
@@ -24,17 +24,33 @@ class Damaged(SweepError):
     """A file that cannot be read back as it was written."""
 
 
-def encode(table: pa.Table, path: str, options: Mapping[str, Any]) -> bytes:
+def encode(
+    table: pa.Table,
+    path: str,
+    *,
+    compression: Literal["zstd", "lz4"] = "zstd",
+    dictionaries: bool | list[str] = True,
+    statistics: bool = True,
+) -> bytes:
     """A file's bytes; equal rows at an equal path give equal bytes.
 
     Args:
         table: rows, with a schema of sweep.store.records.
         path: where in the store the file will be.
-        options: of pyarrow.parquet.write_table.
+        compression: of the pages.
+        dictionaries: whether columns get one, or names of those that do.
+        statistics: whether columns get any.
     """
     sink = pa.BufferOutputStream()
     metadata = {**(table.schema.metadata or {}), _DIGEST: _digest(table, path)}
-    pq.write_table(table.replace_schema_metadata(metadata), sink, write_page_checksum=True, **options)
+    pq.write_table(
+        table.replace_schema_metadata(metadata),
+        sink,
+        compression=compression,
+        use_dictionary=dictionaries,  # pyright: ignore[reportArgumentType] -- the stub knows no names
+        write_statistics=statistics,
+        write_page_checksum=True,
+    )
     return sink.getvalue().to_pybytes()
 
 
@@ -55,29 +71,29 @@ def decode(data: bytes, path: str, where: str, schema: pa.Schema) -> pa.Table:
         # Threads, and what pq.read_table brings for whole data sets, take four times as long as these small files.
         table: pa.Table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
         metadata: Mapping[bytes, bytes] = table.schema.metadata or {}
-        version = _version(metadata, where)
+        known = int(schema.metadata[_VERSION])
+        version = _version(metadata, where, known)
         digest = metadata.get(_DIGEST)
         if digest is None and version >= _FIRST_WITH_DIGEST:  # as tools leave it that rewrite a table
             raise Damaged(f"{where} is damaged: it has no digest of its rows, so that another program has written it.")
         if digest is not None and digest != _digest(table, path):
             raise Damaged(f"{where} is damaged: its rows were changed, or belong elsewhere, after they were written.")
-        for step in range(version, records.SCHEMA_VERSION):
-            if step not in records.UPGRADES:
+        for step in range(version, known):
+            if step not in UPGRADES:
                 raise Damaged(
                     f"{where} is damaged: schema version {version} is older than any that this program upgrades."
                 )
-            table = records.UPGRADES[step](table)
+            table = UPGRADES[step](table)
         return table.cast(schema)  # pyarrow calls a list's items otherwise once they have been in a file
     except (pa.ArrowException, ValueError, OSError) as error:
         raise Damaged(f"{where} is damaged: {str(error).splitlines()[0]}") from error
 
 
-def _version(metadata: Mapping[bytes, bytes], where: str) -> int:
+def _version(metadata: Mapping[bytes, bytes], where: str, known: int) -> int:
     text = metadata.get(_VERSION, b"").decode(errors="replace")
     if not text.isdecimal():
         raise Damaged(f"{where} is damaged: it has no schema version, so that this program did not write it.")
-    if int(text) > records.SCHEMA_VERSION:
-        known = records.SCHEMA_VERSION
+    if int(text) > known:
         raise SweepError(
             f"{where} has schema version {text}; this program reads {known}. "
             "Use the program that wrote it, or another store.uri."

@@ -1,17 +1,18 @@
 """The rows that the store keeps: their columns, their types, their versions."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self
+from datetime import UTC, datetime
+from typing import Final, Literal, get_args, get_type_hints
 
+import msgspec
 import pyarrow as pa
 
-# 1: first layout. A reader refuses a newer one and upgrades an older one.
-SCHEMA_VERSION = 1
+# Each schema names its version. A reader refuses a newer one and upgrades an older one.
+SCHEMA_VERSION = 1  # of scores and validations; 1: first layout
+# 2: algorithm, scales and dtype are columns; before, the config named the first two, and the trial id hid the third.
+TRIALS_VERSION = 2
 
-# By version: the function that makes a file's rows those of the next version. Scores and trials count together; a
-# table's columns tell which it is.
-UPGRADES: Final[dict[int, Callable[[pa.Table], pa.Table]]] = {}
+UNKNOWN: Final = "unknown"  # shown for an attribute that an older program has not recorded
 
 TrialState = Literal["planned", "running", "done", "failed", "skipped"]
 
@@ -38,31 +39,6 @@ SCORES_SCHEMA = pa.schema(
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )
 
-TRIALS_SCHEMA = pa.schema(
-    [
-        pa.field("trial_id", pa.string(), nullable=False),
-        pa.field("cell_id", pa.string()),  # NULL: no valid recipe
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("model_revision", pa.string(), nullable=False),  # hash of weight files and config.json
-        pa.field("dataset", pa.string(), nullable=False),
-        pa.field("dataset_revision", pa.string(), nullable=False),  # hash of every tensor fed to the model
-        pa.field("size", pa.string(), nullable=False),
-        pa.field("coverage", pa.string(), nullable=False),
-        pa.field("method", pa.string(), nullable=False),
-        pa.field("engine", pa.string(), nullable=False),
-        pa.field("quant_pair", pa.string(), nullable=False),
-        pa.field("quant_granularity", pa.string(), nullable=False),
-        pa.field("state", pa.string(), nullable=False),
-        pa.field("reason", pa.string()),  # why it failed or was skipped
-        pa.field("config", pa.string(), nullable=False),  # composed config, JSON
-        pa.field("versions", pa.string(), nullable=False),  # JSON
-        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),  # of this event; the latest wins
-        pa.field("run_id", pa.string(), nullable=False),
-    ],
-    metadata={"schema_version": str(SCHEMA_VERSION)},
-)
-
-
 # One row a sample of one validation: `<store>/validations/<id>.parquet`.
 VALIDATIONS_SCHEMA = pa.schema(
     [
@@ -81,33 +57,73 @@ VALIDATIONS_SCHEMA = pa.schema(
 )
 
 
+# A trial's attributes that tables, titles and manifests name, in this order: columns of TrialRow.
+RECIPE: Final = ("quant_pair", "quant_granularity", "algorithm", "scales", "dtype")
+ATTRIBUTES: Final = ("model", "dataset", "size", "coverage", "method", "engine", *RECIPE)
+# Values that go without saying in published paths, which older programs wrote without these attributes.
+USUAL: Final = {"algorithm": "max", "scales": "private"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRow:
-    """One event of one trial: a row of ``<store>/trials/*.parquet``. Fields as in TRIALS_SCHEMA."""
+    """One event of one trial: a row of ``<store>/trials/*.parquet``."""
 
     trial_id: str
-    cell_id: str | None
+    cell_id: str | None  # None: no valid recipe
     model: str
-    model_revision: str
+    model_revision: str  # hash of weight files and config.json
     dataset: str
-    dataset_revision: str
+    dataset_revision: str  # hash of every tensor fed to the model
     size: str
     coverage: str
     method: str
     engine: str
     quant_pair: str
     quant_granularity: str
+    algorithm: str  # ModelOpt's calibration algorithm
+    scales: str  # whether the linears of a layer group share their per-tensor scales: fused, private
+    dtype: str | None  # that the model computed in: float32, bfloat16; None: an older program has not recorded it
     state: TrialState
-    reason: str | None
-    config: str
-    versions: str
-    created_at: Any  # datetime, UTC
+    reason: str | None  # why it failed or was skipped
+    config: str  # composed config, JSON
+    versions: str  # JSON
+    created_at: datetime  # UTC, of this event; the latest wins
     run_id: str
 
-    @classmethod
-    def from_mapping(cls, row: dict[str, Any]) -> Self:
-        """A row as pyarrow gives it; columns that this version does not know are dropped."""
-        return cls(**{name: row[name] for name in TRIALS_SCHEMA.names})
+    @property
+    def recipe(self) -> tuple[str, ...]:
+        """Its values of RECIPE, as tables show them."""
+        return tuple(getattr(self, name) or UNKNOWN for name in RECIPE)
+
+    @property
+    def variant(self) -> list[str]:
+        """Values that do not go without saying: ``["mse", "fused"]``."""
+        return [value for name, usual in USUAL.items() if (value := getattr(self, name)) != usual]
+
+    @property
+    def title(self) -> str:
+        """``tiny, wfp8_afp8, default, algorithm max, scales private, dtype float32``."""
+        pair, granularity, *others = self.recipe
+        named = (f"{name} {value}" for name, value in zip(RECIPE[2:], others, strict=True))
+        return ", ".join([self.model, pair, granularity, *named])
+
+    @property
+    def setting(self) -> str:
+        """What a mix of formats has in common: ``tiny, texts/large, scales fused, dtype float32``."""
+        return f"{self.model}, {self.dataset}/{self.size}, scales {self.scales}, dtype {self.dtype or UNKNOWN}"
+
+
+TRIALS_SCHEMA = pa.schema(
+    [
+        pa.field(
+            name,
+            pa.timestamp("us", tz="UTC") if hint is datetime else pa.string(),
+            nullable=type(None) in get_args(hint),
+        )
+        for name, hint in get_type_hints(TrialRow).items()
+    ],
+    metadata={"schema_version": str(TRIALS_VERSION)},
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,3 +132,40 @@ class FinishedTrial:
 
     trial: TrialRow
     scores: pa.Table
+
+
+class RunRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A run's heartbeat, ``<store>/runs/<id>.json``: whatever may differ between equal runs. None: not known (yet)."""
+
+    run_id: str | None = None
+    host: str | None = None
+    pid: int | None = None
+    started_at: str | None = None  # ISO, UTC, to the second, as all times here
+    trials: int | None = None  # of the grid
+    models: dict[str, dict[str, int]] = {}  # elements of each, by revision: see sweep.plan.trials.SweepPlan
+    workers: int | None = None
+    ray_address: str | None = None  # host:port
+    dashboard_url: str | None = None
+    metrics: list[str] = []  # host:port of each endpoint
+    heartbeat_at: str | None = None
+    groups_done: int | None = None  # layer groups over all cells, those found in the store included
+    groups_total: int | None = None
+    groups_per_second: float | None = None
+    eta_seconds: float | None = None
+    scoring_seconds: float | None = None  # since the workers were ready
+    worker_info: list[dict[str, str | float | None]] = []  # see workers.service.actor.Worker.info
+    ended_at: str | None = None
+    exit_code: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.heartbeat_at is not None and self.beat.tzinfo is None:
+            raise ValueError(f"heartbeat_at is {self.heartbeat_at}, without a time zone")
+
+    @property
+    def beat(self) -> datetime:
+        """When the run last gave a sign of life; long ago if it never has."""
+        return datetime.fromisoformat(self.heartbeat_at or "0001-01-01T00:00+00:00")
+
+    def is_alive(self, seconds: float) -> bool:
+        """Whether it has not ended, and its last heartbeat is younger than that."""
+        return self.ended_at is None and (datetime.now(UTC) - self.beat).total_seconds() < seconds

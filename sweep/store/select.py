@@ -1,12 +1,13 @@
 """Selects the finished trials of a store that have the values that were typed."""
 
-import json
 import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+
+import msgspec
 
 from sweep.core.errors import SweepError
+from sweep.core.json import Json
 from sweep.store.records import TrialRow
 from sweep.store.store import Store
 
@@ -25,7 +26,7 @@ def opened(uri: str) -> Generator[Store]:
             print(f"Set aside in {uri}/quarantine: {reason}", file=sys.stderr)  # noqa: T201
 
 
-def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[Mapping[str, Any]]) -> list[TrialRow]:
+def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[Mapping[str, Json]]) -> list[TrialRow]:
     """Trials that are done and have, for each key, one of the values that were typed.
 
     `quant_pair=wfp8_afp8,wint4_afp16` takes two pairs.
@@ -38,12 +39,12 @@ def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[Map
     Raises: SweepError: there are none.
     """
     keys = [override.partition("=")[0].strip() for override in overrides]
-    wanted: dict[str, list[Any]] = {}
+    wanted: dict[str, list[Json]] = {}
     for key in keys:
         if key.split(".")[0] not in _NOT_OF_A_TRIAL:
             wanted[key] = [_value(point, key) for point in points]
     done = [
-        (row, json.loads(row.config))
+        (row, msgspec.json.decode(row.config))
         for row in store.trials().values()
         if row.state == "done" and row.cell_id is not None
     ]
@@ -56,19 +57,19 @@ def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[Map
     return found
 
 
-def _has(config: Mapping[str, Any], wanted: Mapping[str, Sequence[Any]]) -> bool:
+def _has(config: Mapping[str, Json], wanted: Mapping[str, Sequence[Json]]) -> bool:
     """Whether a trial's config has one of the wanted values for each key."""
     return all(_value(config, key) in values for key, values in wanted.items())
 
 
-def _values(key: str, trials: Iterable[tuple[TrialRow, Mapping[str, Any]]]) -> str:
+def _values(key: str, trials: Iterable[tuple[TrialRow, Mapping[str, Json]]]) -> str:
     """Every value that trials have for a key, as a comma list."""
     return ",".join(sorted({str(_value(config, key)) for _, config in trials}))
 
 
-def _value(config: Mapping[str, Any], key: str) -> Any:
+def _value(config: Mapping[str, Json], key: str) -> Json:
     """A key's value in a composed config; of a group the option's name."""
-    found: Any = config
+    found: Json = config
     for word in key.split("."):
         found = found.get(word) if isinstance(found, Mapping) else None
     return found.get("name", found) if isinstance(found, Mapping) else found

@@ -6,20 +6,20 @@ What cannot be read back as it was written is moved to ``quarantine/``, with the
 """
 
 import errno
-import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
+import msgspec
 import pyarrow as pa
 
 from sweep.core.errors import StoreFailed, SweepError
 from sweep.store.files import Files, Misplaced
 from sweep.store.parquet import Damaged, decode, encode
-from sweep.store.records import SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA, TrialRow
+from sweep.store.records import SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA, RunRecord, TrialRow
 
 T = TypeVar("T")
 
@@ -28,11 +28,9 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 _PARTS: Final = re.compile(r".*\.parquet|\..*\.tmp")  # the files of a directory of parts, half-written ones too
 
-# A part lives for seconds and is written beside the scoring: a third of the time, for as many bytes.
-_PART: Final[dict[str, Any]] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
-# Dictionaries for texts alone: of per-sample scores, all different, one makes the file larger, and takes three quarters
-# of the time.
-_SCORES: Final[dict[str, Any]] = {"compression": "zstd", "use_dictionary": ["cell_id", "group", "modules.list.element"]}
+# Of texts alone: of per-sample scores, all different, a dictionary makes the file larger, and takes three quarters of
+# the time.
+_DICTIONARIES: Final = ["cell_id", "group", "modules.list.element"]
 
 
 class Store:
@@ -78,7 +76,8 @@ class Store:
     def write_part(self, cell_id: str, part: str, rows: pa.Table) -> None:
         """Keep one finished decoder layer (or top-level block) of a cell; rows as in SCORES_SCHEMA."""
         path = _part_path(cell_id, part)
-        self._write(path, encode(rows, path, _PART))
+        # It lives for seconds and is written beside the scoring: a third of the time, for as many bytes.
+        self._write(path, encode(rows, path, compression="lz4", dictionaries=False, statistics=False))
 
     def complete(self, cell_id: str, parts: Mapping[str, pa.Table | None]) -> None:
         """Join the parts, in this order, into the cell's scores and drop them.
@@ -95,7 +94,8 @@ class Store:
                 self._read_rows(_part_path(cell_id, part), cell_id) if rows is None else rows
                 for part, rows in parts.items()
             ]
-            self._write(path, encode(pa.concat_tables(found).combine_chunks(), path, _SCORES))
+            joined = pa.concat_tables(found).combine_chunks()
+            self._write(path, encode(joined, path, dictionaries=_DICTIONARIES))
         except FileNotFoundError:
             if not self.is_finished(cell_id):  # else another writer of the same bytes was faster, and dropped the parts
                 raise
@@ -247,18 +247,18 @@ class Store:
         rows = table.set_column(at, "created_at", microseconds).to_pylist()
         for row in rows:
             row["created_at"] = _EPOCH + timedelta(microseconds=row["created_at"])
-        return [TrialRow.from_mapping(row) for row in rows]
+        return msgspec.convert(rows, list[TrialRow])
 
     def _write_trials(self, path: str, rows: Iterable[TrialRow]) -> None:
         table = pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA)
-        self._write(path, encode(table, path, {"compression": "zstd"}))
+        self._write(path, encode(table, path))
 
     # Validations
 
     def write_validation(self, validation_id: str, rows: pa.Table) -> None:
         """Keep the measured KL and loss change of one recipe; rows as in VALIDATIONS_SCHEMA."""
         path = _validation_path(validation_id)
-        self._write(path, encode(rows, path, {"compression": "zstd"}))
+        self._write(path, encode(rows, path))
 
     def validation(self, validation_id: str) -> pa.Table | None:
         """A validation's rows; None: not measured yet, or damaged and set aside.
@@ -273,56 +273,31 @@ class Store:
 
     # Runs
 
-    def write_run(self, run_id: str, record: dict[str, Any]) -> None:
-        """Replace a run's heartbeat: whatever may differ between two equal runs."""
-        self._write(f"runs/{run_id}.json", json.dumps(record, indent=1).encode())
+    def write_run(self, run_id: str, record: RunRecord) -> None:
+        """Replace a run's heartbeat."""
+        self._write(f"runs/{run_id}.json", msgspec.json.format(msgspec.json.encode(record), indent=1))
 
-    def runs(self) -> dict[str, dict[str, Any]]:
+    def runs(self) -> dict[str, RunRecord]:
         """Every run's last heartbeat, oldest first; damaged ones are set aside."""
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, RunRecord] = {}
         for name in self.files.names("runs"):
             if name.endswith(".json") and (record := self.run_record(f"runs/{name}")) is not None:
                 found[name.removesuffix(".json")] = record
         return found
 
-    def run_record(self, path: str) -> dict[str, Any] | None:
+    def run_record(self, path: str) -> RunRecord | None:
         """One heartbeat; None if it is damaged."""
+
+        def read() -> RunRecord:
+            try:
+                return msgspec.json.decode(self.files.read(path), type=RunRecord)
+            except (msgspec.DecodeError, RecursionError) as error:
+                raise Damaged(f"{self.uri}/{path} is damaged: {error}.") from error
+
         try:
-            return self._guarded(path, lambda: _heartbeat(self.files.read(path), f"{self.uri}/{path}"))
+            return self._guarded(path, read)
         except (Damaged, FileNotFoundError):
             return None
-
-
-_NUMBER: Final = (int, float)
-_HEARTBEAT: Final[dict[str, type | tuple[type, ...]]] = {
-    **dict.fromkeys(("run_id", "host", "started_at", "heartbeat_at", "ended_at"), str),
-    **dict.fromkeys(("pid", "trials", "groups_done", "groups_total", "exit_code", "workers"), int),
-    **dict.fromkeys(("groups_per_second", "eta_seconds", "scoring_seconds"), _NUMBER),
-    "models": dict,
-    "worker_info": list,
-}
-
-
-def _heartbeat(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(data, parse_constant=float)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{where} is damaged: {error}") from error
-    if not isinstance(record, dict):
-        raise Damaged(f"{where} is damaged: it holds no record of a run.")
-    for key, kind in _HEARTBEAT.items():
-        value = record.get(key)
-        unknown = key not in record or (value is None and key == "eta_seconds")
-        if not unknown and (not isinstance(value, kind) or value != value):
-            raise Damaged(f"{where} is damaged: {key} is {str(value)[:40]!r}.")
-    if not all(isinstance(value, dict) for value in record.get("models", {}).values()):
-        raise Damaged(f"{where} is damaged: models lack what is known of them.")
-    try:
-        if "heartbeat_at" in record and datetime.fromisoformat(record["heartbeat_at"]).tzinfo is None:
-            raise ValueError("no time zone")
-    except (ValueError, TypeError) as error:
-        raise Damaged(f"{where} is damaged: heartbeat_at is no time: {error}.") from error
-    return record
 
 
 def _latest(rows: Iterable[TrialRow]) -> dict[str, TrialRow]:

@@ -19,7 +19,7 @@ import torch
 from sweep.config.compose import expand
 from sweep.plan.trials import SweepPlan, plan_sweep
 from sweep.run.session import Session
-from sweep.store.records import SCORES_SCHEMA
+from sweep.store.records import SCORES_SCHEMA, RunRecord
 from sweep.store.store import Store
 from tests.bench.setup import report
 
@@ -84,11 +84,11 @@ def many_cells(store: Store, n_cells: int, like: Store) -> None:
         store.write_trials(f"r{run:03}", rows)
         store.write_run(
             f"r{run:03}",
-            {
-                "run_id": f"r{run:03}",
-                "heartbeat_at": "2026-01-01T00:00:00+00:00",
-                "ended_at": "2026-01-01T00:00:00+00:00",
-            },
+            RunRecord(
+                run_id=f"r{run:03}",
+                heartbeat_at="2026-01-01T00:00:00+00:00",
+                ended_at="2026-01-01T00:00:00+00:00",
+            ),
         )
     for cell in range(n_cells):
         directory = Path(store.uri) / f"scores/cell={cell:020x}"

@@ -262,10 +262,10 @@ def test_prometheus_sees_every_metric_of_a_sweep(head: Head, tmp_path: Path, pro
         query for query, found in asked.items() if found is None and "gpu" not in query
     ] == []  # a CPU has no GPU memory
     (run,) = Store(str(store)).runs().values()
-    assert most(prometheus, 'sum(ray_sweep_groups{state="total"})') == run["groups_total"]
+    assert most(prometheus, 'sum(ray_sweep_groups{state="total"})') == run.groups_total
     assert most(prometheus, "sum(ray_sweep_workers)") == 2
     assert most(prometheus, "sum(ray_sweep_trials)") == 2 * N_TRIALS
     assert most(prometheus, "sum(ray_sweep_failed_trials_total)") == N_TRIALS
     assert most(prometheus, "sum(ray_sweep_retries_total)") == 1
     assert most(prometheus, "sum(ray_sweep_worker_replacements_total)") == 1
-    assert 0 < (most(prometheus, "sum(ray_sweep_rows_written_total)") or 0) <= run["groups_total"]
+    assert 0 < (most(prometheus, "sum(ray_sweep_rows_written_total)") or 0) <= run.groups_total

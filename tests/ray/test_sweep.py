@@ -122,8 +122,8 @@ def test_a_grid_is_scored_and_published_with_one_model_load_a_worker(swept: Path
     assert not list(swept.glob("parts/*"))
     assert len(folders(swept)) == N_TRIALS
     (run,) = Store(str(swept)).runs().values()
-    assert [worker["model_loads"] for worker in run["worker_info"]] == [1, 1]
-    assert (run["exit_code"], run["groups_done"], run["groups_total"]) == (0, N_CELLS * 4 * 4, N_CELLS * 4 * 4)
+    assert [worker["model_loads"] for worker in run.worker_info] == [1, 1]
+    assert (run.exit_code, run.groups_done, run.groups_total) == (0, N_CELLS * 4 * 4, N_CELLS * 4 * 4)
     assert status(swept)["trials"] == {
         "total": N_TRIALS,
         "planned": 0,

@@ -307,7 +307,7 @@ def test_a_disk_that_is_full_when_reports_are_made_leaves_a_run_to_resume(
     (trial,) = plan_sweep(expand(overrides, multirun=False).points, "cpu").trials
     assert trial.cell_id is not None
     store = Store(str(tmp_path / "store"))
-    store.write_part(trial.cell_id, "m", scored.scores(trial.cell_id, scored.DAMAGES[scored.FP8]))
+    store.write_part(trial.cell_id, "m", scored.scores(trial.cell_id, scored.PREDICTED_KL[scored.FP8]))
     store.complete(trial.cell_id, {"m": None})
 
     def fail(*_: object, **__: object) -> None:
@@ -329,9 +329,9 @@ def test_a_store_of_a_newer_program_is_refused_and_kept(
     here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """The last check before anything is written."""
-    from tests.unit.store.test_store import SCHEMA_VERSION, TRIALS_SCHEMA, of_version
+    from tests.unit.store.test_store import TRIALS_SCHEMA, TRIALS_VERSION, of_version
 
-    newer = of_version(SCHEMA_VERSION + 1, TRIALS_SCHEMA)
+    newer = of_version(TRIALS_VERSION + 1, TRIALS_SCHEMA)
     store = Store(str(tmp_path / "store"))
     store.files.write("trials/run-r.parquet", newer)
     assert main(["run", f"store.uri={store.uri}"]) == 2

@@ -297,7 +297,10 @@ def test_scores_of_another_model_or_other_samples_are_refused(
     changed: dict[str, str],
     said: str,
 ) -> None:
-    text = dict.fromkeys(("coverage", "method", "engine", "quant_pair", "quant_granularity", "versions"), "x")
+    text = dict.fromkeys(
+        ("coverage", "method", "engine", "quant_pair", "quant_granularity", "algorithm", "scales", "dtype", "versions"),
+        "x",
+    )
     facts = {
         "model": recipe.model,
         "model_revision": recipe.model_revision,

@@ -6,10 +6,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from msgspec import structs
 
 from sweep.cli import main
-from sweep.commands.status import read_status
+from sweep.commands.status import Failure, read_status
+from sweep.store.records import RunRecord
 from sweep.store.store import Store
 from tests.unit.store.test_store import trial
 
@@ -23,17 +26,8 @@ def store_with(directory: Path, seconds_ago: float, **run: Any) -> Store:
     rows = [trial(f"t{i}", state=state, reason=REASON if state == "failed" else None) for i, state in enumerate(states)]
     store.write_trials("r", rows)
     beat = (datetime.now(UTC) - timedelta(seconds=seconds_ago)).isoformat(timespec="seconds")
-    record = {
-        "run_id": "r",
-        "host": "h",
-        "workers": 2,
-        "heartbeat_at": beat,
-        "groups_done": 3,
-        "groups_total": 8,
-        "groups_per_second": 2.0,
-        "eta_seconds": 65.0,
-    }
-    store.write_run("r", record | run)
+    record = RunRecord(run_id="r", host="h", workers=2, heartbeat_at=beat, groups_done=3, groups_total=8)
+    store.write_run("r", structs.replace(record, groups_per_second=2.0, eta_seconds=65.0, **run))
     return store
 
 
@@ -54,8 +48,8 @@ def test_trials_run_only_as_long_as_their_driver_lives(
         "failed": 1,
         "skipped": 1,
     }
-    assert (found["running"], found["trials"]) == (running, counts)
-    assert found["failures"] == [{"trial": "t4", "reason": REASON}]
+    assert (found.running, found.trials) == (running, counts)
+    assert found.failures == [Failure(trial="t4", reason=REASON)]
 
 
 @pytest.mark.parametrize(
@@ -85,12 +79,12 @@ def test_a_person_reads_counts_reasons_and_what_to_type(
 def test_json_is_what_the_store_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = store_with(tmp_path, 3600)
     assert main(["status", "--json", f"store.uri={tmp_path}"]) == 0
-    assert json.loads(capsys.readouterr().out) == read_status(store)
+    assert json.loads(capsys.readouterr().out) == msgspec.to_builtins(read_status(store))
 
 
 def test_an_empty_store_has_no_trials_and_no_run(tmp_path: Path) -> None:
     found = read_status(Store(str(tmp_path / "nothing")))
-    assert (found["trials"]["total"], found["failures"], found["running"], found["last_run"]) == (0, [], False, None)
+    assert (found.trials["total"], found.failures, found.running, found.last_run) == (0, [], False, None)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -92,6 +92,7 @@ def candidates(recipe: MixedRecipe) -> Candidates:
             "quant_pair",
             "quant_granularity",
             "reason",
+            *("algorithm", "scales", "dtype"),
             "config",
             "versions",
             "run_id",
@@ -112,9 +113,7 @@ def candidates(recipe: MixedRecipe) -> Candidates:
         "state": "done",
         "created_at": datetime.now(UTC),
     }
-    return Candidates(
-        trial=TrialRow.from_mapping(row), config=CONFIG, groups=groups, formats=tuple(formats), elements=None
-    )
+    return Candidates(trial=TrialRow(**row), config=CONFIG, groups=groups, formats=tuple(formats), elements=None)
 
 
 def context_at(recipe: MixedRecipe, place: Path) -> RecipeContext:

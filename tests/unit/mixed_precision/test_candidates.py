@@ -8,7 +8,7 @@ import pytest
 
 from sweep.core.errors import SweepError
 from sweep.mixed_precision.candidates import Candidates, read_candidates, sized
-from tests.scored import DAMAGES, FP8, GROUPS, INT4, INT8, add, store_at
+from tests.scored import FP8, GROUPS, INT4, INT8, PREDICTED_KL, add, store_at
 
 
 def found(path: Path, *overrides: str) -> Candidates:
@@ -17,14 +17,14 @@ def found(path: Path, *overrides: str) -> Candidates:
     return read_candidates(Store(str(path)), [*overrides, f"store.uri={path}"])
 
 
-def damages_of(candidates: Candidates) -> dict[str, list[float]]:
+def predicted_kl_of(candidates: Candidates) -> dict[str, list[float]]:
     return {candidate.format.label: candidate.predicted_kl.tolist() for candidate in candidates.formats}
 
 
 def test_every_finished_cell_is_an_option_of_every_group(tmp_path: Path) -> None:
     store_at(tmp_path)
     candidates = found(tmp_path)
-    assert damages_of(candidates) == {label: list(damages) for label, damages in DAMAGES.items()}
+    assert predicted_kl_of(candidates) == {label: list(each) for label, each in PREDICTED_KL.items()}
     assert {candidate.format.label: candidate.format.effective_bits for candidate in candidates.formats} == {
         INT4: 4.125,
         INT8: 8.0,
@@ -46,28 +46,28 @@ def test_samples_add_up_to_the_group(tmp_path: Path) -> None:
 
 def test_a_group_never_called_cannot_get_the_format(tmp_path: Path) -> None:
     store_at(tmp_path, {INT4: (0.1, None, 0.1, 0.1, 0.1)})
-    assert damages_of(found(tmp_path)) == {INT4: [0.1, np.inf, 0.1, 0.1, 0.1]}
+    assert predicted_kl_of(found(tmp_path)) == {INT4: [0.1, np.inf, 0.1, 0.1, 0.1]}
 
 
 def test_overrides_narrow_the_recipes(tmp_path: Path) -> None:
     store_at(tmp_path)
-    assert set(damages_of(found(tmp_path, "quant_pair=wint8_aint8,wfp8_afp8"))) == {INT8, FP8}
-    assert set(damages_of(found(tmp_path, "quant_granularity=default"))) == {INT4, FP8}
+    assert set(predicted_kl_of(found(tmp_path, "quant_pair=wint8_aint8,wfp8_afp8"))) == {INT8, FP8}
+    assert set(predicted_kl_of(found(tmp_path, "quant_granularity=default"))) == {INT4, FP8}
 
 
 def test_the_largest_size_counts_unless_one_is_typed(tmp_path: Path) -> None:
     store = store_at(tmp_path)
     add(store, INT8, [0.5] * 5, "dataset.size=medium")
-    assert damages_of(found(tmp_path)) == {INT8: [0.5] * 5}
-    assert len(damages_of(found(tmp_path, "dataset.size=small"))) == 3
+    assert predicted_kl_of(found(tmp_path)) == {INT8: [0.5] * 5}
+    assert len(predicted_kl_of(found(tmp_path, "dataset.size=small"))) == 3
 
 
 def test_a_recipe_scored_again_by_another_version_has_the_latest_predicted_kl(tmp_path: Path) -> None:
     store = store_at(tmp_path)
     add(store, INT8, [0.5] * 5, minute=1)
-    assert damages_of(found(tmp_path))[INT8] == [0.5] * 5
+    assert predicted_kl_of(found(tmp_path))[INT8] == [0.5] * 5
     add(store, FP8, [0.7] * 5, minute=2, versions='{"score": "2"}')
-    assert damages_of(found(tmp_path)) == {FP8: [0.7] * 5}  # the others are scores of another kind
+    assert predicted_kl_of(found(tmp_path)) == {FP8: [0.7] * 5}  # the others are scores of another kind
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_predicted_kl_of_different_kinds_is_not_mixed(
     with pytest.raises(SweepError, match=message):
         found(tmp_path)
     if overrides:
-        assert damages_of(found(tmp_path, *overrides)) == {FP8: [0.1] * 5}
+        assert predicted_kl_of(found(tmp_path, *overrides)) == {FP8: [0.1] * 5}
 
 
 def test_an_empty_store_says_what_to_type(tmp_path: Path) -> None:

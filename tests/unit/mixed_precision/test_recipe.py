@@ -21,7 +21,7 @@ from sweep.mixed_precision.recipe import (
     uniform_choices,
     weights_gb,
 )
-from tests.scored import DAMAGES, FP8, GROUPS, INT4, INT8, N_WEIGHTS, store_at
+from tests.scored import FP8, GROUPS, INT4, INT8, N_WEIGHTS, PREDICTED_KL, store_at
 
 ANY = Rules(pins={})
 
@@ -192,7 +192,7 @@ def test_the_interval_is_that_of_the_sum_over_groups(candidates: Candidates) -> 
 
 def test_one_format_for_all(candidates: Candidates) -> None:
     def expected(label: str, bits: float) -> Any:
-        return pytest.approx((bits * N_WEIGHTS, sum(each or 0 for each in DAMAGES[label])))
+        return pytest.approx((bits * N_WEIGHTS, sum(each or 0 for each in PREDICTED_KL[label])))
 
     assert uniform_choices(candidates, problem_of(candidates, ANY)) == {
         INT4: expected(INT4, 4.125),

@@ -22,13 +22,13 @@ def test_labels_do_not_cover_each_other_and_stay_in_the_picture() -> None:
 
 def test_the_front_names_formats_and_recipes() -> None:
     front = [point(4.0, 0.1), point(8.0, 0.01), point(16.0, 0.0)]
-    picture = front_picture(
-        front, [point(8.0, 0.02, format="wfp8_afp8/default")], [point(5.0, 0.05, name="mine", measured_kl=0.06)]
-    ).decode()
-    for text in ("wfp8_afp8/default", "mine", "weights, GB", "KL, nats per prediction", "recipe, measured"):
+    uniform, mine = [point(8.0, 0.02, format="wfp8_afp8/default")], [point(5.0, 0.05, name="mine", measured_kl=0.06)]
+    title = "tiny, texts/large, scales fused, dtype float32"
+    picture = front_picture(front, uniform, mine, title).decode()
+    for text in ("wfp8_afp8/default", "mine", "weights, GB", "KL, nats per prediction", "recipe, measured", title):
         assert f">{text}</text>" in picture
 
 
 def test_without_a_models_size_the_axis_is_bits() -> None:
     front = [point(4.0, 0.1) | {"gb": None}, point(8.0, 0.01) | {"gb": None}]
-    assert ">bits a weight</text>" in front_picture(front, [], []).decode()
+    assert ">bits a weight</text>" in front_picture(front, [], [], "").decode()

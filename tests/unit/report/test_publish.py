@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from sweep.core.errors import StoreFailed, SweepError
-from sweep.report.files import FILES, folder_of, folder_of_finished
+from sweep.report.files import FILES, folder_of
 from sweep.report.publish import check_ahead, publish
 from sweep.store.files import Files
 from sweep.store.records import SCORES_SCHEMA, FinishedTrial, TrialRow
@@ -55,6 +55,9 @@ def finished(
         engine="layerwise",
         quant_pair="wint4_aint8",
         quant_granularity=granularity,
+        algorithm="max",
+        scales="private",
+        dtype="float32",
         state="done",
         reason=None,
         config=json.dumps(composed),
@@ -225,21 +228,13 @@ def test_two_trials_for_one_folder_are_refused_and_with_overwrite_the_later_wins
 
 
 def test_algorithm_and_scales_have_folders_of_their_own_where_they_are_not_the_usual_ones() -> None:
-    place = ("tiny", {"weight": "int4", "activation": "fp16"}, "default", "lm_only", "texts", "small", "gradient")
     names = [
-        folder_of(*place, algorithm=algorithm, scales=scales)[-1]
+        folder_of(finished(algorithm=algorithm, scales=scales).trial)[-1]
         for algorithm in ("max", "awq_lite")
         for scales in ("private", "fused")
     ]
-    usual = "lm_only-texts-small-gradient"
+    usual = "lm_only-glosses-small-gradient"
     assert names == [usual, f"{usual}-fused", f"{usual}-awq_lite", f"{usual}-awq_lite-fused"]
-    mse = finished(
-        config={
-            "quant_pair": {"weight": "int8", "activation": "int8"},
-            "sensitivity": {"quant_algorithm": "mse", "scales": "fused"},
-        }
-    )
-    assert folder_of_finished(mse)[-1].endswith("-mse-fused")
 
 
 def test_files_of_others_are_not_deleted(tmp_path: Path) -> None:
@@ -358,7 +353,7 @@ def test_a_manifest_that_is_none_is_written_again(manifest: str, tmp_path: Path)
     publish(GRID, tmp_path / "whole")
     publish(GRID, tmp_path / "models")
     (tmp_path / "models" / FOLDER / "quant-manifest.json").write_text(manifest)
-    check_ahead(str(tmp_path / "models"), {FOLDER: {"cell_id": "c"}})
+    check_ahead(str(tmp_path / "models"), {FOLDER: finished().trial})
     publish(GRID, tmp_path / "models")
     assert contents(tmp_path / "models" / "tiny") == contents(tmp_path / "whole" / "tiny")
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from sweep.config.targets import all_targets
-from sweep.report.index import render_index
-from sweep.report.render import render_json, render_markdown, summary_lines
+from sweep.report.index import Manifest, render_index
+from sweep.report.render import render_json, render_markdown, summary_table
 from sweep.report.rows import analyse, portable_config
 from sweep.store.records import SCORES_SCHEMA, FinishedTrial, TrialRow
 
@@ -47,6 +47,9 @@ TRIAL = TrialRow(
     engine="layerwise",
     quant_pair="wint4_afp16",
     quant_granularity="w_group64",
+    algorithm="max",
+    scales="private",
+    dtype="float32",
     state="done",
     reason=None,
     config=json.dumps(CONFIG),
@@ -173,22 +176,14 @@ def test_published_config_names_no_machine_and_no_store() -> None:
     assert list(config) == ["model", "dataset", "quant_pair", "quant_granularity", "sensitivity"]
     assert config["model"]["path"] == "tiny-vl"
     assert config["dataset"]["captions_path"] == "data/captions.txt"
-    assert config["quant_granularity"]["quant_cfg_overrides"]["*weight_quantizer"]["block_sizes"] == {-1: 64}
 
 
-def test_summary_lines_name_the_most_sensitive_groups_of_each_trial() -> None:
-    heading, line = summary_lines([SMALL], 1, TARGETS["vllm_sm90"])
-    assert heading.split()[:7] == ["pair", "granularity", "size", "bits", "KL/pred.", "on", "vllm_sm90"]
-    assert line.split() == [
-        "wint4_afp16",
-        "w_group64",
-        "small",
-        "4.25",
-        "0.08",
-        "native",
-        "layers.1.mlp.down_proj",
-        "75%",
-    ]
+def test_the_summary_names_the_most_sensitive_groups_of_each_trial() -> None:
+    heading, row = summary_table([SMALL], 1, TARGETS["vllm_sm90"])
+    recipe = {"pair": "wint4_afp16", "granularity": "w_group64", "algorithm": "max", "scales": "private"}
+    figures = {"dtype": "float32", "size": "small", "bits": "4.25", "KL/pred.": "0.08", "on vllm_sm90": "native"}
+    assert dict(zip(heading[:-1], row[:-1], strict=True)) == recipe | figures
+    assert row[-1] == "layers.1.mlp.down_proj 75%"
 
 
 @pytest.mark.parametrize(
@@ -200,17 +195,17 @@ def test_summary_lines_name_the_most_sensitive_groups_of_each_trial() -> None:
         ("wint4_afp16", "w_group64", "smoothquant", "none"),
     ],
 )
-def test_summary_lines_say_what_the_target_makes_of_each_recipe(
+def test_the_summary_says_what_the_target_makes_of_each_recipe(
     pair: str, granularity: str, algorithm: str, words: str
 ) -> None:
     one = finished(
         {"a.b": [1.0]},
         quant_pair=pair,
         quant_granularity=granularity,
-        config=json.dumps({"sensitivity": {"quant_algorithm": algorithm}}),
+        algorithm=algorithm,
     )
-    _, line = summary_lines([one], 1, TARGETS["vllm_sm90"])
-    assert f" {words} a.b 100%" in " ".join(line.split())
+    _, row = summary_table([one], 1, TARGETS["vllm_sm90"])
+    assert row[-2:] == (words, "a.b 100%")
 
 
 def test_a_report_says_what_every_target_makes_of_the_recipe() -> None:
@@ -232,34 +227,42 @@ def test_a_report_does_not_depend_on_the_target_it_was_run_for() -> None:
     assert render_json(analyse(with_target)) == render_json(analyse(finished({"a.b": [1.0]})))
 
 
-def test_index_pages_link_downwards() -> None:
+def manifest(kl: float, **more: Any) -> Manifest:
+    """Of a published folder."""
     summary = {
+        "n_groups": 3,
+        "n_measured": 3,
         "n_samples": 16,
+        "n_predictions": 100,
+        "total_predicted_kl": kl,
         "effective_bits": 8.0,
         "n_groups_half": 2,
         "top_groups": ["model.a.b"],
         "top_modules": ["model.a.b"],
         "top_shares": [0.4],
     }
+    return Manifest.from_json(json.dumps({"layout_version": 2, "cell_id": "c", "summary": summary} | more).encode())
+
+
+def test_index_pages_link_downwards() -> None:
     base = "tiny/layer-analysis"
     served = {"a_sm90": {"status": "native"}, "b_sm90": {"status": "runs_as"}, "c_sm90": {"status": "none"}}
     manifests = {
-        f"{base}/weight-fp8-act-fp8/default/lm_only-glosses-small-gradient": {
-            "summary": summary | {"total_predicted_kl": 0.25},
-            "served_as": served,
-        },
-        f"{base}/weight-fp8-act-fp8/w_group64/lm_only-glosses-small-gradient": {
-            "summary": summary | {"total_predicted_kl": 0.125}
-        },
+        f"{base}/weight-fp8-act-fp8/default/lm_only-glosses-small-gradient": manifest(
+            0.25, served_as=served, dtype="x"
+        ),
+        f"{base}/weight-fp8-act-fp8/w_group64/lm_only-glosses-small-gradient": manifest(0.125),
     }
     top = render_index(base, manifests)
-    assert "| [weight-fp8-act-fp8](weight-fp8-act-fp8/README.md) | 2 | 8 | 0.125 |" in top
+    directory = "[weight-fp8-act-fp8](weight-fp8-act-fp8/README.md)"
+    assert f"| {directory} | 2 | max | private | unknown, x | 8 | 0.125 |" in top
+    assert "With algorithm max, scales private, dtype unknown, x:" in top
     assert "[0.25](weight-fp8-act-fp8/default/lm_only-glosses-small-gradient/per-layer-sensitivity.md)" in top
     pair = render_index(f"{base}/weight-fp8-act-fp8", manifests)
-    assert "| [default](default/README.md) | 1 | 8 | 0.25 |" in pair
+    assert "| [default](default/README.md) | 1 | max | private | x | 8 | 0.25 |" in pair
     leaf = render_index(
         f"{base}/weight-fp8-act-fp8/default", {folder: m for folder, m in manifests.items() if "/default/" in folder}
     )
     link = "[lm_only-glosses-small-gradient](lm_only-glosses-small-gradient/per-layer-sensitivity.md)"
-    assert f"| {link} | 16 | 8 | 0.25 | 2 groups | `a.b` 40% | a_sm90, (b_sm90) |" in leaf
+    assert f"| {link} | max | private | x | 16 | 8 | 0.25 | 2 groups | `a.b` 40% | a_sm90, (b_sm90) |" in leaf
     assert "`a.b` 40% | none |" in pair  # of a folder that an older version left

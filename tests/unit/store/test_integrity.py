@@ -18,11 +18,18 @@ import pytest
 from sweep.cli import main
 from sweep.commands.status import read_status
 from sweep.core.errors import SweepError
-from sweep.store import records
 from sweep.store.integrity import check_store
 from sweep.store.parquet import encode
-from sweep.store.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA
+from sweep.store.records import (
+    SCHEMA_VERSION,
+    SCORES_SCHEMA,
+    TRIALS_SCHEMA,
+    TRIALS_VERSION,
+    VALIDATIONS_SCHEMA,
+    RunRecord,
+)
 from sweep.store.store import Store
+from sweep.store.upgrades import UPGRADES
 from tests.scored import store_at
 from tests.unit.store.test_store import CELL, PARTS, SCORES, fill, of_version, rows, trial
 
@@ -50,7 +57,7 @@ def root(tmp_path: Path) -> Path:
     )
     store.write_run(
         "1",
-        {"run_id": "1", "host": "h", "heartbeat_at": "2026-01-01T00:00:00+00:00", "groups_done": 1, "groups_total": 2},
+        RunRecord(run_id="1", host="h", heartbeat_at="2026-01-01T00:00:00+00:00", groups_done=1, groups_total=2),
     )
     names = ("recipe", "model_revision", "held_out", "dtype")
     measured = dict.fromkeys(names, "a") | {
@@ -212,7 +219,7 @@ def test_a_damaged_file_is_named_set_aside_and_never_read(
     }
     damage(root / path)
     status = read_status(Store(str(root), repairs=False))  # a reader moves nothing, and says what it passed over
-    assert [path in line for line in status["damaged"]] == ([True] if path in (TRIALS, RUN) else [])
+    assert [path in line for line in status.damaged] == ([True] if path in (TRIALS, RUN) else [])
     assert os.path.lexists(root / path)
     assert main(["doctor", "--store", "--json", f"store.uri={root}"]) == 0
     findings = json.loads(capsys.readouterr().out)
@@ -273,7 +280,7 @@ def test_other_commands_name_what_they_set_aside(
 
 
 def test_a_newer_programs_file_hides_nothing_else(root: Path) -> None:
-    (root / TRIALS).write_bytes(of_version(SCHEMA_VERSION + 1, TRIALS_SCHEMA))
+    (root / TRIALS).write_bytes(of_version(TRIALS_VERSION + 1, TRIALS_SCHEMA))
     cut(root / OTHER_SCORES)
     found = {finding.subject: finding.verdict for finding in check_store(Store(str(root)))}
     assert (found[OTHER_SCORES], found[TRIALS]) == ("warning", "error")
@@ -327,9 +334,9 @@ def test_an_older_programs_rows_are_upgraded_step_by_step(root: Path, monkeypatc
     old = now.rename_columns(
         ["kl" if name == "predicted_kl" else name for name in now.column_names]
     ).replace_schema_metadata({"schema_version": "0"})
-    data = encode(old, SCORES, {})
+    data = encode(old, SCORES)
     (root / SCORES).write_bytes(data)
-    monkeypatch.setitem(records.UPGRADES, 0, lambda table: table.rename_columns(SCORES_SCHEMA.names))
+    monkeypatch.setitem(UPGRADES, 0, lambda table: table.rename_columns(SCORES_SCHEMA.names))
     found = Store(str(root)).scores(CELL)
     assert found.equals(now)
     assert found.schema.equals(SCORES_SCHEMA, check_metadata=True)
@@ -387,7 +394,7 @@ def test_tables_of_runs_that_were_killed_are_joined_and_read_the_same(root: Path
 def test_scores_of_two_revisions_of_one_model_are_told_apart(root: Path) -> None:
     store = Store(str(root))
     store.write_trials("2", [trial("d", second=2, cell_id=CELL, model_revision="newer", state="done")])
-    (mixed,) = read_status(store)["mixed"]
+    (mixed,) = read_status(store).mixed
     assert mixed == "model x: the store holds 2 revisions: x (3 trials), newer (1 trial); they are never mixed"
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sweep.core.errors import SweepError
-from sweep.store.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, TrialRow
+from sweep.store.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, TRIALS_VERSION, RunRecord, TrialRow
 from sweep.store.store import Store
 
 CELL, PARTS = (
@@ -207,20 +207,19 @@ def test_damage_is_never_read_as_scores(damage: Callable[[bytes], bytes], store:
 
 
 def test_a_file_of_a_newer_schema_version_is_refused_and_kept(store: Store) -> None:
-    version = SCHEMA_VERSION + 1
-    files = {SCORES: SCORES_SCHEMA, PART: SCORES_SCHEMA, "trials/run-r.parquet": TRIALS_SCHEMA}
-    contents = {path: of_version(version, schema) for path, schema in files.items()}
+    scores, trials = of_version(SCHEMA_VERSION + 1, SCORES_SCHEMA), of_version(TRIALS_VERSION + 1, TRIALS_SCHEMA)
+    contents = {SCORES: scores, PART: scores, "trials/run-r.parquet": trials}
     for path, content in contents.items():
         store.files.write(path, content)
-    for read in (
-        lambda: store.scores(CELL),
-        lambda: whole_parts(store, CELL),
-        lambda: store.complete(CELL, {PARTS[1]: None}),
-        store.trials,
+    for known, read in (
+        (SCHEMA_VERSION, lambda: store.scores(CELL)),
+        (SCHEMA_VERSION, lambda: whole_parts(store, CELL)),
+        (SCHEMA_VERSION, lambda: store.complete(CELL, {PARTS[1]: None})),
+        (TRIALS_VERSION, store.trials),
     ):
-        with pytest.raises(SweepError, match=f"has schema version {version}; this program reads {SCHEMA_VERSION}"):
+        with pytest.raises(SweepError, match=f"has schema version {known + 1}; this program reads {known}"):
             read()
-    assert {path: store.files.read(path) for path in files} == contents
+    assert {path: store.files.read(path) for path in contents} == contents
 
 
 def test_a_trial_is_what_its_latest_event_says(store: Store) -> None:
@@ -292,8 +291,8 @@ def test_a_reader_whom_a_compaction_overtakes_misses_no_trial(store: Store, monk
 
 def test_a_runs_heartbeat_is_the_last_one_written_oldest_run_first(store: Store) -> None:
     for run_id, groups in (("20260102T000000-7", 1), ("20260101T000000-9", 5), ("20260102T000000-7", 2)):
-        store.write_run(run_id, {"run_id": run_id, "groups_done": groups, "eta_seconds": None})
-    assert [(run_id, record["groups_done"], record["eta_seconds"]) for run_id, record in store.runs().items()] == [
+        store.write_run(run_id, RunRecord(run_id=run_id, groups_done=groups))
+    assert [(run_id, record.groups_done, record.eta_seconds) for run_id, record in store.runs().items()] == [
         ("20260101T000000-9", 5, None),
         ("20260102T000000-7", 2, None),
     ]

@@ -1,0 +1,67 @@
+"""Rows that earlier versions of this program wrote, as those of today."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+import pyarrow as pa
+
+from sweep.core.json import Json
+from sweep.store.records import TRIALS_SCHEMA
+
+
+class _Model(msgspec.Struct):
+    dtype: str = "auto"
+
+
+class _Sensitivity(msgspec.Struct):
+    lm_head: bool = False
+    quant_algorithm: str = "max"  # all that there was before the key, as below
+    scales: str = "private"
+
+
+class _Config(msgspec.Struct):
+    model: _Model = msgspec.field(default_factory=_Model)
+    sensitivity: _Sensitivity = msgspec.field(default_factory=_Sensitivity)
+
+
+def unrecorded(trial: Mapping[str, Json], config: Json) -> dict[str, str | None]:
+    """Algorithm, scales and dtype of a trial of version 1, which kept the first two in its config alone.
+
+    The dtype is the one with which the trial's identity has the hash that ends its id; None: neither, as in rows that
+    no run has made.
+
+    Args:
+        trial: its columns.
+        config: its composed config.
+
+    Raises: msgspec.ValidationError: that is no config of this program.
+    """
+    known = msgspec.convert(config, _Config)
+    algorithm, scales, dtype = known.sensitivity.quant_algorithm, known.sensitivity.scales, known.model.dtype
+    variant = [value for value in (algorithm, scales) if value not in ("max", "private")]
+
+    def is_right(dtype: str) -> bool:
+        names = ("model", "model_revision", "dataset_revision", "dataset", "size", "quant_pair", "quant_granularity")
+        asked = [*(trial.get(name) for name in names), trial.get("coverage"), known.sensitivity.lm_head]
+        asked += [trial.get("method"), trial.get("engine"), dtype, trial.get("cell_id"), *variant]
+        return str(trial.get("trial_id")).endswith(f"-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:10]}")
+
+    found = [dtype] if dtype != "auto" else [each for each in ("float32", "bfloat16") if is_right(each)]
+    return {"algorithm": algorithm, "scales": scales, "dtype": found[0] if found else None}
+
+
+def _trials_2(table: pa.Table) -> pa.Table:
+    """Trials of version 1 with columns for their algorithm, scales and dtype."""
+    rows = table.drop_columns(["created_at", "versions"]).to_pylist()
+    added = [unrecorded(row, msgspec.json.decode(row["config"])) for row in rows]
+    for name in ("algorithm", "scales", "dtype"):
+        table = table.append_column(TRIALS_SCHEMA.field(name), pa.array([row[name] for row in added], pa.string()))
+    return table.select(TRIALS_SCHEMA.names)
+
+
+# By version: the function that makes a file's rows those of the next version. A table's columns tell which it is:
+# version 1 of scores and of validations is today's.
+UPGRADES: Final[dict[int, Callable[[pa.Table], pa.Table]]] = {1: _trials_2}
