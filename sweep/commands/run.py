@@ -3,11 +3,10 @@
 import contextlib
 import hashlib
 import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -23,6 +22,7 @@ from sweep.core.interrupts import interruptible
 from sweep.core.machine import Workers
 from sweep.core.screen import show_table
 from sweep.core.text import count, duration
+from sweep.core.threads import every
 from sweep.plan.trials import SweepPlan, plan_sweep
 from sweep.report.files import folder_of
 from sweep.report.publish import check_ahead, publish
@@ -174,7 +174,8 @@ class _Events:
     def ready(self) -> None:
         """Record the trials as running: only now, so that a model that does not load leaves no trace in the store."""
         self._session.write_trials(running=True)
-        self._beating.enter_context(_heartbeat(self._session))
+        self._session.beat()
+        self._beating.enter_context(every(_HEARTBEAT_SECONDS, lambda: _beat(self._session), "heartbeat"))
         self._session.tally.start()
         self._display.stage("Workers hold the model; capturing activations and gradients ...")
 
@@ -234,23 +235,9 @@ def _check_folders(plan: SweepPlan, root: str) -> None:
     check_ahead(root, by_folder)
 
 
-@contextmanager
-def _heartbeat(session: Session) -> Generator[None]:
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(_HEARTBEAT_SECONDS):
-            with contextlib.suppress(StoreFailed):  # a worker will meet it, too, and end the run
-                session.beat()
-
-    session.beat()
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+def _beat(session: Session) -> None:
+    with contextlib.suppress(StoreFailed):  # a worker will meet it, too, and end the run
+        session.beat()
 
 
 def say_grid(session: Session, console: Console) -> None:

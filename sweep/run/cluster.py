@@ -10,17 +10,20 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
+import msgspec
 import psutil
 
 from sweep.config.schema import ClusterConfig
 from sweep.core.errors import ClusterLost, SweepError
 from sweep.core.interrupts import rearm, signals_wait
+from sweep.core.json import Json
 from sweep.core.machine import Device, Hardware, Workers, fit, own_hardware
 
 # Read by Ray when it is imported. Loggers would write three files a trial; Tune's own Ctrl-C handling would hide ours.
@@ -52,6 +55,26 @@ _HEAD = "node:__internal_head__"  # which every cluster has once, 1.0 of it
 WORKER = "sweep-worker-"  # prefix of the names of workers
 _SPACE = "sweep-"  # prefix of the names of namespaces
 _HARDWARE_SECONDS = 30.0  # for a node to say what it can do; a new process takes about 2
+
+
+class _Node(msgspec.Struct, kw_only=True):
+    """A node of the cluster, as `ray.nodes` describes it."""
+
+    identity: str = msgspec.field(name="NodeID")
+    is_alive: bool = msgspec.field(name="Alive")
+    resources: dict[str, float] = msgspec.field(name="Resources", default_factory=dict[str, float])
+    host: str = msgspec.field(name="NodeManagerHostname", default="")
+    address: str = msgspec.field(name="NodeManagerAddress", default="")
+    raylet_port: int = msgspec.field(name="NodeManagerPort", default=0)
+    metrics_port: int = msgspec.field(name="MetricsExportPort", default=0)
+
+    @property
+    def cpus(self) -> float:
+        return self.resources.get("CPU", 0.0)
+
+    @property
+    def gpus(self) -> float:
+        return self.resources.get("GPU", 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,15 +118,14 @@ def connect(workers: Workers, watcher: ClusterWatcher) -> Connection:
             _init(address=workers.address)
     with _starting():
         # The same as the first call has returned.
-        context: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
+        url = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url
+    address, nodes = ray.get_runtime_context().gcs_address, _alive_nodes()
     return Connection(
-        address=context.address_info["gcs_address"],
-        dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
-        metrics=tuple(
-            f"{node['NodeManagerAddress']}:{port}" for node in _alive_nodes() if (port := node["MetricsExportPort"]) > 0
-        ),
+        address=address,
+        dashboard_url=f"http://{url}" if url else None,
+        metrics=tuple(f"{node.address}:{node.metrics_port}" for node in nodes if node.metrics_port > 0),
         trial_resources={_SLOT: 1} if workers.address is None else {_HEAD: 0.001},
-        essential={} if workers.address is None else _essential(context.address_info),
+        essential={} if workers.address is None else _essential(address, nodes),
     )
 
 
@@ -127,7 +149,7 @@ def join(config: ClusterConfig) -> Workers:
     nodes = _alive_nodes()
     device = config.device
     if device == "auto":
-        device = "cuda" if any(node["Resources"].get("GPU") for node in nodes) else "cpu"
+        device = "cuda" if any(node.gpus for node in nodes) else "cpu"
     rooms = _rooms(nodes, device, config.gpus_per_worker)
     if config.workers == "auto" and not sum(rooms):
         what = f"GPU for cluster.gpus_per_worker={config.gpus_per_worker:g}" if device == "cuda" else "CPU"
@@ -153,16 +175,12 @@ def stop() -> None:
     """
     kill = Node.kill_all_processes
 
-    def kill_all_processes(self: Node, *arguments: Any, **options: Any) -> None:
+    def kill_all_processes(self: Node, *arguments: bool, **options: bool) -> None:
         rearm()  # Ray's core worker, which has stopped by now, has reset SIGTERM to the system's default
         kill(self, *arguments, **options)
 
-    with signals_wait():
-        Node.kill_all_processes = kill_all_processes
-        try:
-            ray.shutdown()
-        finally:
-            Node.kill_all_processes = kill
+    with signals_wait(), _replaced(Node, kill_all_processes=kill_all_processes):
+        ray.shutdown()
 
 
 def room(workers: Workers) -> int:
@@ -170,7 +188,7 @@ def room(workers: Workers) -> int:
     return sum(_rooms(_alive_nodes(), workers.device, workers.gpus_each))
 
 
-def look(address: str, *, on_loopback: bool = False) -> dict[str, Any]:
+def look(address: str, *, on_loopback: bool = False) -> dict[str, Json]:
     """Nodes, GPUs and workers of a cluster.
 
     Args:
@@ -185,24 +203,16 @@ def look(address: str, *, on_loopback: bool = False) -> dict[str, Any]:
     with _on_loopback() if on_loopback else nullcontext():
         _join(address, "leave out --cluster to see what the store says")
     named: list[dict[str, str]] = list_named_actors(all_namespaces=True)  # pyright: ignore[reportAssignmentType]
-    workers: dict[str, list[str]] = {}
+    workers: dict[str, list[Json]] = {}
     for actor in sorted(named, key=lambda actor: (actor["namespace"], actor["name"])):
         if actor["namespace"].startswith(_SPACE) and actor["name"].startswith(WORKER):
             workers.setdefault(actor["namespace"], []).append(actor["name"])
-    nodes = [
-        {
-            "host": node["NodeManagerHostname"],
-            "cpus": node["Resources"].get("CPU", 0.0),
-            "gpus": node["Resources"].get("GPU", 0.0),
-        }
-        for node in _alive_nodes()
-    ]
-    gpus_free = ray.available_resources().get("GPU", 0.0)
+    nodes = _alive_nodes()
     return {
         "address": address,
-        "nodes": nodes,
-        "gpus": sum(node["gpus"] for node in nodes),
-        "gpus_free": gpus_free,
+        "nodes": [{"host": node.host, "cpus": node.cpus, "gpus": node.gpus} for node in nodes],
+        "gpus": sum(node.gpus for node in nodes),
+        "gpus_free": ray.available_resources().get("GPU", 0.0),
         "workers": workers,
     }
 
@@ -242,7 +252,7 @@ def _raylet_watched(watcher: ClusterWatcher) -> Generator[None]:
     """End the wait for a new raylet when it has died; Ray waits for 30 seconds even then (2.60)."""
     get_node, deadline = services.get_node, time.monotonic() + _RAYLET_SECONDS
 
-    def get_living_node(gcs_address: str, node_id: str) -> Any:
+    def get_living_node(gcs_address: str, node_id: str) -> Mapping[str, Json]:
         state = GlobalState()
         options = services._get_gcs_client_options(gcs_address)  # pyright: ignore[reportPrivateUsage]
         state._initialize_global_state(options)  # pyright: ignore[reportPrivateUsage]
@@ -256,11 +266,8 @@ def _raylet_watched(watcher: ClusterWatcher) -> Generator[None]:
         watcher.started()
         return get_node(gcs_address, node_id)
 
-    services.get_node = get_living_node
-    try:
+    with _replaced(services, get_node=get_living_node):
         yield
-    finally:
-        services.get_node = get_node
 
 
 def _kill_processes_of(sessions: Collection[str]) -> None:
@@ -277,15 +284,8 @@ def _on_loopback() -> Generator[None]:
 
     It does for a node of that address, but would replace the address by the machine's (2.60).
     """
-    names = ("resolve_ip_for_localhost", "get_node_ip_address")
-    before = {name: getattr(services, name) for name in names}
-    try:
-        for name in names:
-            setattr(services, name, lambda *_: _LOOPBACK)
+    with _replaced(services, resolve_ip_for_localhost=lambda *_: _LOOPBACK, get_node_ip_address=lambda *_: _LOOPBACK):
         yield
-    finally:
-        for name, function in before.items():
-            setattr(services, name, function)
 
 
 @contextmanager
@@ -298,7 +298,7 @@ def _private_session(watcher: ClusterWatcher, sessions: list[str]) -> Generator[
         watcher: its `own` is called with the directory.
         sessions: the directory is appended.
     """
-    share, params = common_utils.try_make_directory_shared, parameter.RayParams
+    share = common_utils.try_make_directory_shared
 
     def keep_private(directory: str) -> None:
         if os.path.basename(directory).startswith("session_"):
@@ -308,22 +308,16 @@ def _private_session(watcher: ClusterWatcher, sessions: list[str]) -> Generator[
         else:
             share(directory)
 
-    common_utils.try_make_directory_shared = keep_private
-    parameter.RayParams = functools.partial(params, worker_path=str(Path(__file__).with_name("ray_worker.py")))
-    try:
+    worker = functools.partial(parameter.RayParams, worker_path=str(Path(__file__).with_name("ray_worker.py")))
+    with _replaced(common_utils, try_make_directory_shared=keep_private), _replaced(parameter, RayParams=worker):
         yield
-    finally:
-        common_utils.try_make_directory_shared, parameter.RayParams = share, params
 
 
-def _essential(address_info: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+def _essential(address: str, nodes: Sequence[_Node]) -> dict[str, tuple[str, int]]:
     """Host and port, by name, of a joined cluster's control service and of this node's raylet."""
-    host, _, port = address_info["gcs_address"].rpartition(":")
-    own = next(node for node in _alive_nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
-    return {
-        "Ray's control service (GCS)": (host, int(port)),
-        "Ray's raylet": (own["NodeManagerAddress"], own["NodeManagerPort"]),
-    }
+    host, _, port = address.rpartition(":")
+    own = next(node for node in nodes if node.identity == ray.get_runtime_context().get_node_id())
+    return {"Ray's control service (GCS)": (host, int(port)), "Ray's raylet": (own.address, own.raylet_port)}
 
 
 def _join(address: str, otherwise: str) -> None:
@@ -332,9 +326,9 @@ def _join(address: str, otherwise: str) -> None:
     try:
         _init(address=address)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SweepError(
-            f"No Ray cluster answers at {address}: {reason} Check `ray status --address {address}`, or {otherwise}."
+            f"No Ray cluster answers at {address}: {_lines(error)[0]} "
+            f"Check `ray status --address {address}`, or {otherwise}."
         ) from error
 
 
@@ -351,36 +345,40 @@ def _starting() -> Generator[None]:
 
     A half connected process cannot be stopped, and crashes at its end (exit code -11, Ray 2.60).
     """
-    set_by_ray = utils.set_sigterm_handler
-    utils.set_sigterm_handler = lambda sigterm_handler: None
+    with _replaced(utils, set_sigterm_handler=lambda sigterm_handler: None), signals_wait():
+        yield
+
+
+@contextmanager
+def _replaced(owner: ModuleType | type, **functions: Callable[..., object]) -> Generator[None]:
+    """Have Ray call other functions than its own; put its own back at the end."""
+    before = {name: getattr(owner, name) for name in functions}
     try:
-        with signals_wait():
-            yield
+        for name, function in functions.items():
+            setattr(owner, name, function)
+        yield
     finally:
-        utils.set_sigterm_handler = set_by_ray
+        for name, function in before.items():
+            setattr(owner, name, function)
 
 
-def _alive_nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
+def _alive_nodes() -> list[_Node]:
+    return [node for node in msgspec.convert(ray.nodes(), list[_Node]) if node.is_alive]
 
 
-def _rooms(nodes: Sequence[Mapping[str, Any]], device: Device, share: float) -> list[int]:
+def _rooms(nodes: Sequence[_Node], device: Device, share: float) -> list[int]:
     """Workers that each node has room for, running ones included."""
-    cpus = [int(node["Resources"].get("CPU", 0.0)) for node in nodes]
-    if device == "cpu":
-        return cpus
-    gpus = [node["Resources"].get("GPU", 0.0) for node in nodes]
-    return [min(n_cpus, fit(n_gpus, share)) for n_cpus, n_gpus in zip(cpus, gpus, strict=True)]
+    return [int(node.cpus) if device == "cpu" else min(int(node.cpus), fit(node.gpus, share)) for node in nodes]
 
 
-def _hardware(nodes: Sequence[Mapping[str, Any]], device: Device) -> tuple[Hardware, ...]:
-    """What nodes can do, as they say themselves. A question takes no CPU and no GPU: busy nodes answer, too."""
-    ask: Any = ray.remote(num_cpus=0, max_retries=0)(own_hardware)
+def _hardware(nodes: Sequence[_Node], device: Device) -> tuple[Hardware, ...]:
+    """The hardware of nodes, as they say themselves. A question takes no CPU and no GPU: busy nodes answer, too."""
+    ask = ray.remote(num_cpus=0, max_retries=0)(own_hardware)
     deadline = time.monotonic() + _HARDWARE_SECONDS
-    asked: list[Any] = []
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked.append(ask.options(scheduling_strategy=there).remote(device))
+    asked = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.identity, soft=False)).remote(device)
+        for node in nodes
+    ]
     found: list[Hardware] = []
     for node, answer in zip(nodes, asked, strict=True):
         try:
@@ -389,6 +387,11 @@ def _hardware(nodes: Sequence[Mapping[str, Any]], device: Device) -> tuple[Hardw
         except GetTimeoutError:
             why = f"no answer in {_HARDWARE_SECONDS:g} s"
         except RayError as error:  # of what went wrong there the last line names the cause
-            why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        found.append(Hardware(host=node["NodeManagerHostname"], unknown=why))
+            why = _lines(error)[-1].strip()
+        found.append(Hardware(host=node.host, unknown=why))
     return tuple(found)
+
+
+def _lines(error: Exception) -> list[str]:
+    """The lines of an error's message, at least one."""
+    return str(error).strip().splitlines() or [type(error).__name__]

@@ -11,11 +11,11 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, Self
+from typing import Final, Protocol, Self
 
 from sweep.run import cluster  # before ray: sets what Ray reads from the environment
 
@@ -23,19 +23,24 @@ from sweep.run import cluster  # before ray: sets what Ray reads from the enviro
 import ray
 from ray import tune
 from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.tune.execution import class_cache
+from ray.tune.experiment import Trial as TuneTrial
 
 from sweep.core.batches import Plan
 from sweep.core.errors import StoreFailed
 from sweep.core.machine import Workers
-from sweep.run.metrics import MetricsExporter
+from sweep.core.threads import every
 from sweep.run.task_queue import TaskQueue
 from sweep.run.watchdog import Watchdog
 from sweep.run.worker_pool import PoolEvents, WorkerPool, WorkerSpec
 from sweep.store.files import Files
+from workers.service.clock import WorkerInfo
+from workers.service.metrics import SweepMetrics
 from workers.task import Picture, Task
 
+_METRICS_SECONDS: Final = 2.0
 _RUNNERS: Final = 4  # processes of Tune, at most: each costs seconds of a core to start
 # Between reports of a trial: at first, and at most; a report costs the driver a few milliseconds.
 _POLL_SECONDS: Final = (0.02, 0.5)
@@ -47,18 +52,16 @@ class_cache.ENV_VARS_TO_PROPAGATE = frozenset[str]()
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 
-def _take_kills_as_deaths() -> None:
+_fail = RayActorManager._actor_task_failed  # pyright: ignore[reportPrivateUsage]
+
+
+def _fail_or_die(self: RayActorManager, tracked_actor_task: TrackedActorTask, exception: Exception) -> None:
     """Have Tune start a trial again that was killed for want of memory; it takes that error for a bug (2.60)."""
-    fail = RayActorManager._actor_task_failed  # pyright: ignore[reportPrivateUsage]
-
-    def fail_or_die(self: RayActorManager, task: Any, error: Exception) -> None:
-        is_kill = isinstance(error, RayError) and not isinstance(error, RayTaskError)
-        fail(self, task, RayActorError() if is_kill else error)
-
-    RayActorManager._actor_task_failed = fail_or_die  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    is_kill = isinstance(exception, RayError) and not isinstance(exception, RayTaskError)
+    _fail(self, tracked_actor_task, RayActorError() if is_kill else exception)
 
 
-_take_kills_as_deaths()
+RayActorManager._actor_task_failed = _fail_or_die  # pyright: ignore[reportPrivateUsage]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +127,7 @@ class Outcome:
     """Failures of a run, and the facts that its workers report."""
 
     failures: Mapping[str, str]  # why tasks failed, by task id
-    worker_info: Sequence[Mapping[str, Any]]  # see workers.service.actor.Worker.info
+    worker_info: Sequence[WorkerInfo]  # see workers.service.actor.Worker.info
 
 
 def run_trials(work: Work, workers: Workers, events: RunEvents) -> Outcome:
@@ -168,7 +171,7 @@ def _scored(
     queue = TaskQueue(workers.count, work.tasks.values(), work.windowed)
     plan_refs = {plan_id: ray.put(plan) for plan_id, plan in work.plans.items()}
     with WorkerPool(workers, spec, queue, plan_refs, events) as pool:
-        with MetricsExporter(events.picture, pool):
+        with exported(events.picture, pool):
             n_runners = min(workers.count, len(work.orders), _RUNNERS)
             _tuner(work.orders, n_runners, connection.trial_resources, scratch, _Stopper(queue, pool)).fit()
         pool.check()
@@ -176,6 +179,24 @@ def _scored(
         if queue.broken is not None:
             raise StoreFailed(queue.broken)
         return Outcome(failures=queue.failures(), worker_info=pool.infos())
+
+
+@contextmanager
+def exported(picture: Callable[[], Picture], pool: WorkerPool) -> Generator[None]:
+    """Export progress to Prometheus through Ray's metrics agent, every few seconds, and at the end of a body that ends.
+
+    Args:
+        picture: gives the state of the trials.
+        pool: the run's workers.
+    """
+    metrics = SweepMetrics()
+
+    def show() -> None:
+        metrics.show(picture(), pool.counts(), deaths=pool.n_deaths, replacements=pool.n_replaced)
+
+    with every(_METRICS_SECONDS, show, "metrics"):
+        yield
+    show()
 
 
 @contextmanager
@@ -205,7 +226,7 @@ def _tuner(
     # Tune asks for placement groups 200 trials ahead, all but a few of them in vain.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(math.ceil(n_runners / 8))
 
-    def name_of(trial: Any) -> str:
+    def name_of(trial: TuneTrial) -> str:
         return TrialOrder.parse(trial.config["order"]).name.replace("/", "-")
 
     return tune.Tuner(
@@ -236,16 +257,16 @@ class Trial(tune.Trainable):
     thread that costs each trial as much as all the rest.
     """
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def setup(self, config: dict[str, str]) -> None:
         """Begin a trial."""
         self._wait = 0.0
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
+    def reset_config(self, new_config: dict[str, str]) -> bool:
         """Begin the next one."""
         self._wait = 0.0
         return True
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> dict[str, float]:
         """Report at once, so that a trial whose task has ended costs no wait, then less and less often."""
         first, most = _POLL_SECONDS
         time.sleep(self._wait)
@@ -259,10 +280,10 @@ class _Stopper(tune.Stopper):
     def __init__(self, queue: TaskQueue, pool: WorkerPool) -> None:
         self._queue, self._pool = queue, pool
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, str]:
         return {}  # Tune saves its stopper to restore an experiment from; we never do
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: dict[str, dict[str, str]]) -> bool:
         return self._queue.has_ended(TrialOrder.parse(result["config"]["order"]).task_id)
 
     def stop_all(self) -> bool:

@@ -9,14 +9,16 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 import psutil
+
+from sweep.core.threads import every
 
 _LOOK_SECONDS: Final = 0.5
 _SHUTDOWN_SECONDS: Final = 60.0  # Ray takes 1 to 5
@@ -56,13 +58,11 @@ class Watchdog:
         self._on_dead = on_dead
         self._mark = f"{os.getpid()}-{time.time_ns()}" if owns_cluster else ""
         self._stopping: float | None = None  # since when Ray is being stopped
-        self._left = threading.Event()
+        self._watching = ExitStack()
         self._remote: dict[str, tuple[str, int]] = {}
         self._answered: dict[str, float] = {}  # when each remote process last did, by monotonic clock
         self._probed = 0.0
-        self._watched: dict[
-            int, str
-        ] = {}  # children of this process that the cluster's head needs: names by process id
+        self._watched: dict[int, str] = {}  # names of this process's children that the head needs, by process id
         self._is_started = False
         self._given_up: set[int] = set()  # children of a cluster that did not come up
 
@@ -74,15 +74,13 @@ class Watchdog:
         self._reaper = subprocess.Popen(
             [sys.executable, "-c", _REAPER, root, self._mark], stdin=subprocess.PIPE, start_new_session=True
         )
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        self._watching.enter_context(every(_LOOK_SECONDS, self._look, "watchdog"))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._left.set()
-        self._thread.join()
+        self._watching.close()
         self._send(ENDED)
         assert self._reaper.stdin is not None
         self._reaper.stdin.close()
@@ -127,11 +125,10 @@ class Watchdog:
         self._on_dead(why)
 
     def _check(self) -> None:
-        dead = next(
-            (name for pid, name in self._watched.items() if pid not in self._given_up and not _is_alive(pid)), None
-        )
-        if dead is not None and self._stopping is None:  # Ray was not stopped meanwhile
-            self._end(f"{dead} has died")
+        for pid, name in self._watched.items():
+            if pid not in self._given_up and not _is_alive(pid) and self._stopping is None:  # not stopped meanwhile
+                return self._end(f"{name} has died")
+        return None
 
     def _probe(self) -> None:
         if time.monotonic() - self._probed < _PROBE_SECONDS:
@@ -148,14 +145,13 @@ class Watchdog:
             if pid not in self._given_up and (self._is_started or name != "raylet"):
                 self._watched[pid] = _ESSENTIAL[name]
 
-    def _watch(self) -> None:
-        while not self._left.wait(_LOOK_SECONDS):
-            if self._stopping is None:
-                self._check()
-                self._probe()
-                self._watch_children()
-            elif time.monotonic() - self._stopping > _SHUTDOWN_SECONDS:
-                self._end("Ray did not stop")
+    def _look(self) -> None:
+        if self._stopping is None:
+            self._check()
+            self._probe()
+            self._watch_children()
+        elif time.monotonic() - self._stopping > _SHUTDOWN_SECONDS:
+            self._end("Ray did not stop")
 
 
 def _takes_connections(address: tuple[str, int]) -> bool:

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
@@ -16,12 +17,15 @@ from sweep.run import cluster  # before ray: sets what Ray reads from the enviro
 
 # isort: split
 import ray
+from ray.actor import ActorClass
 from ray.exceptions import ActorAlreadyExistsError, OutOfMemoryError, RayError, RayTaskError
 
+from sweep.core.batches import Plan
 from sweep.core.errors import MemoryShort, StoreFailed, SweepError, Unfit, WorkerLost
 from sweep.core.machine import Hardware, Workers
 from sweep.run.task_queue import Assignment, Loss, TaskQueue
 from workers.service.actor import Worker
+from workers.service.clock import WorkerInfo
 from workers.task import Progress, Task
 
 _LOOK_SECONDS: Final = 1.0  # between looks at whether nodes have joined, or the pool is being stopped
@@ -76,7 +80,7 @@ class _Member:
     """State of one worker."""
 
     name: str
-    actor: Any = None
+    actor: Any = None  # handle of its workers.service.actor.Worker
     holds: str | None = None  # revision of the model that it has loaded
     is_ready: bool = False
     n_deaths: int = 0
@@ -88,7 +92,12 @@ class WorkerPool:
     """Workers that score the tasks of a queue, until it is over or none of them is left."""
 
     def __init__(
-        self, workers: Workers, spec: WorkerSpec, queue: TaskQueue, plan_refs: Mapping[str, Any], events: PoolEvents
+        self,
+        workers: Workers,
+        spec: WorkerSpec,
+        queue: TaskQueue,
+        plan_refs: "Mapping[str, ray.ObjectRef[Plan]]",
+        events: PoolEvents,
     ) -> None:
         """Create an empty pool; entering it starts the workers.
 
@@ -100,8 +109,8 @@ class WorkerPool:
             events: callbacks.
         """
         self._workers, self._spec, self._queue, self._plan_refs, self._events = workers, spec, queue, plan_refs, events
-        remote: Any = ray.remote  # its annotations lack concurrency groups
-        self._class: Any = remote(concurrency_groups={"parts": 1})(Worker)
+        remote = ray.remote(concurrency_groups={"parts": 1})  # pyright: ignore[reportCallIssue] -- annotations lack it
+        self._class: ActorClass[Worker] = remote(Worker)
         self._members: list[_Member] = []
         self._threads: list[threading.Thread] = []
         self._events_lock = threading.Lock()
@@ -147,11 +156,14 @@ class WorkerPool:
         n_ready, n_busy = sum(member.is_ready for member in self._members), self._queue.n_busy
         return {"starting": max(0, self._n_present - n_ready), "idle": max(0, n_ready - n_busy), "busy": n_busy}
 
-    def infos(self) -> list[dict[str, Any]]:
+    def infos(self) -> list[WorkerInfo]:
         """Facts of the workers that answer in time; see workers.service.actor.Worker.info."""
         asked = [member.actor.info.remote() for member in self._members if member.is_ready]
-        answered = ray.wait(asked, num_returns=len(asked), timeout=_INFO_SECONDS)[0] if asked else []
-        return [info for answer in answered if (info := _unless_dead(answer)) is not None]
+        found: list[WorkerInfo] = []
+        for answer in ray.wait(asked, num_returns=len(asked), timeout=_INFO_SECONDS)[0] if asked else []:
+            with suppress(RayError):  # it has died
+                found.append(ray.get(answer))
+        return found
 
     def _start(self, count: int) -> None:
         """Start workers until there are `count`."""
@@ -165,16 +177,16 @@ class WorkerPool:
             self._start_thread(functools.partial(self._serve, member))
 
     def _start_thread(self, work: Callable[[], None]) -> None:
-        self._threads.append(threading.Thread(target=self._guarded, args=(work,), name="worker", daemon=True))
-        self._threads[-1].start()
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001 -- raised by `check`, in the thread that waits for the run
+                if not self._stopped.is_set():  # a pool that is being stopped fails in many ways
+                    self._error = self._error or error
+                    self._queue.give_up(str(error))
 
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 -- raised by `check`, in the thread that waits for the run
-            if not self._stopped.is_set():  # a pool that is being stopped fails in many ways
-                self._error = self._error or error
-                self._queue.give_up(str(error))
+        self._threads.append(threading.Thread(target=guarded, name="worker", daemon=True))
+        self._threads[-1].start()
 
     def _grow(self) -> None:
         """Add workers as nodes join."""
@@ -185,17 +197,14 @@ class WorkerPool:
         """Start a worker, and again when it dies, until nothing is left to score or it is lost for good."""
         while not self._stopped.is_set():
             try:
-                self._work(member)
+                return self._work(member)
             except _WorkerDied as death:
                 member.is_ready, member.holds = False, None
                 if not self._may_return(member, death):
-                    return
+                    return None
                 self._stopped.wait(rest_seconds(member.n_deaths))
             except Unfit as error:  # at its start: not on this node
-                self._lose(member, error)
-                return
-            else:
-                return
+                return self._lose(member, error)
 
     def _work(self, member: _Member) -> None:
         """Start a worker's process and score what it is assigned, until there is nothing left.
@@ -362,11 +371,8 @@ class WorkerPool:
             self._n_present -= 1
             if not self._n_present:
                 raise error
-            text = f"{error} Going on without {member.name}."
-            if self._is_ready:
-                self._events.warn(text)
-            else:
-                self._early_losses.append(text)
+            tell = self._events.warn if self._is_ready else self._early_losses.append
+            tell(f"{error} Going on without {member.name}.")
         self._queue.remove_worker(member.name)
 
 
@@ -376,28 +382,12 @@ def rest_seconds(n_deaths: int) -> float:
 
 
 def _died(error: RayError) -> _WorkerDied:
-    """The reason of a worker's death, in a line, from Ray's error."""
+    """The reason of a worker's death, in a line, from Ray's error: memory in use of the machine's, if it was killed."""
     text = str(error)
-    short = (
-        isinstance(error, OutOfMemoryError) or "due to memory pressure" in text or "node running low on memory" in text
-    )
-    if not short:
+    signs = ("due to memory pressure", "node running low on memory")
+    if not isinstance(error, OutOfMemoryError) and not any(sign in text for sign in signs):
         return _WorkerDied((text.strip().splitlines() or [type(error).__name__])[0])
-    return _WorkerDied(_shortage(text), short_of_memory=True)
-
-
-def _shortage(text: str) -> str:
-    """Memory of the machine and memory in use, from Ray's message of a kill (2.60)."""
-    found = _SHORTAGE.search(text)
-    return (
-        f"its machine is short of memory ({found[1]} used of {found[2]}, Ray kills above {found[3]} %)"
-        if found
-        else "its machine is short of memory"
-    )
-
-
-def _unless_dead(answer: Any) -> dict[str, Any] | None:
-    try:
-        return ray.get(answer)
-    except RayError:
-        return None
+    reason = "its machine is short of memory"
+    if found := _SHORTAGE.search(text):  # Ray 2.60's message
+        reason += f" ({found[1]} used of {found[2]}, Ray kills above {found[3]} %)"
+    return _WorkerDied(reason, short_of_memory=True)

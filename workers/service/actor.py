@@ -3,18 +3,18 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 import ray
 
 from sweep.core.batches import Plan
 from sweep.core.errors import WorkerLost
 from sweep.core.machine import Hardware
+from workers.service.clock import WorkerInfo
 from workers.service.metrics import WorkerMetrics
 from workers.service.node import check_shared
 from workers.task import Progress, Task
@@ -68,7 +68,7 @@ class Worker:
 
         build_extensions(extensions)
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> WorkerInfo:
         """Node and process id, and the figures of workers.service.scorer.Scorer.info."""
         return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), **self._scorer.info()}
 
@@ -150,7 +150,7 @@ class _PartQueue:
 class _Rows:
     """Rows that one assignment has put into the store, for the metrics."""
 
-    def __init__(self, info: Callable[[], dict[str, Any]], metrics: WorkerMetrics) -> None:
+    def __init__(self, info: Callable[[], Mapping[str, float]], metrics: WorkerMetrics) -> None:
         self._info, self._metrics = info, metrics
         self._rows: dict[str, int] = {}  # by task id, those found in the store not counted
         self._reported = 0

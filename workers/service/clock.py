@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 _Kind = Literal["load_seconds", "capture_seconds", "busy_seconds"]
 _Item = TypeVar("_Item")
+WorkerInfo: TypeAlias = dict[str, str | float | None]  # facts of a worker for the run's record
 
 
 class Clock:
@@ -47,6 +48,6 @@ class Clock:
         if self._on_timed is not None:
             self._on_timed(kind, ended - started)
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, float | None]:
         """Seconds by kind, and `first_at` and `last_at`, seconds since 1970 (None: never busy)."""
         return {**self._seconds, "first_at": self._first_at, "last_at": self._last_at}

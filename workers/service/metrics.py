@@ -4,7 +4,7 @@ Ray puts `ray_` before the names, and adds labels of the node and the process: s
 """
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -112,7 +112,7 @@ class _Total:
     """A Prometheus counter that is set to totals."""
 
     def __init__(self, name: str, description: str) -> None:
-        self._counter: Any = Counter(name, description)
+        self._counter = Counter(name, description)
         self._reached = 0
 
     def reach(self, total: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sweep.run.metrics import MetricsExporter
+from sweep.run import driver
 from tests.tasks import PICTURE
 from workers.service import metrics
 
@@ -53,10 +53,9 @@ def test_a_sweep_is_recorded_as_it_stands_and_counters_by_what_is_new(recorded: 
             eta_seconds=8.0,
         ),
     ]
-    pool = SimpleNamespace(counts=lambda: {"starting": 4, "idle": 1, "busy": 2}, n_deaths=1, n_replaced=1)
-    exporter = MetricsExporter(lambda: pictures.pop(0), pool)
-    exporter.show()
-    exporter.show()
+    sweep = metrics.SweepMetrics()
+    for picture in pictures:
+        sweep.show(picture, {"starting": 4, "idle": 1, "busy": 2}, deaths=1, replacements=1)
     assert recorded == {
         "sweep_trials": [(1, "done"), (2, "running"), (2, "done"), (1, "running")],
         "sweep_groups": [(5, "done"), (9, "total"), (7, "done"), (9, "total")],
@@ -70,6 +69,17 @@ def test_a_sweep_is_recorded_as_it_stands_and_counters_by_what_is_new(recorded: 
         "sweep_worker_replacements_total": [(1,)],
         "sweep_retries_total": [(1,)],
     }
+
+
+def test_a_run_is_recorded_at_its_end_unless_it_fails(recorded: dict[str, list[Any]]) -> None:
+    pool: Any = SimpleNamespace(counts=lambda: {"busy": 2}, n_deaths=1, n_replaced=0)
+    with pytest.raises(KeyError), driver.exported(lambda: PICTURE, pool):
+        raise KeyError
+    assert not recorded
+    with driver.exported(lambda: PICTURE, pool):
+        pass
+    assert recorded["sweep_workers"] == [(2, "busy")]
+    assert recorded["sweep_retries_total"] == [(1,)]
 
 
 def test_a_worker_counts_loads_and_rows_and_shares_the_time_among_these(recorded: dict[str, list[Any]]) -> None:
