@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 from markdown_it import MarkdownIt
 from rich.console import Console
@@ -24,7 +24,7 @@ from sweep.mixed_precision.knapsack import Problem, cost_range
 from sweep.mixed_precision.measured import Measured, held_out, markdown_table, uniform_recipes, validate
 from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe_of_choice, rules_of, solved
 from sweep.mixed_precision.recipe_context import RecipeContext, context_of
-from sweep.mixed_precision.summary import front_rows, summary, uniform_rows
+from sweep.mixed_precision.summary import Figures, figures_of, front_points, uniform_points
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.plan.trials import SweepPlan, plan_sweep
 from sweep.report.analysis import IntArray
@@ -90,14 +90,18 @@ def recommend(request: Request, console: Console) -> int:
     recipes = [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)]
     rows = validate(context, recipes, own_device(config.cluster))
     measured = {row.name: row for row in rows}
-    summaries = [
-        summary(candidates, problem, choices[name], each) | _measured_figures(measured[name])
+    figures = [
+        msgspec.structs.replace(
+            figures_of(candidates, problem, choices[name], each),
+            measured_kl=measured[name].measured_kl,
+            measured_kl_interval=measured[name].measured_kl_interval,
+        )
         for name, each in made.items()
     ]
     files = {f"{name}.yaml": each.to_yaml().encode() for name, each in made.items()}
-    files |= {_PICTURE: _picture(candidates, problem, summaries), **_export(context, target, checkpoint)}
+    files |= {_PICTURE: _picture(candidates, problem, figures), **_export(context, target, checkpoint)}
     exported = out / (_CHECKPOINT if _reads_checkpoint(target) else _MODELOPT)
-    page = render(context, target, asked, summaries, rows, exported)
+    page = render(context, target, asked, figures, rows, exported)
     html = to_html(page, f"{candidates.trial.model} on {target.name}")
     files |= dict(zip(_PAGES, (page.encode(), html.encode()), strict=True))
     with results.filled() as partial:
@@ -105,7 +109,7 @@ def recommend(request: Request, console: Console) -> int:
             (partial / name).write_bytes(content)
     if request.as_json:
         document = {
-            "recipes": summaries,
+            "recipes": msgspec.to_builtins(figures),
             "measured": [asdict(row) for row in rows],
             "page": str(out / "index.html"),
             "export": str(exported),
@@ -137,22 +141,19 @@ def _choices(candidates: Candidates, problem: Problem, asked: Budget, rules: Rul
     }
 
 
-def _measured_figures(row: Measured) -> dict[str, Any]:
-    return {"measured_kl": row.measured_kl, "measured_kl_interval": row.measured_kl_interval}
-
-
-def _picture(candidates: Candidates, problem: Problem, summaries: Sequence[dict[str, Any]]) -> bytes:
+def _picture(candidates: Candidates, problem: Problem, figures: Sequence[Figures]) -> bytes:
     """KL over size, as SVG; without a front where one recipe is both the smallest and the best."""
     low, high = cost_range(problem)
-    front = front_rows(candidates, problem, _FRONT) if high > low else []
-    return front_picture(front, uniform_rows(candidates, problem), summaries, candidates.trial.setting)
+    front = front_points(candidates, problem, _FRONT) if high > low else []
+    chosen = [each.point for each in figures]
+    return front_picture(front, uniform_points(candidates, problem), chosen, candidates.trial.setting)
 
 
 def render(
     context: RecipeContext,
     target: Target,
     asked: Budget,
-    summaries: Sequence[dict[str, Any]],
+    figures: Sequence[Figures],
     rows: Sequence[Measured],
     exported: Path,
 ) -> str:
@@ -166,7 +167,7 @@ def render(
         f"({first.n_predictions} predictions), in nats per prediction, with 90 % bootstrap intervals.",
         "![KL over size: the best mixes, one format for all, and the recommended recipes](front.svg)",
         "## Recipes",
-        "\n".join(_recipe_lines(summaries)),
+        "\n".join(_recipe_lines(figures)),
         "## Predicted and measured",
         markdown_table(rows),
         "## Serve it",
@@ -185,18 +186,19 @@ def to_html(page: str, title: str) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
-def _recipe_lines(summaries: Sequence[dict[str, Any]]) -> list[str]:
+def _recipe_lines(figures: Sequence[Figures]) -> list[str]:
     kl_columns = "predicted KL (90 %) | measured KL (90 %)"
     lines = [
         f"| recipe | bits a weight | GB of weights | {kl_columns} | layer groups by format |",
         "|---|---:|---:|---:|---:|---|",
     ]
-    for each in summaries:
-        formats = ", ".join(f"{n} {label if label != '16' else 'in 16 bits'}" for label, n in each["formats"].items())
-        gb = "-" if each["gb"] is None else f"{each['gb']:.4g}"
-        kls = [f"{each[key]:.3g}{_spread(each[f'{key}_interval'])}" for key in ("predicted_kl", "measured_kl")]
-        figures = f"{each['effective_bits']:.3f} | {gb} | {' | '.join(kls)}"
-        lines.append(f"| [{each['name']}]({each['name']}.yaml) | {figures} | {formats} |")
+    for each in figures:
+        formats = ", ".join(f"{n} {label if label != '16' else 'in 16 bits'}" for label, n in each.formats.items())
+        gb = "-" if each.gb is None else f"{each.gb:.4g}"
+        predicted = f"{each.predicted_kl:.3g}{_spread(each.predicted_kl_interval)}"
+        measured = f"{each.measured_kl:.3g}{_spread(each.measured_kl_interval or None)}"
+        sizes = f"{each.effective_bits:.3f} | {gb}"
+        lines.append(f"| [{each.name}]({each.name}.yaml) | {sizes} | {predicted} | {measured} | {formats} |")
     return lines
 
 

@@ -2,9 +2,11 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
+
+import msgspec
 
 from sweep.config.compose import expand
 from sweep.config.targets import Target
@@ -14,8 +16,8 @@ from sweep.formats.mixed import RECIPE_BEGINS
 from sweep.mixed_precision.candidates import Candidates, read_candidates, sized
 from sweep.mixed_precision.knapsack import Problem, cost_range
 from sweep.mixed_precision.recipe import SIXTEEN, Budget, problem_of, recipe_of_choice, rules_of, solved
-from sweep.mixed_precision.summary import front_rows, ranked, summary, uniform_rows
-from sweep.report.plots import FRONT_BEGINS, front_picture
+from sweep.mixed_precision.summary import Figures, Ranked, figures_of, front_points, ranked, uniform_points
+from sweep.report.plots import FRONT_BEGINS, Point, front_picture
 from sweep.run.resources import own_device
 from sweep.store.outputs import OutputFile, typed_path
 from sweep.store.select import opened
@@ -39,6 +41,26 @@ class Request:
     n_front: int | None
     rank: bool
     as_json: bool
+
+
+class Scored(msgspec.Struct, frozen=True, kw_only=True):
+    """What a recipe was chosen from."""
+
+    recipes: int  # scored
+    usable: int  # of them, by the target as they are scored
+    dataset: str
+    size: str
+
+
+class Tables(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What is shown of a solved recipe beside its figures."""
+
+    recipe: str  # the file
+    scored: Scored
+    rank: list[Ranked] | None = None
+    front: list[Point] | None = None
+    uniform: list[Point] | None = None
+    picture: str | None = None
 
 
 def solve_command(request: Request) -> int:
@@ -73,28 +95,26 @@ def solve_command(request: Request) -> int:
         problem = problem_of(candidates, rules, kl)
         choice = solved(candidates, problem, budget, rules)
         made = recipe_of_choice(candidates, choice, name, target.name, kl)
-    document: dict[str, Any] = summary(candidates, problem, choice, made) | {"recipe": str(out)}
+    figures = figures_of(candidates, problem, choice, made)
     n_usable = sum(rules.allowed(candidate.format) for candidate in candidates.formats)
-    document["scored"] = {
-        "recipes": len(candidates.formats),
-        "usable": n_usable,
-        "dataset": candidates.trial.dataset,
-        "size": candidates.trial.size,
-    }
+    trial = candidates.trial
+    scored = Scored(recipes=len(candidates.formats), usable=n_usable, dataset=trial.dataset, size=trial.size)
+    tables = Tables(recipe=str(out), scored=scored)
     if request.rank:
-        document["rank"] = ranked(candidates, problem, choice)
+        tables.rank = ranked(candidates, problem, choice)
     if request.n_front is not None:
-        document["front"] = front_rows(candidates, problem, request.n_front)
-        document["uniform"] = uniform_rows(candidates, problem)
-        document["picture"] = str(picture.path)
+        tables.front = front_points(candidates, problem, request.n_front)
+        tables.uniform = uniform_points(candidates, problem)
+        tables.picture = str(picture.path)
     file.put(made.to_yaml().encode())
-    if request.n_front is not None:
-        picture.put(front_picture(document["front"], document["uniform"], [document], candidates.trial.setting))
+    if tables.front is not None:
+        picture.put(front_picture(tables.front, tables.uniform or [], [figures.point], trial.setting))
     if request.as_json:
+        document = msgspec.to_builtins(figures) | msgspec.to_builtins(tables)
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
         next_steps = f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR"
-        sys.stdout.write("\n".join([*lines(document), f"Written: {out}", next_steps]) + "\n")
+        sys.stdout.write("\n".join([*lines(figures, tables), f"Written: {out}", next_steps]) + "\n")
     return EXIT_DONE
 
 
@@ -108,68 +128,62 @@ def budget_of(request: Request, candidates: Candidates, problem: Problem) -> Bud
     return Budget(bits=request.bits, gb=request.gb)
 
 
-def lines(document: Mapping[str, Any]) -> Iterator[str]:
+def lines(figures: Figures, tables: Tables) -> Iterator[str]:
     """A solved recipe for the screen: size, predicted KL, formats, and the tables that were asked for."""
-    bits = f"{document['effective_bits']:.3f} bits a weight of the covered layers"
-    yield f"Recipe {document['name']} for {document['target']}: {bits}"
-    scored = document["scored"]
-    recipes = f"{scored['usable']} of {scored['recipes']} recipes scored on {scored['dataset']}/{scored['size']}"
+    bits = f"{figures.effective_bits:.3f} bits a weight of the covered layers"
+    yield f"Recipe {figures.name} for {figures.target}: {bits}"
+    scored = tables.scored
+    recipes = f"{scored.usable} of {scored.recipes} recipes scored on {scored.dataset}/{scored.size}"
     yield f"from {recipes} that the target runs as scored, and 16 bits"
-    if document["gb"] is not None:
-        yield from _size(document)
-    spread = document["predicted_kl_interval"]
+    if figures.gb is not None:
+        yield from _size(figures)
+    spread = figures.predicted_kl_interval
     interval = "" if spread is None else f" (90 % interval over samples: {spread[0]:.3g} to {spread[1]:.3g})"
-    yield f"predicted KL {document['predicted_kl']:.4g} nats per prediction{interval}"
-    for label, n in document["formats"].items():
+    yield f"predicted KL {figures.predicted_kl:.4g} nats per prediction{interval}"
+    for label, n in figures.formats.items():
         yield f"  {n:4d} layer groups: {label if label != SIXTEEN else '16 bits'}"
-    most = document["most_bits"]
-    if len(most) < sum(document["formats"].values()):
+    most = figures.most_bits
+    if len(most) < sum(figures.formats.values()):
         more = f" and {len(most) - _SHOWN_GROUPS} more" if len(most) > _SHOWN_GROUPS else ""
         yield "most bits: " + ", ".join(most[:_SHOWN_GROUPS]) + more
-    if "rank" in document:
-        yield from _ranks(document["rank"])
-    if "front" in document:
-        yield from _front([*document["front"], *document["uniform"]])
-        yield f"Picture: {document['picture']}"
+    if tables.rank is not None:
+        yield from _ranks(tables.rank)
+    if tables.front is not None:
+        yield from _front([*tables.front, *(tables.uniform or [])])
+        yield f"Picture: {tables.picture}"
 
 
-def _size(document: Mapping[str, Any]) -> Iterator[str]:
+def _size(figures: Figures) -> Iterator[str]:
     parts = {
-        "covered layers": "gb_covered",
-        "embeddings, in 16 bits": "gb_embeddings",
-        "lm_head, in 16 bits": "gb_lm_head",
-        "all else, in 16 bits": "gb_rest",
+        "covered layers": figures.gb_covered,
+        "embeddings, in 16 bits": figures.gb_embeddings,
+        "lm_head, in 16 bits": figures.gb_lm_head,
+        "all else, in 16 bits": figures.gb_rest,
     }
-    yield f"{document['gb']:.4g} GB of weights; lm_head: {document['lm_head']}"
-    yield from (f"  {document[key]:10.4g} GB  {name}" for name, key in parts.items() if document[key] is not None)
+    yield f"{figures.gb:.4g} GB of weights; lm_head: {figures.lm_head}"
+    yield from (f"  {gb:10.4g} GB  {name}" for name, gb in parts.items() if gb is not None)
 
 
-def _ranks(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _ranks(rows: Sequence[Ranked]) -> Iterator[str]:
     """Layer groups by predicted KL, with their rank by predicted KL per GB saved beside it."""
     by_byte = sorted(
-        (row for row in rows if row["predicted_kl_per_gb_saved"] is not None),
-        key=lambda row: -row["predicted_kl_per_gb_saved"],
+        (row for row in rows if row.predicted_kl_per_gb_saved is not None),
+        key=lambda row: -(row.predicted_kl_per_gb_saved or 0.0),
     )
-    place = {row["group"]: rank for rank, row in enumerate(by_byte, start=1)}
+    place = {row.group: rank for rank, row in enumerate(by_byte, start=1)}
     table = [("rank", "layer group", "format", "predicted KL", "KL per GB saved", "rank by that")]
     for rank, row in enumerate(rows[:_SHOWN_RANKS], start=1):
-        per_gb = row["predicted_kl_per_gb_saved"]
-        saved, second = ("-", "-") if per_gb is None else (f"{per_gb:.3g}", str(place[row["group"]]))
-        table.append((str(rank), str(row["name"]), str(row["format"]), f"{row['predicted_kl']:.3g}", saved, second))
+        per_gb = row.predicted_kl_per_gb_saved
+        saved, second = ("-", "-") if per_gb is None else (f"{per_gb:.3g}", str(place[row.group]))
+        table.append((str(rank), row.name, row.format, f"{row.predicted_kl:.3g}", saved, second))
     yield from (f"  {line}" for line in aligned(table))
     if len(rows) > _SHOWN_RANKS:
         yield f"and {len(rows) - _SHOWN_RANKS} more: --json has all"
 
 
-def _front(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _front(points: Sequence[Point]) -> Iterator[str]:
     table = [("recipe", "bits", "GB", "predicted KL")]
-    table += [
-        (
-            row.get("format", "best mix"),
-            f"{row['effective_bits']:.3f}",
-            "-" if row["gb"] is None else f"{row['gb']:.4g}",
-            f"{row['predicted_kl']:.4g}",
-        )
-        for row in rows
-    ]
+    for point in points:
+        gb = "-" if point.gb is None else f"{point.gb:.4g}"
+        table.append((point.format or "best mix", f"{point.effective_bits:.3f}", gb, f"{point.predicted_kl:.4g}"))
     yield from (f"  {line}" for line in aligned(table))

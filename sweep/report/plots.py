@@ -2,12 +2,10 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-
-from sweep.core.json import Json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,33 +20,28 @@ _LINE: Final = 7.0  # height
 _GAP: Final = 6.0  # between a point and its name
 
 
-class Point(msgspec.Struct, frozen=True):
-    """A recipe in the picture."""
+class Point(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Size and KL of a recipe."""
 
-    effective_bits: float
-    predicted_kl: float  # nats per prediction
-    gb: float | None  # 1e9 bytes of weights; None: unknown
-    measured_kl: float | None = None  # None: not measured
     name: str = ""
     format: str = ""  # its name if it is one format for all layer groups
+    effective_bits: float
+    gb: float | None  # 1e9 bytes of weights; None: unknown
+    predicted_kl: float  # nats per prediction
+    measured_kl: float | None = None  # None: not measured
 
     def x(self, in_gb: bool) -> float:
         """Its size."""
         return self.gb if in_gb and self.gb is not None else self.effective_bits
 
 
-def front_picture(
-    front: Sequence[Mapping[str, Json]],
-    uniform: Sequence[Mapping[str, Json]],
-    chosen: Sequence[Mapping[str, Json]],
-    title: str,
-) -> bytes:
+def front_picture(front: Sequence[Point], uniform: Sequence[Point], chosen: Sequence[Point], title: str) -> bytes:
     """Predicted KL over size: the front, one format for all, and chosen recipes; with measured KL where there is any.
 
     Args:
-        front: the fields of each Point.
-        uniform: the same, with `format`.
-        chosen: the same, with `name`.
+        front: best mixes.
+        uniform: one format for all, with `format`.
+        chosen: recipes, with `name`.
         title: of the picture.
 
     Returns: an SVG file, always the same for the same points.
@@ -57,8 +50,7 @@ def front_picture(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    best, same, recipes = (msgspec.convert(rows, list[Point]) for rows in (front, uniform, chosen))
-    in_gb = all(point.gb is not None for point in (*best, *same, *recipes))
+    in_gb = all(point.gb is not None for point in (*front, *uniform, *chosen))
     with mpl.rc_context({"svg.hashsalt": "sweep", "svg.fonttype": "none"}):
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         FigureCanvasSVG(figure)
@@ -68,9 +60,9 @@ def front_picture(
             if points:
                 axes.plot([point.x(in_gb) for point in points], kl, style, color=color, label=label)
 
-        best, recipes = _above_zero(best), _above_zero(recipes)
+        best, recipes = _above_zero(front), _above_zero(chosen)
         draw(best, _predicted(best), ".-", "tab:blue", "best mix, predicted")
-        draw(same, _predicted(same), "o", "0.6", "one format for all, predicted")
+        draw(uniform, _predicted(uniform), "o", "0.6", "one format for all, predicted")
         draw(recipes, _predicted(recipes), "D", "tab:orange", "recipe, predicted")
         measured = [point for point in recipes if point.measured_kl]
         draw(measured, [point.measured_kl or 0.0 for point in measured], "x", "tab:red", "recipe, measured")
@@ -78,7 +70,7 @@ def front_picture(
         axes.set_title(title, fontsize=8)
         axes.grid(visible=True, alpha=0.3)
         axes.legend(fontsize=7)
-        shown = [*_above_zero(same), *recipes]
+        shown = [*_above_zero(uniform), *recipes]
         _annotate(figure, axes, [(point.x(in_gb), point.predicted_kl, point.name or point.format) for point in shown])
         data = io.BytesIO()
         figure.savefig(data, format="svg", metadata={"Date": None})

@@ -7,13 +7,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sweep.cli import main
-from sweep.commands.solve import lines
+from sweep.commands.solve import Tables, lines
 from sweep.formats.mixed import MixedRecipe
+from sweep.mixed_precision.summary import Figures
 from sweep.store.store import Store
 from tests.scored import FP8, INT4, INT8, add, store_at
+
+
+def shown(document: dict[str, Any]) -> list[str]:
+    """The lines for the screen, of the document that --json prints."""
+    return [*lines(msgspec.convert(document, Figures), msgspec.convert(document, Tables))]
 
 
 @pytest.fixture
@@ -70,7 +77,7 @@ def test_the_front_goes_through_the_recipes_sizes_to_a_kl_of_zero(
     assert uniform == {INT4: pytest.approx(0.15), INT8: pytest.approx(0.012), FP8: pytest.approx(0.0155)}
     assert document["picture"] == "r/mix.svg"
     assert Path("r/mix.svg").read_text(encoding="utf-8").startswith("<?xml")
-    table = "\n".join(lines(document))
+    table = "\n".join(shown(document))
     assert table.count("best mix") == len(bits)
 
 
@@ -83,7 +90,7 @@ def test_ranks_by_predicted_kl_and_by_what_a_byte_saves(store: Store, capsys: py
     first = groups["m.layers.0.attn.q_proj"]
     assert first["bytes_saved"] == 1000 * 11.875 / 8
     assert first["predicted_kl_per_gb_saved"] == pytest.approx(0.04 / (1000 * 11.875 / 8 / 1e9))
-    ranks = [line.split() for line in lines(document) if "wint4_afp16/default" in line][1:]
+    ranks = [line.split() for line in shown(document) if "wint4_afp16/default" in line][1:]
     assert [(words[0], words[-1]) for words in ranks] == [("1", "2"), ("2", "1"), ("3", "4"), ("4", "3"), ("5", "5")]
 
 

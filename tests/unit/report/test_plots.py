@@ -3,11 +3,13 @@
 import itertools
 from typing import Any
 
-from sweep.report.plots import front_picture, spread
+import msgspec
+
+from sweep.report.plots import Point, front_picture, spread
 
 
-def point(bits: float, kl: float, **more: Any) -> dict[str, Any]:
-    return {"effective_bits": bits, "gb": bits / 10, "predicted_kl": kl, **more}
+def point(bits: float, kl: float, **more: Any) -> Point:
+    return Point(effective_bits=bits, gb=bits / 10, predicted_kl=kl, **more)
 
 
 def test_labels_do_not_cover_each_other_and_stay_in_the_picture() -> None:
@@ -30,5 +32,5 @@ def test_the_front_names_formats_and_recipes() -> None:
 
 
 def test_without_a_models_size_the_axis_is_bits() -> None:
-    front = [point(4.0, 0.1) | {"gb": None}, point(8.0, 0.01) | {"gb": None}]
+    front = [msgspec.structs.replace(point(*each), gb=None) for each in ((4.0, 0.1), (8.0, 0.01))]
     assert ">bits a weight</text>" in front_picture(front, [], [], "").decode()
