@@ -5,14 +5,16 @@ Made with plain hooks and ModelOpt's TensorQuantizer alone.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
+from sweep.core.groups import LayerGroup
 from sweep.core.paths import bundled_model_dir
-from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
+from sweep.formats.format import GroupFormat
+from sweep.formats.mixed import GroupChoice, MixedRecipe
 from sweep.plan.subject import Model
 from workers.quant.calibration import fake_quantized, quantized_inputs
 from workers.quant.linear import LinearQuant
@@ -53,37 +55,16 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 }
 
 
-def group_format(
-    name: str,
-    weight: Mapping[str, Any] | None,
-    inputs: Mapping[str, Any] | None,
-    algorithm: str = "max",
-    scales: Literal["fused", "private"] = "private",
-) -> GroupFormat:
-    return GroupFormat(
-        quant_pair=name, quant_granularity="default", algorithm=algorithm, scales=scales, weight=weight, inputs=inputs
-    )
-
-
 def recipe_of(formats: Sequence[GroupFormat | None], path: Path | None = None) -> MixedRecipe:
     """A recipe in which the language model's groups get the formats in turn."""
     model = Model(bundled_model_dir() if path is None else path)
-    sizes = {name: n_in * n_out for name, n_in, n_out in model.structure["linears"]}
-    groups = {
-        first: modules
-        for first, modules in model.structure["groups"].items()
-        if "visual" not in first and "lm_head" not in first
-    }
+    groups = [group for name, group in model.groups.items() if "visual" not in name and "lm_head" not in name]
     choices = []
-    for i, (first, modules) in enumerate(groups.items()):
+    for i, group in enumerate(groups):
         chosen = formats[i % len(formats)]
-        elements = sum(sizes[module] for module in modules)
         choices.append(
             GroupChoice(
-                group=first,
-                modules=tuple(modules),
-                layer_index=int(first.split("layers.")[1].split(".")[0]),
-                weight_elements=elements,
+                group=LayerGroup(name=group.name, modules=group.modules, weight_elements=group.weight_elements),
                 format=chosen and chosen.label,
                 cell_id=chosen and f"cell-{chosen.quant_pair}",
                 predicted_kl=0.001 * (i + 1) if chosen else 0.0,
@@ -125,9 +106,10 @@ def quants_of(recipe: MixedRecipe, model: nn.Module, token_ids: Tensor) -> dict[
         chosen = recipe.format_of(choice)
         if chosen is None or chosen.weight is None:
             continue
-        for name in choice.modules:
+        for name in choice.group.modules:
             amax = getattr(makers.weight(name, chosen.weight, model.get_submodule(name).weight.float()), "_amax", None)
-            static = chosen.inputs is not None and chosen.inputs.get("type") != "dynamic" and chosen.inputs != MXFP8
+            inputs = chosen.inputs and chosen.inputs.attributes
+            static = inputs is not None and inputs.get("type") != "dynamic" and inputs != MXFP8
             quants[name] = LinearQuant(
                 weight=chosen.weight,
                 inputs=chosen.inputs,
@@ -156,23 +138,23 @@ class ReaderLinear(nn.Module):
         super().__init__()
         self.input_scale = 1.0 if input_scale_I is None else input_scale_I
         assert quant.weight is not None
-        weight = fake_quantized(quant, linear.weight)
-        if (quant.weight.get("block_sizes") or {}).get("type") == "dynamic":
+        weight, attributes = fake_quantized(quant, linear.weight), quant.weight.attributes
+        if (attributes.get("block_sizes") or {}).get("type") == "dynamic":
             self.weight = weight.bfloat16().float()
         else:
             assert quant.weight_amax is not None
-            scale = _over(quant.weight_amax, weight.shape, quant.weight) / _LARGEST[quant.weight["num_bits"]]
+            scale = _over(quant.weight_amax, weight.shape, attributes) / _LARGEST[attributes["num_bits"]]
             rows = 1.0 if output_scale_O is None else output_scale_O[:, None]
-            self.weight = _rounded(weight / scale, quant.weight["num_bits"]) * (scale * rows)
+            self.weight = _rounded(weight / scale, attributes["num_bits"]) * (scale * rows)
         self.bias, self.quant = linear.bias, quant
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(self._inputs(x * self.input_scale), self.weight, self.bias)
 
     def _inputs(self, x: Tensor) -> Tensor:
-        attributes, amax = self.quant.inputs, self.quant.input_amax
-        if attributes is None:
+        if self.quant.inputs is None:
             return x
+        attributes, amax = self.quant.inputs.attributes, self.quant.input_amax
         bits, blocks = attributes["num_bits"], attributes.get("block_sizes") or {}
         grouped = x.unflatten(-1, (-1, blocks.get(-1) or x.shape[-1]))
         largest = grouped.abs().amax(-1, keepdim=True)

@@ -5,7 +5,12 @@ from typing import Any, Final
 
 from torch import nn
 
-from sweep.formats.mixed import GroupChoice, GroupFormat, MixedRecipe
+from sweep.core.groups import LayerGroup
+from sweep.core.pairs import Algorithm, Scales
+from sweep.core.sizes import Size
+from sweep.formats.format import GroupFormat
+from sweep.formats.mixed import GroupChoice, MixedRecipe
+from tests.formats import group_format
 from workers.quant.modelopt import layer_groups
 
 PER_TOKEN: Final[dict[str, Any]] = {"type": "dynamic", "block_sizes": {-1: None}}
@@ -23,15 +28,12 @@ FORMATS: Final[dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]]] =
 }
 
 
-def format_of(name: str, algorithm: str = "max", scales: Any = "private") -> GroupFormat:
-    weight, inputs = FORMATS[name]
-    return GroupFormat(
-        quant_pair=name, quant_granularity="default", algorithm=algorithm, scales=scales, weight=weight, inputs=inputs
-    )
+def format_of(name: str, algorithm: Algorithm = "max", scales: Scales = "private") -> GroupFormat:
+    return group_format(name, *FORMATS[name], algorithm, scales)
 
 
 def recipe_of(
-    model: nn.Module, formats: Sequence[GroupFormat | None], size: str = "small", covered: str = ""
+    model: nn.Module, formats: Sequence[GroupFormat | None], size: Size = "small", covered: str = ""
 ) -> MixedRecipe:
     """The groups of the linears whose name contains `covered` get the formats in turn; None: left in 16 bits."""
     linears = {
@@ -41,10 +43,9 @@ def recipe_of(
     for index, (first, modules) in enumerate(layer_groups(linears).items()):
         chosen = formats[index % len(formats)]
         choice = GroupChoice(
-            group=first,
-            modules=modules,
-            layer_index=None,
-            weight_elements=sum(linears[name].weight.numel() for name in modules),
+            group=LayerGroup(
+                name=first, modules=modules, weight_elements=sum(linears[name].weight.numel() for name in modules)
+            ),
             format=chosen and chosen.label,
             cell_id=None,
             predicted_kl=0.0,

@@ -2,15 +2,14 @@
 
 from typing import Final
 
-from sweep.core.groups import GroupSpec
+from sweep.core.groups import ShapedGroup
 from sweep.core.machine import Needs
+from tests.formats import format_of
 from workers.task import ModelSpec, Picture, Task
 
-GROUP: Final = GroupSpec(
+GROUP: Final = ShapedGroup(
     name="layers.0.a",
     modules=("layers.0.a",),
-    part="layers.0",
-    layer_index=0,
     weight_elements=4,
     n_inputs=2,
     n_outputs=2,
@@ -23,12 +22,7 @@ TASK: Final = Task(
     method="gradient",
     engine="layerwise",
     quant_cfg=(),
-    algorithm="max",
-    fused=False,
-    weight_attributes=None,
-    input_attributes=None,
-    calibrates_inputs=False,
-    effective_bits=8.0,
+    format=format_of({"num_bits": 8}, None),
     groups=(GROUP,),
     cells={"small": "cell"},
     needs=Needs(),

@@ -30,8 +30,8 @@ def reference_score(
     for name, weight in weights.items():
         seen = rows[name]
         w, x, g = weight.float(), seen.x_TI.float(), seen.g_TO.float()
-        wq = quantizers.weight(name, task.weight_attributes, w)(w) if task.weight_attributes else w
-        xq = quantizers.inputs(task.input_attributes, x, seen.input_amaxes)(x) if task.input_attributes else x
+        wq = quantizers.weight(name, task.format.weight, w)(w) if task.format.weight else w
+        xq = quantizers.inputs(task.format.inputs, x, seen.input_amaxes)(x) if task.format.inputs else x
         exact += (g * (x @ (wq - w).T + (xq - x) @ wq.T)).double().square().sum().item()
         difference = xq.bfloat16() @ wq.bfloat16().T - seen.x_TI @ weight.T
         stock += (g * difference.float()).double().square().sum().item()

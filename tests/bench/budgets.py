@@ -34,8 +34,11 @@ from torch import nn
 from sweep.config.compose import expand
 from sweep.config.targets import Target
 from sweep.core.batches import Batch
-from sweep.formats.mixed import GroupFormat, MixedRecipe
-from sweep.formats.quantizer import QuantizerSpec
+from sweep.formats.fields import QUANTIZERS
+from sweep.formats.format import GroupFormat
+from sweep.formats.mixed import MixedRecipe
+from sweep.formats.quantizer import COST_HINT, Attributes
+from sweep.formats.recipe import Entry
 from sweep.mixed_precision.candidates import Candidates, read_candidates
 from sweep.mixed_precision.measured import Measured, uniform_recipes, validate
 from sweep.mixed_precision.recipe import Budget, problem_of, recipe_of_choice, rules_of, solved
@@ -43,30 +46,30 @@ from sweep.mixed_precision.recipe_context import RecipeContext, config_of, conte
 from sweep.run.resources import own_device
 from sweep.store.store import Store
 from tests.bench.setup import report
-from workers.quant.block_formats import BACKEND, register
-from workers.quant.modelopt import auto_quantize_state
+from workers.quant.block_formats import register
+from workers.quant.modelopt import auto_quantize_state, with_backend
+
+SearchFormat = tuple[Sequence[Entry], str]  # entries and algorithm, as auto_quantize_state takes them
 
 
-def quantize_config(chosen: GroupFormat, effective_bits: float | None) -> dict[str, Any]:
+def search_format(chosen: GroupFormat, effective_bits: float | None) -> SearchFormat:
     """One of our formats as one of ModelOpt's candidates.
 
     Args:
         chosen: the format.
         effective_bits: its size; None: as ModelOpt reckons it.
     """
-    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for name, attributes in (("*weight_quantizer", chosen.weight), ("*input_quantizer", chosen.inputs)):
-        if attributes is not None:
-            dynamic = (attributes.get("block_sizes") or {}).get("type") == "dynamic"
-            entries.append({"quantizer_name": name, "cfg": {**attributes, **({"backend": BACKEND} if dynamic else {})}})
-    return {"quant_cfg": entries, "algorithm": chosen.algorithm} | (
-        {} if effective_bits is None else {"effective_bits": effective_bits}
-    )
+    size: Attributes = {} if effective_bits is None else {COST_HINT: effective_bits}  # ModelOpt takes the least of them
+    entries = [Entry("*", enable=False)]
+    for name, quantizer in zip(QUANTIZERS, (chosen.weight, chosen.inputs), strict=True):
+        if quantizer is not None:
+            entries.append(Entry(name, {**with_backend(quantizer), **size}))
+    return entries, chosen.algorithm
 
 
 def auto_quantize(
     model: nn.Module,
-    candidates: Sequence[Mapping[str, Any]],
+    candidates: Sequence[SearchFormat],
     batches: Sequence[Batch],
     covered: Sequence[str],
     bits: float,
@@ -101,9 +104,9 @@ def constraint(state: Mapping[str, Any], bits: float) -> float:
     return 16 - (16 - bits) * covered / total
 
 
-def choice_of(state: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def choice_of(state: Mapping[str, Any], candidates: Sequence[SearchFormat]) -> dict[str, int]:
     """Index of the chosen candidate by first module of the layer group; `len(candidates)` for 16 bits."""
-    entries = [QuantizeConfig(**candidate).quant_cfg for candidate in candidates]
+    entries = [QuantizeConfig(quant_cfg=list(map(Entry.to_modelopt, each))).quant_cfg for each, _ in candidates]
     numbers: dict[str, int] = {}
     for name in searched(state):
         own = state["best"]["recipe"][name].config.quant_cfg[:-1]  # the last is ModelOpt's own, on output_quantizer
@@ -123,8 +126,8 @@ def read(typed: Sequence[str], target: Target) -> Candidates:
 
 def needs_one_shape(chosen: GroupFormat) -> bool:
     """Whether ModelOpt "requires a fixed input shape", which texts have not: for inputs in blocks but its kernels'."""
-    spec = QuantizerSpec(attributes=chosen.inputs or {})
-    return bool(spec.block_elements) and not spec.has_dynamic_blocks
+    inputs = chosen.inputs
+    return inputs is not None and bool(inputs.block_elements) and not inputs.has_dynamic_blocks
 
 
 class Comparison:
@@ -144,7 +147,7 @@ class Comparison:
 
     def figures(self, numbers: Mapping[str, int], bits: float | None) -> dict[str, Any]:
         """Ours beside ModelOpt's choice. Args: bits: our budget; None: the size of ModelOpt's choice."""
-        groups = [group["group"] for group in self.stored.groups]
+        groups = [group.name for group in self.stored.groups]
         theirs = recipe_of_choice(
             self.stored, np.array([numbers[group] for group in groups]), "mtq.auto_quantize", None
         )
@@ -198,9 +201,9 @@ def main() -> None:
         load_model(context, own_device(context.config.cluster)),
         list(context.plan.batches("large")),
     )
-    covered = [module for group in comparison.stored.groups for module in group["modules"]]
+    covered = [module for group in comparison.stored.groups for module in group.modules]
     for sizes in ("ModelOpt's", "ours"):
-        candidates = [quantize_config(each, each.effective_bits if sizes == "ours" else None) for each in formats]
+        candidates = [search_format(each, each.effective_bits if sizes == "ours" else None) for each in formats]
         with tempfile.TemporaryDirectory() as place:
             search = partial(auto_quantize, model, candidates, batches, covered, checkpoint=Path(place) / "state.pt")
             started = time.perf_counter()

@@ -91,7 +91,7 @@ def differences(bench: Subject, engine: Engine, rows: dict[str, Rows], checked: 
         if task.label in checked:
             covered = [name for group in task.groups for name in group.modules]
             theirs = auto_quantize_scores(
-                bench.model, task.quant_cfg, task.algorithm, list(bench.plan.batches("large")), covered
+                bench.model, task.quant_cfg, task.format.algorithm, list(bench.plan.batches("large")), covered
             )
             for name, found in score(bench, engine, rows, [task], "large").items():
                 assert found is not None

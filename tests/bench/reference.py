@@ -4,7 +4,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sweep.core.batches import Sample
+from sweep.formats.recipe import Entry
 
 PaddedBatch = dict[str, Tensor]
 
@@ -34,7 +35,7 @@ def padded_batches(samples: Sequence[Sample], batch_size: int, device: torch.dev
 
 def auto_quantize(
     model: nn.Module,
-    formats: Sequence[Sequence[Mapping[str, Any]]],
+    formats: Sequence[Sequence[Entry]],
     batches: Sequence[PaddedBatch],
     method: str = "gradient",
 ) -> dict[str, list[float]]:
@@ -50,7 +51,7 @@ def auto_quantize(
         )
 
     quantization_formats: list[Any] = [
-        {"quant_cfg": list(map(dict, entries)), "algorithm": "max"} for entries in formats
+        {"quant_cfg": list(map(Entry.to_modelopt, entries)), "algorithm": "max"} for entries in formats
     ]
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")

@@ -120,7 +120,7 @@ def grid_tasks(network: Any, device: str, overrides: tuple[str, ...] = ("dataset
 
     from torch import nn
 
-    from sweep.core.groups import GroupSpec, part_of
+    from sweep.core.groups import ShapedGroup
     from workers.quant.modelopt import layer_groups
 
     points = expand(["grid=origin", *overrides], multirun=True).points
@@ -130,16 +130,13 @@ def grid_tasks(network: Any, device: str, overrides: tuple[str, ...] = ("dataset
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear) and "language_model" in name
     }
-    groups: list[GroupSpec] = []
+    groups: list[ShapedGroup] = []
     for first, modules in layer_groups(linears).items():
-        part, index = part_of(first)
         n_inputs, n_outputs = linears[first].in_features, sum(linears[name].out_features for name in modules)
         groups.append(
-            GroupSpec(
+            ShapedGroup(
                 name=first,
                 modules=modules,
-                part=part,
-                layer_index=index,
                 weight_elements=n_inputs * n_outputs,
                 n_inputs=n_inputs,
                 n_outputs=n_outputs,
@@ -153,9 +150,7 @@ def job(task: Task, plan: Plan, *sizes: str) -> Job:
     wanted = {size: plan.segments_of(size) for size in sizes or SIZES}
     return Job(
         name=task.label,
-        weight=task.weight_attributes,
-        inputs=task.input_attributes,
-        calibrates_inputs=task.calibrates_inputs,
+        format=task.format,
         sizes=wanted,
     )
 

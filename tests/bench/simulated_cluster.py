@@ -64,10 +64,7 @@ class SleepingWorker(Worker):
 
 def grid() -> dict[str, Task]:
     """Tasks of several models, by id."""
-    groups = tuple(
-        replace(GROUP, name=f"layers.{i}.a", modules=(f"layers.{i}.a",), part=f"layers.{i}", layer_index=i)
-        for i in range(_LAYERS)
-    )
+    groups = tuple(replace(GROUP, name=f"layers.{i}.a", modules=(f"layers.{i}.a",)) for i in range(_LAYERS))
     names = [(family, f"model{family}-recipe{recipe}") for family in range(_FAMILIES) for recipe in range(_RECIPES)]
     return {
         name: replace(

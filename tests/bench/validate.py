@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from sweep.core.batches import Plan
-from sweep.core.groups import GroupSpec
+from sweep.core.groups import ShapedGroup
 from sweep.core.paths import bundled_model_dir
-from sweep.formats.mixed import GroupChoice, GroupFormat
 from tests.bench.setup import Subject, job, report, spearman, subject
 from workers.data.batches import make_plan
 from workers.data.samples import read_captions, text_samples
@@ -47,7 +46,7 @@ _MIXES = 20
 
 
 def one_group(
-    bench: Subject, tasks: list[Task], groups: tuple[GroupSpec, ...], size: str
+    bench: Subject, tasks: list[Task], groups: tuple[ShapedGroup, ...], size: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predicted and measured KL of each group under each recipe: [groups, recipes] each, nats per prediction."""
     n_predictions = bench.plan.n_predictions(size)
@@ -64,7 +63,7 @@ def one_group(
         assert found is not None
         return [one[size].score for one in found if not isinstance(one, NotFinite)]
 
-    def weights_of(group: GroupSpec) -> dict[str, Tensor]:
+    def weights_of(group: ShapedGroup) -> dict[str, Tensor]:
         return {name: bench.model.get_submodule(name).weight for name in group.modules}
 
     predicted = [scores(scorer.score_group(weights_of(group), rows, jobs)()) for group in groups]
@@ -73,34 +72,12 @@ def one_group(
 
 
 def mixes(
-    bench: Subject, tasks: list[Task], groups: tuple[GroupSpec, ...], size: str, predicted: np.ndarray
+    bench: Subject, tasks: list[Task], groups: tuple[ShapedGroup, ...], size: str, predicted: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Predicted KL of random mixes, and measured on the samples that scored and on held-out ones: [mixes] each."""
-    formats = [
-        GroupFormat(
-            quant_pair=task.label,
-            quant_granularity="default",
-            algorithm="max",
-            scales="private",
-            weight=task.weight_attributes,
-            inputs=task.input_attributes,
-        )
-        for task in tasks
-    ]
-    choices = [
-        GroupChoice(
-            group=group.name,
-            modules=group.modules,
-            layer_index=group.layer_index,
-            weight_elements=group.weight_elements,
-            format=None,
-            cell_id=None,
-            predicted_kl=0.0,
-        )
-        for group in groups
-    ]
+    formats = [task.format for task in tasks]
     quants = calibrated_groups(
-        bench.model, list(bench.plan.batches(size)), choices, {group.name: formats for group in groups}
+        bench.model, list(bench.plan.batches(size)), groups, {group.name: formats for group in groups}
     )
     texts = read_captions(bundled_model_dir() / "wordnet_glosses.txt", 512 + _HELD_OUT)[512:]
     others: Plan = make_plan(text_samples(loading.tokenize(bundled_model_dir(), texts), 512), packed=True)

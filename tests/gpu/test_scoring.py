@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from sweep.formats.quantizer import Quantizer
+from tests.formats import job_of
 from tests.models import random_model, random_samples
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -33,22 +35,8 @@ def captured(request: pytest.FixtureRequest) -> Any:
 
 
 def jobs(recipes: list[Any], *sizes: str) -> list[Any]:
-    from workers.scoring.gradient import Job
-
     segments = {"small": 1, "medium": 2}
-    made = []
-    for weight, inputs in recipes:
-        static = inputs is STATIC
-        made.append(
-            Job(
-                name="job",
-                weight=weight,
-                inputs=inputs,
-                calibrates_inputs=static,
-                sizes={size: segments[size] for size in sizes},
-            )
-        )
-    return made
+    return [job_of("job", *recipe, {size: segments[size] for size in sizes}) for recipe in recipes]
 
 
 def scores(captured: Any, recipes: list[Any], *sizes: str) -> list[Any]:
@@ -88,11 +76,11 @@ def test_scores_are_within_half_a_percent_of_float32(captured: Any) -> None:
     assert found is not None
     w, x, g = weight.double(), seen.x_TI.double(), seen.g_TO.double()
     for (weights, inputs), score in zip(RECIPES, found, strict=True):
-        wq = quantized(quantizers.weight(name, weights, weight), weight).double()
+        wq = quantized(quantizers.weight(name, Quantizer(weights), weight), weight).double()
         xq = (
             x
             if inputs is None
-            else quantized(quantizers.inputs(inputs, seen.x_TI, seen.input_amaxes), seen.x_TI).double()
+            else quantized(quantizers.inputs(Quantizer(inputs), seen.x_TI, seen.input_amaxes), seen.x_TI).double()
         )
         exact = (g * (xq @ wq.T - x @ w.T)).square().sum().item()
         assert score["medium"].score == pytest.approx(exact, rel=5e-3)

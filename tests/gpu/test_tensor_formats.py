@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from sweep.formats.quantizer import Quantizer
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -46,7 +48,7 @@ def test_bits_are_those_of_modelopts_kernels(name: str, family: str) -> None:
     from workers.quant.modelopt import calibrate
     from workers.quant.tensor_formats import BACKEND, supports
 
-    assert supports(FORMATS[name])
+    assert supports(Quantizer(FORMATS[name]))
     for dtype in (torch.float32, torch.bfloat16):
         given = values(family, dtype)
         stock, ours = (

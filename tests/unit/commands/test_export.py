@@ -27,8 +27,9 @@ from sweep.mixed_precision.text import check_modelopt, to_csv, to_modelopt
 from sweep.plan.subject import Model, samples_of
 from sweep.store.records import TrialRow
 from sweep.store.store import Store
-from tests.exports import FORMATS, group_format, recipe_of
+from tests.exports import FORMATS, recipe_of
 from tests.foreign import PLACES, foreign, seen
+from tests.formats import group_format
 from workers.data.batches import make_plan
 from workers.export.modelopt_recipe import read_modelopt
 from workers.model.loading import load
@@ -321,13 +322,13 @@ def test_scores_of_another_model_or_other_samples_are_refused(
     )
     Store(str(tmp_path / "store")).write_trials("r", [row])
     assert run("csv", "out.csv") == 2
-    assert f"The score of {recipe.groups[0].group} (cell {cell}) {said}" in capsys.readouterr().err
+    assert f"The score of {recipe.groups[0].group.name} (cell {cell}) {said}" in capsys.readouterr().err
     assert not (tmp_path / "out.csv").exists()
 
 
 def test_csv_has_a_row_a_group(recipe: MixedRecipe) -> None:
     rows = list(csv.DictReader(io.StringIO(to_csv(recipe))))
-    assert [row["group"] for row in rows] == [choice.group for choice in recipe.groups]
+    assert [row["group"] for row in rows] == [choice.group.name for choice in recipe.groups]
     assert [row["quant_pair"] for row in rows[:6]] == [name or "" for name in NAMES]
     assert rows[0]["effective_bits"] == "4.5"
     assert rows[0]["modules"].split() == [f"model.language_model.layers.0.self_attn.{name}_proj" for name in "qkv"]
@@ -341,13 +342,13 @@ def test_modelopt_quantizes_each_module_as_the_recipe_says(tmp_path: Path, recip
     model = load(MODEL.path, dtype=torch.float32, device="cpu")
     mtq.replace_quant_module(model)
     mtq.set_quantizer_by_cfg(model, read.quantize.quant_cfg)
-    chosen = {module: recipe.format_of(choice) for choice in recipe.groups for module in choice.modules}
-    for name in MODEL.inputs:
+    chosen = {module: recipe.format_of(choice) for choice in recipe.groups for module in choice.group.modules}
+    for name in MODEL.linears:
         module: Any = model.get_submodule(name)
         wanted = chosen.get(name)
         for quantizer, attributes in (
-            (module.weight_quantizer, wanted and wanted.weight),
-            (module.input_quantizer, wanted and wanted.inputs),
+            (module.weight_quantizer, wanted and wanted.weight and wanted.weight.attributes),
+            (module.input_quantizer, wanted and wanted.inputs and wanted.inputs.attributes),
         ):
             assert quantizer.is_enabled == (attributes is not None)
             if attributes is not None:
@@ -367,7 +368,7 @@ def test_a_modelopt_file_that_says_something_else_is_refused(
     path = tmp_path / "recipe.yaml"
     path.write_text(to_modelopt(recipe).replace(old, new))
     with pytest.raises(SweepError, match=said):
-        check_modelopt(*read_modelopt(path), recipe, list(MODEL.inputs))
+        check_modelopt(*read_modelopt(path), recipe, list(MODEL.linears))
 
 
 @pytest.mark.parametrize("algorithm", ["mse", "awq_lite"])

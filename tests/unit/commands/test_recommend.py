@@ -74,9 +74,9 @@ def recipe(path: Path) -> MixedRecipe:
 
 def gb(made: MixedRecipe) -> float:
     """Of all weights, those that the recipe does not name in 16 bits."""
-    covered = sum(choice.weight_elements for choice in made.groups)
-    quantized = sum(made.bits_of(choice) * choice.weight_elements for choice in made.groups) / 8
-    return (quantized + (MODEL.structure["parameters"] - covered) * 2) / 1e9
+    covered = sum(choice.group.weight_elements for choice in made.groups)
+    quantized = sum(made.bits_of(choice) * choice.group.weight_elements for choice in made.groups) / 8
+    return (quantized + (MODEL.structure.parameters - covered) * 2) / 1e9
 
 
 def test_the_page_has_the_picture_three_recipes_uniform_ones_and_the_line_that_serves(out: Path, said: str) -> None:

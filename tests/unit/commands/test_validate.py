@@ -23,8 +23,9 @@ from sweep.mixed_precision.recapture import recaptured_kl
 from sweep.mixed_precision.recipe_context import RecipeContext, context_of
 from sweep.plan.subject import Model, samples_of
 from sweep.store.records import TrialRow
-from tests.exports import FORMATS, apply, group_format, recipe_of
+from tests.exports import FORMATS, apply, recipe_of
 from tests.floors import sample_logits
+from tests.formats import group_format
 from workers.data.batches import make_plan
 from workers.model.loading import load
 from workers.quant.applied import calibrated_model
@@ -64,15 +65,7 @@ def run(tmp_path: Path, recipe: MixedRecipe) -> Callable[..., int]:
 @pytest.fixture(scope="module")
 def candidates(recipe: MixedRecipe) -> Candidates:
     """Two formats for every group, one of which was not measured in the first."""
-    groups = tuple(
-        {
-            "group": choice.group,
-            "modules": list(choice.modules),
-            "layer_index": choice.layer_index,
-            "weight_elements": choice.weight_elements,
-        }
-        for choice in recipe.groups
-    )
+    groups = tuple(choice.group for choice in recipe.groups)
     kl = np.linspace(0.001, 0.002, len(groups))
     formats = [
         Candidate(

@@ -64,7 +64,7 @@ def test_there_is_a_target_for_each_runtime_and_hardware() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_of_a_target_resolves_under_each_of_its_names_to_the_same(name: str) -> None:
     for recipe in TARGETS[name].recipes:
-        assert len({resolved(recipe.quant_pair, granularity).canonical for granularity in recipe.granularities}) == 1, (
+        assert len({resolved(recipe.quant_pair, granularity).id for granularity in recipe.granularities}) == 1, (
             recipe.name
         )
 
@@ -80,7 +80,7 @@ def test_equal_recipes_have_equal_statuses_whatever_they_are_called(name: str) -
             except InvalidRecipe:
                 assert status(name, f"{pair}/{granularity}") == "none"
                 continue
-            found.setdefault(recipe.canonical, set()).add(status(name, f"{pair}/{granularity}"))
+            found.setdefault(recipe.id, set()).add(status(name, f"{pair}/{granularity}"))
     assert [sorted(words) for words in found.values() if len(words) > 1] == []
 
 
@@ -88,8 +88,8 @@ def test_equal_recipes_have_equal_statuses_whatever_they_are_called(name: str) -
 def test_what_a_recipe_runs_as_keeps_the_bits_of_its_weights(name: str) -> None:
     for recipe in TARGETS[name].recipes:
         if recipe.runs_as is not None:
-            real = resolved(*recipe.runs_as.split("/"))
-            assert real.effective_bits == resolved(recipe.quant_pair, recipe.quant_granularity).effective_bits
+            real, kept = resolved(*recipe.runs_as.split("/")), resolved(recipe.quant_pair, recipe.quant_granularity)
+            assert real.format.effective_bits == kept.format.effective_bits
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,7 +104,7 @@ def test_exports_have_names_that_their_formats_know(name: str) -> None:
 def test_a_range_is_only_chosen_where_one_is_calibrated(name: str) -> None:
     """Blocks under a power of two take it from their own values: there is nothing for `mse` to move."""
     for recipe in TARGETS[name].recipes:
-        weight = resolved(recipe.quant_pair, recipe.quant_granularity).weight
+        weight = resolved(recipe.quant_pair, recipe.quant_granularity).format.weight
         assert weight is not None
         assert weight.is_calibrated or recipe.algorithms == ("max",)
 
@@ -251,7 +251,7 @@ def test_the_deployable_grid_is_what_the_target_runs_and_nothing_else(name: str)
     assert {(point.sensitivity.scales, point.sensitivity.quant_algorithm, point.dataset.size) for point in points} == {
         ("fused", "max", "medium")
     }
-    assert len({resolved(*point).canonical for point in found}) == len(found)  # each recipe once
+    assert len({resolved(*point).id for point in found}) == len(found)  # each recipe once
 
 
 def test_lists_narrow_the_deployable_grid() -> None:

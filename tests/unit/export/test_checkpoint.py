@@ -23,13 +23,13 @@ from tests.exports import (
     PER_TOKEN,
     apply,
     apply_as_reader,
-    group_format,
     kl,
     loaded,
     quants_of,
     recipe_of,
 )
 from tests.floors import SUMS, given_our_inputs
+from tests.formats import group_format
 from workers.export.checkpoint import quantization_config, write_checkpoint
 from workers.export.readback import check_export, read_schemes
 from workers.export.schemes import Inexpressible
@@ -38,12 +38,12 @@ from workers.model.loading import load
 from workers.quant.linear import LinearQuant
 
 SOURCE = bundled_model_dir()
-LINEARS = [(name, n_in, n_out) for name, n_in, n_out in Model(SOURCE).structure["linears"]]
+LINEARS = Model(SOURCE).structure.linears
 MIXED = ["nvfp4", "fp8_channel_token", "int4_groups_weight_only", None, "mxfp8", "int8_channel_static"]
 EACH_AND_MIXED: list[list[str | None]] = [*[[name] for name in FORMATS], MIXED]
 DYNAMIC_INT8 = {"int8_channel_token", "int4_groups_int8_token"}  # amax / 127.5 in the reader, amax / 127 in ModelOpt
 OF_MODELOPTS_RANGES = [names for names in EACH_AND_MIXED if not DYNAMIC_INT8.issuperset(names)]
-READERS = [name for name, _, _ in LINEARS if "visual" not in name]
+READERS = [linear.name for linear in LINEARS if "visual" not in linear.name]
 KL, GIVEN_KL = 1e-4, 1e-5  # nats a prediction; left alone, and given our inputs
 
 
@@ -196,7 +196,7 @@ def test_every_linear_is_a_target_or_ignored() -> None:
     recipe = recipe_of([name and group_format(name, *FORMATS[name]) for name in MIXED])
     config = quantization_config(recipe, LINEARS)
     named = [target for group in config["config_groups"].values() for target in group["targets"]] + config["ignore"]
-    assert sorted(named) == sorted([*(name for name, _, _ in LINEARS), "re:.*visual.*"])
+    assert sorted(named) == sorted([*(linear.name for linear in LINEARS), "re:.*visual.*"])
     assert (config["quant_method"], config["format"], config["quantization_status"]) == (
         "compressed-tensors",
         "mixed-precision",
@@ -247,5 +247,5 @@ def test_what_the_format_cannot_express_is_refused_by_name(weight: Any, inputs: 
     recipe = recipe_of([None, group_format("odd", weight, inputs)])
     with pytest.raises(Inexpressible, match=said) as caught:
         quantization_config(recipe, LINEARS)
-    assert recipe.groups[1].group in str(caught.value)
+    assert recipe.groups[1].group.name in str(caught.value)
     assert "odd/default" in str(caught.value)

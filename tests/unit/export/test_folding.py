@@ -17,11 +17,14 @@ from transformers import GemmaConfig, GemmaForCausalLM
 from sweep.config.schema import DatasetConfig
 from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
+from sweep.core.groups import Linear
 from sweep.core.paths import bundled_model_dir
-from sweep.formats.mixed import GroupFormat, MixedRecipe
+from sweep.formats.format import GroupFormat
+from sweep.formats.mixed import MixedRecipe
 from sweep.plan.subject import Model, samples_of
-from tests.exports import FP8, INT4, INT8, NVFP4, apply, apply_as_reader, group_format, kl, loaded, recipe_of
+from tests.exports import FP8, INT4, INT8, NVFP4, apply, apply_as_reader, kl, loaded, recipe_of
 from tests.floors import SUMS, given_our_inputs
+from tests.formats import group_format
 from tests.models import random_model, random_samples
 from tests.recipes import recipe_of as recipe_over
 from workers.data.batches import make_plan
@@ -35,8 +38,8 @@ from workers.quant.linear import LinearQuant
 
 SOURCE = bundled_model_dir()
 MODEL = Model(SOURCE)
-LINEARS = [(name, n_in, n_out) for name, n_in, n_out in MODEL.structure["linears"]]
-READERS = [name for name, _, _ in LINEARS if "visual" not in name]
+LINEARS = MODEL.structure.linears
+READERS = [linear.name for linear in LINEARS if "visual" not in linear.name]
 KL, GIVEN_KL = 1e-4, 1e-5  # nats a prediction; left alone, and given our inputs
 
 GROUPED, CHANNEL = {**INT4, "block_sizes": {-1: 128}}, {**INT8, "axis": 0}
@@ -83,6 +86,14 @@ def made(base: Any, plan: Plan) -> Callable[[str], Made]:
         return done[name]
 
     return make
+
+
+def linears_of(model: nn.Module) -> list[Linear]:
+    return [
+        Linear(name=name, n_inputs=module.in_features, n_outputs=module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
 
 
 def logits(model: Any, token_ids: Tensor) -> Tensor:
@@ -196,11 +207,7 @@ def test_every_layer_norm_of_the_vision_tower_takes_a_scale(base: Any) -> None:
 @pytest.mark.parametrize("n_value_heads", [4, 2])
 def test_v_proj_takes_the_scale_of_o_proj_where_heads_do_not_share_it(n_value_heads: int) -> None:
     model = random_model("llama", num_key_value_heads=n_value_heads)
-    linears = [
-        (name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+    linears = linears_of(model)
     recipe = recipe_over(model, [AWQ], covered="o_proj")
     batches = make_plan(random_samples(4), packed=True).batches("small")
     if n_value_heads == 2:
@@ -226,11 +233,7 @@ def test_a_norm_that_does_not_multiply_by_its_weight_is_seen() -> None:
         "head_dim": 32,
     }
     model = GemmaForCausalLM(GemmaConfig(vocab_size=512, **sizes)).eval().requires_grad_(False)
-    linears = [
-        (name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+    linears = linears_of(model)
     batches = make_plan(random_samples(4), packed=True).batches("small")
     with pytest.raises(
         Inexpressible, match=r"layers\.0\.self_attn\.q_proj: multiplying model\.layers\.0\.input_layernorm"
@@ -240,13 +243,9 @@ def test_a_norm_that_does_not_multiply_by_its_weight_is_seen() -> None:
 
 def test_another_reader_of_a_norm_is_seen() -> None:
     model = random_model("llama", num_hidden_layers=1)
-    linears = [
-        (name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+    linears = linears_of(model)
     known = [
-        linear for linear in linears if not linear[0].endswith("v_proj")
+        linear for linear in linears if not linear.name.endswith("v_proj")
     ]  # as if nobody knew that v_proj reads it too
     batches = make_plan(random_samples(4), packed=True).batches("small")
     with pytest.raises(Inexpressible, match="something else reads these"):

@@ -12,7 +12,8 @@ from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_recipe
 from sweep.plan.subject import Model
-from tests.exports import FORMATS, group_format, recipe_of
+from tests.exports import FORMATS, recipe_of
+from tests.formats import group_format
 
 MODEL = Model(bundled_model_dir())
 NAMES = ["nvfp4", "fp8_tensor_static", "int4_groups_weight_only", None, "fp8_blocks", "int8_channel_token"]

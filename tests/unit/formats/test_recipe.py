@@ -19,8 +19,8 @@ from torch import nn
 from sweep.core.errors import InvalidRecipe, SweepError
 from sweep.core.pairs import GranularityConfig, PairConfig
 from sweep.core.paths import conf_dir
-from sweep.formats.quantizer import ATTRIBUTE_DEFAULTS, COST_HINT
-from sweep.formats.recipe import Recipe, attributes_for, resolve
+from sweep.formats.quantizer import ATTRIBUTE_DEFAULTS, COST_HINT, Attributes, Quantizer
+from sweep.formats.recipe import Entry, Recipe, quantizer_for, resolve
 from workers.quant.modelopt import Quantizers, preset
 
 WEIGHT, INPUT = "*weight_quantizer", "*input_quantizer"
@@ -73,9 +73,9 @@ def own_pair(format_name: str, weight: Any, activation: Any, /, **quantizers: di
     )
 
 
-def cfg_of(recipe: Recipe, quantizer: str) -> dict[str, Any] | None:
-    (entry,) = [entry for entry in recipe.quant_cfg if entry["quantizer_name"] == quantizer]
-    return entry.get("cfg")
+def cfg_of(recipe: Recipe, quantizer: str) -> Attributes | None:
+    (entry,) = [entry for entry in recipe.quant_cfg if entry.quantizer_name == quantizer]
+    return entry.cfg
 
 
 @functools.cache
@@ -96,7 +96,7 @@ def valid() -> dict[tuple[str, str], Recipe]:
 
 
 def n_distinct(recipes: Iterable[Recipe]) -> int:
-    return len({recipe.canonical for recipe in recipes})
+    return len({recipe.id for recipe in recipes})
 
 
 def test_of_144_points_16_are_no_recipe_and_the_others_are_90_distinct_ones() -> None:
@@ -109,26 +109,26 @@ def test_of_144_points_16_are_no_recipe_and_the_others_are_90_distinct_ones() ->
 def test_of_the_108_points_without_fp4_75_are_distinct() -> None:
     without_fp4 = [recipe for (pair, _), recipe in valid().items() if "fp4" not in pair]
     assert (len(without_fp4), n_distinct(without_fp4)) == (108, 75)
-    assert not any(recipe.has_dynamic_blocks for recipe in without_fp4)
+    assert not any(recipe.format.has_dynamic_blocks for recipe in without_fp4)
 
 
 def test_modelopt_accepts_the_attributes_of_every_valid_point() -> None:
     for recipe in valid().values():
-        for spec in (recipe.weight, recipe.activation):
-            assert spec is None or QuantizerAttributeConfig(**spec.attributes).enable
+        for quantizer in recipe.format.quantizers:
+            assert QuantizerAttributeConfig(**quantizer.attributes).enable
 
 
 def test_modelopt_quantizes_with_every_distinct_recipe() -> None:
     torch.manual_seed(0)
     weight, inputs = torch.randn(64, 256), torch.randn(32, 256)
     quantizers = Quantizers()
-    for recipe in {recipe.canonical: recipe for recipe in valid().values()}.values():
-        if recipe.weight is not None:
-            error = (quantizers.weight("w", recipe.weight.attributes, weight)(weight) - weight).norm() / weight.norm()
+    for found in {recipe.id: recipe.format for recipe in valid().values()}.values():
+        if found.weight is not None:
+            error = (quantizers.weight("w", found.weight, weight)(weight) - weight).norm() / weight.norm()
             assert 0 < error < 0.3
-        if recipe.activation is not None:
+        if found.inputs is not None:
             error = (
-                quantizers.inputs(recipe.activation.attributes, inputs, [inputs.abs().max().item()])(inputs) - inputs
+                quantizers.inputs(found.inputs, inputs, [inputs.abs().max().item()])(inputs) - inputs
             ).norm() / inputs.norm()
             assert 0 < error < 0.3
 
@@ -174,17 +174,17 @@ def test_an_overlay_is_merged_field_by_field(
 
 def test_an_overlay_stays_in_place_ahead_of_the_entries_that_disable() -> None:
     before, after = made("wfp8_afp8").quant_cfg, made("wfp8_afp8", "recipe_match_channel_token").quant_cfg
-    assert [entry["quantizer_name"] for entry in after] == [entry["quantizer_name"] for entry in before]
-    assert [entry["quantizer_name"] for entry in after[:3]] == ["*", WEIGHT, INPUT]
-    assert all(entry["enable"] is False for entry in after[3:])
+    assert [entry.quantizer_name for entry in after] == [entry.quantizer_name for entry in before]
+    assert [entry.quantizer_name for entry in after[:3]] == ["*", WEIGHT, INPUT]
+    assert all(entry.enable is False for entry in after[3:])
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.endswith("afp16")])
 @pytest.mark.parametrize("granularity", ["a_per_token_dynamic", "a_per_tensor_static"])
 def test_an_overlay_never_enables_a_quantizer_that_is_off(pair: str, granularity: str) -> None:
     recipe = made(pair, granularity)
-    assert recipe.activation is None
-    assert recipe.canonical == made(pair).canonical
+    assert recipe.format.inputs is None
+    assert recipe.id == made(pair).id
 
 
 def test_the_preset_is_left_as_it_was() -> None:
@@ -195,7 +195,7 @@ def test_the_preset_is_left_as_it_was() -> None:
 
 def test_coverage_and_lm_head_drop_the_entries_that_disable_them_and_no_other() -> None:
     def patterns(recipe: Recipe) -> set[str]:
-        return {entry["quantizer_name"] for entry in recipe.quant_cfg}
+        return {entry.quantizer_name for entry in recipe.quant_cfg}
 
     full = patterns(made("wint8_aint8"))
     vision = {"*visual*", "*vision_tower*", "*vision_model*", "*embed_vision*", "*multi_modal_projector*"}
@@ -222,25 +222,25 @@ def test_which_attributes_a_module_gets_is_what_modelopt_does(
     recipe = made(pair, granularity, coverage, lm_head)
     model = Toy()
     replace_quant_module(model)
-    set_quantizer_by_cfg(model, [dict(entry) for entry in recipe.quant_cfg])
+    set_quantizer_by_cfg(model, [entry.to_modelopt() for entry in recipe.quant_cfg])
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert len(linears) == 4
     for module in linears:
         for quantizer in ("weight_quantizer", "input_quantizer"):
             found: Any = model.get_submodule(f"{module}.{quantizer}")
-            ours = attributes_for(recipe.quant_cfg, module, quantizer, "nn.Linear")
+            ours = quantizer_for(recipe.quant_cfg, module, quantizer, "nn.Linear")
             assert found.is_enabled == (ours is not None)
             if ours is not None:
-                full = {**ATTRIBUTE_DEFAULTS, **ours}
+                full = {**ATTRIBUTE_DEFAULTS, **ours.attributes}
                 theirs = (found.num_bits, found.axis, found.block_sizes, found._dynamic)
                 assert theirs == (full["num_bits"], full["axis"], full["block_sizes"], full["type"] == "dynamic")
 
 
 def test_an_entry_for_one_class_spares_the_others() -> None:
-    entries = [{"quantizer_name": "*", "enable": False}, {"quantizer_name": WEIGHT, "cfg": {"num_bits": 4}}]
-    entries.append({"quantizer_name": "*", "parent_class": "nn.Embedding", "enable": False})
-    assert attributes_for(entries, "layers.0.q_proj", "weight_quantizer", "nn.Linear") == {"num_bits": 4}
-    assert attributes_for(entries, "embed", "weight_quantizer", "nn.Embedding") is None
+    entries = [Entry("*", enable=False), Entry(WEIGHT, {"num_bits": 4})]
+    entries.append(Entry("*", parent_class="nn.Embedding", enable=False))
+    assert quantizer_for(entries, "layers.0.q_proj", "weight_quantizer", "nn.Linear") == Quantizer({"num_bits": 4})
+    assert quantizer_for(entries, "embed", "weight_quantizer", "nn.Embedding") is None
 
 
 def test_defaults_are_those_of_the_installed_modelopt() -> None:
@@ -260,7 +260,7 @@ def test_defaults_are_those_of_the_installed_modelopt() -> None:
     ],
 )
 def test_what_changes_no_number_changes_no_identity(pair: str, granularity: GranularityConfig | str, same: str) -> None:
-    assert made(pair, granularity).canonical == made(pair, same).canonical
+    assert made(pair, granularity).id == made(pair, same).id
 
 
 def test_identity_tells_apart_what_is_covered_and_how_it_is_quantized() -> None:
@@ -275,7 +275,7 @@ def test_identity_tells_apart_what_is_covered_and_how_it_is_quantized() -> None:
 
 
 def test_identity_is_json_in_which_block_axes_stay_numbers() -> None:
-    _, weight, inputs, _ = json.loads(made("wint4_afp16").canonical)
+    _, weight, inputs, _ = json.loads(made("wint4_afp16").id)
     assert dict(weight)["block_sizes"] == [[-1, 128]]
     assert inputs is None
 
@@ -294,18 +294,18 @@ def test_identity_is_json_in_which_block_axes_stay_numbers() -> None:
     ],
 )
 def test_effective_bits_count_the_scales_of_blocks(pair: str, granularity: str, bits: float) -> None:
-    assert made(pair, granularity).effective_bits == bits
+    assert made(pair, granularity).format.effective_bits == bits
 
 
 def test_weights_left_alone_keep_16_bits() -> None:
-    recipe = made(own_pair("INT8_DEFAULT_CFG", "fp16", "int8", weight={"enable": False}))
-    assert (recipe.weight, recipe.effective_bits, recipe.block_lengths) == (None, 16.0, ())
+    found = made(own_pair("INT8_DEFAULT_CFG", "fp16", "int8", weight={"enable": False})).format
+    assert (found.weight, found.effective_bits, found.block_lengths) == (None, 16.0, ())
 
 
 def test_a_square_block_shares_one_scale() -> None:
     pair = own_pair("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "fp8", "fp16")
-    assert made(pair).effective_bits == 8 + 16 / (128 * 128)
-    assert made(pair, "w_group64").block_lengths == (64,)
+    assert made(pair).format.effective_bits == 8 + 16 / (128 * 128)
+    assert made(pair, "w_group64").format.block_lengths == (64,)
 
 
 @pytest.mark.parametrize(
@@ -321,8 +321,8 @@ def test_a_square_block_shares_one_scale() -> None:
 def test_scores_depend_on_the_calibration_size_only_if_a_range_of_inputs_is_calibrated(
     pair: str, granularity: str, calibrates: bool, has_dynamic_blocks: bool
 ) -> None:
-    recipe = made(pair, granularity)
-    assert (recipe.calibrates_activations, recipe.has_dynamic_blocks) == (calibrates, has_dynamic_blocks)
+    found = made(pair, granularity).format
+    assert (found.calibrates_inputs, found.has_dynamic_blocks) == (calibrates, has_dynamic_blocks)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_formats_that_are_served_are_modelopts_presets(pair: str, granularity: s
     theirs = {
         entry["quantizer_name"]: entry["cfg"] for entry in stored_preset(format_name)["quant_cfg"] if entry.get("cfg")
     }
-    for quantizer, spec in ((WEIGHT, recipe.weight), (INPUT, recipe.activation)):
+    for quantizer, spec in ((WEIGHT, recipe.format.weight), (INPUT, recipe.format.inputs)):
         ours = spec and {**ATTRIBUTE_DEFAULTS, **spec.attributes}
         preset_cfg = theirs.get(quantizer) and {**ATTRIBUTE_DEFAULTS, **theirs[quantizer]}
         for cfg in (ours, preset_cfg):
@@ -356,13 +356,14 @@ def test_blocks_of_128x128_come_with_inputs_in_groups_of_a_token() -> None:
     recipe = made("wfp8_afp8", "w_block128x128_a_group128")
     assert cfg_of(recipe, WEIGHT) == FP8 | {"block_sizes": {-1: 128, -2: 128}}
     assert cfg_of(recipe, INPUT) == FP8 | {"type": "dynamic", "block_sizes": {-1: 128}}
-    assert (recipe.block_lengths, recipe.block_rows, recipe.calibrates_activations, recipe.has_dynamic_blocks) == (
+    found = recipe.format
+    assert (found.block_lengths, found.block_rows, found.calibrates_inputs, found.has_dynamic_blocks) == (
         (128, 128),
         128,
         False,
         False,
     )
-    assert recipe.effective_bits == 8 + 16 / 128**2  # 8.001
+    assert found.effective_bits == 8 + 16 / 128**2  # 8.001
 
 
 @pytest.mark.parametrize(
@@ -372,17 +373,13 @@ def test_blocks_of_128x128_come_with_inputs_in_groups_of_a_token() -> None:
 def test_mx_has_a_power_of_two_for_32_values_of_weights_and_of_quantized_inputs(
     pair: str, bits: float, activation: tuple[int, int] | None
 ) -> None:
-    recipe = made(pair, "mx")
+    found = made(pair, "mx").format
     blocks = {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}
-    assert recipe.weight is not None
-    assert recipe.weight.block_sizes == blocks
-    assert (
-        recipe.activation is None
-        if activation is None
-        else recipe.activation and recipe.activation.block_sizes == blocks
-    )
-    assert (recipe.activation and recipe.activation.num_bits) == activation
-    assert (recipe.effective_bits, recipe.calibrates_activations, recipe.has_dynamic_blocks, recipe.block_rows) == (
+    assert found.weight is not None
+    assert found.weight.block_sizes == blocks
+    assert found.inputs is None if activation is None else found.inputs and found.inputs.block_sizes == blocks
+    assert (found.inputs and found.inputs.num_bits) == activation
+    assert (found.effective_bits, found.calibrates_inputs, found.has_dynamic_blocks, found.block_rows) == (
         bits,
         False,
         True,
@@ -391,19 +388,19 @@ def test_mx_has_a_power_of_two_for_32_values_of_weights_and_of_quantized_inputs(
 
 
 def test_mx_formats_calibrate_nothing() -> None:
-    recipe = made(own_pair("MXFP8_DEFAULT_CFG", "fp8", "fp8"))
-    assert (recipe.calibrates_activations, recipe.has_dynamic_blocks, recipe.effective_bits) == (False, True, 8.25)
+    found = made(own_pair("MXFP8_DEFAULT_CFG", "fp8", "fp8")).format
+    assert (found.calibrates_inputs, found.has_dynamic_blocks, found.effective_bits) == (False, True, 8.25)
 
 
 def test_a_pair_may_quantize_inputs_that_its_preset_does_not_mention() -> None:
     recipe = made(own_pair("W4A16_NVFP4_CFG", "fp4", "int8", input={"num_bits": 8, "axis": None}))
-    assert recipe.activation is not None
-    assert recipe.canonical == made("wfp4_aint8").canonical
+    assert recipe.format.inputs is not None
+    assert recipe.id == made("wfp4_aint8").id
 
 
 def test_saying_enable_true_of_a_replaced_quantizer_changes_nothing() -> None:
     pair = own_pair("INT8_DEFAULT_CFG", "int8", "int4", input={"enable": True, "num_bits": 4})
-    assert made(pair).canonical == made("wint8_aint4").canonical
+    assert made(pair).id == made("wint8_aint4").id
 
 
 @pytest.mark.parametrize(
@@ -492,7 +489,7 @@ def test_a_preset_goes_with_its_own_algorithm_and_one_of_max_with_any(preset: st
     found = resolve(
         pair, granularity_of("default"), stored_preset(preset), coverage="lm_only", lm_head=False, algorithm=algorithm
     )
-    assert found.algorithm == algorithm
+    assert found.format.algorithm == algorithm
 
 
 def test_an_algorithm_with_other_settings_than_its_defaults_is_refused() -> None:

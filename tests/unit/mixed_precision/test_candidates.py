@@ -30,11 +30,11 @@ def test_every_finished_cell_is_an_option_of_every_group(tmp_path: Path) -> None
         INT8: 8.0,
         FP8: 8.0,
     }
-    assert [group["group"] for group in candidates.groups] == [group[0] for group in GROUPS]
+    assert [group.name for group in candidates.groups] == [group[0] for group in GROUPS]
     assert (candidates.weights.sum(), candidates.other_bytes) == (10_000, 2 * 15_000)
     int4 = next(candidate.format for candidate in candidates.formats if candidate.format.label == INT4)
     assert int4.weight is not None
-    assert (int4.weight["num_bits"], int4.weight["block_sizes"][-1], int4.inputs) == (4, 128, None)
+    assert (int4.weight.num_bits, int4.weight.block_lengths[-1], int4.inputs) == (4, 128, None)
 
 
 def test_samples_add_up_to_the_group(tmp_path: Path) -> None:

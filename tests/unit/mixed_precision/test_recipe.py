@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sweep.core.errors import SweepError
-from sweep.formats.mixed import GroupFormat, MixedRecipe
+from sweep.formats.format import GroupFormat
+from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidates, read_candidates
 from sweep.mixed_precision.knapsack import total
 from sweep.mixed_precision.recipe import (
@@ -175,7 +176,7 @@ def test_the_recipe_is_what_was_chosen(candidates: Candidates) -> None:
     assert made.effective_bits == pytest.approx((1000 * 8 + 3000 * 16 + 4000 * 4.125 + 2000 * 8) / N_WEIGHTS)
     assert made.predicted_kl == pytest.approx(0.004 + 0 + 0.02 + 0.03 + 0.0005)
     assert weights_gb(candidates, made) == pytest.approx((made.effective_bits * N_WEIGHTS / 8 + 30_000) / 1e9)
-    assert [group.modules for group in made.groups] == [group[1] for group in GROUPS]
+    assert [choice.group.modules for choice in made.groups] == [group[1] for group in GROUPS]
     assert set(made.formats) == {INT8, INT4, FP8}
     assert MixedRecipe.from_yaml(made.to_yaml(), "file") == made
 

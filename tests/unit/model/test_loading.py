@@ -82,11 +82,11 @@ def test_a_loaded_model_computes_in_the_dtype_asked_for_and_takes_no_gradient(tm
         assert not model.training
         found = loading.structure(path)
         assert [
-            [name, *reversed(module.weight.shape)]
+            (name, *reversed(module.weight.shape))
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear)
-        ] == found["linears"]
-        assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+        ] == [(linear.name, linear.n_inputs, linear.n_outputs) for linear in found.linears]
+        assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def drop(weights: dict[str, torch.Tensor]) -> None:

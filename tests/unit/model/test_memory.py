@@ -8,7 +8,7 @@ import torch
 
 from sweep.config.compose import expand
 from sweep.core.errors import SweepError
-from sweep.core.groups import GroupSpec
+from sweep.core.groups import ShapedGroup
 from sweep.core.machine import Gpu, Hardware
 from sweep.plan.subject import Model
 from sweep.plan.trials import SweepPlan, plan_sweep
@@ -19,13 +19,11 @@ from workers.service import scorer
 from workers.service.scorer import Scorer
 
 
-def group(layer: int, n_inputs: int, n_outputs: int, tower: str = "language_model") -> GroupSpec:
+def group(layer: int, n_inputs: int, n_outputs: int, tower: str = "language_model") -> ShapedGroup:
     name = f"model.{tower}.layers.{layer}.mlp.down_proj"
-    return GroupSpec(
+    return ShapedGroup(
         name=name,
         modules=(name,),
-        part=f"layers.{layer}",
-        layer_index=layer,
         weight_elements=n_inputs * n_outputs,
         n_inputs=n_inputs,
         n_outputs=n_outputs,
@@ -142,9 +140,7 @@ def test_a_budget_too_small_for_one_layer_is_refused_before_anything_runs(place:
 def test_the_plan_says_whose_captures_need_windows(place: Path) -> None:
     roomy = plan(place, "sensitivity.memory_gb=1")
     task = next(iter(roomy.tasks.values()))
-    load = memory.workload(
-        [task], roomy.plans[task.plan_id], 1, 4 * Model(place / "model").structure["parameters"], 512
-    )
+    load = memory.workload([task], roomy.plans[task.plan_id], 1, 4 * Model(place / "model").structure.parameters, 512)
     layers = [task.groups[start : start + 4] for start in range(0, len(task.groups), 4)]
     between = (memory.whole_bytes(task.groups, load) + memory.needed_bytes(layers, load)) / 2
     narrow = plan(place, f"sensitivity.memory_gb={between / 1e9:.6f}")
@@ -158,7 +154,7 @@ def test_the_smallest_gpu_decides_about_windows_and_the_largest_about_what_is_po
         return plan_sweep(expand(own, multirun=True).points, "cuda", nodes)
 
     (task,), (plan,) = planned().tasks.values(), planned().plans.values()
-    load = memory.workload([task], plan, 1, 2 * Model(place / "model").structure["parameters"], 512)
+    load = memory.workload([task], plan, 1, 2 * Model(place / "model").structure.parameters, 512)
     layers = [task.groups[start : start + 4] for start in range(0, len(task.groups), 4)]
     whole, least = memory.whole_bytes(task.groups, load) / 1e9, memory.needed_bytes(layers, load) / 1e9
     roomy, narrow, tiny = whole * 1.1, (whole + least) / 2, least * 0.9

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from sweep.core.errors import SweepError
+from sweep.formats.quantizer import Quantizer
 from tests.floors import sample_logits
+from tests.formats import job_of
 from tests.models import random_model, random_samples
 from tests.recipes import FORMATS, format_of, recipe_of
 from workers.data.batches import make_plan
@@ -39,14 +41,7 @@ def model() -> Any:
 
 
 def job(name: str) -> Job:
-    weight, inputs = FORMATS[name]
-    return Job(
-        name=name,
-        weight=weight,
-        inputs=inputs,
-        calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic",
-        sizes={"small": 1},
-    )
+    return job_of(name, *FORMATS[name], {"small": 1})
 
 
 def modules_of(model: nn.Module, group: str) -> tuple[str, ...]:
@@ -55,7 +50,7 @@ def modules_of(model: nn.Module, group: str) -> tuple[str, ...]:
 
 def quants_of(model: nn.Module, group: str, name: str) -> dict[str, LinearQuant]:
     recipe = recipe_of(model, [format_of(name)])
-    alone = replace(recipe, groups=tuple(choice for choice in recipe.groups if choice.group == group))
+    alone = replace(recipe, groups=tuple(choice for choice in recipe.groups if choice.group.name == group))
     return calibrated_model(model, list(PLAN.batches("small")), alone)
 
 
@@ -147,8 +142,8 @@ def test_gradients_pass_straight_through_the_quantizer_of_the_inputs() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 8, bias=False)
     quant = LinearQuant(
-        weight={"num_bits": 8, "axis": 0},
-        inputs={"num_bits": 8, "axis": None},
+        weight=Quantizer({"num_bits": 8, "axis": 0}),
+        inputs=Quantizer({"num_bits": 8, "axis": None}),
         weight_amax=linear.weight.detach().abs().amax(1, keepdim=True) * 2,
         input_amax=torch.tensor(3.0),
         pre_quant_scale=torch.rand(64) + 0.5,

@@ -12,6 +12,8 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
+from sweep.core.pairs import Algorithm
+from tests.formats import format_of
 from workers.quant.block_formats import BACKEND
 from workers.quant.calibration import calibrated_linears, fake_quantized, quantized_inputs
 from workers.quant.linear import LinearQuant
@@ -25,7 +27,7 @@ NVFP4: dict[str, Any] = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dy
 MXFP4: dict[str, Any] = {"num_bits": (2, 1), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
 MXFP8: dict[str, Any] = MXFP4 | {"num_bits": (4, 3)}
 
-RECIPES: Sequence[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
+RECIPES: Sequence[tuple[Algorithm, dict[str, Any], dict[str, Any] | None]] = [
     ("max", FP8_BLOCKS, None),
     ("max", MXFP8, MXFP8),
     ("max", MXFP4, None),
@@ -109,7 +111,7 @@ def same(quant: LinearQuant, theirs: Any, weight: Tensor, x: Tensor) -> None:
 
 @pytest.mark.parametrize(("algorithm", "weight", "inputs"), RECIPES)
 def test_a_linear_calibrated_alone_is_the_one_that_modelopt_gives_behind_another(
-    algorithm: str, weight: dict[str, Any], inputs: dict[str, Any] | None
+    algorithm: Algorithm, weight: dict[str, Any], inputs: dict[str, Any] | None
 ) -> None:
     first, second = (linear(w) for w in weights(256, 384).values())
     batches = x_batches()
@@ -118,7 +120,7 @@ def test_a_linear_calibrated_alone_is_the_one_that_modelopt_gives_behind_another
     own = [first.weight.clone(), second.weight.clone()]
     model = stock(nn.Sequential(first, second), algorithm, weight, inputs, batches)
     for place in range(2):
-        found = calibrated_linears({"only": own[place]}, read[place], weight, inputs, algorithm, "private")["only"]
+        found = calibrated_linears({"only": own[place]}, read[place], format_of(weight, inputs, algorithm))["only"]
         same(found, model[place], own[place], read[place][1])
 
 
@@ -134,16 +136,16 @@ def test_a_linear_calibrated_alone_is_the_one_that_modelopt_gives_behind_another
     ],
 )
 def test_fused_scales_are_those_of_modelopts_export(
-    algorithm: str, weight: dict[str, Any], inputs: dict[str, Any] | None
+    algorithm: Algorithm, weight: dict[str, Any], inputs: dict[str, Any] | None
 ) -> None:
     own, batches = weights(256, 128, 128), x_batches()
     model = stock(Fork([linear(w) for w in own.values()]), algorithm, weight, inputs, batches)
-    private = calibrated_linears(own, batches, weight, inputs, algorithm, "private")
+    private = calibrated_linears(own, batches, format_of(weight, inputs, algorithm, "private"))
     for (name, quant), theirs in zip(private.items(), model.linears, strict=True):
         same(quant, theirs, own[name], batches[0])
     with torch.no_grad():
         preprocess_linear_fusion(list(model.linears))
-    fused = calibrated_linears(own, batches, weight, inputs, algorithm, "fused")
+    fused = calibrated_linears(own, batches, format_of(weight, inputs, algorithm, "fused"))
     for (name, quant), theirs in zip(fused.items(), model.linears, strict=True):
         same(quant, theirs, own[name], batches[0])
 
@@ -154,7 +156,7 @@ def test_blocks_of_128_inputs_get_a_range_each_token_whatever_the_number_of_rows
     ModelOpt's own quantizer takes tensors of one shape only.
     """
     inputs: dict[str, Any] = {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: 128}}
-    quant = calibrated_linears(weights(128), [], FP8_BLOCKS, inputs, "max", "private")["layer.0"]
+    quant = calibrated_linears(weights(128), [], format_of(FP8_BLOCKS, inputs))["layer.0"]
     assert quant.input_amax is None
     for x in x_batches():
         blocks = x.view(len(x), 2, 128)

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from sweep.core.batches import Plan, Sample
+from sweep.formats.recipe import Entry
 from tests.floors import SUMS
+from tests.formats import job_of
 from tests.models import random_model, random_samples
 from workers.data.batches import make_plan
 from workers.quant.modelopt import auto_quantize_scores, layer_groups, preset
@@ -55,14 +57,7 @@ def linears(model: Any) -> list[str]:
 
 
 def job(recipe: str, sizes: dict[str, int]) -> Job:
-    weight, inputs = RECIPES[recipe]
-    return Job(
-        name=recipe,
-        weight=weight,
-        inputs=inputs,
-        calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic",
-        sizes=sizes,
-    )
+    return job_of(recipe, *RECIPES[recipe], sizes)
 
 
 def ours(model: Any, linears: list[str], plan: Plan, recipe: str, size: str) -> dict[str, float]:
@@ -82,11 +77,10 @@ def ours(model: Any, linears: list[str], plan: Plan, recipe: str, size: str) -> 
 
 def stock(model: Any, linears: list[str], plan: Plan, recipe: str, size: str) -> dict[str, float]:
     weight, inputs = RECIPES[recipe]
-    input_entry: dict[str, Any] = {"enable": False} if inputs is None else {"cfg": inputs}
     quant_cfg = [
-        {"quantizer_name": "*", "enable": False},
-        {"quantizer_name": "*weight_quantizer", "cfg": weight},
-        {"quantizer_name": "*input_quantizer", **input_entry},
+        Entry("*", enable=False),
+        Entry("*weight_quantizer", weight),
+        Entry("*input_quantizer", inputs, None if inputs is not None else False),
     ]
     return auto_quantize_scores(model, quant_cfg, "max", list(plan.batches(size)), covered=linears)
 

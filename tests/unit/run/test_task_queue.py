@@ -10,6 +10,7 @@ import pytest
 
 from sweep.core.machine import Gpu, Hardware, Needs
 from sweep.run.task_queue import Assignment, Loss, TaskQueue
+from tests.formats import format_of
 from tests.tasks import GROUP, TASK
 from workers.task import Task
 
@@ -116,10 +117,9 @@ def test_a_task_that_is_all_there_is_is_shared_out() -> None:
 
 
 def test_where_layers_are_few_recipes_are_split_too_those_with_equal_weights_together() -> None:
-    fp8, int8 = {"num_bits": (4, 3)}, {"num_bits": 8}
+    fp8, int8 = format_of({"num_bits": (4, 3)}, None), format_of({"num_bits": 8}, None)
     mixed = [
-        replace(task, weight_attributes=fp8 if task.task_id in "aceg" else int8)
-        for task in tasks("abcdefgh", groups=LAYERS[:4])
+        replace(task, format=fp8 if task.task_id in "aceg" else int8) for task in tasks("abcdefgh", groups=LAYERS[:4])
     ]
     shared = begun(mixed)  # four layers for two workers: recipes in two slices
     one, two = assigned(shared, "1"), assigned(shared, "2")  # a's slice is being scored: help with the other first
@@ -132,10 +132,8 @@ def test_where_layers_are_few_recipes_are_split_too_those_with_equal_weights_tog
 
 def test_a_task_whose_inputs_need_a_range_for_each_size_counts_for_as_many_products() -> None:
     sizes = {"small": "cell", "medium": "cell", "large": "cell"}
-    dear = tasks(
-        "abcd", weight_attributes={"num_bits": 4}, input_attributes={"num_bits": 8}, calibrates_inputs=True, cells=sizes
-    )
-    cheap = tasks("efghijklmnopqrstuvwx", weight_attributes={"num_bits": 8}, cells=sizes)
+    dear = tasks("abcd", format=format_of({"num_bits": 4}, {"num_bits": 8}), cells=sizes)
+    cheap = tasks("efghijklmnopqrstuvwx", format=format_of({"num_bits": 8}, None), cells=sizes)
     shared = begun([replace(task, groups=LAYERS[:4]) for task in [*dear, *cheap]])
     assert names(assigned(shared, "1")) == "abcd"  # 4 x 1.58 against 20 x 0.3
 

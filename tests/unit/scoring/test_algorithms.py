@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import modelopt.torch.quantization as mtq
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,9 @@ from modelopt.torch.export.quant_utils import preprocess_linear_fusion
 from sweep.config.compose import expand
 from sweep.core.batches import Plan
 from sweep.core.errors import InvalidRecipe
+from sweep.core.pairs import Algorithm, Scales
 from sweep.plan.trials import plan_sweep, recipe_of
+from tests.formats import format_of, job_of
 from tests.models import overrides_of, place_at
 from workers.model.forward import batch_to
 from workers.model.loading import load
@@ -52,18 +55,12 @@ def captured(place: Any) -> tuple[Any, Plan, Mapping[str, Any], tuple[Any, ...]]
     return model, plan, capture(model, plan.segments[:2], modules), task.groups
 
 
-def job(name: str, fused: bool = False) -> Job:
-    weight, inputs = RECIPES[name]
-    calibrates = inputs is not None or name == "awq_lite"
-    return Job(
-        name=name,
-        weight=weight,
-        inputs=inputs,
-        calibrates_inputs=calibrates,
-        sizes={"small": 1, "medium": 2},
-        algorithm=name.partition(",")[0],
-        fused=fused,
-    )
+def algorithm_of(name: str) -> Algorithm:
+    return msgspec.convert(name.partition(",")[0], Algorithm)
+
+
+def job(name: str, scales: Scales = "private") -> Job:
+    return job_of(name, *RECIPES[name], {"small": 1, "medium": 2}, algorithm_of(name), scales)
 
 
 def stock(model: Any, plan: Plan, name: str, size: str, *, fused: bool = False) -> Any:
@@ -126,10 +123,8 @@ def test_bf16_models_score_as_in_float64(name: str, captured: Any) -> None:
         }
         found: Any = Engine(torch.device("cpu")).score_group(weights, own, [replace(job(name), sizes={"small": 1})])()
         ends = [row for row in rows[group.name].layout.batch_ends if row <= end]
-        weight, inputs = RECIPES[name]
-        quants = calibrated_linears(
-            weights, [x[a:b] for a, b in pairwise(ends)], weight, inputs, name.partition(",")[0], "private"
-        )
+        chosen = format_of(*RECIPES[name], algorithm_of(name))
+        quants = calibrated_linears(weights, [x[a:b] for a, b in pairwise(ends)], chosen)
         expected, changed, whole = 0.0, 0.0, 0.0
         for module, quant in quants.items():
             q_w, q_x, w = (
@@ -153,20 +148,14 @@ def test_recipes_of_several_algorithms_score_alike_alone_and_together(captured: 
     group = groups[0]
     weights = {module: model.get_submodule(module).weight.detach() for module in group.modules}
     own = {module: rows[module] for module in group.modules}
-    plain = Job(
-        name="max",
-        weight=INT8,
-        inputs={"num_bits": 8, "axis": None},
-        calibrates_inputs=True,
-        sizes={"small": 1, "medium": 2},
-    )
+    plain = job_of("max", INT8, {"num_bits": 8, "axis": None}, {"small": 1, "medium": 2})
     jobs = [
         job("mse"),
         plain,
         job("awq_lite"),
         job("mse, static inputs"),
         job("smoothquant"),
-        job("smoothquant", fused=True),
+        job("smoothquant", "fused"),
     ]
     together: Any = Engine(torch.device("cpu")).score_group(weights, own, jobs)()
     for each, scores in zip(jobs, together, strict=True):
@@ -194,10 +183,8 @@ def test_fused_scales_are_the_largest_of_the_group_where_a_range_covers_a_tensor
     first = next(iter(weights))
     weights[first] *= 3.0
     own = {module: rows[module] for module in group.modules}
-    jobs = [
-        Job(name="x", weight=weight, inputs=None, calibrates_inputs=False, sizes={"small": 1}, fused=fused)
-        for fused in (False, shares)
-    ]
+    jobs = [job_of("x", weight, None, {"small": 1}, scales=scales) for scales in ("private", "fused")]
+    assert [each.format.is_fused for each in jobs] == [False, shares]
     found: Any = Engine(torch.device("cpu")).score_group(weights, own, jobs)()
     private, fused = (scores["small"].score for scores in found)
     assert (fused != private) == shares
@@ -228,7 +215,7 @@ def test_fused_scales_of_the_inputs_are_those_that_modelopts_export_gives(captur
         expected += float((rows[module].g_TO[:end].double() * dy).square().sum())
     weights = {module: model.get_submodule(module).weight.detach() for module in group.modules}
     found: Any = Engine(torch.device("cpu")).score_group(
-        weights, {module: rows[module] for module in group.modules}, [job("awq_lite", fused=True)]
+        weights, {module: rows[module] for module in group.modules}, [job("awq_lite", "fused")]
     )()
     assert found[0]["small"].score == pytest.approx(expected, rel=1e-5)
 

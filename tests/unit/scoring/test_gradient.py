@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sweep.core.batches import Plan
+from tests.formats import job_of
 from tests.models import random_samples
 from workers.data.batches import make_plan
 from workers.data.samples import text_samples
@@ -54,13 +55,7 @@ def random_bigrams(dtype: torch.dtype, n_words: int = 512, n_inputs: int = 256, 
 
 
 def job(weight: dict[str, Any] | None, inputs: dict[str, Any] | None, **sizes: int) -> Job:
-    return Job(
-        name="recipe",
-        weight=weight,
-        inputs=inputs,
-        calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic",
-        sizes=sizes,
-    )
+    return job_of("recipe", weight, inputs, sizes)
 
 
 def score(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sweep.core.batches import Batch, Sample
 from sweep.core.sizes import SIZES
+from tests.formats import job_of
 from tests.models import random_model, random_samples
 from workers.data.batches import make_plan
 from workers.data.samples import with_scenes
@@ -38,14 +39,7 @@ DATA = [("llama", False), ("qwen3_vl", False), ("qwen3_vl", True)]
 
 
 def job(recipe: str, *sizes: str) -> Job:
-    weight, inputs = RECIPES[recipe]
-    return Job(
-        name=recipe,
-        weight=weight,
-        inputs=inputs,
-        calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic",
-        sizes={size: list(SIZES).index(size) + 1 for size in sizes},
-    )
+    return job_of(recipe, *RECIPES[recipe], {size: list(SIZES).index(size) + 1 for size in sizes})
 
 
 def segments_of(*, images: bool, n: int = 128) -> Segments:
@@ -66,12 +60,13 @@ class FakeQuantized(nn.Module):
     def __init__(self, linear: nn.Linear, recipe: Job, amax: Tensor) -> None:
         super().__init__()
         self.bias, weight = linear.bias, linear.weight.detach().float()
-        self.weight = weight if recipe.weight is None else Quantizers().weight("w", recipe.weight, weight)(weight)
+        given = recipe.format
+        self.weight = weight if given.weight is None else Quantizers().weight("w", given.weight, weight)(weight)
         self.weight = self.weight.to(linear.weight.dtype)
         self.quantizer = (
             None
-            if recipe.inputs is None
-            else Quantizers().inputs(recipe.inputs, weight.new_empty(0, weight.shape[1]), amax.tolist())
+            if given.inputs is None
+            else Quantizers().inputs(given.inputs, weight.new_empty(0, weight.shape[1]), amax.tolist())
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -37,25 +37,16 @@ def covered(model: nn.Module, *formats: Any) -> MixedRecipe:
 def test_around_the_unquantized_model_the_scores_are_the_sweeps(model: Any) -> None:
     recipe = covered(model, None)
     formats = [format_of(name) for name in FORMATS]
-    found = recaptured_scores(model, recipe, {choice.group: formats for choice in recipe.groups}, PLAN)
-    rows = capture(model, PLAN.segments, [name for choice in recipe.groups for name in choice.modules])
+    found = recaptured_scores(model, recipe, {choice.group.name: formats for choice in recipe.groups}, PLAN)
+    rows = capture(model, PLAN.segments, [name for choice in recipe.groups for name in choice.group.modules])
     assert [(row.group, row.format) for row in found] == [
-        (choice.group, format_of(name).label) for choice in recipe.groups for name in FORMATS
+        (choice.group.name, format_of(name).label) for choice in recipe.groups for name in FORMATS
     ]
-    jobs = [
-        Job(
-            name=name,
-            weight=weight,
-            inputs=inputs,
-            calibrates_inputs=inputs is not None and inputs.get("type") != "dynamic",
-            sizes={"small": 1},
-        )
-        for name, (weight, inputs) in FORMATS.items()
-    ]
+    jobs = [Job(name=name, format=format_of(name), sizes={"small": 1}) for name in FORMATS]
     expected: list[Any] = []
     for choice in recipe.groups:
         scores = Engine(torch.device("cpu")).score_group(
-            {name: model.get_submodule(name).weight for name in choice.modules}, rows, jobs
+            {name: model.get_submodule(name).weight for name in choice.group.modules}, rows, jobs
         )()
         assert scores is not None
         assert not any(isinstance(one, NotFinite) for one in scores)
@@ -79,7 +70,7 @@ def test_around_a_recipe_x_and_g_are_the_quantized_models_and_the_error_is_again
         seen.extend((args[0].detach(), output))
         output.retain_grad()
 
-    (quant,) = calibrated_linears({group: linear.weight}, [], chosen.weight, chosen.inputs, "max", "private").values()
+    (quant,) = calibrated_linears({group: linear.weight}, [], chosen).values()
     total = 0.0
     with applied(model, calibrated_model(model, list(PLAN.batches("small")), recipe)):
         handle = linear.register_forward_hook(keep)
@@ -103,7 +94,7 @@ def test_around_a_recipe_x_and_g_are_the_quantized_models_and_the_error_is_again
 
 def test_a_window_of_layers_at_a_time_gives_the_same_bits(model: Any) -> None:
     recipe = covered(model, format_of("fp8"), None, format_of("nvfp4"))
-    formats = {choice.group: [format_of("int8_static"), format_of("int4_block")] for choice in recipe.groups}
+    formats = {choice.group.name: [format_of("int8_static"), format_of("int4_block")] for choice in recipe.groups}
     whole, windows = (recaptured_scores(model, recipe, formats, PLAN, room) for room in (None, 1.0))
     assert [row.score for row in whole] == [row.score for row in windows]
 

@@ -21,10 +21,7 @@ from workers.service.writers import Writers
 from workers.task import Task
 
 ROOT = Path(__file__).resolve().parents[3]
-GROUPS = [
-    replace(GROUP, name=f"layers.{i}.a", modules=(f"layers.{i}.a",), part=f"layers.{i}", layer_index=i)
-    for i in range(3)
-]
+GROUPS = [replace(GROUP, name=f"layers.{i}.a", modules=(f"layers.{i}.a",)) for i in range(3)]
 PARTS = [Part(group.part, (group,)) for group in GROUPS]
 SCORE = GroupScore(
     score=6.0,
