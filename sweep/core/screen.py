@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-_UNLIMITED = 10_000  # columns, where nobody looks: a line of a pipe or file ends where it is at an end
+_UNLIMITED = 10_000  # columns
 
 
 def say(console: Console, text: str, style: str | None = None, *, indent: str = "") -> None:
@@ -20,9 +20,8 @@ def say(console: Console, text: str, style: str | None = None, *, indent: str = 
         style: rich's word for colour and weight.
         indent: of the lines after the first.
     """
-    wrap = textwrap.TextWrapper(
-        _width(console), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    console = _whole(console)
+    wrap = textwrap.TextWrapper(console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     wrapped = "\n".join(wrap.fill(line) for line in text.splitlines())
     console.print(wrapped, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -41,7 +40,7 @@ def show_table(
         rows: their cells.
         figures: names of columns that stand to the right.
     """
-    columns = list(zip(heading, *rows, strict=True))
+    console, columns = _whole(console), list(zip(heading, *rows, strict=True))
     if not _fits(console, columns) and len(rows) > 1:
         shared = [column for column in columns if len(set(column[1:])) == 1]
         if shared:
@@ -58,15 +57,18 @@ def show_table(
         table.add_column(name, justify="right" if name in figures else "left", no_wrap=column is not columns[-1])
     for cells in list(zip(*columns, strict=True))[1:]:
         table.add_row(*cells)
-    console.print(table, width=_width(console), markup=False, highlight=False, soft_wrap=False)
+    console.print(table, markup=False, highlight=False, soft_wrap=False)
 
 
 def _fits(console: Console, columns: Sequence[Sequence[str]]) -> bool:
     """Whether all columns are as wide as their cells, but for the last one, which is as wide as its longest word."""
     *whole, last = columns
     widths = [max(map(cell_len, cells)) + 2 for cells in whole]
-    return sum(widths) + max(cell_len(word) for cell in last for word in cell.split() or [""]) <= _width(console)
+    return sum(widths) + max(cell_len(word) for cell in last for word in cell.split() or [""]) <= console.width
 
 
-def _width(console: Console) -> int:
-    return console.width if console.is_terminal or "COLUMNS" in os.environ else _UNLIMITED
+def _whole(console: Console) -> Console:
+    """The console; where nobody looks, in a pipe or a file, one of no width, as lines end there where they end."""
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(file=console.file, width=_UNLIMITED, quiet=console.quiet)
