@@ -24,13 +24,6 @@ _SHOWN_FAILURES = 10
 _WATCH_SECONDS = 2.0
 
 
-class Failure(msgspec.Struct, frozen=True):
-    """A trial that has failed."""
-
-    trial: str  # id
-    reason: str | None
-
-
 class ClusterNode(msgspec.Struct, frozen=True):
     """A living node of a Ray cluster."""
 
@@ -55,7 +48,7 @@ class Status(msgspec.Struct, kw_only=True):
     store: str  # path or URL
     trials: dict[str, int]  # number in total and by state
     recipes: list[RecipeCount]
-    failures: list[Failure]
+    failures: list[dict[str, str | None]]  # `trial` and `reason` of each that has failed
     running: bool  # whether a run is under way
     last_run: RunRecord | None  # of several the one that is under way
     damaged: list[str]  # reasons
@@ -79,7 +72,7 @@ def read_status(store: Store) -> Status:
             **{state: counts[state] for state in ("planned", "running", "done", "failed", "skipped")},
         },
         recipes=by_recipe(states),
-        failures=[Failure(row.trial_id, row.reason) for row in trials.values() if row.state == "failed"],
+        failures=[{"trial": row.trial_id, "reason": row.reason} for row in trials.values() if row.state == "failed"],
         running=bool(alive),
         last_run=next(reversed(alive or by_start), None),
         damaged=[*store.damage.values()],
@@ -158,7 +151,7 @@ def _print(status: Status, console: Console) -> None:
     show_recipes(console, status.recipes, states)
     console.print()
     for failure in status.failures[:_SHOWN_FAILURES]:
-        say(console, f"failed: {failure.trial}: {failure.reason}", "red", indent="  ")
+        say(console, f"failed: {failure['trial']}: {failure['reason']}", "red", indent="  ")
     if status.cluster:
         say(console, _cluster_line(status.cluster))
     if status.last_run:

@@ -66,17 +66,9 @@ class Tally:
     def trials_by_state(self) -> Counter[str]:
         """Trials of this run that are planned, running, done or failed."""
         states: Counter[str] = Counter(planned=0, running=0, done=0, failed=0)
+        known = {"failed": self._failed, "done": self._ended, "running": self._begun}  # the first that knows a task
         for task_id, n in self._trials_of.items():
-            state = (
-                "failed"
-                if task_id in self._failed
-                else "done"
-                if task_id in self._ended
-                else "running"
-                if task_id in self._begun
-                else "planned"
-            )
-            states[state] += n
+            states[next((state for state, ids in known.items() if task_id in ids), "planned")] += n
         return states
 
     def take_trial_seconds(self) -> tuple[float, ...]:
@@ -121,9 +113,7 @@ class Tally:
     @property
     def groups_per_second(self) -> float:
         """Rate of this run, parts found in the store not counted."""
-        if self._started is None:
-            return 0.0
-        return self.scored_groups / max(time.monotonic() - self._started, 1e-3)
+        return self.scored_groups / max(self.seconds, 1e-3) if self._started is not None else 0.0
 
     @property
     def eta_seconds(self) -> float | None:

@@ -24,7 +24,7 @@ _TEMPORARY_SECONDS: Final = 600.0  # a writer holds one for less than a second; 
 _SILENT_SECONDS: Final = 600.0  # a run whose heartbeat is older is over
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """The verdict on one file, trial or other subject."""
 
@@ -45,15 +45,9 @@ def check_store(store: Store) -> list[Finding]:
     try:
         found.extend(_findings(store))
     except SweepError as error:
-        found.append(Finding(subject="store", verdict="error", text=str(error)))
+        found.append(Finding("store", "error", str(error)))
     except OSError as error:
-        found.append(
-            Finding(
-                subject="store",
-                verdict="error",
-                text=f"Cannot write to the store {store.uri}: {error.strerror or error}.",
-            )
-        )
+        found.append(Finding("store", "error", f"Cannot write to the store {store.uri}: {error.strerror or error}."))
     return found
 
 
@@ -79,7 +73,7 @@ def _findings(store: Store) -> Iterator[Finding]:
         f"{counts['validations']} validations, {counts['runs']} runs verified"
     )
     aside = f"; {count(n_aside, 'file')} in {store.uri}/quarantine" if n_aside else ""
-    yield Finding(subject="store", verdict="ok", text=text + aside)
+    yield Finding("store", "ok", text + aside)
 
 
 def _look(store: Store, path: str) -> Finding | None:
@@ -90,11 +84,9 @@ def _look(store: Store, path: str) -> Finding | None:
         if store.files.age_seconds(path) < _TEMPORARY_SECONDS:
             return None
         store.files.remove(path)
-        return Finding(subject=path, verdict="warning", text="dropped: a killed writer left it half written")
+        return Finding(path, "warning", "dropped: a killed writer left it half written")
     if path.partition("/")[0] not in _FOLDERS or "/" not in path:
-        return Finding(
-            subject=path, verdict="warning", text="not a file of this program; left where it is, nobody reads it"
-        )
+        return Finding(path, "warning", "not a file of this program; left where it is, nobody reads it")
     try:
         if not _read(store, path):
             return _aside(store, path, "not a file of this program")
@@ -102,8 +94,8 @@ def _look(store: Store, path: str) -> Finding | None:
         return None
     except SweepError as error:
         if path in store.damage:
-            return Finding(subject=path, verdict="warning", text=f"set aside: {store.damage[path]}")
-        return Finding(subject=path, verdict="error", text=str(error))
+            return Finding(path, "warning", f"set aside: {store.damage[path]}")
+        return Finding(path, "error", str(error))
     return None
 
 
@@ -128,7 +120,7 @@ def _read(store: Store, path: str) -> bool:
 
 def _aside(store: Store, path: str, reason: str) -> Finding:
     store.set_aside(path, reason)
-    return Finding(subject=path, verdict="warning", text=f"set aside: {reason}")
+    return Finding(path, "warning", f"set aside: {reason}")
 
 
 def _join_trials(store: Store) -> Iterator[Finding]:
@@ -142,7 +134,7 @@ def _join_trials(store: Store) -> Iterator[Finding]:
     before = len(store.files.names("trials"))
     store.compact_trials(names - alive)
     if (joined := before - len(store.files.names("trials"))) > 0:
-        yield Finding(subject="trials", verdict="ok", text=f"{joined + 1} tables of ended runs joined into one")
+        yield Finding("trials", "ok", f"{joined + 1} tables of ended runs joined into one")
 
 
 def _parts(store: Store, sound: set[str], trials: dict[str, TrialRow]) -> Iterator[Finding]:
@@ -153,7 +145,7 @@ def _parts(store: Store, sound: set[str], trials: dict[str, TrialRow]) -> Iterat
             continue
         if store.is_finished(found[1]):
             store.files.remove(path)
-            yield Finding(subject=path, verdict="warning", text="dropped: its cell is finished")
+            yield Finding(path, "warning", "dropped: its cell is finished")
         elif found[1] not in wanted:
             yield _aside(store, path, "a part of a cell that no trial wants")
 
@@ -163,9 +155,7 @@ def _missing(sound: set[str], trials: dict[str, TrialRow]) -> Iterator[Finding]:
     for row in trials.values():
         if row.state == "done" and row.cell_id not in finished:
             yield Finding(
-                subject=row.trial_id,
-                verdict="warning",
-                text=f"its cell {row.cell_id} has no scores; the same sweep run again scores it",
+                row.trial_id, "warning", f"its cell {row.cell_id} has no scores; the same sweep run again scores it"
             )
 
 
@@ -175,27 +165,17 @@ def revisions(trials: dict[str, TrialRow]) -> Iterator[Finding]:
     These are another checkpoint, another data set, or another score version.
     """
     by_name: dict[str, Counter[str]] = {}
-    for (model, revision), n in Counter((row.model, row.model_revision) for row in trials.values()).items():
-        by_name.setdefault(f"model {model}", Counter())[revision] += n
-    for (dataset, size, model, revision), n in Counter(
-        (row.dataset, row.size, row.model, row.dataset_revision) for row in trials.values()
-    ).items():
-        by_name.setdefault(f"dataset {dataset}/{size} as {model} reads it", Counter())[revision] += n
+    for row in trials.values():
+        data = f"dataset {row.dataset}/{row.size} as {row.model} reads it"
+        for name, revision in ((f"model {row.model}", row.model_revision), (data, row.dataset_revision)):
+            by_name.setdefault(name, Counter())[revision] += 1
     for name, found in by_name.items():
         if len(found) > 1:
             listed = ", ".join(f"{revision[:12]} ({count(n, 'trial')})" for revision, n in found.most_common())
-            yield Finding(
-                subject=name,
-                verdict="warning",
-                text=f"the store holds {len(found)} revisions: {listed}; they are never mixed",
-            )
+            yield Finding(name, "warning", f"the store holds {len(found)} revisions: {listed}; they are never mixed")
     versions: Counter[str] = Counter()
     for text, n in Counter(row.versions for row in trials.values() if row.versions.startswith("{")).items():
         versions[str(json.loads(text).get("score"))] += n
     if len(versions) > 1:
         listed = ", ".join(f"{version} ({count(n, 'trial')})" for version, n in versions.most_common())
-        yield Finding(
-            subject="score version",
-            verdict="warning",
-            text=f"the store holds {len(versions)}: {listed}; they are never mixed",
-        )
+        yield Finding("score version", "warning", f"the store holds {len(versions)}: {listed}; they are never mixed")

@@ -153,7 +153,7 @@ class RunRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     groups_per_second: float | None = None
     eta_seconds: float | None = None
     scoring_seconds: float | None = None  # since the workers were ready
-    worker_info: list[dict[str, str | float | None]] = []  # see workers.service.actor.Worker.info
+    worker_info: list[dict[str, str | int | float | None]] = []  # see workers.service.actor.Worker.info
     ended_at: str | None = None
     exit_code: int | None = None
 

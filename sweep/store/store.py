@@ -28,10 +28,6 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 _PARTS: Final = re.compile(r".*\.parquet|\..*\.tmp")  # the files of a directory of parts, half-written ones too
 
-# Of texts alone: of per-sample scores, all different, a dictionary makes the file larger, and takes three quarters of
-# the time.
-_DICTIONARIES: Final = ["cell_id", "group", "modules.list.element"]
-
 
 class Store:
     """Cells, trials and runs under one root."""
@@ -76,8 +72,7 @@ class Store:
     def write_part(self, cell_id: str, part: str, rows: pa.Table) -> None:
         """Keep one finished decoder layer (or top-level block) of a cell; rows as in SCORES_SCHEMA."""
         path = _part_path(cell_id, part)
-        # It lives for seconds and is written beside the scoring: a third of the time, for as many bytes.
-        self._write(path, encode(rows, path, compression="lz4", dictionaries=False, statistics=False))
+        self._write(path, encode(rows, path, short_lived=True))
 
     def complete(self, cell_id: str, parts: Mapping[str, pa.Table | None]) -> None:
         """Join the parts, in this order, into the cell's scores and drop them.
@@ -94,8 +89,7 @@ class Store:
                 self._read_rows(_part_path(cell_id, part), cell_id) if rows is None else rows
                 for part, rows in parts.items()
             ]
-            joined = pa.concat_tables(found).combine_chunks()
-            self._write(path, encode(joined, path, dictionaries=_DICTIONARIES))
+            self._write(path, encode(pa.concat_tables(found).combine_chunks(), path))
         except FileNotFoundError:
             if not self.is_finished(cell_id):  # else another writer of the same bytes was faster, and dropped the parts
                 raise

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 
 from sweep.core.json import Json
@@ -58,8 +59,16 @@ def _trials_2(table: pa.Table) -> pa.Table:
     rows = table.drop_columns(["created_at", "versions"]).to_pylist()
     added = [unrecorded(row, msgspec.json.decode(row["config"])) for row in rows]
     for name in ("algorithm", "scales", "dtype"):
-        table = table.append_column(TRIALS_SCHEMA.field(name), pa.array([row[name] for row in added], pa.string()))
+        table = table.append_column(TRIALS_SCHEMA.field(name), _texts([row[name] for row in added]))
     return table.select(TRIALS_SCHEMA.names)
+
+
+def _texts(values: Sequence[str | None]) -> pa.Array:
+    """A column of texts, without `pa.array`, which imports pandas: a quarter of a second."""
+    content = [(value or "").encode() for value in values]
+    ends = np.cumsum([0, *map(len, content)], dtype=np.int32)
+    known = np.packbits([value is not None for value in values], bitorder="little")
+    return pa.StringArray.from_buffers(len(values), *map(pa.py_buffer, (ends, b"".join(content), known)))
 
 
 # By version: the function that makes a file's rows those of the next version. A table's columns tell which it is:

@@ -11,9 +11,10 @@ import pytest
 from msgspec import structs
 
 from sweep.cli import main
-from sweep.commands.status import Failure, read_status
+from sweep.commands.status import read_status
 from sweep.store.records import RunRecord
 from sweep.store.store import Store
+from tests.scored import FP8, INT8, PREDICTED_KL, add
 from tests.unit.store.test_store import trial
 
 REASON = "Layer group layers.3.mlp.down_proj under wint8_aint8/default: [/x] of shape [out, in] is NaN"
@@ -49,7 +50,7 @@ def test_trials_run_only_as_long_as_their_driver_lives(
         "skipped": 1,
     }
     assert (found.running, found.trials) == (running, counts)
-    assert found.failures == [Failure(trial="t4", reason=REASON)]
+    assert found.failures == [{"trial": "t4", "reason": REASON}]
 
 
 @pytest.mark.parametrize(
@@ -142,3 +143,46 @@ def test_without_a_run_there_is_no_cluster_to_ask(tmp_path: Path, capsys: pytest
     store_with(tmp_path, 3600, ray_address="10.0.0.1:6379")
     assert main(["status", "--cluster", f"store.uri={tmp_path}"]) == 0
     assert "Ray at" not in capsys.readouterr().out
+
+
+def of_three_algorithms(directory: Path) -> Path:
+    """A store with one recipe under three calibration algorithms, and a long granularity."""
+    store = Store(str(directory))
+    for minute, algorithm in enumerate(("max", "awq_lite", "mse")):
+        add(store, FP8, PREDICTED_KL[FP8], f"sensitivity.quant_algorithm={algorithm}", minute=minute)
+    add(store, INT8, PREDICTED_KL[INT8], minute=3)
+    return directory
+
+
+def test_status_and_publish_tell_algorithms_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = of_three_algorithms(tmp_path / "store")
+    assert main(["status", f"store.uri={store}"]) == 0
+    status = capsys.readouterr().out.splitlines()
+    assert main(["publish", f"store.uri={store}", f"output_layout.root={tmp_path / 'published'}"]) == 0
+    published = capsys.readouterr().out.splitlines()
+    heading = ["pair", "granularity", "algorithm", "scales", "dtype"]
+    for lines, word in ((status, "done"), (published, "written")):
+        table = [line.split() for line in lines]
+        assert [*heading, word] in table
+        for algorithm in ("max", "awq_lite", "mse"):
+            assert table.count(["wfp8_afp8", "default", algorithm, "private", "float32", "1"]) == 1
+
+
+@pytest.mark.parametrize("width", [30, 80, 120])
+def test_on_a_narrow_screen_no_word_is_cut_and_no_value_is_lost(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = of_three_algorithms(tmp_path / "store")
+    verbs = (["status"], ["publish", f"output_layout.root={tmp_path / 'published'}"])
+    monkeypatch.delenv("COLUMNS", raising=False)
+    words: list[set[str]] = []
+    for columns in (None, width):
+        if columns:
+            monkeypatch.setenv("COLUMNS", str(columns))
+        for verb in verbs:
+            assert main([*verb, f"store.uri={store}"]) == 0
+        printed = capsys.readouterr().out
+        words.append({word.strip(",:-") for word in printed.replace("unchanged", "written").split()})
+    assert words[0] - words[1] <= {str(n) for n in range(10)}  # a sentence has the same words in another order
+    too_long = [line for line in printed.splitlines() if len(line.rstrip()) > width]
+    assert all(len(word) > width - 3 for line in too_long for word in [max(line.split(), key=len)])  # a path

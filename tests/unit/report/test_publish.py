@@ -144,6 +144,14 @@ def test_published_scores_and_config_read_with_stock_tools(tmp_path: Path) -> No
     ]
 
 
+def test_whole_number_keys_of_the_config_are_numbers_again(tmp_path: Path) -> None:
+    blocks = {"*weight_quantizer": {"block_sizes": {"-1": 64, "type": "dynamic"}}}
+    publish([finished(config={"quant_granularity": {"quant_cfg_overrides": blocks}})], tmp_path)
+    config = yaml.safe_load((tmp_path / FOLDER / "composed-config.yaml").read_text())
+    found = config["quant_granularity"]["quant_cfg_overrides"]["*weight_quantizer"]["block_sizes"]
+    assert found == {-1: 64, "type": "dynamic"}
+
+
 def test_the_state_loads_without_pickled_code_and_has_modelopts_layout(tmp_path: Path) -> None:
     publish(GRID, tmp_path)
     state = torch.load(tmp_path / FOLDER / "autoquant-state.pt", weights_only=True)

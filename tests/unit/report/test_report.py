@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 
 from sweep.config.targets import all_targets
+from sweep.report.files import manifest_identity
 from sweep.report.index import Manifest, render_index
-from sweep.report.render import render_json, render_markdown, summary_table
+from sweep.report.render import largest, render_json, render_markdown, summary_table
 from sweep.report.rows import analyse, portable_config
 from sweep.store.records import SCORES_SCHEMA, FinishedTrial, TrialRow
 
@@ -225,6 +226,34 @@ def test_a_report_says_what_every_target_makes_of_the_recipe() -> None:
 def test_a_report_does_not_depend_on_the_target_it_was_run_for() -> None:
     with_target = finished({"a.b": [1.0]}, config=json.dumps(CONFIG | {"target": {"name": "vllm_sm120"}}))
     assert render_json(analyse(with_target)) == render_json(analyse(finished({"a.b": [1.0]})))
+
+
+VARIANTS = [  # of one pair and granularity
+    {"algorithm": algorithm, "scales": scales, "dtype": dtype}
+    for algorithm in ("max", "mse", "awq_lite")
+    for scales in ("private", "fused")
+    for dtype in ("float32", "bfloat16")
+]
+
+
+def test_every_title_and_table_tells_algorithms_scales_and_dtypes_apart() -> None:
+    trials = [finished({"a.b": [1.0]}, **variant) for variant in VARIANTS]
+    assert largest([*trials, *trials]) == trials
+    heading, *rows = summary_table(trials, 1, TARGETS["vllm_sm90"])
+    assert [dict(zip(heading[2:5], row[2:5], strict=True)) for row in rows] == VARIANTS
+    titles = [render_markdown(analyse(one)).splitlines()[0] for one in trials]
+    assert titles[0].endswith("tiny, wint4_afp16, w_group64, algorithm max, scales private, dtype float32")
+    assert len(set(titles)) == len(trials)
+    schemes = [json.loads(render_json(analyse(one)))["scheme"] for one in trials]
+    named = [(scheme["quant_algorithm"], scheme["scales"], scheme["dtype"]) for scheme in schemes]
+    assert named == [tuple(variant.values()) for variant in VARIANTS]
+    manifests = [manifest_identity(one) for one in trials]
+    assert [{name: each[name] for name in VARIANTS[0]} for each in manifests] == VARIANTS
+    base = "tiny/layer-analysis/weight-int4-act-fp16/w_group64"
+    documents = {f"{base}/{i:02}": Manifest.from_json(json.dumps(each).encode()) for i, each in enumerate(manifests)}
+    lines = render_index(base, documents).splitlines()
+    cells = [line.split(" | ")[1:4] for line in lines if line.startswith("| [")]
+    assert cells == [list(variant.values()) for variant in VARIANTS]
 
 
 def manifest(kl: float, **more: Any) -> Manifest:

@@ -122,6 +122,19 @@ def test_on_a_terminal_the_table_names_what_runs(tally: Tally) -> None:
     assert "wint4_afp16" not in text  # not under way
 
 
+def test_at_80_columns_no_word_is_cut() -> None:
+    label = "wfp8_afp8/recipe_match_channel_token/smoothquant/fused"
+    tally = Tally({"a": task(label, 144, "small", "medium", "large")}, {"a": 4}, 4)
+    tally.update(done("a", 3))
+    out = StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system=None)
+    with Display(console, tally) as display:
+        display.say(f"Worker 3 died while it scored {label}; what it held is scored again, on /{'long/' * 20}")
+    words = out.getvalue().split()
+    expected = f"0 of 4 trials, 3 of 432 layer groups (small, medium, large) {label}: {label}; /{'long/' * 20}"
+    assert {*expected.split()} <= {*words}
+
+
 def test_trials_are_planned_running_done_or_failed_and_each_that_ends_has_its_seconds_once(
     tally: Tally, clock: Clock
 ) -> None:

@@ -1,10 +1,12 @@
 """The store: cells appear whole, damage is refused, a trial's latest event counts, and stock readers read it."""
 
+import hashlib
+import json
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sweep.core.errors import SweepError
+from sweep.store.parquet import decode, encode
 from sweep.store.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, TRIALS_VERSION, RunRecord, TrialRow
 from sweep.store.store import Store
 
@@ -220,6 +223,48 @@ def test_a_file_of_a_newer_schema_version_is_refused_and_kept(store: Store) -> N
         with pytest.raises(SweepError, match=f"has schema version {known + 1}; this program reads {known}"):
             read()
     assert {path: store.files.read(path) for path in contents} == contents
+
+
+def of_version_1(*rows: TrialRow) -> bytes:
+    """A file of trials as version 1 wrote it: without algorithm, scales and dtype."""
+    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA)
+    table = table.drop_columns(["algorithm", "scales", "dtype"]).replace_schema_metadata({"schema_version": "1"})
+    return encode(table, "trials/run-old.parquet")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("algorithm", "scales"), [("max", "private"), ("mse", "private"), ("awq_lite", "fused")])
+def test_a_trial_of_version_1_has_the_algorithm_and_scales_of_its_config_and_the_dtype_in_its_ids_hash(
+    dtype: str, algorithm: str, scales: str, store: Store
+) -> None:
+    variant = [value for value in (algorithm, scales) if value not in ("max", "private")]
+    asked = ["m", "rev", "data", "texts", "small", "wint8_aint8", "default", "lm_only", False, "gradient", "layerwise"]
+    digest = hashlib.sha256(json.dumps([*asked, dtype, CELL, *variant]).encode()).hexdigest()[:10]
+    config = {"model": {"dtype": "auto"}, "sensitivity": {"lm_head": False}}
+    config["sensitivity"] |= {"quant_algorithm": algorithm} if algorithm != "max" else {}  # older than the key
+    config["sensitivity"] |= {"scales": scales} if scales != "private" else {}
+    names = {"model": "m", "model_revision": "rev", "dataset_revision": "data", "dataset": "texts", "size": "small"}
+    names |= {"quant_pair": "wint8_aint8", "quant_granularity": "default", "coverage": "lm_only"}
+    names |= {"method": "gradient", "engine": "layerwise", "config": json.dumps(config), "cell_id": CELL}
+    old = trial(f"wint8_aint8-default-small-{digest}", **names)
+    store.files.write("trials/run-old.parquet", of_version_1(old, replace(old, trial_id="made-0123456789")))
+    known, unknown = store.trials().values()
+    assert known == replace(old, algorithm=algorithm, scales=scales, dtype=dtype)
+    assert unknown.dtype is None  # no dtype gives that hash
+
+
+def test_a_typed_dtype_of_version_1_is_the_one_of_its_config(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.files.write("trials/run-old.parquet", of_version_1(trial(config='{"model": {"dtype": "bfloat16"}}')))
+    assert store.trials()["t"].dtype == "bfloat16"
+
+
+def test_a_program_of_version_1_says_that_the_trials_are_newer(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write_trials("r", [trial()])
+    older = TRIALS_SCHEMA.with_metadata({"schema_version": "1"})
+    with pytest.raises(SweepError, match=r"has schema version 2; this program reads 1\. Use the program that wrote it"):
+        decode(store.files.read("trials/run-r.parquet"), "trials/run-r.parquet", "here", older)
 
 
 def test_a_trial_is_what_its_latest_event_says(store: Store) -> None:
