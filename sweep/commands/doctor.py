@@ -10,12 +10,12 @@ from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sweep.commands.run import Prepared
 from sweep.config.compose import DEFAULT_GRID, Grid, expand
 from sweep.config.schema import SweepConfig
 from sweep.core.errors import SweepError
@@ -23,7 +23,7 @@ from sweep.core.exits import EXIT_DONE, EXIT_WRONG_INPUT
 from sweep.core.machine import Workers, n_cores, n_gpus
 from sweep.core.text import count
 from sweep.plan.subject import checkpoint_dir, checkpoint_gb
-from sweep.plan.trials import plan_sweep
+from sweep.plan.trials import SweepPlan, plan_sweep
 from sweep.run.resources import pick_workers
 from sweep.store.integrity import Finding, check_store
 from sweep.store.store import Store
@@ -37,9 +37,33 @@ COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 def examine(overrides: Sequence[str], *, multirun: bool, as_json: bool) -> int:
     """Print what would stop or surprise a run with these overrides. Returns 0, or 2 if something would stop it."""
     grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
-    findings = list(_findings(grid))
+    workers = cache(lambda: pick_workers(grid.points[0].cluster))  # a cluster is asked once
+    plan = lambda: plan_sweep(grid.points, workers().device, workers().nodes)  # noqa: E731 -- fails in its own finding
+    return _say(grid_findings(grid, workers, plan), as_json=as_json)
+
+
+def examine_prepared(prepared: Prepared) -> int:
+    """Print what would surprise the run of a grid that is planned. Returns as `examine`."""
+    return _say(grid_findings(prepared.grid, lambda: prepared.workers, lambda: prepared.plan), as_json=False)
+
+
+def examine_store(overrides: Sequence[str], *, as_json: bool) -> int:
+    """Verify and repair the store that the overrides name, and print what was found.
+
+    Returns: exit code: 0, or 2 if something is left that stops a run.
+    """
+    store = Store(expand(overrides, multirun=False).points[0].store.uri)
+    return _say(check_store(store), as_json=as_json, as_lines=True)
+
+
+def _say(findings: Sequence[Finding], *, as_json: bool, as_lines: bool = False) -> int:
+    """Print findings. Returns the exit code: 2 if one of them is an error."""
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))  # noqa: T201 -- machine-readable output
+    elif as_lines:  # subjects are paths, which are copied from the screen
+        for finding in findings:
+            verdict = Text(f"{finding.verdict:8}", style=COLOURS[finding.verdict])
+            Console(soft_wrap=True).print(verdict + Text(f"{finding.subject}: {finding.text}"))
     else:
         table = Table("", "subject", "finding", box=None)
         for finding in findings:
@@ -48,35 +72,16 @@ def examine(overrides: Sequence[str], *, multirun: bool, as_json: bool) -> int:
     return EXIT_WRONG_INPUT if any(finding.verdict == "error" for finding in findings) else EXIT_DONE
 
 
-def examine_store(overrides: list[str], *, as_json: bool) -> int:
-    """Verify and repair the store that the overrides name, and print what was found.
-
-    Returns: exit code: 0, or 2 if something is left that stops a run.
-    """
-    store = Store(expand(overrides, multirun=False).points[0].store.uri)
-    findings = check_store(store)
-    if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1))  # noqa: T201 -- machine-readable output
-    else:
-        console = Console(soft_wrap=True)
-        for finding in findings:
-            console.print(
-                Text(f"{finding.verdict:8}", style=COLOURS[finding.verdict])
-                + Text(f"{finding.subject}: {finding.text}")
-            )
-    return EXIT_WRONG_INPUT if any(finding.verdict == "error" for finding in findings) else EXIT_DONE
-
-
-def _findings(grid: Grid) -> list[Finding]:
+def grid_findings(grid: Grid, workers: Callable[[], Workers], plan: Callable[[], SweepPlan]) -> list[Finding]:
+    """One finding a subject; what raises is an error of its own subject."""
     base = grid.points[0]
-    workers = cache(lambda: pick_workers(base.cluster))  # a cluster is asked once
     checks: dict[str, Callable[[], Finding]] = {
         "python": _python,
         "packages": _packages,
         "workers": lambda: _workers(workers()),
         "store": lambda: _store(base),
         "model": lambda: _model(base, workers),
-        "grid": lambda: _grid(grid, workers()),
+        "grid": lambda: _grid(base, plan()),
     }
     findings: list[Finding] = []
     for subject, check in checks.items():
@@ -146,19 +151,18 @@ def _model(config: SweepConfig, pick: Callable[[], Workers]) -> Finding:
     return Finding(subject="model", verdict=verdict, text=text)
 
 
-def _grid(grid: Grid, workers: Workers) -> Finding:
-    plan = plan_sweep(grid.points, workers.device, workers.nodes)
-    store = Store(grid.points[0].store.uri)
+def _grid(base: SweepConfig, plan: SweepPlan) -> Finding:
+    store = Store(base.store.uri)
     cells = {trial.cell_id for trial in plan.trials if trial.cell_id}
     done = sum(store.is_finished(cell) for cell in cells)
-    skipped: Counter[Any] = Counter(trial.reason for trial in plan.trials if trial.reason)
+    skipped = Counter(trial.reason for trial in plan.trials if trial.reason)
     text = f"{count(len(plan.trials), 'trial')}, {count(len(cells), 'distinct cell')}, {done} in the store already"
     if not skipped:
         return Finding(subject="grid", verdict="ok", text=text)
     return Finding(
         subject="grid",
         verdict="warning",
-        text=f"{text}, {skipped.total()} skipped: " + "; ".join(str(reason) for reason in skipped),
+        text=f"{text}, {skipped.total()} skipped: " + "; ".join(skipped),
     )
 
 

@@ -14,7 +14,7 @@ from sweep.core.errors import SweepError, require_known
 from sweep.core.exits import EXIT_DONE
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_cells, check_recipe
-from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of, read_recipe
+from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of, load_model, read_recipe
 from sweep.mixed_precision.text import CSV_BEGINS, MODELOPT_BEGINS, check_csv, check_modelopt, to_csv, to_modelopt
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.store.outputs import OutputDirectory, OutputFile, place_of, typed_path
@@ -106,7 +106,7 @@ def export_checkpoint(context: RecipeContext, directory: OutputDirectory) -> Non
     linears = model.structure.linears
     check_expressible(model.path, recipe, linears)
     batches = list(context.plan.batches(recipe.size))
-    quants = calibrated(model.path, context.config.model.dtype_on("cpu"), recipe, linears, batches)
+    quants = calibrated(load_model(context, "cpu", as_worker=False), recipe, linears, batches)
     with directory.filled() as partial:
         write_checkpoint(model.path, partial, recipe, quants, linears)
         (partial / _RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")

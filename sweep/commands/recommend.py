@@ -1,6 +1,7 @@
 """`sweep recommend`: from a model, a target and a budget to measured recipes, files that load, and a page to read."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -11,9 +12,9 @@ import numpy as np
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from sweep.commands.doctor import examine
+from sweep.commands.doctor import examine_prepared
 from sweep.commands.export import checked_text, checkpoint_at, export_checkpoint, is_exported
-from sweep.commands.run import run
+from sweep.commands.run import Prepared, prepare, run_prepared
 from sweep.config.compose import expand
 from sweep.config.targets import Target
 from sweep.core.exits import EXIT_DONE
@@ -26,10 +27,10 @@ from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe_of_ch
 from sweep.mixed_precision.recipe_context import RecipeContext, context_of
 from sweep.mixed_precision.summary import Figures, figures_of, front_points, uniform_points
 from sweep.plan.subject import Model, checkpoint_dir
-from sweep.plan.trials import SweepPlan, plan_sweep
+from sweep.plan.trials import SweepPlan
 from sweep.report.analysis import IntArray
 from sweep.report.plots import front_picture
-from sweep.run.resources import own_device, pick_workers
+from sweep.run.resources import own_device
 from sweep.run.session import row_of
 from sweep.store.outputs import OutputDirectory, place_of, typed_path
 from sweep.store.store import Store
@@ -64,23 +65,23 @@ def recommend(request: Request, console: Console) -> int:
 
     Raises: SweepError: wrong input, a budget that nothing fits, or an export that cannot hold the recipe.
     """
-    asked = Budget(bits=request.bits, gb=request.gb)
-    grid = ["grid=deployable", *request.overrides]
-    config = expand(grid, multirun=True).points[0]
+    asked, started = Budget(bits=request.bits, gb=request.gb), time.monotonic()
+    grid = expand(["grid=deployable", *request.overrides], multirun=True)
+    config = grid.points[0]
     target = Target.from_config(config.target)
     out = typed_path(request.out or f"outputs/recommended/{config.model.name}-{target.name}-{asked.slug}").absolute()
-    _refuse_ahead(grid, asked, target)
+    prepared = prepare(grid)
+    _refuse_ahead(prepared, asked, target)
     results = _results_at(out, target)
     results.check()
     checkpoint = checkpoint_at(out / _CHECKPOINT, Model(checkpoint_dir(config.model)), overwrite=True)
     if _reads_checkpoint(target):
         checkpoint.check()
     # With --json nothing else is printed; a run by itself refuses everything that would stop it.
-    checks = 0 if request.as_json else examine(grid, multirun=True, as_json=False)
-    if code := checks or run(grid, multirun=True, console=console):
+    if code := (0 if request.as_json else examine_prepared(prepared)) or run_prepared(prepared, console, started):
         return code
     typed = [*request.overrides, f"dataset.size={config.dataset.size}", "sensitivity.scales=fused"]
-    candidates = sized(read_candidates(Store(config.store.uri), _without_repeats(typed)))
+    candidates = sized(read_candidates(Store(config.store.uri), _without_repeats(typed), grid.points))
     rules = rules_of((), (), False, target, candidates)
     problem = problem_of(candidates, rules)
     choices = _choices(candidates, problem, asked, rules)
@@ -217,18 +218,17 @@ def _names(made: MixedRecipe, target: Target) -> list[str]:
     ]
 
 
-def _refuse_ahead(grid: Sequence[str], asked: Budget, target: Target) -> None:
+def _refuse_ahead(prepared: Prepared, asked: Budget, target: Target) -> None:
     """Refuse what no score can change, before hours are spent on scoring.
 
     Raises: SweepError: a target that runs nothing of the grid as scored, a budget below its smallest recipe, or samples
         to measure on that are too few or calibrated.
     """
-    points = expand(grid, multirun=True).points
-    workers = pick_workers(points[0].cluster)
-    candidates = planned_candidates(plan_sweep(points, workers.device, workers.nodes))
+    candidates = planned_candidates(prepared.plan)
     rules = rules_of((), (), False, target, candidates)
     choice = solved(candidates, problem_of(candidates, rules), asked, rules)
-    held_out(context_of(recipe_of_choice(candidates, choice, "planned", target.name), points[0]))
+    recipe = recipe_of_choice(candidates, choice, "planned", target.name)
+    held_out(context_of(recipe, prepared.grid.points[0]))
 
 
 def _results_at(out: Path, target: Target) -> OutputDirectory:

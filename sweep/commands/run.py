@@ -7,13 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 
-from sweep.config.compose import DEFAULT_GRID, expand
+from sweep.config.compose import DEFAULT_GRID, Grid, expand
 from sweep.config.schema import SweepConfig
 from sweep.config.targets import Target
 from sweep.core.errors import ClusterLost, MemoryShort, StoreFailed, SweepError
@@ -42,26 +43,50 @@ _HEARTBEAT_SECONDS = 2.0
 _SUMMARY_RECIPES = 24  # recipes whose most sensitive layers are printed at the end
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A grid, the workers that will score it, and their plan."""
+
+    grid: Grid
+    workers: Workers
+    plan: SweepPlan
+
+
+def prepare(grid: Grid) -> Prepared:
+    """Count the workers, and plan the grid for them. Raises: SweepError: wrong input; nothing has been written."""
+    workers = pick_workers(grid.points[0].cluster)
+    return Prepared(grid=grid, workers=workers, plan=plan_sweep(grid.points, workers.device, workers.nodes))
+
+
 def run(overrides: Sequence[str], *, multirun: bool, console: Console) -> int:
-    """Score the cells of a grid that the store lacks, publish all reports, and print the most sensitive layers.
+    """Score the grid that overrides span: see `run_prepared`.
 
     Args:
         overrides: Hydra overrides, with comma lists if `multirun`.
         multirun: whether comma lists span a grid.
         console: that progress and results are printed on.
+    """
+    started = time.monotonic()
+    return run_prepared(prepare(expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)), console, started)
+
+
+def run_prepared(prepared: Prepared, console: Console, started: float) -> int:
+    """Score the cells of a grid that the store lacks, publish all reports, and print the most sensitive layers.
+
+    Args:
+        prepared: the grid.
+        console: that progress and results are printed on.
+        started: when the command has begun, by the monotonic clock.
 
     Returns: exit code: 0 done, 3 some trials failed, 75 interrupted.
 
     Raises: SweepError: wrong input; nothing has been written.
     """
-    started = time.monotonic()
-    grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
+    grid, workers, plan = prepared.grid, prepared.workers, prepared.plan
     base = grid.points[0]
-    workers = pick_workers(base.cluster)
     for node in workers.nodes:
         if node.warning is not None:
             console.print(node.warning, style="yellow", highlight=False, soft_wrap=True)
-    plan = plan_sweep(grid.points, workers.device, workers.nodes)
     store = Store(base.store.uri)
     store.files.check_writable("store.uri")
     store.drop_leftovers()

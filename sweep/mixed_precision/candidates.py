@@ -97,16 +97,17 @@ def sized(candidates: Candidates) -> Candidates:
         return candidates
 
 
-def read_candidates(store: Store, overrides: Sequence[str]) -> Candidates:
+def read_candidates(store: Store, overrides: Sequence[str], points: Sequence[SweepConfig] | None = None) -> Candidates:
     """Read the candidates that a store's finished trials give, of the largest size that was scored.
 
     Args:
         store: read only.
         overrides: Hydra's; those that name a property of trials select them.
+        points: what they compose to, if that is known.
 
     Raises: SweepError: no finished trials, or of several models, data sets, coverages or methods: one must be typed.
     """
-    points = expand(overrides, multirun=True).points
+    points = points or expand(overrides, multirun=True).points
     asked = points[0]
     rows = finished_trials(store, overrides, [to_plain(point) for point in points])
     configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}

@@ -1,9 +1,10 @@
 """A recipe with its model and calibration samples, as validation and export need them."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sweep.config.compose import expand
 from sweep.config.schema import ModelConfig, SweepConfig
@@ -14,6 +15,9 @@ from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_recipe
 from sweep.plan.subject import Model, checkpoint_dir, samples_of
 from sweep.plan.trials import Device
+
+if TYPE_CHECKING:
+    from workers.model.loading import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +31,25 @@ class RecipeContext:
     plan: Plan  # batches of these samples
 
 
-def load_model(context: RecipeContext, device: Device) -> Any:
-    """Load the model with its weights, in the precision that the config chooses for the device."""
-    return context.model.load(context.config.model.dtype_on(device), device)
+def load_model(context: RecipeContext, device: Device, *, as_worker: bool = True) -> "PreTrainedModel":
+    """The model with its weights, in the precision that the config chooses for the device; the last one is kept.
+
+    Args:
+        context: the model and its config.
+        device: that the model runs on.
+        as_worker: on a CPU, compute in one thread from now on, as the workers of a sweep do: more would change bits,
+            and crawl beside them.
+    """
+    if as_worker and device == "cpu":
+        import torch
+
+        torch.set_num_threads(1)
+    return _loaded(context.model, context.model.revision, context.config.model.dtype_on(device), device)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(model: Model, revision: str, dtype: str, device: str) -> "PreTrainedModel":
+    return model.load(dtype, device)
 
 
 def read_recipe(path: Path) -> MixedRecipe:

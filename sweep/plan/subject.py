@@ -123,8 +123,6 @@ class Model:
 
         from workers.model import loading
 
-        if device == "cpu":
-            torch.set_num_threads(1)  # as a sweep's workers: more would change bits, and crawl beside them
         return loading.load(self.path, dtype=getattr(torch, dtype), device=device)
 
 

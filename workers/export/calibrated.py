@@ -1,27 +1,23 @@
 """The quantizers of an export, calibrated on a CPU: a reader can repeat that arithmetic on any machine."""
 
 from collections.abc import Sequence
-from pathlib import Path
-
-import torch
 
 from sweep.core.batches import Batch
 from sweep.core.groups import Linear
 from sweep.formats.mixed import MixedRecipe
 from workers.export.folding import check_folds, output_scales
-from workers.model.loading import load
+from workers.model.loading import PreTrainedModel
 from workers.quant.applied import calibrated_model
 from workers.quant.linear import LinearQuant
 
 
 def calibrated(
-    path: Path, dtype: str, recipe: MixedRecipe, linears: Sequence[Linear], batches: Sequence[Batch]
+    model: PreTrainedModel, recipe: MixedRecipe, linears: Sequence[Linear], batches: Sequence[Batch]
 ) -> dict[str, LinearQuant]:
     """ModelOpt's calibration ranges and pre-quantization scales by module name, checked to be foldable.
 
     Args:
-        path: checkpoint directory.
-        dtype: the model's, by torch's name.
+        model: on the CPU; it is as it was afterwards.
         recipe: the format of each layer group.
         linears: of the whole model.
         batches: calibration samples.
@@ -29,7 +25,6 @@ def calibrated(
     Raises: Inexpressible: a pre-quantization scale that cannot be folded into the module before
         (workers.export.folding.check_folds).
     """
-    model = load(path, dtype=getattr(torch, dtype), device="cpu")
     quants = calibrated_model(model, batches, recipe)
     check_folds(model, output_scales(recipe, quants, linears), linears, batches)
     return quants

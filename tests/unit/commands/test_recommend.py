@@ -269,7 +269,7 @@ def test_a_page_of_someone_else_is_kept(
 
 
 def test_the_root_is_refused(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("sweep.commands.recommend.run")
+    monkeypatch.delattr("sweep.commands.recommend.run_prepared")
     assert "is the root of a file system" in refused("--bits", "5", *VLLM, "--out", "/")
 
 
