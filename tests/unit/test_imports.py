@@ -63,7 +63,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def imported_things(tree: ast.AST) -> Iterator[str]:
-    """Packages, and files beside them, that a file imports from sweep/ or workers/, for types alone too: ``sweep.core``."""
+    """Packages of sweep/ and workers/, and files beside them, that a file imports, types too: ``sweep.core``."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
