@@ -1,4 +1,4 @@
-"""What others may have put where a command writes, and how to see that all of it is still there."""
+"""Files, links and directories of others where a command writes, and how to see that all are still there."""
 
 import hashlib
 import json

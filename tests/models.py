@@ -118,7 +118,7 @@ def place_at(path: Path, kind: str = "qwen3_vl", *, n_captions: int = 128, **tex
 
 
 def overrides_of(place: Path) -> list[str]:
-    """What a user types for a place's model and captions."""
+    """Overrides of a place's model and captions, as a user types them."""
     return [
         "model=hf_causal_lm",
         f"model.path={place / 'model'}",

@@ -44,13 +44,13 @@ def measured(
     def score() -> None:
         warnings.extend(progress.warning for progress in scorer.score(tasks, plan) if progress.warning is not None)
 
-    before = scorer.info()["capture_seconds"]
+    before = scorer.info()["capture_seconds"] or 0.0
     with peak_gb(device) as peak:
         time = seconds(score, device)
     return {
         "budget_gb": budget,
         "seconds": time,
-        "capture_seconds": scorer.info()["capture_seconds"] - before,
+        "capture_seconds": (scorer.info()["capture_seconds"] or 0.0) - before,
         "warnings": warnings,
         **peak,
     }

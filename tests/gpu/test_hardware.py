@@ -1,4 +1,4 @@
-"""What nvidia-smi says to the driver, and CUDA to a worker, of the same GPU."""
+"""nvidia-smi tells the driver the same about a GPU as CUDA tells a worker."""
 
 from pathlib import Path
 

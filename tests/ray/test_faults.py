@@ -25,7 +25,7 @@ GRID = [
     "cluster.workers=1",
 ]
 SECRET = "hf_tokenThatMustNotBeWritten"
-# What Ray Tune takes from the environment of a driver, and what people keep secrets in.
+# Variables that Ray Tune takes from a driver's environment, and others in which people keep secrets.
 SECRETS = [
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",

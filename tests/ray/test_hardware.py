@@ -30,7 +30,7 @@ def write_gpu(folder: Path, name: str, capability: str) -> None:
 
 
 def examined(head: Head, store: Path, path: str) -> dict[str, tuple[str, str]]:
-    """What `sweep doctor` finds, from a driver with this PATH: verdict and text by subject."""
+    """Verdict and text of `sweep doctor` by subject, from a driver with this PATH."""
     own = ["cluster=auto", f"cluster.address={head.address}", f"store.uri={store}"]
     grid = ["-m", "quant_pair=wfp4_afp16,wint8_aint8", "quant_granularity=default,w_mx"]
     command = [sys.executable, "-c", DRIVER, "doctor", "--json", *grid, *own]

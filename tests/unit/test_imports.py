@@ -63,7 +63,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def imported_things(tree: ast.AST) -> Iterator[str]:
-    """What a file imports of what lies directly in sweep/ or workers/, for types alone too: ``sweep.core``."""
+    """Packages of sweep/ and workers/, and files beside them, that a file imports, types too: ``sweep.core``."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):

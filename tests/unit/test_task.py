@@ -1,4 +1,4 @@
-"""What a task needs of the machine."""
+"""The CUDA extensions of ModelOpt that a task needs."""
 
 from dataclasses import replace
 from typing import Any

@@ -4,16 +4,19 @@ One ordinary forward of a batch is recorded: the arguments with which each layer
 model added between layers. From a kept hidden state any range of layers then runs again, with the same bits.
 """
 
-from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sweep.core.errors import SweepError
 from workers.model.hooks import removed_after
-from workers.model.loading import PACKABLE
+from workers.model.loading import PACKABLE, PreTrainedModel
+
+# Keyword arguments of a decoder layer or of the text model: masks, positions, rotary embeddings, deepstack features.
+Arguments = dict[str, Tensor | Sequence[Tensor] | bool | None]
+_PreHook = Callable[[nn.Module, tuple[Tensor, ...], Arguments], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +37,11 @@ class Trace:
     """The recorded pass of one batch through the decoder layers."""
 
     # Inputs of the layers asked for, [batch, tokens, hidden]; n_layers: the input of the final norm.
-    hidden: dict[int, Tensor]
-    # Keyword arguments of each layer.
-    arguments: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
-    # By the layer after which they are added.
-    features: dict[int, Features] = field(default_factory=dict[int, Features])
+    hidden: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    arguments: list[Arguments] = field(default_factory=list[Arguments])  # of each layer
+    features: dict[int, Features] = field(
+        default_factory=dict[int, Features]
+    )  # by the layer after which they are added
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,26 +91,18 @@ class Decoder:
 
         Raises: RuntimeError: the model changes the hidden state between two layers in an unknown way.
         """
-        trace = Trace({})
-        with self._traced(trace, keep):
-            output = self.output(inputs)
-        return trace, output
-
-    @contextmanager
-    def _traced(self, trace: Trace, keep: Collection[int]) -> Generator[None]:
-        """Record the forward pass of the block in `trace`."""
+        trace = Trace()
         last_output: Tensor | None = None
 
-        def enter_text(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter_text(_module: nn.Module, _args: tuple[Tensor, ...], kwargs: Arguments) -> None:
             mask, values = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
-            if mask is not None and values is not None:
-                positions = mask.flatten().nonzero().flatten()
-                trace.features.update(
-                    {index: Features(positions, value.to(self.norm.weight.dtype)) for index, value in enumerate(values)}
-                )
+            if isinstance(mask, Tensor) and isinstance(values, Sequence):
+                positions, dtype = mask.flatten().nonzero().flatten(), next(self.norm.parameters()).dtype
+                for index, value in enumerate(values):
+                    trace.features[index] = Features(positions, value.to(dtype))
 
-        def enter(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(index: int) -> _PreHook:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: Arguments) -> None:
                 if last_output is not None and args[0] is not last_output and index - 1 not in trace.features:
                     raise RuntimeError(
                         f"The model changes the hidden state between decoder layers {index - 1} and {index} "
@@ -120,7 +115,7 @@ class Decoder:
 
             return hook
 
-        def leave(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        def leave(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
             nonlocal last_output
             last_output = output
 
@@ -131,18 +126,34 @@ class Decoder:
         handles += [layer.register_forward_hook(leave) for layer in self.layers]
         handles.append(self.text.register_forward_pre_hook(enter_text, with_kwargs=True))
         with removed_after(handles):
-            yield
+            return trace, self.output(inputs)
 
 
-def decoder_of(model: Any) -> Decoder | None:
+def decoder_of(model: nn.Module) -> Decoder | None:
     """The parts of a model, None for a type that is not among workers.model.loading.PACKABLE."""
-    if model.config.model_type not in PACKABLE:
+    if not isinstance(model, PreTrainedModel) or model.config.model_type not in PACKABLE:
         return None
-    name, text = next(
+    name, layers = next(
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "layers", None), nn.ModuleList)
+        if name.endswith(".layers") and isinstance(module, nn.ModuleList)
     )
+    text = model.get_submodule(name.removesuffix(".layers"))
+    head_name, head = head_of(model)
+    return Decoder(
+        model.get_submodule("model"), text, tuple(layers), text.get_submodule("norm"), head, head_name, f"{name}."
+    )
+
+
+def head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:
+    """The output layer and its name.
+
+    Raises: SweepError: it is not a linear without a bias.
+    """
     head = model.get_output_embeddings()
-    head_name = next(name for name, module in model.named_modules() if module is head)
-    return Decoder(model.model, text, tuple(text.layers), text.norm, head, head_name, f"{name}.layers.")
+    if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
+        raise SweepError(
+            f"{type(model).__name__} has no output layer to compare logits of. "
+            "Only causal language models can be validated."
+        )
+    return next(name for name, module in model.named_modules() if module is head), head

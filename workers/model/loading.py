@@ -9,7 +9,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sweep.core.errors import SweepError
@@ -22,15 +22,8 @@ PACKABLE = frozenset({"qwen3_vl", "qwen2", "qwen3", "llama", "mistral"})
 
 # The errors that transformers raises on a config.json or on weights that make no model.
 _UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    ArithmeticError,
-    StrictDataclassError,
-    SafetensorError,
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError),
+    *(StrictDataclassError, SafetensorError),
 )
 
 
@@ -56,7 +49,7 @@ def local_checkpoint(path: str) -> Path:
     return directory
 
 
-def read_config(path: Path) -> Any:
+def read_config(path: Path) -> PreTrainedConfig:
     """The checkpoint's transformers configuration; code from the checkpoint is never run.
 
     Raises: SweepError: unreadable, or a model that needs its own code.
@@ -103,7 +96,7 @@ def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
     Raises: SweepError: the checkpoint has no tokenizer that loads.
     """
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except _UNREADABLE as error:
         raise SweepError(
             f"{path} has no tokenizer that loads: {_first_line(error)} Copy the model's tokenizer files there."
@@ -120,14 +113,10 @@ def image_tokens(path: Path) -> dict[str, int]:
     Raises: SweepError: a model without a Qwen3-VL style vision tower.
     """
     config = read_config(path)
-    vision: Any = getattr(config, "vision_config", None)
+    vision = getattr(config, "vision_config", None)
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id")
-    patch: Any = (
-        getattr(vision, "patch_size", None),
-        getattr(vision, "temporal_patch_size", None),
-        getattr(vision, "spatial_merge_size", None),
-    )
-    if patch != (16, 2, 2) or any(not hasattr(config, name) for name in names):
+    patch = [getattr(vision, f"{name}_size", None) for name in ("patch", "temporal_patch", "spatial_merge")]
+    if patch != [16, 2, 2] or any(not hasattr(config, name) for name in names):
         raise SweepError(
             "dataset=scenes needs a model that reads images in patches of 16 as Qwen3-VL does; "
             f"{config.model_type!r} does not. Choose a text data set."
@@ -136,7 +125,7 @@ def image_tokens(path: Path) -> dict[str, int]:
         "vision_start": config.vision_start_token_id,
         "vision_end": config.vision_end_token_id,
         "image_token": config.image_token_id,
-        "merge": patch[2],
+        "merge": config.vision_config.spatial_merge_size,
     }
 
 
@@ -193,7 +182,7 @@ def _no_model(path: Path, error: BaseException) -> SweepError:
     )
 
 
-def _model_class(config: Any) -> Any:
+def _model_class(config: PreTrainedConfig) -> Any:
     """The class that the checkpoint names, so that a vision-language model keeps its vision tower."""
     for architecture in config.architectures or ():
         if (found := getattr(transformers, architecture, None)) is not None:

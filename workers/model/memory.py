@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from sweep.core.batches import Batch, Plan
-from sweep.core.groups import ShapedGroup, is_vision
+from sweep.core.groups import Part, ShapedGroup, is_vision
 from workers.task import Task
 
 # One batch's activations that the backward pass needs, over the x and g that one batch adds to the capture: attention,
@@ -98,6 +98,19 @@ def needed_bytes(parts: Sequence[Sequence[ShapedGroup]], work: Workload) -> int:
 def whole_bytes(groups: Sequence[ShapedGroup], work: Workload) -> int:
     """Bytes that a sweep takes that captures everything at once."""
     return fixed_bytes(groups, work) + capture_bytes(groups, work)
+
+
+def part_windows(parts: Sequence[Part], work: Workload, n_bytes: float, n_halvings: int = 0) -> list[list[Part]]:
+    """Parts that are captured together: in windows that leave room for all else that scoring takes.
+
+    Args:
+        parts: in the model's order.
+        work: of scoring them.
+        n_bytes: of memory.
+        n_halvings: of what is left for x and g, after running out of memory.
+    """
+    room = (n_bytes - fixed_bytes([group for part in parts for group in part.groups], work)) / 2**n_halvings
+    return windows(parts, [capture_bytes(part.groups, work) for part in parts], room)
 
 
 def windows(parts: Sequence[T], sizes: Sequence[int], room: float) -> list[list[T]]:

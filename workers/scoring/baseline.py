@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from sweep.core.batches import Batch
 from workers.model.decoder import Trace, decoder_of
 from workers.model.forward import batch_to, labels_of
 from workers.model.graphs import LayerGraphs
-from workers.model.hooks import removed_after
+from workers.model.hooks import inputs_seen
 from workers.model.memory import HEAD_ROWS
 from workers.scoring.capture import Segments, layout_of
 from workers.scoring.divergence import divergence
@@ -40,7 +40,7 @@ class Baseline:
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, segments: Segments, modules: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, segments: Segments, modules: Sequence[str]) -> None:
         """Run the model.
 
         Args:
@@ -59,8 +59,7 @@ class Baseline:
             self._runs = [self._run(segment, batch) for segment, batches in enumerate(segments) for batch in batches]
         self._layer, self._hidden = 0, self._embedded()
         self._log_probs: dict[int, Tensor] = {}
-        self._graphs: dict[int, LayerGraphs] = {}
-        self._pool: Any = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._graphs: LayerGraphs | None = None
         self._room = torch.cuda.mem_get_info(self._device)[0] // 2 if self._device.type == "cuda" else _CPU_BYTES
         self.first_broken_sample = self._first_broken_sample()
 
@@ -109,9 +108,9 @@ class Baseline:
         hidden, n_layers = self._hidden[number], len(self.decoder.layers)
         if not hidden.is_cuda:
             return self.decoder.run(trace, hidden, layer, n_layers)
-        if number not in self._graphs:
-            self._graphs[number] = LayerGraphs(self.decoder, trace, self._pool)
-        return self._graphs[number].run(self.decoder.run(trace, hidden, layer, layer + 1), layer + 1)
+        if self._graphs is None:
+            self._graphs = LayerGraphs(self.decoder)
+        return self._graphs.run(number, trace, self.decoder.run(trace, hidden, layer, layer + 1), layer + 1)
 
     def divergence_in_head(self, number: int, change_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """KL divergence of each prediction in nats, [predictions] float64, when only the head changes.
@@ -156,15 +155,12 @@ class Baseline:
         return [run.trace.hidden[0] for run in self._runs if run.trace is not None]
 
     def _first_broken_sample(self) -> int | None:
-        finite = torch.cat([torch.isfinite(run.output_TH).all(1) for run in self._runs]).tolist()
         unseen = self.decoder is None  # then outputs lack each sample's last row, which predicts nothing
-        owners = (
-            sample
-            for run in self._runs
-            for sample, length in zip(run.batch.order, run.batch.lengths, strict=True)
-            for _ in range(length - unseen)
-        )
-        return min((sample for sample, is_finite in zip(owners, finite, strict=True) if not is_finite), default=None)
+        broken: list[int] = []
+        for run in self._runs:
+            finite = torch.isfinite(run.output_TH).all(1).cpu().split([length - unseen for length in run.batch.lengths])
+            broken += [sample for sample, rows in zip(run.batch.order, finite, strict=True) if not rows.all()]
+        return min(broken, default=None)
 
 
 class _InputRanges:
@@ -181,12 +177,7 @@ class _InputRanges:
     @contextmanager
     def recorded(self, model: nn.Module, modules: Sequence[str]) -> Generator[None]:
         """Record the inputs of these modules in every forward pass of the block."""
-
-        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _module, args: self.record(name, args[0])
-
-        handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
-        with removed_after(handles):
+        with inputs_seen(model, modules, self.record):
             yield
         self._last = None
 

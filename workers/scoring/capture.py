@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,24 @@ class Layout:
     def sample_of(self, row: int) -> int:
         """Data set index of the sample that a row belongs to."""
         return self.samples[int(torch.searchsorted(self.lengths.cumsum(0), row, right=True))]
+
+    def sample_sums(self, by_row: Tensor, n_segments: int = 0) -> Tensor:
+        """Sums over the rows of each sample, [samples, ...] in the order of the rows.
+
+        Args:
+            by_row: [rows, ...].
+            n_segments: leading segments whose rows these are; 0: all.
+        """
+        lengths = self.lengths[: self.sample_ends[n_segments - 1]].to(by_row.device)
+        # unsafe: a check of the lengths would wait for the GPU.
+        return torch.segment_reduce(by_row, "sum", lengths=lengths, axis=0, unsafe=True)
+
+    def in_order(self, by_sample: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Values of leading samples, [..., samples] in the order of the rows, in data set order."""
+        samples = list(self.samples[: by_sample.shape[-1]])
+        found = np.zeros((*by_sample.shape[:-1], max(samples) + 1))
+        found[..., samples] = by_sample
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,25 +216,22 @@ class Recorder:
 
     def rows(self) -> dict[str, Rows]:
         """The recorded rows, by module name."""
-        amaxes: dict[int, tuple[float, ...]] = {}
-        ranges: dict[int, dict[tuple[str, int], Tensor]] = {}
-        for buffer in self._buffers.values():
+        found: dict[str, Rows] = {}
+        shared: dict[_Buffer, tuple[tuple[float, ...], dict[tuple[str, int], Tensor]]] = {}  # ranges, by owner of x
+        for name, buffer in self._buffers.items():
             if buffer.shares is None:
-                segment_rows = [end - start for start, end in pairwise((0, *buffer.layout.ends))]
-                parts = buffer.x_TI.split(segment_rows)
-                amaxes[id(buffer.x_TI)] = tuple(torch.stack([_amax(part) for part in parts]).tolist())
-                ranges[id(buffer.x_TI)] = {}
-        return {
-            name: Rows(
+                parts = buffer.x_TI.split([end - start for start, end in pairwise((0, *buffer.layout.ends))])
+                shared[buffer] = tuple(torch.stack([_amax(part) for part in parts]).tolist()), {}
+            input_amaxes, input_ranges = shared[buffer.shares or buffer]
+            found[name] = Rows(
                 x_TI=buffer.x_TI,
                 g_TO=buffer.g_TO,
                 y_square_sums=tuple(buffer.y_square_sums.tolist()),
-                input_amaxes=amaxes[id(buffer.x_TI)],
+                input_amaxes=input_amaxes,
                 layout=buffer.layout,
-                input_ranges=ranges[id(buffer.x_TI)],
+                input_ranges=input_ranges,
             )
-            for name, buffer in self._buffers.items()
-        }
+        return found
 
     def _layout(self, name: str, n_rows: int) -> Layout:
         n_patches = sum(self._batch.patch_counts) if is_vision(name) else 0

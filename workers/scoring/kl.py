@@ -6,41 +6,27 @@ state: the difference of two outputs of the head would cancel, and bf16 logits w
 effect.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from sweep.core.sizes import SIZES
-from sweep.formats.quantizer import Quantizer
+from workers.model.hooks import replaced_forwards
 from workers.quant import kernels
-from workers.quant.modelopt import Quantizers, quantized
+from workers.quant.modelopt import Quantizers, TensorQuantizer, quantized
 from workers.scoring.baseline import Baseline
-from workers.scoring.capture import Segments, square_sum
+from workers.scoring.capture import Segments
 from workers.scoring.gradient import Job
 from workers.scoring.host_copy import start_host_copy
-from workers.scoring.scores import GroupScore, NotFinite, Scores, not_finite_weight
-
-
-@dataclass(frozen=True, slots=True)
-class _Linear:
-    """One linear of a layer group under one recipe."""
-
-    weight_OI: Tensor  # quantized, model dtype
-    delta_OI: Tensor | None  # its change; None: left unquantized
-    dw_square_sum: Tensor | float
-    inputs: "_SharedInput | None" = None  # None: left unquantized
+from workers.scoring.scores import GroupScore, NotFinite, Scores, first_not_finite
+from workers.scoring.weights import QuantizedWeight, Weights
 
 
 class KlEngine:
     """Scores layer groups by KL divergence on one model and data set; keeps quantizers and ranges between calls."""
 
-    def __init__(self, model: Any, segments: Segments, modules: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, segments: Segments, modules: Sequence[str]) -> None:
         """Run the unquantized model once.
 
         Args:
@@ -50,9 +36,7 @@ class KlEngine:
         """
         self._model = model
         self._base = Baseline(model, segments, modules)
-        self._quantizers, self._input_quantizers = Quantizers(), dict[int, Quantizers]()
-        self._finite: dict[str, bool] = {}  # by module, of the weights checked so far
-        self._weight_squares: dict[str, Tensor] = {}
+        self._weights, self._input_quantizers = Weights(), dict[int, Quantizers]()
 
     @torch.no_grad()
     def score_group(self, modules: Sequence[str], jobs: Sequence[Job]) -> Callable[[], list[Scores] | None]:
@@ -67,47 +51,47 @@ class KlEngine:
             the square sums of outputs are 0, since the group's own outputs are not recorded. Call it after the next
             group has been started, so that the GPU never waits.
         """
-        called = [name for name in modules if name in self._base.inputs.amaxes]
-        if not called:
+        weights = {
+            name: self._model.get_parameter(f"{name}.weight").detach()
+            for name in modules
+            if name in self._base.inputs.amaxes
+        }
+        if not weights:
             return lambda: None
-        if (text := self._not_finite(called)) is not None:
-            broken: list[Scores] = [NotFinite(f"Layer group {modules[0]} under {job.name}: {text}") for job in jobs]
-            return lambda: broken
-        started = [self._start(called, job) for job in jobs]
-        return lambda: [finish(modules[0]) for finish in started]
+        reason, sample = self._weights.not_finite(weights), self._base.first_broken_sample
+        if reason is None and sample is not None:
+            reason = f"the unquantized model's output for sample {sample} is NaN or infinite."
+        if reason is not None:
+            return lambda: [NotFinite.of(modules[0], job.name, reason) for job in jobs]
+        started = [self._start(modules[0], weights, job) for job in jobs]
+        return lambda: [finish() for finish in started]
 
-    def _start(self, modules: Sequence[str], job: Job) -> Callable[[str], Scores]:
-        fused = (
-            {name: self._model.get_submodule(name).weight.detach() for name in modules} if job.format.is_fused else None
-        )
-        linears = {name: self._linear(name, job.format.weight, fused) for name in modules}
+    def _start(self, group: str, weights: Mapping[str, Tensor], job: Job) -> Callable[[], Scores]:
+        fused = weights if job.format.is_fused else None
+        linears = {
+            name: self._weights.quantized(name, job.format.weight, weight, fused) for name, weight in weights.items()
+        }
         by_size: dict[str, Tensor] = {}  # [samples] float64, in the order of the rows
         if job.format.calibrates_inputs:
-            by_size |= {
-                size: self._samples(self._with_inputs(linears, job, n_segments), n_segments)
-                for size, n_segments in job.sizes.items()
-            }
+            by_size |= {size: self._samples(linears, job, n_segments) for size, n_segments in job.sizes.items()}
         else:
-            n_segments = max(job.sizes.values())
-            by_size |= dict.fromkeys(job.sizes, self._samples(self._with_inputs(linears, job, n_segments), n_segments))
-        amaxes = torch.stack([self._base.inputs.amaxes[name].amax(1) for name in modules]).amax(0).double()
+            by_size |= dict.fromkeys(job.sizes, self._samples(linears, job, max(job.sizes.values())))
+        amaxes = torch.stack([self._base.inputs.amaxes[name].amax(1) for name in linears]).amax(0).double()
         squares = amaxes.new_zeros(2)
         for name, linear in linears.items():
             squares[0] += linear.dw_square_sum
-            squares[1] += self._weight_square(name)
+            squares[1] += self._weights.square(name, weights[name])
         samples_on_host = {size: start_host_copy(samples) for size, samples in by_size.items()}
         rest_on_host = start_host_copy(torch.cat([squares, amaxes]))
 
-        def finish(group: str) -> Scores:
+        def finish() -> Scores:
             dw_square, w_square, *input_amaxes = rest_on_host().tolist()
             found: dict[str, GroupScore] = {}
             for size, n_segments in job.sizes.items():
-                scores = self._in_order(samples_on_host[size](), size, n_segments)
-                if not np.isfinite(scores).all():
-                    first = int(np.flatnonzero(~np.isfinite(scores))[0])
-                    return NotFinite(
-                        f"Layer group {group} under {job.name}: the KL divergence of sample {first} is NaN or infinite."
-                    )
+                n_samples = self._base.layout.sample_ends[n_segments - 1]
+                scores = self._base.layout.in_order(samples_on_host[size]()[:n_samples].numpy())
+                if (reason := first_not_finite(scores, "KL divergence")) is not None:
+                    return NotFinite.of(group, job.name, reason)
                 found[size] = GroupScore(
                     score=float(scores.sum()),
                     sample_scores=scores,
@@ -121,28 +105,24 @@ class KlEngine:
 
         return finish
 
-    def _samples(self, linears: Mapping[str, _Linear], n_segments: int) -> Tensor:
-        """KL divergence of each sample of leading segments, [samples] in the order of the rows."""
+    def _samples(self, weights: Mapping[str, QuantizedWeight], job: Job, n_segments: int) -> Tensor:
+        """KL divergence of each sample of leading segments, [samples] in the order of the rows.
+
+        The ranges of the inputs are set by the same segments.
+        """
         base, batches = self._base, self._base.batches(n_segments)
-        if base.decoder is not None and base.decoder.head_name in linears:
-            (linear,) = linears.values()
-            rows = [base.divergence_in_head(number, _change(linear)) for number in batches]
+        inputs = self._shared_inputs(weights, job, n_segments)
+        if base.decoder is not None and base.decoder.head_name in weights:
+            ((name, weight),) = weights.items()
+            rows = [base.divergence_in_head(number, _change(weight, inputs.get(name))) for number in batches]
         else:
-            layer = self._first_layer(linears)
+            layer = self._first_layer(weights)
             if layer is not None:
                 base.start_at(layer)
-            with self._replaced(linears):
+            forwards = {name: self._forward(name, weight, inputs.get(name)) for name, weight in weights.items()}
+            with replaced_forwards(self._model, forwards):  # Q(x) Q(W)^T
                 rows = [base.divergence_after(number, layer) for number in batches]
-        lengths = base.layout.lengths[: base.layout.sample_ends[n_segments - 1]]
-        # unsafe: a check of the lengths would wait for the GPU.
-        return torch.segment_reduce(torch.cat(rows), "sum", lengths=lengths, unsafe=True)
-
-    def _in_order(self, samples: Tensor, size: str, n_segments: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """Sample scores in data set order."""
-        n_samples = self._base.layout.sample_ends[n_segments - 1]
-        scores = np.zeros(SIZES[size])
-        scores[list(self._base.layout.samples[:n_samples])] = samples[:n_samples].numpy()
-        return scores
+        return base.layout.sample_sums(torch.cat(rows), n_segments)
 
     def _first_layer(self, modules: Iterable[str]) -> int | None:
         """The decoder layer that a group is in; None: the whole model must run."""
@@ -151,62 +131,30 @@ class KlEngine:
         layers = [self._base.decoder.layer_of(name) for name in modules]
         return None if None in layers else min(layer for layer in layers if layer is not None)
 
-    @contextmanager
-    def _replaced(self, linears: Mapping[str, _Linear]) -> Generator[None]:
-        """Have the group's linears compute Q(x) Q(W)^T until the block ends."""
-        replaced = {name: self._model.get_submodule(name) for name in linears}
-        for name, module in replaced.items():
-            module.forward = _forward(linears[name], module.bias)
-        try:
-            yield
-        finally:
-            for module in replaced.values():
-                del module.forward  # the instance's attribute: the class's method is in force again
-
-    def _linear(self, name: str, attributes: Quantizer | None, fused: Mapping[str, Tensor] | None) -> _Linear:
-        weight = self._model.get_submodule(name).weight.detach()
-        if attributes is None:
-            return _Linear(weight, None, 0.0)
-        quantizer = self._quantizers.weight(name, attributes, weight, fused)
-        return _Linear(*kernels.deltas(quantized(quantizer, weight), weight))
-
-    def _with_inputs(self, linears: Mapping[str, _Linear], job: Job, n_segments: int) -> Mapping[str, _Linear]:
-        """The linears with one quantizer for each distinct input tensor, its range set by leading segments."""
+    def _shared_inputs(self, modules: Iterable[str], job: Job, n_segments: int) -> dict[str, "_SharedInput"]:
+        """By module, one quantizer for each distinct input tensor; none if the job leaves inputs unquantized."""
+        shared: dict[str, _SharedInput] = {}  # by the first module with the same input
         if job.format.inputs is None:
-            return linears
-        shared: dict[str, _SharedInput] = {}
-        for name in linears:
-            source = self._base.inputs.source[name]
-            if source not in shared:
-                # `Quantizers` keeps one object for a recipe, but the input tensors of a group have a range each at the
-                # same time. A range is remembered as a weight's is: finding one makes the host wait for the GPU.
-                quantizers = self._input_quantizers.setdefault(len(shared), Quantizers())
-                amaxes = self._base.inputs.amaxes[source][:n_segments]
-                shared[source] = _SharedInput(quantizers.weight(f"{source} {n_segments}", job.format.inputs, amaxes))
-        return {
-            name: replace(linear, inputs=shared[self._base.inputs.source[name]]) for name, linear in linears.items()
-        }
+            return shared
+        sources = {name: self._base.inputs.source[name] for name in modules}
+        for source in dict.fromkeys(sources.values()):
+            # `Quantizers` keeps one object for a recipe, but the input tensors of a group have a range each at the
+            # same time. A range is remembered as a weight's is: finding one makes the host wait for the GPU.
+            quantizers = self._input_quantizers.setdefault(len(shared), Quantizers())
+            amaxes = self._base.inputs.amaxes[source][:n_segments]
+            shared[source] = _SharedInput(quantizers.weight(f"{source} {n_segments}", job.format.inputs, amaxes))
+        return {name: shared[source] for name, source in sources.items()}
 
-    def _weight_square(self, name: str) -> Tensor:
-        if name not in self._weight_squares:
-            self._weight_squares[name] = square_sum(self._model.get_submodule(name).weight.detach())
-        return self._weight_squares[name]
-
-    def _not_finite(self, modules: Sequence[str]) -> str | None:
-        """A message if the unquantized model has a NaN or an infinity, under which no recipe can be scored."""
-        for name in modules:
-            if name not in self._finite:
-                self._finite[name] = bool(torch.isfinite(self._model.get_submodule(name).weight).all())
-            if not self._finite[name]:
-                return not_finite_weight(name)
-        sample = self._base.first_broken_sample
-        return None if sample is None else f"the unquantized model's output for sample {sample} is NaN or infinite."
+    def _forward(self, name: str, weight: QuantizedWeight, inputs: "_SharedInput | None") -> Callable[[Tensor], Tensor]:
+        linear = self._model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return lambda x: F.linear(x if inputs is None else inputs(x), weight.quantized_OI, linear.bias)
 
 
 class _SharedInput:
     """Quantizes the input of several linears once."""
 
-    def __init__(self, quantizer: Any) -> None:
+    def __init__(self, quantizer: TensorQuantizer) -> None:
         self.quantizer = quantizer
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -216,20 +164,16 @@ class _SharedInput:
         return self._last[1]
 
 
-def _forward(linear: _Linear, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.linear(x if linear.inputs is None else linear.inputs(x), linear.weight_OI, bias)
-
-
-def _change(linear: _Linear) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function that gives the change of the linear's outputs at some rows: x dW^T + dx Q(W)^T."""
+def _change(weight: QuantizedWeight, inputs: _SharedInput | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function that gives the change of a linear's outputs at some rows: x dW^T + dx Q(W)^T."""
 
     def change(x_TI: Tensor, rows: Tensor) -> Tensor:
         terms: list[Tensor] = []
-        if linear.delta_OI is not None:
-            terms.append(F.linear(x_TI[rows], linear.delta_OI))
-        if linear.inputs is not None:
-            dx_TI = kernels.deltas(quantized(linear.inputs.quantizer, x_TI), x_TI)[1]
-            terms.append(F.linear(dx_TI[rows], linear.weight_OI))
+        if weight.delta_OI is not None:
+            terms.append(F.linear(x_TI[rows], weight.delta_OI))
+        if inputs is not None:
+            dx_TI = kernels.deltas(quantized(inputs.quantizer, x_TI), x_TI)[1]
+            terms.append(F.linear(dx_TI[rows], weight.quantized_OI))
         return terms[0].add_(terms[1]) if len(terms) == 2 else terms[0]
 
     return change

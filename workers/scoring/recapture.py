@@ -17,12 +17,11 @@ with these numbers, and once more from there, N times in all.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
@@ -52,7 +51,11 @@ class RecapturedScore:
 
 
 def recaptured_scores(
-    model: Any, recipe: MixedRecipe, formats: Mapping[str, Sequence[GroupFormat]], plan: Plan, room: float | None = None
+    model: nn.Module,
+    recipe: MixedRecipe,
+    formats: Mapping[str, Sequence[GroupFormat]],
+    plan: Plan,
+    room: float | None = None,
 ) -> list[RecapturedScore]:
     """Score formats of layer groups on their inputs and gradients in the model quantized by a recipe.
 
@@ -85,12 +88,12 @@ def recaptured_scores(
 
 
 def _scored(
-    model: Any, group: LayerGroup, formats: Sequence[GroupFormat], rows: Mapping[str, Rows], n_predictions: int
+    model: nn.Module, group: LayerGroup, formats: Sequence[GroupFormat], rows: Mapping[str, Rows], n_predictions: int
 ) -> Iterator[RecapturedScore]:
     called = [name for name in group.modules if name in rows]
     if not called:
         return
-    weights = {name: model.get_submodule(name).weight.detach() for name in called}
+    weights = {name: model.get_parameter(f"{name}.weight").detach() for name in called}
     first = rows[called[0]]
     batches = [part for part in first.x_TI.split(np.diff(first.layout.batch_ends).tolist()) if len(part)]
     for chosen in formats:
@@ -117,14 +120,11 @@ def _sample_scores(quant: LinearQuant, weight_OI: Tensor, rows: Rows) -> npt.NDA
     """Sum of (g dy)^2 of each sample, in data set order."""
     pieces = zip(rows.x_TI.split(_ROWS), rows.g_TO.split(_ROWS), strict=True)
     by_row = torch.cat([(output_error(quant, weight_OI, x) * g.float()).double().square().sum(1) for x, g in pieces])
-    by_sample = torch.segment_reduce(by_row, "sum", lengths=rows.layout.lengths, unsafe=True)
-    found = np.zeros(max(rows.layout.samples) + 1)
-    found[list(rows.layout.samples)] = by_sample.cpu().numpy()
-    return found
+    return rows.layout.in_order(rows.layout.sample_sums(by_row).cpu().numpy())
 
 
 def _windows(
-    model: Any, groups: Sequence[LayerGroup], segments: Segments, room: float | None
+    model: nn.Module, groups: Sequence[LayerGroup], segments: Segments, room: float | None
 ) -> list[list[LayerGroup]]:
     """Decoder layers whose x and g fit in memory together; a layer stays whole."""
     parameter = next(model.parameters())
@@ -134,7 +134,7 @@ def _windows(
     parts = [list(members) for _, members in groupby(groups, key=lambda group: group.part)]
     sizes: list[int] = []
     for part in parts:
-        shapes = [model.get_submodule(name).weight.shape for name in _modules(part)]
+        shapes = [model.get_parameter(f"{name}.weight").shape for name in _modules(part)]
         sizes.append(sum(map(sum, shapes)) * row_bytes)
     return [list(chain.from_iterable(window)) for window in memory.windows(parts, sizes, room)]
 

@@ -1,7 +1,9 @@
 """Scores and error sums of one layer group under one recipe."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -10,20 +12,43 @@ import numpy.typing as npt
 class NotFinite(ArithmeticError):
     """A NaN or an infinity; names the layer group, the recipe and the first sample. The trial fails, others go on."""
 
+    @classmethod
+    def of(cls, group: str, recipe: str, reason: str) -> Self:
+        """The error of a layer group under a recipe."""
+        return cls(f"Layer group {group} under {recipe}: {reason}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupScore:
     """Score and error sums of one layer group under one recipe, in one calibration size, over all its linears."""
 
     score: float  # the sum of `sample_scores`
-    sample_scores: npt.NDArray[
-        np.float64
-    ]  # [n_samples], in data set order; 0 for a sample that never reached the group
+    # [n_samples], in data set order; 0 for a sample that never reached the group
+    sample_scores: npt.NDArray[np.float64]
     dy_square_sum: float  # of the errors of the outputs
     y_square_sum: float  # of the unquantized outputs
     dw_square_sum: float  # of the errors of the weights
     w_square_sum: float  # of the unquantized weights
     input_amax: float  # largest |x|
+
+    @property
+    def output_rel_error(self) -> float | None:
+        """sqrt(sum dy^2 / sum y^2); None: the outputs are 0, or not recorded."""
+        return _ratio(self.dy_square_sum, self.y_square_sum)
+
+    @property
+    def output_sqnr_db(self) -> float | None:
+        """-20 log10 of `output_rel_error`; None: there is no error."""
+        return -20 * math.log10(self.output_rel_error) if self.output_rel_error else None
+
+    @property
+    def weight_rel_error(self) -> float | None:
+        """sqrt(sum dW^2 / sum W^2); None: the weights are 0."""
+        return _ratio(self.dw_square_sum, self.w_square_sum)
+
+
+def _ratio(error_square: float, signal_square: float) -> float | None:
+    return math.sqrt(error_square / signal_square) if signal_square else None
 
 
 Scores = Mapping[str, GroupScore] | NotFinite  # by size
@@ -32,6 +57,13 @@ PartScores = Mapping[str, Sequence[GroupScore | float | None]]
 Measured = PartScores | NotFinite
 
 
-def not_finite_weight(module: str) -> str:
-    """The reason why no recipe of a module can be scored: a NaN or an infinity in its weight."""
-    return f"the weight of {module} is NaN or infinite. Compare the checkpoint's checksum with the published one."
+def first_not_finite(sample_scores: npt.NDArray[np.float64], what: str) -> str | None:
+    """A reason that names the first sample with a NaN or an infinity, None if there is none.
+
+    Args:
+        sample_scores: [samples], in data set order.
+        what: they are, in the words of the reason.
+    """
+    if np.isfinite(sample_scores).all():
+        return None
+    return f"the {what} of sample {int(np.flatnonzero(~np.isfinite(sample_scores))[0])} is NaN or infinite."

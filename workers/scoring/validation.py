@@ -3,7 +3,6 @@
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +14,10 @@ from sweep.core.errors import SweepError
 from sweep.core.groups import LayerGroup
 from sweep.formats.format import Format
 from sweep.formats.mixed import MixedRecipe
+from workers.model.decoder import head_of
 from workers.model.forward import batch_to, labels_of
 from workers.model.hooks import removed_after
+from workers.model.loading import PreTrainedModel
 from workers.model.memory import HEAD_ROWS
 from workers.quant.applied import applied, calibrated_groups, output_error
 from workers.quant.linear import LinearQuant
@@ -51,7 +52,7 @@ class Validator:
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         """Run the unquantized model once.
 
         Args:
@@ -60,14 +61,7 @@ class Validator:
 
         Raises: SweepError: the model's output layer is not a linear without a bias.
         """
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
-            raise SweepError(
-                f"{type(model).__name__} has no output layer to compare logits of. "
-                "Only causal language models can be validated."
-            )
-        self._model, self._head = model, head
-        self._head_name = next(name for name, module in model.named_modules() if module is head)
+        self._model, (self._head_name, self._head) = model, head_of(model)
         self._batches = list(batches)
         self._base = [self._hidden(batch) for batch in self._batches]
 
@@ -144,7 +138,7 @@ def _input_of(head: nn.Linear) -> Generator[Callable[[], Tensor]]:
 
 
 def measurer(
-    model: Any,
+    model: PreTrainedModel,
     groups: Sequence[LayerGroup],
     recipes: Sequence[MixedRecipe],
     calibration: Sequence[Batch],

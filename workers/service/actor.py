@@ -150,7 +150,7 @@ class _PartQueue:
 class _Rows:
     """Rows that one assignment has put into the store, for the metrics."""
 
-    def __init__(self, info: Callable[[], Mapping[str, float]], metrics: WorkerMetrics) -> None:
+    def __init__(self, info: Callable[[], Mapping[str, float | None]], metrics: WorkerMetrics) -> None:
         self._info, self._metrics = info, metrics
         self._rows: dict[str, int] = {}  # by task id, those found in the store not counted
         self._reported = 0
@@ -168,4 +168,4 @@ class _Rows:
 
     def _busy(self) -> float:
         info = self._info()
-        return time.monotonic() - info["load_seconds"] - info["capture_seconds"]
+        return time.monotonic() - (info["load_seconds"] or 0.0) - (info["capture_seconds"] or 0.0)

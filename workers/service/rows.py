@@ -1,10 +1,9 @@
 """Rows of one task's scores, and their parts and cells in the store. Needs neither PyTorch nor the scoring engines."""
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from sweep.core.groups import Part, ShapedGroup
@@ -13,6 +12,8 @@ from sweep.store.records import SCORES_SCHEMA
 from sweep.store.store import Store
 from workers.scoring.scores import GroupScore, PartScores
 from workers.task import Task
+
+_Cell = str | int | float | list[str] | npt.NDArray[np.float32] | None  # of a row of SCORES_SCHEMA
 
 
 class TaskWriter:
@@ -35,11 +36,8 @@ class TaskWriter:
     def write(self, part: str, measured: PartScores) -> None:
         """Put a part's rows into the store."""
         for size, scores in measured.items():
-            rows = [
-                self._row(group, size, _columns(score))
-                for group, score in zip(self._parts[part].groups, scores, strict=True)
-            ]
-            table = pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)
+            scored = zip(self._parts[part].groups, scores, strict=True)
+            table = pa.Table.from_pylist([self._row(size, *pair) for pair in scored], schema=SCORES_SCHEMA)
             self._store.write_part(self.task.cells[size], part, table)
             self._tables[size][part] = table
 
@@ -56,38 +54,29 @@ class TaskWriter:
             elif self._store.is_finished(cell_id):
                 self._store.drop_parts(cell_id)
 
-    def _row(self, group: ShapedGroup, size: str, columns: Mapping[str, Any]) -> dict[str, Any]:
-        n_predictions, score = self._n_predictions[size], columns["score"]
+    def _row(self, size: str, group: ShapedGroup, found: GroupScore | float | None) -> dict[str, _Cell]:
+        """A row of SCORES_SCHEMA; the measured columns are NULL for a group that was never called."""
+        n_predictions, score = self._n_predictions[size], found.score if isinstance(found, GroupScore) else found
         divisor = n_predictions if self.task.method == "kl_div" else 2 * n_predictions
-        return {
+        row: dict[str, _Cell] = {
             "cell_id": self.task.cells[size],
             "group": group.name,
             "modules": list(group.modules),
             "layer_index": group.layer_index,
+            "score": score,
             "sensitivity": None if score is None else score / n_predictions,
             "predicted_kl": None if score is None else score / divisor,
             "n_predictions": n_predictions,
             "n_samples": SIZES[size],
             "weight_elements": group.weight_elements,
             "effective_bits": self.task.format.effective_bits,
-            **columns,
         }
-
-
-def _columns(score: GroupScore | float | None) -> dict[str, Any]:
-    """The measured columns; all NULL for a group that was never called."""
-    if not isinstance(score, GroupScore):
-        return {"score": score}
-    relative = _ratio(score.dy_square_sum, score.y_square_sum)
-    return {
-        "score": score.score,
-        "output_rel_error": relative,
-        "output_sqnr_db": -20 * math.log10(relative) if relative else None,
-        "weight_rel_error": _ratio(score.dw_square_sum, score.w_square_sum),
-        "input_amax": score.input_amax,
-        "sample_scores": score.sample_scores.astype(np.float32),
-    }
-
-
-def _ratio(error_square: float, signal_square: float) -> float | None:
-    return math.sqrt(error_square / signal_square) if signal_square else None
+        if isinstance(found, GroupScore):
+            row |= {
+                "output_rel_error": found.output_rel_error,
+                "output_sqnr_db": found.output_sqnr_db,
+                "weight_rel_error": found.weight_rel_error,
+                "input_amax": found.input_amax,
+                "sample_scores": found.sample_scores.astype(np.float32),
+            }
+        return row

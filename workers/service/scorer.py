@@ -4,15 +4,14 @@ import math
 import socket
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from sweep.core.batches import Plan
 from sweep.core.errors import SweepError, Unfit
@@ -20,7 +19,7 @@ from sweep.core.groups import Part, ShapedGroup, parts_of
 from sweep.core.machine import Gpu, Hardware, has_compiler, memory_gb, n_cores
 from sweep.store.store import Store
 from workers.model import loading, memory
-from workers.model.hooks import removed_after
+from workers.model.hooks import inputs_seen
 from workers.quant.modelopt import auto_quantize_scores
 from workers.scoring.capture import Rows, capture
 from workers.scoring.gradient import Engine, Job
@@ -32,13 +31,14 @@ from workers.service.node import first_alone
 from workers.service.rows import TaskWriter
 from workers.service.task_state import TaskState
 from workers.service.writers import Writers
-from workers.task import ModelSpec, Progress, Task, part_names
+from workers.task import ModelSpec, Progress, Task
 
 _MAX_HALVINGS = 8
 _MAX_WRITERS = 8  # that put parts on disk while the next layer is scored
 
 _Waiting = Callable[[], list[Scores] | None]  # see Engine.score_group
 _Start = Callable[[ShapedGroup, Sequence[Job]], _Waiting]
+_MeasuredPart = tuple[Part, Sequence[tuple[TaskState, Measured]]]  # of each task that still wanted the part
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,9 @@ class Scorer:
         self.device = torch.device(device)
         self.model_loads = 0
         self._clock = Clock(on_timed)
-        self._model: Any = None
+        self._model = nn.Module()  # none yet
         self._model_spec: ModelSpec | None = None
+        self._vocabulary = 0
         self._engines: dict[torch.device, Engine] = {}  # one for each device that holds layers
         self._captured: _Captured | None = None
         self._divergence: tuple[tuple[str, int, tuple[str, ...]], KlEngine] | None = None
@@ -103,7 +104,7 @@ class Scorer:
             isinstance(error, RuntimeError) and "CUDA error" in str(error)
         )
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> dict[str, float | None]:
         """The worker's figures so far.
 
         Returns: `model_loads`; seconds: `load_seconds`, `capture_seconds` (the unquantized model's passes),
@@ -140,16 +141,17 @@ class Scorer:
             torch.set_num_threads(1)  # more threads beside other workers cost 60x, and would change bits
         if spec == self._model_spec:
             return
-        self._model, self._model_spec, self._captured, self._divergence = None, None, None, None
+        self._model, self._model_spec, self._captured, self._divergence = nn.Module(), None, None, None
         self._engines.clear()
         with self._clock.timed("load_seconds"), first_alone(Path(spec.path)):
             try:
-                self._model = loading.load(
+                model = loading.load(
                     Path(spec.path), dtype=getattr(torch, spec.dtype), device=str(self.device), n_gpus=self._n_gpus
                 )
             except SweepError as error:
                 raise Unfit(str(error)) from error
-        self._model_spec = spec
+        self._model, self._model_spec = model, spec
+        self._vocabulary = model.config.get_text_config().vocab_size
         self.model_loads += 1
 
     def score(self, tasks: Sequence[Task], plan: Plan, names: Iterable[str] | None = None) -> Iterator[Progress]:
@@ -168,38 +170,33 @@ class Scorer:
             yield from self._score(tasks, plan, names)
 
     def _score(self, tasks: Sequence[Task], plan: Plan, names: Iterable[str] | None) -> Iterator[Progress]:
-        first = tasks[0]
-        self.load(first.model)
-        whole = parts_of(first.groups)
-        states = {task.task_id: TaskState(task, plan, whole, self.store) for task in tasks}
-        parts = _AssignedParts(whole, part_names(first) if names is None else names, states.values())
-        for state in states.values():
+        self.load(tasks[0].model)
+        assigned = _Assignment(tasks, plan, names, self.store)
+        for state in assigned.states:
             n_predictions = {size: plan.n_predictions(size) for size in state.task.cells}
-            self._writers.open(TaskWriter(state.task, n_predictions, whole, self.store.uri))
+            self._writers.open(TaskWriter(state.task, n_predictions, assigned.whole, self.store.uri))
             yield state.progress()
         while True:
             try:
-                yield from self._written(states, self._measured_parts(states, plan, parts))
+                yield from self._written(self._measured_parts(assigned))
                 break
             except torch.OutOfMemoryError as error:  # what is in the store stays; go on with half the window
                 traceback.clear_frames(error.__traceback__)  # they hold the memory
                 self._captured = self._divergence = None
                 torch.cuda.empty_cache()
+                text = f"Out of GPU memory: {_allocation(error)} more were needed."
                 if self._halvings == _MAX_HALVINGS:
-                    raise SweepError(
-                        f"{_out_of_memory(error)} Choose a smaller dataset.size or dataset.max_tokens, or a larger GPU."
-                    ) from error
+                    advice = "Choose a smaller dataset.size or dataset.max_tokens, or a larger GPU."
+                    raise SweepError(f"{text} {advice}") from error
                 self._halvings += 1
-                warning = f"{_out_of_memory(error)} Going on with a window of 1/{2**self._halvings} of the room."
-                yield replace(next(iter(states.values())).progress(), warning=warning)
-        closed = [self._writers.close(task_id, complete=state.failure is None) for task_id, state in states.items()]
-        for state, done in zip(states.values(), closed, strict=True):
+                warning = f"{text} Going on with a window of 1/{2**self._halvings} of the room."
+                yield replace(assigned.states[0].progress(), warning=warning)
+        closed = [self._writers.close(state.task.task_id, complete=state.failure is None) for state in assigned.states]
+        for state, done in zip(assigned.states, closed, strict=True):
             done.result()
             yield state.progress()
 
-    def _written(
-        self, states: Mapping[str, TaskState], measured: Iterable[tuple[Part, dict[str, Measured]]]
-    ) -> Iterator[Progress]:
+    def _written(self, measured: Iterable[_MeasuredPart]) -> Iterator[Progress]:
         """Put parts into the store while the next ones are scored."""
         # A task, a part's name, and the sizes that have the part once it is written.
         writing: deque[tuple[TaskState, str, Collection[str], Future[None]]] = deque()
@@ -212,38 +209,31 @@ class Scorer:
             return state.progress()
 
         for part, found in measured:
-            for task_id, scores in found.items():
-                state = states[task_id]
+            for state, scores in found:
                 if isinstance(scores, NotFinite):
                     state.failure = state.failure or str(self._explained(scores))
                     yield state.progress()
                 elif state.failure is None:
-                    writing.append((state, part.name, scores.keys(), self._writers.write(task_id, part.name, scores)))
+                    done = self._writers.write(state.task.task_id, part.name, scores)
+                    writing.append((state, part.name, scores.keys(), done))
             # Wait for the layer before: so at most one scored layer is lost with this process.
             while writing and (writing[0][3].done() or writing[0][1] != part.name):
                 yield written()
         while writing:
             yield written()
 
-    def _measured_parts(
-        self, states: Mapping[str, TaskState], plan: Plan, parts: "_AssignedParts"
-    ) -> Iterator[tuple[Part, dict[str, Measured]]]:
-        task = next(iter(states.values())).task
-        if task.engine == "modelopt":
-            return self._auto_quantize(states, plan, parts)
-        start = self._divergences if task.method == "kl_div" else self._layerwise
-        return self._ahead(states, start(states, plan, parts))
-
-    def _ahead(
-        self, states: Mapping[str, TaskState], starting: Iterable[tuple[Part, _Start]]
-    ) -> Iterator[tuple[Part, dict[str, Measured]]]:
+    def _measured_parts(self, assigned: "_Assignment") -> Iterator[_MeasuredPart]:
         """Start the groups of each part, and wait for their scores.
 
         On a GPU a part is started before the scores of the part before are waited for, so that the GPU always has work.
         """
+        task = assigned.states[0].task
+        if task.engine == "modelopt":
+            yield from self._auto_quantize(assigned)
+            return
         started: deque[tuple[Part, list[TaskState], list[_Waiting]]] = deque()
-        for part, start in starting:
-            wanting = [state for state in states.values() if state.wants(part)]
+        for part, start in (self._divergences if task.method == "kl_div" else self._layerwise)(assigned):
+            wanting = [state for state in assigned.states if state.wants(part)]
             if wanting:
                 jobs = [state.job(part) for state in wanting]
                 started.append((part, wanting, [start(group, jobs) for group in part.groups]))
@@ -252,15 +242,13 @@ class Scorer:
         for rest in started:
             yield _measured(*rest)
 
-    def _layerwise(
-        self, states: Mapping[str, TaskState], plan: Plan, parts: "_AssignedParts"
-    ) -> Iterator[tuple[Part, _Start]]:
+    def _layerwise(self, assigned: "_Assignment") -> Iterator[tuple[Part, _Start]]:
         """method=gradient: each part, and a function that starts the scoring of one of its groups."""
-        for window, rows in self._windows(states, plan, parts):
+        for window, rows in self._windows(assigned):
 
             def start(group: ShapedGroup, jobs: Sequence[Job], rows: Mapping[str, Rows] = rows) -> _Waiting:
-                weights = self._weights(group)
-                device = next(iter(weights.values())).device
+                weights = {name: self._model.get_parameter(f"{name}.weight").detach() for name in group.modules}
+                device = weights[group.name].device
                 if device not in self._engines:
                     self._engines[device] = Engine(device)
                 return self._engines[device].score_group(weights, rows, jobs)
@@ -268,56 +256,43 @@ class Scorer:
             for part in window:
                 yield part, start
 
-    def _divergences(
-        self, states: Mapping[str, TaskState], plan: Plan, parts: "_AssignedParts"
-    ) -> Iterator[tuple[Part, _Start]]:
+    def _divergences(self, assigned: "_Assignment") -> Iterator[tuple[Part, _Start]]:
         """method=kl_div: the same, from one pass of the unquantized model, which is kept for later tasks."""
-        task, n_segments = next(iter(states.values())).task, max(state.n_segments for state in states.values())
-        key = (task.plan_id, n_segments, modules_of(parts.whole))
-        for part in parts.wanted():
+        key = (assigned.states[0].task.plan_id, len(assigned.segments), modules_of(assigned.whole))
+        for part in assigned.wanted():
             self._captured = None
             if self._divergence is None or self._divergence[0] != key:
                 self._divergence = None  # frees its memory first
                 with self._clock.timed("capture_seconds"):
-                    self._divergence = key, KlEngine(self._model, plan.segments[:n_segments], key[2])
+                    self._divergence = key, KlEngine(self._model, assigned.segments, key[2])
             engine = self._divergence[1]
             yield part, lambda group, jobs, engine=engine: engine.score_group(group.modules, jobs)
 
-    def _windows(
-        self, states: Mapping[str, TaskState], plan: Plan, parts: "_AssignedParts"
-    ) -> Iterator[tuple[Sequence[Part], Mapping[str, Rows]]]:
+    def _windows(self, assigned: "_Assignment") -> Iterator[tuple[Sequence[Part], Mapping[str, Rows]]]:
         """The parts still to be scored, as they are assigned, with the captured rows of their linears.
 
         If memory holds all parts that the cells lack, these are captured, for later assignments too. Else an even share
         of the parts is taken at once, and captured in as many windows as it needs.
         """
-        tasks = [state.task for state in states.values()]
-        plan_id = tasks[0].plan_id
-        n_segments = max(state.n_segments for state in states.values())
-        work = memory.workload(
-            tasks, plan, n_segments, self._model_bytes(), self._model.config.get_text_config().vocab_size
-        )
+        tasks, plan = [state.task for state in assigned.states], assigned.plan
+        work = memory.workload(tasks, plan, len(assigned.segments), self._model_bytes(), self._vocabulary)
 
-        def windows(several: Sequence[Part]) -> Sequence[Sequence[Part]]:
-            sizes = [memory.capture_bytes(part.groups, work) for part in several]
-            groups = [group for part in several for group in part.groups]
-            room = (self._memory_bytes() - memory.fixed_bytes(groups, work)) / 2**self._halvings
-            return memory.windows(several, sizes, room)
+        def windows(parts: Sequence[Part]) -> list[list[Part]]:
+            return memory.part_windows(parts, work, self._memory_bytes(), self._halvings)
 
-        wanted = parts.wanted()
-        lacking = parts.lacking()
+        wanted = assigned.wanted()
+        lacking = assigned.lacking()
         held = self._captured is not None and {*modules_of(lacking)} <= self._captured.modules
         if held or not lacking or len(windows(lacking)) == 1:
             for part in wanted:  # among those lacking, unless its file was damaged
-                modules = modules_of(lacking if part in lacking else [*lacking, part])
-                yield [part], self._rows(plan_id, plan, n_segments, modules)
+                yield [part], self._rows(assigned, modules_of(lacking if part in lacking else [*lacking, part]))
             return
-        while several := list(islice(wanted, math.ceil(len(parts.whole) / self._n_workers))):
+        while several := list(islice(wanted, math.ceil(len(assigned.whole) / self._n_workers))):
             if len(found := windows(several)) == 1:
-                yield several, self._rows(plan_id, plan, n_segments, modules_of(several))
+                yield several, self._rows(assigned, modules_of(several))
                 continue
             self._captured = self._divergence = None
-            passes = captures(self._model, plan.segments[:n_segments], [modules_of(window) for window in found])
+            passes = captures(self._model, assigned.segments, [modules_of(window) for window in found])
             for index, rows in self._clock.timed_items("capture_seconds", passes):
                 yield found[index], rows
 
@@ -336,22 +311,16 @@ class Scorer:
         n_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
         return n_bytes // self._n_gpus
 
-    def _rows(self, plan_id: str, plan: Plan, n_segments: int, modules: tuple[str, ...]) -> Mapping[str, Rows]:
+    def _rows(self, assigned: "_Assignment", modules: tuple[str, ...]) -> Mapping[str, Rows]:
         """The captured rows of these modules at least, from the kept capture if it holds them."""
-        if (
-            (held := self._captured) is None
-            or held.plan_id != plan_id
-            or held.n_segments < n_segments
-            or not set(modules) <= held.modules
-        ):
+        plan_id, n_segments = assigned.states[0].task.plan_id, len(assigned.segments)
+        held = self._captured
+        if held is None or held.plan_id != plan_id or held.n_segments < n_segments or not set(modules) <= held.modules:
             self._captured = self._divergence = held = None  # frees its memory first
             with self._clock.timed("capture_seconds"):
-                rows = capture(self._model, plan.segments[:n_segments], modules)
+                rows = capture(self._model, assigned.segments, modules)
             self._captured = held = _Captured(plan_id, n_segments, frozenset(modules), rows)
         return held.rows
-
-    def _weights(self, group: ShapedGroup) -> dict[str, torch.Tensor]:
-        return {name: self._model.get_submodule(name).weight.detach() for name in group.modules}
 
     def _explained(self, error: NotFinite) -> NotFinite:
         """The error, naming the broken weight if there is one.
@@ -364,57 +333,57 @@ class Scorer:
             return error
         return NotFinite(f"{error} The checkpoint's {name} holds NaN or infinite values.")
 
-    def _auto_quantize(
-        self, states: Mapping[str, TaskState], plan: Plan, parts: "_AssignedParts"
-    ) -> Iterator[tuple[Part, dict[str, Measured]]]:
+    def _auto_quantize(self, assigned: "_Assignment") -> Iterator[_MeasuredPart]:
         """The cross-check: ModelOpt's own searcher, one recipe and size at a time."""
-        wanted = list(parts.wanted())
-        for task_id, state in states.items() if wanted else ():
+        wanted = list(assigned.wanted())
+        for state in assigned.states if wanted else ():
             task = state.task
             covered = [name for group in task.groups for name in group.modules]
             scores: dict[str, dict[str, float | None]] = {}
             for size in task.cells:
-                with _calls(self._model, covered) as called:
+                called: set[str] = set()  # by the copy of the model that ModelOpt makes: it scores 0 for the others
+                with inputs_seen(self._model, covered, lambda name, _, called=called: called.add(name)):
                     try:
+                        batches = list(assigned.plan.batches(size))
                         found = auto_quantize_scores(
-                            self._model, task.quant_cfg, task.format.algorithm, list(plan.batches(size)), covered
+                            self._model, task.quant_cfg, task.format.algorithm, batches, covered
                         )
                     except AssertionError as error:  # ModelOpt's calibrator met a NaN
-                        yield wanted[0], {task_id: NotFinite(f"{task.label}: ModelOpt {error}.")}
+                        yield wanted[0], [(state, NotFinite(f"{task.label}: ModelOpt {error}."))]
                         break
                 reached = [group.name for group in task.groups if not called.isdisjoint(group.modules)]
                 scores[size] = {group.name: None for group in task.groups} | {name: found.get(name) for name in reached}
             for part in wanted if len(scores) == len(task.cells) else ():
-                yield part, {task_id: _auto_quantize_scores(part, task.label, scores)}
+                yield part, [(state, _auto_quantize_scores(part, task.label, scores))]
 
 
-class _AssignedParts:
-    """The parts of an assignment, taken as they are asked for; from the first again after running out of memory."""
+class _Assignment:
+    """Tasks and their parts, taken as they are asked for; from the first again after running out of memory."""
 
-    def __init__(self, whole: tuple[Part, ...], names: Iterable[str], states: Iterable[TaskState]) -> None:
-        self.whole = whole
-        self._names, self._states, self._taken = iter(names), list(states), list[Part]()
-        self._by_name = {part.name: part for part in whole}
+    def __init__(self, tasks: Sequence[Task], plan: Plan, names: Iterable[str] | None, store: Store) -> None:
+        """Look up what the store has; see Scorer.score."""
+        self.plan, self.whole = plan, parts_of(tasks[0].groups)
+        self.states = [TaskState(task, plan, self.whole, store) for task in tasks]
+        self.segments = plan.segments[: max(state.n_segments for state in self.states)]
+        self._by_name = {part.name: part for part in self.whole}
+        self._names, self._taken = iter(self._by_name if names is None else names), list[Part]()
 
     def wanted(self) -> Iterator[Part]:
         """The parts that are still to be scored for some task."""
         yield from [part for part in self._taken if self._is_wanted(part)]
         for name in self._names:
             self._taken.append(part := self._by_name[name])
-            for state in self._states:
+            for state in self.states:
                 state.take(part)
             if self._is_wanted(part):
                 yield part
 
     def lacking(self) -> list[Part]:
         """All parts of the model that a cell of some task lacks, assigned or not."""
-        return [part for part in self.whole if self._is_lacking(part)]
-
-    def _is_lacking(self, part: Part) -> bool:
-        return any(state.lacks(part) for state in self._states)
+        return [part for part in self.whole if any(state.lacks(part) for state in self.states)]
 
     def _is_wanted(self, part: Part) -> bool:
-        return any(state.wants(part) for state in self._states)
+        return any(state.wants(part) for state in self.states)
 
 
 def modules_of(parts: Sequence[Part]) -> tuple[str, ...]:
@@ -422,45 +391,30 @@ def modules_of(parts: Sequence[Part]) -> tuple[str, ...]:
     return tuple(name for part in parts for group in part.groups for name in group.modules)
 
 
-def _out_of_memory(error: torch.OutOfMemoryError) -> str:
-    n_bytes = str(error).partition("Tried to allocate")[2].partition(". ")[0].strip()
-    return f"Out of GPU memory: {n_bytes} more were needed."
+def _allocation(error: torch.OutOfMemoryError) -> str:
+    """The size that could not be allocated."""
+    return str(error).partition("Tried to allocate")[2].partition(". ")[0].strip()
 
 
-def _measured(part: Part, states: Sequence[TaskState], waiting: Sequence[_Waiting]) -> tuple[Part, dict[str, Measured]]:
+def _measured(part: Part, states: Sequence[TaskState], waiting: Sequence[_Waiting]) -> _MeasuredPart:
     """Wait for a part's groups: the scores of each task by size, or NotFinite."""
     by_group = [wait() for wait in waiting]
-    result: dict[str, Measured] = {}
+    result: list[tuple[TaskState, Measured]] = []
     for index, state in enumerate(states):
         found = [None if scores is None else scores[index] for scores in by_group]
         broken = next((scores for scores in found if isinstance(scores, NotFinite)), None)
-        sizes = state.job(part).sizes
         whole = [scores for scores in found if not isinstance(scores, NotFinite)]
         by_size: dict[str, list[GroupScore | float | None]] = {}
-        for size in sizes:
+        for size in state.job(part).sizes:
             by_size[size] = [None if scores is None else scores[size] for scores in whole]
-        result[state.task.task_id] = broken or by_size
+        result.append((state, broken or by_size))
     return part, result
-
-
-@contextmanager
-def _calls(model: torch.nn.Module, modules: Sequence[str]) -> Generator[set[str]]:
-    """Collect the modules that a copy of the model, made in the block, calls: ModelOpt scores 0 for the others."""
-    called: set[str] = set()
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in modules
-    ]
-    with removed_after(handles):
-        yield called
 
 
 def _auto_quantize_scores(part: Part, label: str, scores: Mapping[str, Mapping[str, float | None]]) -> Measured:
     """A part's scores by size, from ModelOpt's by size and layer group."""
-    for group in part.groups:
-        if not all(math.isfinite(found[group.name] or 0.0) for found in scores.values()):
-            return NotFinite(f"Layer group {group.name} under {label}: its score is NaN or infinite.")
     names = [group.name for group in part.groups]
-    by_size: dict[str, list[GroupScore | float | None]] = {}
-    for size, found in scores.items():
-        by_size[size] = [found[name] for name in names]
-    return by_size
+    for name in names:
+        if not all(math.isfinite(found[name] or 0.0) for found in scores.values()):
+            return NotFinite.of(name, label, "its score is NaN or infinite.")
+    return {size: [found[name] for name in names] for size, found in scores.items()}

@@ -42,7 +42,7 @@ class Writers:
         self._turn = count()
         if processes:
             for executor in self._executors:
-                executor.submit(_nothing)  # starts the process now, not at the first part
+                executor.submit(int)  # starts the process now, not at the first part
 
     def open(self, writer: TaskWriter) -> None:
         """Prepare for a task's parts, to be written by `writer`."""
@@ -85,10 +85,6 @@ def _close(task_id: str, complete: bool) -> None:
     writer = _open.pop(task_id)
     if complete:
         writer.complete()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _end_with(parent: int) -> None:

@@ -266,7 +266,7 @@ def test_formats_are_calibrated_once_for_recipes_that_are_measured_together(
     assert together[2] == alone[0]
 
 
-def test_recaptured_damage_has_the_shape_of_the_options(
+def test_recaptured_kl_has_the_shape_of_the_options(
     tmp_path: Path, recipe: MixedRecipe, candidates: Candidates
 ) -> None:
     kl = recaptured_kl(context_at(recipe, tmp_path), recipe, candidates, "cpu")

@@ -1,4 +1,4 @@
-"""What was computed is read back as it was; an entry is right or absent."""
+"""A computed value is read back as it was; an entry is right or absent."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to a command, at any moment."""
+"""Ctrl-C and SIGTERM end a command cleanly, at any moment."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""What this machine has."""
+"""GPUs, cores and compiler of this machine, and recipes that are refused for want of them."""
 
 from pathlib import Path
 

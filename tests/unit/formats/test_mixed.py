@@ -60,7 +60,7 @@ def test_a_recipe_comes_back(recipe: MixedRecipe) -> None:
 
 
 def test_any_value_in_any_place_gives_a_recipe_or_one_message(document: dict[str, Any]) -> None:
-    """What is read can be written again and has a size; anything else that is raised fails the test."""
+    """A recipe that is read can be written again and has a size; anything but a SweepError fails the test."""
     refused = 0
     for path in places(document):
         for value in VALUES:

@@ -93,7 +93,7 @@ def test_one_group_diverges_as_the_kl_engine_measures(model: Any, name: str) -> 
 def test_the_loss_change_is_the_difference_of_two_cross_entropies(model: Any) -> None:
     recipe = recipe_of(model, [format_of("int4_block"), None, format_of("int8_static")], covered="language_model")
     quants = calibrated_model(model, list(PLAN.batches("small")), recipe)
-    damage = Validator(model, list(PLAN.batches("small"))).measure(quants)
+    measured = Validator(model, list(PLAN.batches("small"))).measure(quants)
     base = sample_logits(model, PLAN)  # in the batches that were measured: in others an input may round the other way
     with applied(model, quants):
         changed = sample_logits(model, PLAN)
@@ -104,8 +104,8 @@ def test_the_loss_change_is_the_difference_of_two_cross_entropies(model: Any) ->
         losses = [F.cross_entropy(logits, ids, reduction="sum").item() for logits in (old, new)]
         expected_loss[index] = losses[1] - losses[0]
         expected_kl[index] = F.kl_div(new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="sum").item()
-    np.testing.assert_allclose(damage.loss_change, expected_loss, atol=1e-4)
-    np.testing.assert_allclose(damage.kl, expected_kl, rtol=1e-4)
+    np.testing.assert_allclose(measured.loss_change, expected_loss, atol=1e-4)
+    np.testing.assert_allclose(measured.kl, expected_kl, rtol=1e-4)
 
 
 def test_a_model_of_an_unknown_type_is_measured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,5 +195,5 @@ def test_an_embedding_that_shares_the_heads_weight_keeps_it() -> None:
     found = KlEngine(network, PLAN.segments, ["lm_head"]).score_group(["lm_head"], [job("int4_block")])()
     assert found is not None
     assert not isinstance(found[0], NotFinite)
-    damage = Validator(network, list(PLAN.batches("small"))).measure(quants)
-    np.testing.assert_allclose(damage.kl, found[0]["small"].sample_scores, rtol=1e-4)
+    measured = Validator(network, list(PLAN.batches("small"))).measure(quants)
+    np.testing.assert_allclose(measured.kl, found[0]["small"].sample_scores, rtol=1e-4)

@@ -27,7 +27,7 @@ KILLED = "its machine is short of memory (22.43GB used of 23.54GB, Ray kills abo
 
 
 class Stream:
-    """What a worker streams: it takes every layer, and meets an error when it has scored some."""
+    """A worker's stream of progress: it takes every layer, and meets an error when it has scored some."""
 
     def __init__(self, tasks: Any, asks: "Asks", n_scored: int, error: Exception | None) -> None:
         self._tasks, self._asks, self._n_scored, self._error, self._n = tasks, asks, n_scored, error, 0

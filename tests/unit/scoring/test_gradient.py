@@ -18,7 +18,6 @@ from workers.data.samples import text_samples
 from workers.scoring.capture import Rows, capture
 from workers.scoring.gradient import Engine, Job
 from workers.scoring.scores import GroupScore
-from workers.service.rows import _columns
 
 Array = npt.NDArray[np.float64]
 
@@ -139,12 +138,11 @@ def test_scores_and_errors_are_within_tolerance_of_float64(recipe: str, dtype: t
         y_squares += ((x @ w.T) ** 2).sum()
         dw_squares += ((quantized(w, weight) - w) ** 2).sum()
         w_squares += (w**2).sum()
-    columns = _columns(found)
-    assert columns["score"] == pytest.approx(total, rel=tolerance)
-    assert columns["output_rel_error"] == pytest.approx(math.sqrt(dy_squares / y_squares), rel=tolerance)
-    assert columns["output_sqnr_db"] == pytest.approx(10 * math.log10(y_squares / dy_squares), abs=0.05)
-    assert columns["weight_rel_error"] == pytest.approx(math.sqrt(dw_squares / w_squares), rel=tolerance)
-    assert columns["input_amax"] == max(float(row.x_TI.abs().max()) for row in rows.values())
+    assert found.score == pytest.approx(total, rel=tolerance)
+    assert found.output_rel_error == pytest.approx(math.sqrt(dy_squares / y_squares), rel=tolerance)
+    assert found.output_sqnr_db == pytest.approx(10 * math.log10(y_squares / dy_squares), abs=0.05)
+    assert found.weight_rel_error == pytest.approx(math.sqrt(dw_squares / w_squares), rel=tolerance)
+    assert found.input_amax == max(float(row.x_TI.abs().max()) for row in rows.values())
 
 
 def test_each_sample_has_its_own_sum_in_data_set_order() -> None:

@@ -76,7 +76,7 @@ class FakeQuantized(nn.Module):
 
 
 class Reference:
-    """What the engine must equal, without any of its shortcuts."""
+    """The same KL divergences by whole passes of the model, without any of the engine's shortcuts."""
 
     def __init__(self, model: Any, segments: Segments, modules: Sequence[str]) -> None:
         self.model, self.segments = model, segments
