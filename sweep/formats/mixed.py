@@ -15,7 +15,7 @@ import yaml
 
 from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import Coverage, LayerGroup
-from sweep.core.pairs import Algorithm, Scales
+from sweep.core.pairs import ALGORITHMS, Algorithm, Scales
 from sweep.core.sizes import Size
 from sweep.core.typed import Plain, describe, fits, hints_of
 from sweep.formats.fields import QUANTIZERS, check_fields
@@ -240,6 +240,8 @@ def _read(document: dict[str, Any], where: str) -> _RecipeNode:
     _check_keys(document, _RecipeNode, where)
     for label, node in _mapping(document["formats"], f"{where}: formats").items():
         place = f"{where}: format {label!r}"
+        if isinstance(algorithm := _mapping(node, place).get("algorithm"), str):
+            require_known(f"calibration algorithm of {place}", algorithm, ALGORITHMS)
         _check_keys(node, _FormatNode, place)
         for name, quantizer in zip(("weight", "inputs"), QUANTIZERS, strict=True):
             fields = {key: value for key, value in (node[name] or {}).items() if key != COST_HINT}

@@ -106,10 +106,8 @@ def constraint(state: Mapping[str, Any], bits: float) -> float:
 
 def choice_of(state: Mapping[str, Any], candidates: Sequence[SearchFormat]) -> dict[str, int]:
     """Index of the chosen candidate by first module of the layer group; `len(candidates)` for 16 bits."""
-    entries = [
-        QuantizeConfig.model_validate({"quant_cfg": list(map(Entry.to_modelopt, each))}).quant_cfg
-        for each, _ in candidates
-    ]
+    nodes = [{"quant_cfg": list(map(Entry.to_modelopt, entries))} for entries, _ in candidates]
+    entries = [config.quant_cfg for config in map(QuantizeConfig.model_validate, nodes)]
     numbers: dict[str, int] = {}
     for name in searched(state):
         own = state["best"]["recipe"][name].config.quant_cfg[:-1]  # the last is ModelOpt's own, on output_quantizer

@@ -14,7 +14,7 @@ from tests.formats import format_of
 from tests.tasks import GROUP, TASK
 from workers.task import Task
 
-LAYERS = tuple(replace(GROUP, name=f"{layer}.a", part=str(layer)) for layer in range(10))
+LAYERS = tuple(replace(GROUP, name=f"{layer}.a") for layer in range(10))
 KILLED = Loss(reason="killed")
 
 

@@ -17,7 +17,7 @@ from sweep.run.worker_pool import WorkerPool, WorkerSpec, rest_seconds
 from tests.tasks import GROUP, TASK
 from workers.task import Progress
 
-LAYERS = tuple(replace(GROUP, name=f"{layer}.a", part=f"layers.{layer}") for layer in range(4))
+LAYERS = tuple(replace(GROUP, name=f"layers.{layer}.a") for layer in range(4))
 OOM = OutOfMemoryError(
     "1 worker(s) were killed due to the node running low on memory. "
     "Memory on the node (IP: h, ID: n) was 22.43GB used / 23.54GB limit (0.953)\n"
