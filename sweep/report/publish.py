@@ -75,7 +75,7 @@ def publish(finished: Iterable[FinishedTrial], root: Path | str, *, overwrite: b
     url = str(root) if "://" in str(root) else str(Path(root).absolute())
     files = Files(url)
     wanted = _by_folder(finished, overwrite=overwrite)
-    with _locked(url), _writable(url):
+    with _locked(url):
         _refuse_links(url, wanted)
         leftovers = _repair(url)
         published = dict(_published(files))
@@ -113,13 +113,9 @@ def _rendered(changed: Mapping[str, FinishedTrial]) -> Iterator[tuple[str, dict[
         yield from ((folder, render_files(one)) for folder, one in changed.items())
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy locks
-    with ProcessPoolExecutor(n_processes, spawn, initializer=_leave_signals) as pool:
+    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # the parent handles them
+    with ProcessPoolExecutor(n_processes, spawn, initializer=signal.signal, initargs=ignore_interrupts) as pool:
         yield from zip(changed, pool.map(render_files, changed.values(), chunksize=4), strict=True)
-
-
-def _leave_signals() -> None:
-    """Ignore Ctrl-C in a child process: the parent handles it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_ahead(root: str, wanted: Mapping[str, TrialRow]) -> None:
@@ -184,26 +180,21 @@ def _locked(url: str) -> Generator[None]:
     """Make the root and keep other publishers out of it.
 
     Object storage has no lock, and needs none for equal content.
+
+    Raises: SweepError: there can be no such directory. StoreFailed: it cannot be written meanwhile.
     """
-    if "://" in url:
-        yield
-        return
     with contextlib.ExitStack() as stack:
         try:
-            Path(url).mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(Path(url)))
+            if "://" not in url:
+                Path(url).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(Path(url)))
         except OSError as error:
             way_out = "Choose a writable directory: output_layout.root=DIR."
             raise SweepError(f"Cannot publish into {url}: {error.strerror}. {way_out}") from error
-        yield
-
-
-@contextlib.contextmanager
-def _writable(url: str) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreFailed(f"Cannot publish into {url}: {error.strerror or error}.") from error
+        try:
+            yield
+        except OSError as error:
+            raise StoreFailed(f"Cannot publish into {url}: {error.strerror or error}.") from error
 
 
 def _refuse_links(url: str, folders: Iterable[str]) -> None:

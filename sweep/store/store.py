@@ -63,11 +63,8 @@ class Store:
 
         Raises: SweepError: it is of a newer schema version.
         """
-        try:
-            self._read_rows(_part_path(cell_id, part), cell_id)
-        except (Damaged, FileNotFoundError):  # not found: another writer has just completed the cell
-            return False
-        return True
+        # Not there: another writer has just completed the cell.
+        return _unless_gone(lambda: self._read_rows(_part_path(cell_id, part), cell_id)) is not None
 
     def write_part(self, cell_id: str, part: str, rows: pa.Table) -> None:
         """Keep one finished decoder layer (or top-level block) of a cell; rows as in SCORES_SCHEMA."""
@@ -125,10 +122,7 @@ class Store:
 
         Raises: SweepError: it is of a newer schema version.
         """
-        try:
-            return self._read_rows(_scores_path(cell_id), cell_id)
-        except (Damaged, FileNotFoundError):
-            return None
+        return _unless_gone(lambda: self._read_rows(_scores_path(cell_id), cell_id))
 
     def _read_rows(self, path: str, cell_id: str) -> pa.Table:
         def read() -> pa.Table:
@@ -259,11 +253,7 @@ class Store:
 
         Raises: SweepError: it is of a newer schema version.
         """
-        path = _validation_path(validation_id)
-        try:
-            return self._table(path, VALIDATIONS_SCHEMA)
-        except (Damaged, FileNotFoundError):
-            return None
+        return _unless_gone(lambda: self._table(_validation_path(validation_id), VALIDATIONS_SCHEMA))
 
     # Runs
 
@@ -288,10 +278,15 @@ class Store:
             except (msgspec.DecodeError, RecursionError) as error:
                 raise Damaged(f"{self.uri}/{path} is damaged: {error}.") from error
 
-        try:
-            return self._guarded(path, read)
-        except (Damaged, FileNotFoundError):
-            return None
+        return _unless_gone(lambda: self._guarded(path, read))
+
+
+def _unless_gone(read: Callable[[], T]) -> T | None:
+    """What a reader gives; None where the file is not there, or damaged and set aside."""
+    try:
+        return read()
+    except (Damaged, FileNotFoundError):
+        return None
 
 
 def _latest(rows: Iterable[TrialRow]) -> dict[str, TrialRow]:
