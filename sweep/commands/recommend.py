@@ -18,6 +18,7 @@ from sweep.commands.run import Prepared, prepare, run_prepared
 from sweep.config.compose import expand
 from sweep.config.targets import Target
 from sweep.core.exits import EXIT_DONE
+from sweep.core.screen import say
 from sweep.core.sizes import SIZES
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidate, Candidates, format_of, read_candidates, sized
@@ -120,9 +121,7 @@ def recommend(request: Request, console: Console) -> int:
     balanced = measured["balanced"]
     kl = f"KL {balanced.measured_kl:.3g} measured, {balanced.predicted_kl:.3g} predicted"
     bits = f"{made['balanced'].effective_bits:.3f} bits a weight"
-    console.print(f"\nRecommended: balanced, {bits}, {kl}.", highlight=False)
-    console.print(f"Page: {out / 'index.html'}", highlight=False, soft_wrap=True)
-    console.print(_serve(target, exported), highlight=False, soft_wrap=True, markup=False)
+    say(console, f"\nRecommended: balanced, {bits}, {kl}.\nPage: {out / 'index.html'}\n{_serve(target, exported)}")
     return EXIT_DONE
 
 

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -21,7 +20,7 @@ from sweep.core.errors import ClusterLost, MemoryShort, StoreFailed, SweepError
 from sweep.core.exits import EXIT_INCOMPLETE
 from sweep.core.interrupts import interruptible
 from sweep.core.machine import Workers
-from sweep.core.screen import show_table
+from sweep.core.screen import say, show_table
 from sweep.core.text import count, duration
 from sweep.core.threads import every
 from sweep.plan.trials import SweepPlan, plan_sweep
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from sweep.run.cluster import Connection
 
 _HEARTBEAT_SECONDS = 2.0
+_SHOWN_FAILURES = 5
 _SUMMARY_RECIPES = 24  # recipes whose most sensitive layers are printed at the end
 
 
@@ -86,7 +86,7 @@ def run_prepared(prepared: Prepared, console: Console, started: float) -> int:
     base = grid.points[0]
     for node in workers.nodes:
         if node.warning is not None:
-            console.print(node.warning, style="yellow", highlight=False, soft_wrap=True)
+            say(console, node.warning, "yellow")
     store = Store(base.store.uri)
     store.files.check_writable("store.uri")
     store.drop_leftovers()
@@ -128,7 +128,7 @@ def _leave(session: Session, console: Console, why: str) -> int:
     with contextlib.suppress(StoreFailed):  # that may be why it ends
         session.end(EXIT_INCOMPLETE)
     done = f"{session.counts()['done']} of {len(session.plan.trials)} trials are done"
-    console.print(f"{why}: {done}. Type the same command again to resume.", highlight=False)
+    say(console, f"{why}: {done}. Type the same command again to resume.")
     return EXIT_INCOMPLETE
 
 
@@ -144,9 +144,7 @@ def _say_set_aside(store: Store, known: set[str], console: Console) -> None:
         for name in store.files.names("quarantine"):
             if name not in known:
                 known.add(name)
-                console.print(
-                    f"Set aside in {store.uri}/quarantine/{name}: {store.why(name)}", style="yellow", highlight=False
-                )
+                say(console, f"Set aside in {store.uri}/quarantine/{name}: {store.why(name)}", "yellow")
 
 
 def _score(session: Session, workers: Workers, console: Console) -> None:
@@ -166,7 +164,8 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
         memory_gb=session.plan.trials[0].config.sensitivity.memory_gb,
     )
     session.record.workers = workers.count
-    with Display(console, session.tally) as display, _Events(session, display, console) as events:
+    with Display(console, session.tally) as display, ExitStack() as beating:
+        events = _Events(session, display, console, beating)
         events.stage(f"Starting Ray and {count(workers.count, 'worker')} ({workers.device}) ...")
         outcome = driver.run_trials(work, workers, events)
         session.failures = dict(outcome.failures)
@@ -176,18 +175,9 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
 class _Events:
     """Records the events of a run in the session and shows them; see sweep.run.driver.RunEvents."""
 
-    def __init__(self, session: Session, display: Display, console: Console) -> None:
-        self._session, self._display, self._console = session, display, console
-        self._beating = ExitStack()
+    def __init__(self, session: Session, display: Display, console: Console, beating: ExitStack) -> None:
+        self._session, self._display, self._console, self._beating = session, display, console, beating
         self.stage, self.warn, self.picture = display.stage, display.say, session.picture
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._beating.close()
 
     def connected(self, connection: "Connection") -> None:
         record = self._session.record
@@ -271,12 +261,10 @@ def say_grid(session: Session, console: Console) -> None:
     cells = {trial.cell_id for trial in session.plan.trials if trial.cell_id}
     skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
     trials, distinct = count(len(session.plan.trials), "trial"), count(len(cells), "distinct cell")
-    console.print(
-        f"{trials}{skipped}: {distinct}, {len(cells & session.finished)} in the store already ({session.store.uri})",
-        soft_wrap=True,
-    )
+    n_found = len(cells & session.finished)
+    say(console, f"{trials}{skipped}: {distinct}, {n_found} in the store already ({session.store.uri})")
     for reason, n in Counter(trial.reason for trial in session.plan.trials if trial.reason).most_common(3):
-        console.print(f"  skipped {n}: {reason}", style="dim", highlight=False)
+        say(console, f"  skipped {n}: {reason}", "dim")
 
 
 def say_first_result(session: Session, task: Task, display: Display) -> None:
@@ -296,28 +284,21 @@ def say_results(
     scored = sum(cell in session.finished for task in session.tasks.values() for cell in task.cells.values())
     console.print()
     shown = largest(finished)
-    target = Target.from_config(session.plan.trials[0].config.target)
     if shown:
+        target = Target.from_config(session.plan.trials[0].config.target)
         heading, *rows = summary_table(shown[:_SUMMARY_RECIPES], 3, target)
         show_table(console, heading, rows)
     if len(shown) > _SUMMARY_RECIPES:
-        console.print(f"... and {len(shown) - _SUMMARY_RECIPES} more recipes, in the reports", style="dim")
+        say(console, f"... and {len(shown) - _SUMMARY_RECIPES} more recipes, in the reports", "dim")
     done = f"{counts['done']} of {len(session.plan.trials)} trials done"
-    console.print(f"\n{done}, {count(scored, 'cell')} scored, in {duration(seconds)}.")
-    for trial, reason in [
-        (trial, session.state(trial)[1]) for trial in session.plan.trials if session.state(trial)[0] == "failed"
-    ][:5]:
-        console.print(f"failed: {trial.config.model.name}: {trial.name}: {reason}", style="red", highlight=False)
-    if counts["failed"]:
-        console.print(
-            "What has failed stays so; type the same command with cluster.retry_failed=true to try again.",
-            highlight=False,
-        )
-    console.print(f"Reports: {root} ({written} written)", highlight=False, soft_wrap=True)
-    console.print(f"Scores:  {session.store.uri}/scores/*/*.parquet", highlight=False, soft_wrap=True)
+    say(console, f"\n{done}, {count(scored, 'cell')} scored, in {duration(seconds)}.")
+    failed = [trial for trial in session.plan.trials if session.state(trial)[0] == "failed"]
+    for trial in failed[:_SHOWN_FAILURES]:
+        say(console, f"failed: {trial.config.model.name}: {trial.name}: {session.state(trial)[1]}", "red")
+    if failed:
+        say(console, "What has failed stays so; type the same command with cluster.retry_failed=true to try again.")
+    say(console, f"Reports: {root} ({written} written)")
+    say(console, f"Scores:  {session.store.uri}/scores/*/*.parquet")
     page = f"{root}/{finished[0].trial.model}/layer-analysis/README.md" if finished else ""
-    console.print(
-        f"Next:    open {page}; sweep publish puts reports into models/" if finished else "Next:    sweep status",
-        highlight=False,
-        soft_wrap=True,
-    )
+    step = f"open {page}; sweep publish puts reports into models/" if finished else "sweep status"
+    say(console, f"Next:    {step}")

@@ -192,17 +192,12 @@ class SweepConfig:
     store: StoreConfig
 
     def __post_init__(self) -> None:
-        names = {
-            "model.name": self.model.name,
-            "dataset.name": self.dataset.name,
-            "quant_pair.name": self.quant_pair.name,
-            "quant_granularity.name": self.quant_granularity.name,
-            "target.name": self.target.name,
-        }
-        for key, name in names.items():
-            if name is None or not _NAME.fullmatch(name):
+        named = (self.model, self.dataset, self.quant_pair, self.quant_granularity, self.target)
+        for section, node in zip(("model", "dataset", "quant_pair", "quant_granularity", "target"), named, strict=True):
+            if node.name is None or not _NAME.fullmatch(node.name):
                 raise SweepError(
-                    f"{key}={name!r} is no name. It becomes part of paths: use lower-case letters, digits and _ only."
+                    f"{section}.name={node.name!r} is no name. It becomes part of paths: "
+                    "use lower-case letters, digits and _ only."
                 )
         for key, value, other in (("method", "kl_div", "gradient"), ("engine", "modelopt", "layerwise")):
             if self.cluster.gpus_per_worker > 1 and getattr(self.sensitivity, key) == value:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import psutil
@@ -25,6 +25,7 @@ from sweep.core.errors import ClusterLost, SweepError
 from sweep.core.interrupts import rearm, signals_wait
 from sweep.core.json import Json
 from sweep.core.machine import Device, Hardware, Workers, fit, own_hardware
+from sweep.run.watchdog import Watchdog
 
 # Read by Ray when it is imported. Loggers would write three files a trial; Tune's own Ctrl-C handling would hide ours.
 _ENVIRONMENT = {
@@ -88,23 +89,7 @@ class Connection:
     essential: Mapping[str, tuple[str, int]]  # host and port of the processes of a joined cluster that must answer
 
 
-class ClusterWatcher(Protocol):
-    """Callbacks for the start of a cluster by this process."""
-
-    def own(self, session: str) -> None:
-        """Ray makes the directory of the cluster's own files; it is still empty. Args: session: its path."""
-        ...
-
-    def started(self) -> None:
-        """Every process of the cluster runs; if one ends from now on, the cluster is dead."""
-        ...
-
-    def failed(self) -> None:
-        """The cluster has not come up; its processes are about to be killed."""
-        ...
-
-
-def connect(workers: Workers, watcher: ClusterWatcher) -> Connection:
+def connect(workers: Workers, watchdog: Watchdog) -> Connection:
     """Start a cluster of this process' own, or join the workers'.
 
     The caller's signal handlers stay: Ray's ends the process with exit code 15.
@@ -113,7 +98,7 @@ def connect(workers: Workers, watcher: ClusterWatcher) -> Connection:
     """
     if not ray.is_initialized():
         if workers.address is None:
-            _start(workers, watcher)
+            _start(workers, watchdog)
         else:
             _init(address=workers.address)
     with _starting():
@@ -217,7 +202,7 @@ def look(address: str, *, on_loopback: bool = False) -> dict[str, Json]:
     }
 
 
-def _start(workers: Workers, watcher: ClusterWatcher) -> None:
+def _start(workers: Workers, watchdog: Watchdog) -> None:
     """Start a cluster of this process' own, on loopback.
 
     It is started once more if its raylet does not come up, as happens on a machine under load.
@@ -227,7 +212,7 @@ def _start(workers: Workers, watcher: ClusterWatcher) -> None:
     sessions: list[str] = []
     for is_last in (False, True):
         try:
-            with _on_loopback(), _private_session(watcher, sessions), _raylet_watched(watcher):
+            with _on_loopback(), _private_session(watchdog, sessions), _raylet_watched(watchdog):
                 _init(
                     address="local",
                     num_cpus=workers.count + 1,
@@ -241,14 +226,14 @@ def _start(workers: Workers, watcher: ClusterWatcher) -> None:
         except (RuntimeError, ConnectionError, TimeoutError, RayError) as error:
             raise ClusterLost(f"Ray did not start: {str(error).splitlines()[0]}.") from error
         except ClusterLost:
-            watcher.failed()
+            watchdog.failed()
             _kill_processes_of(sessions)
             if is_last:
                 raise
 
 
 @contextmanager
-def _raylet_watched(watcher: ClusterWatcher) -> Generator[None]:
+def _raylet_watched(watchdog: Watchdog) -> Generator[None]:
     """End the wait for a new raylet when it has died; Ray waits for 30 seconds even then (2.60)."""
     get_node, deadline = services.get_node, time.monotonic() + _RAYLET_SECONDS
 
@@ -263,7 +248,7 @@ def _raylet_watched(watcher: ClusterWatcher) -> Generator[None]:
             if time.monotonic() > deadline:
                 raise ClusterLost(f"Ray did not start: its raylet did not register within {_RAYLET_SECONDS:.0f} s.")
             time.sleep(_RAYLET_LOOK_SECONDS)
-        watcher.started()
+        watchdog.started()
         return get_node(gcs_address, node_id)
 
     with _replaced(services, get_node=get_living_node):
@@ -289,13 +274,13 @@ def _on_loopback() -> Generator[None]:
 
 
 @contextmanager
-def _private_session(watcher: ClusterWatcher, sessions: list[str]) -> Generator[None]:
+def _private_session(watchdog: Watchdog, sessions: list[str]) -> Generator[None]:
     """Have Ray make its session directory for this user alone.
 
     By itself Ray opens it to everybody, with all that its processes log (2.60).
 
     Args:
-        watcher: its `own` is called with the directory.
+        watchdog: its `own` is called with the directory.
         sessions: the directory is appended.
     """
     share = common_utils.try_make_directory_shared
@@ -304,7 +289,7 @@ def _private_session(watcher: ClusterWatcher, sessions: list[str]) -> Generator[
         if os.path.basename(directory).startswith("session_"):
             os.chmod(directory, 0o700)
             sessions.append(directory)
-            watcher.own(directory)
+            watchdog.own(directory)
         else:
             share(directory)
 

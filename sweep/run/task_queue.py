@@ -85,7 +85,7 @@ class TaskQueue:
         self._workers: set[str] = set()
         self._unfit: dict[str, dict[str, str]] = {}  # model revision -> why it does not load, by worker
         self._hardware: dict[str, Hardware] = {}  # of each worker, as far as it is known
-        self._broken: str | None = None
+        self.broken: str | None = None  # why the queue was stopped, if it was
         self._changed = threading.Condition()
 
     def add_worker(self, worker: str) -> None:
@@ -117,11 +117,6 @@ class TaskQueue:
         """Whether no task is left to score."""
         return not self._batches
 
-    @property
-    def broken(self) -> str | None:
-        """Why the queue was stopped, if it was."""
-        return self._broken
-
     def failures(self) -> dict[str, str]:
         """Why tasks failed, by task id."""
         with self._changed:
@@ -133,7 +128,7 @@ class TaskQueue:
 
     def stop(self, reason: str) -> None:
         """End the queue for a reason that is no task's own; the caller reports it instead of the tasks' failures."""
-        self._broken = reason
+        self.broken = reason
         self.give_up(reason)
 
     def give_up(self, reason: str) -> None:
@@ -213,18 +208,15 @@ class TaskQueue:
                 self._drop_impossible()
             elif left and loss is not None:
                 self._again(batch, left, unfinished.taken, loss)
-            self._drop_ended(assignment)
+            self._forget_ended()
+            busy = {task_id for each in self._batches for task_id in each.tasks}
+            self._ended |= {
+                task.task_id: self._ended.get(task.task_id) for task in assignment.tasks if task.task_id not in busy
+            }
             self._changed.notify_all()
 
-    def _drop_ended(self, assignment: Assignment) -> None:
-        """Forget batches with nothing left, and note which of an assignment's tasks are done."""
-        self._forget_ended()
-        busy = {task_id for each in self._batches for task_id in each.tasks}
-        for task in assignment.tasks:
-            if task.task_id not in busy:
-                self._ended.setdefault(task.task_id, None)
-
     def _forget_ended(self) -> None:
+        """Drop tasks that have ended, and batches with nothing left."""
         for batch in self._batches:
             batch.tasks = {task_id: task for task_id, task in batch.tasks.items() if task_id not in self._ended}
         self._batches = [batch for batch in self._batches if batch.tasks and (batch.parts or batch.n_assigned)]
@@ -234,10 +226,11 @@ class TaskQueue:
 
     def _possible(self, worker: str) -> list[_Batch]:
         """Batches with parts to take, of which the worker can score some tasks."""
-        return [batch for batch in self._batches if batch.parts and self._can_score(worker, batch)]
-
-    def _can_score(self, worker: str, batch: _Batch) -> bool:
-        return any(self._refusal(worker, task) is None for task in batch.tasks.values())
+        return [
+            batch
+            for batch in self._batches
+            if batch.parts and any(self._refusal(worker, task) is None for task in batch.tasks.values())
+        ]
 
     def _refusal(self, worker: str, task: Task) -> str | None:
         """Why a worker cannot score a task: its model, or what it needs; None: it can, as far as is known."""

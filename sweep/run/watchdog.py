@@ -88,7 +88,7 @@ class Watchdog:
         os.environ.pop(_MARK, None)
 
     def own(self, session: str) -> None:
-        """Ray makes a session directory for a cluster of this process: processes that write there belong to it."""
+        """Ray makes a session directory, still empty, for a cluster of this process: who writes there belongs to it."""
         self._send(os.path.realpath(session))
 
     def started(self) -> None:
@@ -96,7 +96,7 @@ class Watchdog:
         self._is_started = True
 
     def failed(self) -> None:
-        """The cluster has not come up; another one may be started."""
+        """The cluster has not come up and its processes are about to be killed; another one may be started."""
         self._given_up |= _essential_children().keys()
 
     def _send(self, line: str) -> None:

@@ -6,6 +6,7 @@ The page, the files, and the input that is refused before anything is scored.
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -18,12 +19,16 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from sweep.cli import main
+from sweep.config import compose
 from sweep.config.compose import expand
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
+from sweep.mixed_precision import recipe_context
+from sweep.plan import trials
 from sweep.plan.subject import Model, samples_of
 from sweep.plan.trials import plan_sweep
 from tests.foreign import PLACES, foreign, seen
+from workers.model import loading
 from workers.model.loading import load
 from workers.service.scorer import Scorer
 
@@ -154,6 +159,29 @@ def test_the_same_command_again_finds_everything(place: Path, out: Path, monkeyp
         assert each["measured_kl_interval"][0] < each["measured_kl"] < each["measured_kl_interval"][1]
         assert each["gb"] == pytest.approx(gb(recipe(out / f"{each['name']}.yaml")))
     assert {row["kind"] for row in document["measured"]} == {"recipe", "uniform"}
+
+
+def test_one_command_composes_and_plans_once_and_loads_the_model_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it checks, scores, measures and exports."""
+    counts: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(compose, "_expand")
+    count(trials._Planner, "__init__")
+    count(loading, "load")
+    recipe_context._loaded.cache_clear()
+    recommended(place, "--bits", "6.5", "--out", str(place / "counted"), *VLLM)
+    assert counts == {"_expand": 1, "__init__": 1, "load": 1}
 
 
 def test_another_budget_in_the_same_place_exports_again(place: Path, said: str) -> None:
