@@ -29,11 +29,11 @@ def untyped(tree: ast.Module) -> Iterator[ast.expr]:
     """`Any`, `object`, casts, and aliases of them, wherever they stand."""
     names = UNTYPED | aliases(tree)
     for node in ast.walk(tree):
-        if (isinstance(node, ast.Name) and node.id in names and isinstance(node.ctx, ast.Load)) or (isinstance(node, ast.Attribute) and node.attr == "Any"):
-            yield node
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names:
-            yield node  # a type in quotes
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "cast":
+        named = isinstance(node, ast.Name) and node.id in names and isinstance(node.ctx, ast.Load)
+        from_typing = isinstance(node, ast.Attribute) and node.attr == "Any"
+        quoted = isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
+        cast = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "cast"
+        if isinstance(node, ast.expr) and (named or from_typing or quoted or cast):
             yield node
 
 
