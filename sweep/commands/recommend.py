@@ -92,14 +92,8 @@ def recommend(request: Request, console: Console) -> int:
     recipes = [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)]
     rows = validate(context, recipes, own_device(config.cluster))
     measured = {row.name: row for row in rows}
-    figures = [
-        msgspec.structs.replace(
-            figures_of(candidates, problem, choices[name], each),
-            measured_kl=measured[name].measured_kl,
-            measured_kl_interval=measured[name].measured_kl_interval,
-        )
-        for name, each in made.items()
-    ]
+    predicted = {name: figures_of(candidates, problem, choices[name], each) for name, each in made.items()}
+    figures = [_with_measured(each, measured[name]) for name, each in predicted.items()]
     files = {f"{name}.yaml": each.to_yaml().encode() for name, each in made.items()}
     files |= {_PICTURE: _picture(candidates, problem, figures), **_export(context, target, checkpoint)}
     exported = out / (_CHECKPOINT if _reads_checkpoint(target) else _MODELOPT)
@@ -123,6 +117,10 @@ def recommend(request: Request, console: Console) -> int:
     bits = f"{made['balanced'].effective_bits:.3f} bits a weight"
     say(console, f"\nRecommended: balanced, {bits}, {kl}.\nPage: {out / 'index.html'}\n{_serve(target, exported)}")
     return EXIT_DONE
+
+
+def _with_measured(figures: Figures, row: Measured) -> Figures:
+    return msgspec.structs.replace(figures, measured_kl=row.measured_kl, measured_kl_interval=row.measured_kl_interval)
 
 
 def _choices(candidates: Candidates, problem: Problem, asked: Budget, rules: Rules) -> dict[str, IntArray]:

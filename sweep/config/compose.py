@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -123,7 +124,7 @@ def _expand(overrides: Sequence[str], multirun: bool, default_grid: str) -> Grid
     if grid.points == "target":
         recipes = _target_points(base, given)
         axes = {key: values for key, values in axes.items() if key not in _RECIPE_KEYS}
-    spanned = {key: tuple(dict.fromkeys(recipe[key] for recipe in recipes)) for key in recipes[0]} | axes
+    spanned = {key: tuple(dict.fromkeys(map(itemgetter(key), recipes))) for key in recipes[0]} | axes
     _check_groups(spanned, options)
     choices = _choices(singles, spanned)
     points: list[SweepConfig] = []

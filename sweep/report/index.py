@@ -121,7 +121,9 @@ def _grids(below: Mapping[str, Manifest]) -> list[str]:
         pair, granularity, run = folder.split("/")
         runs.setdefault(run, {})[pair, granularity] = (folder, manifest)
     parts: list[str] = []
-    n_samples = {run: max(manifest.summary.n_samples for _, manifest in cells.values()) for run, cells in runs.items()}
+    n_samples: dict[str, int] = {}
+    for run, cells in runs.items():
+        n_samples[run] = max(manifest.summary.n_samples for _, manifest in cells.values())
     for run, cells in sorted(runs.items(), key=lambda item: (-n_samples[item[0]], item[0])):
         pairs = sorted({pair for pair, _ in cells})
         granularities = sorted({granularity for _, granularity in cells}, key=lambda name: (name != "default", name))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import msgspec
 import pyarrow as pa
@@ -43,6 +44,12 @@ def render_markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_SCORE_UNITS: Final = {
+    "gradient": "nats squared, summed over tokens and outputs",
+    "kl_div": "nats, summed over predictions",
+}
+
+
 def render_json(report: Report) -> str:
     """Everything of the report in machine form; equal trials give equal text.
 
@@ -78,9 +85,7 @@ def render_json(report: Report) -> str:
         },
         "trial": {"trial_id": trial.trial_id, "cell_id": trial.cell_id, "versions": report.versions},
         "units": {
-            "score": "nats squared, summed over tokens and outputs"
-            if trial.method == "gradient"
-            else "nats, summed over predictions",
+            "score": _SCORE_UNITS[trial.method],
             "sensitivity": "score per prediction",
             "predicted_kl": "nats per prediction",
             "intervals": "90% bootstrap over samples, 6 digits" if report.total_interval else None,

@@ -226,11 +226,10 @@ class TaskQueue:
 
     def _possible(self, worker: str) -> list[_Batch]:
         """Batches with parts to take, of which the worker can score some tasks."""
-        return [
-            batch
-            for batch in self._batches
-            if batch.parts and any(self._refusal(worker, task) is None for task in batch.tasks.values())
-        ]
+        return [batch for batch in self._batches if batch.parts and self._can_score_some(worker, batch)]
+
+    def _can_score_some(self, worker: str, batch: _Batch) -> bool:
+        return any(self._refusal(worker, task) is None for task in batch.tasks.values())
 
     def _refusal(self, worker: str, task: Task) -> str | None:
         """Why a worker cannot score a task: its model, or what it needs; None: it can, as far as is known."""

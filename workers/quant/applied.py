@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, Final
 
 import torch
@@ -70,7 +71,7 @@ def calibrated_groups(
     """
     wanted = [group for group in groups if group.name in formats]
     row_bytes = n_rows(batches) * next(model.parameters()).element_size()
-    with_inputs = {group.name for group in wanted if any(each.calibrates_inputs for each in formats[group.name])}
+    with_inputs = {name for name, several in formats.items() if any(map(attrgetter("calibrates_inputs"), several))}
     sizes = [row_bytes * _linear(model, group.name).in_features if group.name in with_inputs else 0 for group in wanted]
     found: dict[str, list[dict[str, LinearQuant]]] = {}
     for window in windows(wanted, sizes, room_bytes):

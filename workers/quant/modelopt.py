@@ -267,8 +267,7 @@ def auto_quantize_state(
             copy.deepcopy(model).requires_grad_(True),
             constraints={"effective_bits": bits},
             quantization_formats=[
-                {"quant_cfg": [_entry(each) for each in entries], "algorithm": algorithm}
-                for entries, algorithm in recipes
+                {"quant_cfg": list(map(_entry, entries)), "algorithm": algorithm} for entries, algorithm in recipes
             ],
             data_loader=list(batches),
             forward_step=forward_step,

@@ -380,7 +380,10 @@ class _Assignment:
 
     def lacking(self) -> list[Part]:
         """All parts of the model that a cell of some task lacks, assigned or not."""
-        return [part for part in self.whole if any(state.lacks(part) for state in self.states)]
+        return [part for part in self.whole if self._is_lacking(part)]
+
+    def _is_lacking(self, part: Part) -> bool:
+        return any(state.lacks(part) for state in self.states)
 
     def _is_wanted(self, part: Part) -> bool:
         return any(state.wants(part) for state in self.states)
@@ -417,4 +420,4 @@ def _auto_quantize_scores(part: Part, label: str, scores: Mapping[str, Mapping[s
     for name in names:
         if not all(math.isfinite(found[name] or 0.0) for found in scores.values()):
             return NotFinite.of(name, label, "its score is NaN or infinite.")
-    return {size: [found[name] for name in names] for size, found in scores.items()}
+    return {size: list(map(found.__getitem__, names)) for size, found in scores.items()}
