@@ -27,14 +27,16 @@ class RecipeCount(msgspec.Struct, frozen=True):
 def by_recipe(trials: Iterable[tuple[TrialRow, str]]) -> list[RecipeCount]:
     """Count trials by recipe and by the word that is given with each, in the order of the first of each recipe."""
     trials = list(trials)
-    names = list(RECIPE)
-    for name in ATTRIBUTES:
-        if name not in (*RECIPE, "size") and len({getattr(row, name) for row, _ in trials}) > 1:
-            names.insert(len(names) - len(RECIPE), name)
+    others = [name for name in ATTRIBUTES if name not in (*RECIPE, "size") and _differs(trials, name)]
+    names = [*others, *RECIPE]
     counts: dict[tuple[str, ...], Counter[str]] = {}
     for row, word in trials:
         counts.setdefault(tuple(getattr(row, name) or UNKNOWN for name in names), Counter())[word] += 1
     return [RecipeCount(dict(zip(names, key, strict=True)), dict(each)) for key, each in counts.items()]
+
+
+def _differs(trials: Iterable[tuple[TrialRow, str]], name: str) -> bool:
+    return len({getattr(row, name) for row, _ in trials}) > 1
 
 
 def show_recipes(console: Console, found: Sequence[RecipeCount], words: Sequence[str]) -> None:
