@@ -10,15 +10,14 @@ from sweep.core.groups import short_group
 from sweep.core.json import Json
 from sweep.core.text import count
 from sweep.report.analysis import Summary
-from sweep.store.records import RECIPE, UNKNOWN
+from sweep.store.records import UNKNOWN, VARIANT
 from sweep.store.upgrades import unrecorded
 
 # First line of every page we write: a README without it is someone's own and is left alone.
 GENERATED = "<!-- Written by `sweep publish` from the folders below; edits are lost. -->"
 
 _REPORT = "per-layer-sensitivity.md"
-_VARIANT = RECIPE[2:]  # those that have no level of directories of their own
-_COLUMNS, _LINES = f"{' | '.join(_VARIANT)}", "---|" * len(_VARIANT)
+_COLUMNS, _LINES = f"{' | '.join(VARIANT)}", "---|" * len(VARIANT)
 _LEGEND = (
     "KL: predicted, all layer groups added up, in nats per prediction; smaller is better. "
     "Served by: targets that run it as it is; "
@@ -59,8 +58,8 @@ class Manifest:
 
     @property
     def variant(self) -> tuple[str, ...]:
-        """Its values of `_VARIANT`."""
-        return tuple(str(self.document.get(name) or UNKNOWN) for name in _VARIANT)
+        """Its values of `VARIANT`."""
+        return tuple(str(self.document.get(name) or UNKNOWN) for name in VARIANT)
 
 
 def render_index(path: str, manifests: Mapping[str, Manifest]) -> str:
@@ -133,7 +132,7 @@ def _grids(below: Mapping[str, Manifest]) -> list[str]:
             links = [f"[{_kl(cell[1].summary)}]({cell[0]}/{_REPORT})" if cell else "" for cell in found]
             lines.append(f"| {pair} | {' | '.join(links)} |")
         values = _variants([manifest for _, manifest in cells.values()])
-        named = ", ".join(f"{name} {value}" for name, value in zip(_VARIANT, values, strict=True))
+        named = ", ".join(f"{name} {value}" for name, value in zip(VARIANT, values, strict=True))
         parts += [f"## {run}", f"With {named}:", "\n".join(lines)]
     return parts
 
@@ -178,7 +177,7 @@ def _worst(summary: Summary) -> str:
 
 
 def _variants(manifests: Collection[Manifest]) -> list[str]:
-    """Every value of each attribute in `_VARIANT`."""
+    """Every value of each attribute in `VARIANT`."""
     values = zip(*(manifest.variant for manifest in manifests), strict=True)
     return [", ".join(sorted(set(each))) for each in values]
 

@@ -8,13 +8,14 @@ import socket
 import time
 from collections import Counter
 from datetime import UTC, datetime
+from operator import attrgetter
 
 from sweep.config.compose import Grid
 from sweep.config.schema import to_record
 from sweep.core.exits import EXIT_DONE, EXIT_FAILED, EXIT_INCOMPLETE
 from sweep.plan.trials import PlannedTrial, SweepPlan, versions
 from sweep.run.progress import Tally
-from sweep.store.records import RunRecord, TrialRow, TrialState
+from sweep.store.records import ATTRIBUTES, RunRecord, TrialRow, TrialState
 from sweep.store.store import Store
 from workers.task import Picture
 
@@ -156,27 +157,16 @@ class Session:
 
 def row_of(trial: PlannedTrial, state: TrialState, reason: str | None, run_id: str) -> TrialRow:
     """A trial's row of the store, dated now."""
-    config = trial.config
-    assert config.model.name is not None  # SweepConfig has checked
+    attributes = {name: attrgetter(key)(trial.config) for name, key in ATTRIBUTES.items()} | {"dtype": trial.dtype}
     return TrialRow(
+        **attributes,
         trial_id=trial.trial_id,
         cell_id=trial.cell_id,
-        model=config.model.name,
         model_revision=trial.model_revision,
-        dataset=config.dataset.name,
         dataset_revision=trial.dataset_revision,
-        size=config.dataset.size,
-        coverage=config.sensitivity.coverage,
-        method=config.sensitivity.method,
-        engine=config.sensitivity.engine,
-        quant_pair=config.quant_pair.name,
-        quant_granularity=config.quant_granularity.name,
-        algorithm=config.sensitivity.quant_algorithm,
-        scales=config.sensitivity.scales,
-        dtype=trial.dtype,
         state=state,
         reason=reason,
-        config=json.dumps(to_record(config)),
+        config=json.dumps(to_record(trial.config)),
         versions=_versions(),
         created_at=datetime.now(UTC),
         run_id=run_id,

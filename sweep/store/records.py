@@ -57,9 +57,25 @@ VALIDATIONS_SCHEMA = pa.schema(
 )
 
 
-# A trial's attributes that tables, titles and manifests name, in this order: columns of TrialRow.
-RECIPE: Final = ("quant_pair", "quant_granularity", "algorithm", "scales", "dtype")
-ATTRIBUTES: Final = ("model", "dataset", "size", "coverage", "method", "engine", *RECIPE)
+# A trial's attributes that tables, titles and manifests name, in this order: columns of TrialRow, with their key in the
+# config. Its `dtype` may be auto there; the column has the one that the model computed in.
+RECIPE: Final = {
+    "quant_pair": "quant_pair.name",
+    "quant_granularity": "quant_granularity.name",
+    "algorithm": "sensitivity.quant_algorithm",
+    "scales": "sensitivity.scales",
+    "dtype": "model.dtype",
+}
+ATTRIBUTES: Final = {
+    "model": "model.name",
+    "dataset": "dataset.name",
+    "size": "dataset.size",
+    "coverage": "sensitivity.coverage",
+    "method": "sensitivity.method",
+    "engine": "sensitivity.engine",
+    **RECIPE,
+}
+VARIANT: Final = tuple(RECIPE)[2:]  # what distinguishes trials of one pair and granularity
 # Values that go without saying in published paths, which older programs wrote without these attributes.
 USUAL: Final = {"algorithm": "max", "scales": "private"}
 
@@ -104,7 +120,7 @@ class TrialRow:
     def title(self) -> str:
         """``tiny, wfp8_afp8, default, algorithm max, scales private, dtype float32``."""
         pair, granularity, *others = self.recipe
-        named = (f"{name} {value}" for name, value in zip(RECIPE[2:], others, strict=True))
+        named = (f"{name} {value}" for name, value in zip(VARIANT, others, strict=True))
         return ", ".join([self.model, pair, granularity, *named])
 
     @property

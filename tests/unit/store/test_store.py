@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sweep.config.compose import expand
 from sweep.core.errors import SweepError
 from sweep.store.parquet import decode, encode
-from sweep.store.records import SCHEMA_VERSION, SCORES_SCHEMA, TRIALS_SCHEMA, TRIALS_VERSION, RunRecord, TrialRow
+from sweep.store.records import (
+    ATTRIBUTES,
+    SCHEMA_VERSION,
+    SCORES_SCHEMA,
+    TRIALS_SCHEMA,
+    TRIALS_VERSION,
+    USUAL,
+    RunRecord,
+    TrialRow,
+)
 from sweep.store.store import Store
 
 CELL, PARTS = (
@@ -341,6 +352,13 @@ def test_a_runs_heartbeat_is_the_last_one_written_oldest_run_first(store: Store)
         ("20260101T000000-9", 5, None),
         ("20260102T000000-7", 2, None),
     ]
+
+
+def test_every_attribute_of_a_trial_is_a_column_and_a_key_of_the_config() -> None:
+    config = expand([], multirun=False).points[0]
+    values = {name: attrgetter(key)(config) for name, key in ATTRIBUTES.items()}
+    assert set(values) <= set(TRIALS_SCHEMA.names)
+    assert {name: values[name] for name in USUAL} == USUAL
 
 
 def test_an_empty_store_holds_nothing(store: Store) -> None:
