@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import structs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,16 +57,17 @@ def front_picture(front: Sequence[Point], uniform: Sequence[Point], chosen: Sequ
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
 
-        def draw(points: Sequence[Point], kl: Sequence[float], style: str, color: str, label: str) -> None:
-            if points:
-                axes.plot([point.x(in_gb) for point in points], kl, style, color=color, label=label)
-
         best, recipes = _above_zero(front), _above_zero(chosen)
-        draw(best, _predicted(best), ".-", "tab:blue", "best mix, predicted")
-        draw(uniform, _predicted(uniform), "o", "0.6", "one format for all, predicted")
-        draw(recipes, _predicted(recipes), "D", "tab:orange", "recipe, predicted")
-        measured = [point for point in recipes if point.measured_kl]
-        draw(measured, [point.measured_kl or 0.0 for point in measured], "x", "tab:red", "recipe, measured")
+        measured = [structs.replace(point, predicted_kl=point.measured_kl) for point in recipes if point.measured_kl]
+        for points, style, color, label in (
+            (best, ".-", "tab:blue", "best mix, predicted"),
+            (uniform, "o", "0.6", "one format for all, predicted"),
+            (recipes, "D", "tab:orange", "recipe, predicted"),
+            (measured, "x", "tab:red", "recipe, measured"),
+        ):
+            if points:
+                xs, ys = [point.x(in_gb) for point in points], [point.predicted_kl for point in points]
+                axes.plot(xs, ys, style, color=color, label=label)
         axes.set(xlabel="weights, GB" if in_gb else "bits a weight", ylabel=_KL_LABEL, yscale="log")
         axes.set_title(title, fontsize=8)
         axes.grid(visible=True, alpha=0.3)
@@ -80,10 +82,6 @@ def front_picture(front: Sequence[Point], uniform: Sequence[Point], chosen: Sequ
 def _above_zero(points: Sequence[Point]) -> list[Point]:
     """The points that a logarithmic axis can show."""
     return [point for point in points if point.predicted_kl > 0]
-
-
-def _predicted(points: Sequence[Point]) -> list[float]:
-    return [point.predicted_kl for point in points]
 
 
 def _annotate(figure: "Figure", axes: "Axes", named: Sequence[tuple[float, float, str]]) -> None:

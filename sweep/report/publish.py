@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,13 +90,14 @@ def publish(finished: Iterable[FinishedTrial], root: Path | str, *, overwrite: b
             head = f"Not published, {len(found)} in the way under {url}:"
             raise SweepError("\n".join([head, *(f"  {line}" for line in found), *how]))
         for folder, content in _rendered(changed):
-            if "://" in url:
-                _put_folder(files, folder, content)
-            else:
+            if "://" not in url:
                 _swap_folder(Path(url), folder, content)
+            else:
+                files.remove(f"{folder}/{MANIFEST}")
+                for name, data in content.items():  # the manifest is last
+                    files.write(f"{folder}/{name}", data)
             published[folder] = Manifest.from_json(content[MANIFEST])
-        written_pages = _write_pages(files, published)
-        stale_pages = _remove_stale_pages(files, pages)
+        written_pages, stale_pages = _update_pages(files, published, pages)
     at = f"{url}/"
     return PublishResult(
         written=tuple(at + folder for folder in changed),
@@ -369,12 +370,6 @@ def _swap_folder(root: Path, folder: str, content: Mapping[str, bytes]) -> None:
         _drop(old)
 
 
-def _put_folder(files: Files, folder: str, content: Mapping[str, bytes]) -> None:
-    files.remove(f"{folder}/{MANIFEST}")
-    for name, data in content.items():  # the manifest is last
-        files.write(f"{folder}/{name}", data)
-
-
 def _page_paths(folders: Iterable[str]) -> list[str]:
     """The directories above published folders, each of which has an index page."""
     return sorted({folder.rsplit("/", depth)[0] for folder in folders for depth in (1, 2, 3)})
@@ -394,26 +389,21 @@ def _foreign_pages(files: Files, pages: Iterable[str]) -> Iterator[str]:
             yield f"{directory}/README.md was written by someone else"
 
 
-def _write_pages(files: Files, published: Mapping[str, Manifest]) -> list[str]:
-    """Write the index pages whose text changes. Returns their paths."""
+def _update_pages(
+    files: Files, published: Mapping[str, Manifest], kept: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Write the index pages whose text changes, and remove ours that have no published folder below any more.
+
+    Returns: paths of both.
+    """
     written: list[str] = []
     for directory in _page_paths(published):
         below = {folder: manifest for folder, manifest in published.items() if folder.startswith(f"{directory}/")}
-        text = render_index(directory, below)
-        if text != _page(files, directory):
+        if (text := render_index(directory, below)) != _page(files, directory):
             files.write(f"{directory}/README.md", text.encode())
             written.append(f"{directory}/README.md")
-    return written
-
-
-def _remove_stale_pages(files: Files, pages: Iterable[str]) -> list[str]:
-    """Remove our index pages that have no published folder below them any more. Returns their paths."""
-    kept = set(pages)
-    stale = [
-        path
-        for path in _directories(files)
-        if path.count("/") < 4 and path not in kept and (_page(files, path) or "").startswith(GENERATED)
-    ]
+    above = [path for path in _directories(files) if path.count("/") < 4 and path not in kept]
+    stale = [f"{path}/README.md" for path in above if (_page(files, path) or "").startswith(GENERATED)]
     for path in reversed(stale):
-        files.remove(f"{path}/README.md")
-    return [f"{path}/README.md" for path in stale]
+        files.remove(path)
+    return written, stale
