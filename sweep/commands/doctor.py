@@ -28,7 +28,7 @@ from sweep.run.resources import pick_workers
 from sweep.store.integrity import Finding, check_store
 from sweep.store.store import Store
 
-# What was tested; another release may work and is warned about.
+# Releases that were tested; another one may work and is warned about.
 _TESTED = {"nvidia-modelopt": "0.47", "ray": "2.60", "transformers": "5.", "torch": "2."}
 
 COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}

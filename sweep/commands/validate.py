@@ -12,10 +12,10 @@ from rich.console import Console
 
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
-from sweep.core.text import aligned
+from sweep.core.screen import say, show_table
 from sweep.formats.mixed import MixedRecipe, is_called
 from sweep.mixed_precision.candidates import Candidates, read_candidates
-from sweep.mixed_precision.measured import Measured, markdown_table, random_mixes, uniform_recipes, validate
+from sweep.mixed_precision.measured import Measured, markdown_table, random_mixes, table, uniform_recipes, validate
 from sweep.mixed_precision.recipe import recipe_of_choice
 from sweep.mixed_precision.recipe_context import RecipeContext, load_context
 from sweep.run.resources import own_device
@@ -59,11 +59,10 @@ def validate_command(request: Request) -> int:
     if request.as_json:
         print(text)  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
-    console = Console(markup=False, soft_wrap=True, highlight=False)
-    for line in table_lines(rows):
-        console.print(line)
+    console, (heading, *cells) = Console(), table(rows)
+    show_table(console, heading, cells, figures=heading[1:])
     counts = f"{rows[0].n_samples} samples, {rows[0].n_predictions} predictions"
-    console.print(f"{counts} that neither calibrated nor scored; nats per prediction. Page: {page.path}")
+    say(console, f"{counts} that neither calibrated nor scored; nats per prediction. Page: {page.path}")
     return EXIT_DONE
 
 
@@ -102,24 +101,6 @@ def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRec
             name = f"{choice.group.short_name} alone, {candidate.format.label}"
             found.append(("group", recipe_of_choice(candidates, only, name, recipe.target)))
     return found
-
-
-def table_lines(rows: Sequence[Measured]) -> list[str]:
-    """A table for the screen: a heading, then one line a recipe."""
-    cells = [("recipe", "bits", "predicted KL", "measured KL", "90 % interval", "measured/predicted", "loss change")]
-    for row in rows:
-        low, high = row.measured_kl_interval
-        ratio = f"{row.measured_kl / row.predicted_kl:.2f}" if row.predicted_kl else "-"
-        figures = (
-            f"{row.effective_bits:.3f}",
-            f"{row.predicted_kl:.4g}",
-            f"{row.measured_kl:.4g}",
-            f"{low:.3g} to {high:.3g}",
-            ratio,
-            f"{row.loss_change:+.4f}",
-        )
-        cells.append((row.name, *figures))
-    return aligned(cells, figures=True)
 
 
 def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:

@@ -12,7 +12,8 @@ import msgspec
 from sweep.core.errors import SweepError
 from sweep.core.groups import Coverage
 from sweep.core.json import Json
-from sweep.core.pairs import GranularityConfig, PairConfig
+from sweep.core.machine import Device
+from sweep.core.pairs import GranularityConfig, PairConfig, Scales
 from sweep.core.sizes import Size
 from sweep.core.typed import Plain, Section
 
@@ -31,7 +32,7 @@ class ModelConfig(Section):
     path: str | None  # directory or hub id; None: the bundled model
     dtype: Literal["auto", "float32", "bfloat16"]  # of the computation; auto: float32 on a CPU, bfloat16 on a GPU
 
-    def dtype_on(self, device: Literal["cpu", "cuda"]) -> Literal["float32", "bfloat16"]:
+    def dtype_on(self, device: Device) -> Literal["float32", "bfloat16"]:
         """The dtype that the model computes in on a device."""
         if self.dtype != "auto":
             return self.dtype
@@ -75,8 +76,8 @@ class SensitivityConfig(Section):
     coverage: Coverage
     lm_head: bool  # score lm_head as well
     quant_algorithm: str  # ModelOpt's calibration algorithm
-    # Whether the linears of a layer group share what runtimes share (ranges per tensor), or each has its own.
-    scales: Literal["fused", "private"]
+    # fused: linears of a layer group share calibration ranges per tensor, as in runtimes; private: each has its own.
+    scales: Scales
     # Memory that a worker may use, 1e9 bytes; None: what is free on its GPU, or its share of the machine's.
     memory_gb: float | None
 
@@ -105,11 +106,11 @@ class SensitivityConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetConfig(Section):
-    """What one runtime on one kind of hardware runs; read by `sweep.config.targets`. Not part of any score."""
+    """The recipes that one runtime on one kind of hardware runs; see `sweep.config.targets`. No score depends on it."""
 
     name: str  # [a-z0-9_]+
-    runtime: str  # what it is, for people
-    scales: Literal["fused", "private"]  # whether it shares scales inside fused layer groups
+    runtime: str  # its name and hardware, for people
+    scales: Scales  # whether it shares scales inside fused layer groups
     sources: Mapping[str, str]  # where its facts were read: project, version or commit, file
     # By "pair/granularity"; what is not listed does not run.
     recipes: Mapping[str, Mapping[str, str | list[str] | Mapping[str, str] | None]]

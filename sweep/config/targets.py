@@ -15,7 +15,7 @@ import yaml
 
 from sweep.config.schema import TargetConfig
 from sweep.core.errors import SweepError, require_known
-from sweep.core.pairs import ALGORITHMS
+from sweep.core.pairs import ALGORITHMS, Scales
 from sweep.core.paths import conf_dir
 from sweep.core.typed import hints_of
 
@@ -73,7 +73,7 @@ class Target:
 
     name: str
     runtime: str  # for people
-    scales: Literal["fused", "private"]  # whether it shares scales inside fused layer groups
+    scales: Scales  # whether it shares scales inside fused layer groups
     recipes: tuple[TargetRecipe, ...]
 
     @classmethod

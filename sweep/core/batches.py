@@ -39,7 +39,7 @@ class Plan:
     segments: tuple[tuple[Batch, ...], ...]
 
     def segments_of(self, size: str) -> int:
-        """How many leading segments make up `size`."""
+        """Number of leading segments that hold the samples of `size`."""
         return list(SIZES).index(size) + 1
 
     def n_predictions(self, size: str) -> int:

@@ -18,7 +18,7 @@ T = TypeVar("T", bound=Plain)
 
 
 def cache_dir() -> Path:
-    """Where the entries live; it may not exist yet."""
+    """The directory of the entries; it may not exist yet."""
     if own := os.environ.get("SWEEP_CACHE_DIR"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sweep-sensitivity"

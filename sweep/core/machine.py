@@ -23,7 +23,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a recipe needs of the GPU that scores it, and of its machine. A CPU runs every recipe."""
+    """The GPU and the tools that a recipe needs where it is scored on a GPU. A CPU runs every recipe."""
 
     capability: tuple[int, int] = (0, 0)
     nvcc: bool = False
@@ -32,7 +32,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """What one machine that may hold workers can do. What is not known refuses nothing."""
+    """Hardware and tools of one machine that may hold workers. An unknown field refuses no recipe."""
 
     host: str
     gpus: tuple[Gpu, ...] = ()  # none: not known
@@ -42,7 +42,7 @@ class Hardware:
 
     @property
     def warning(self) -> str | None:
-        """What people should know if nothing is known."""
+        """A sentence for people if nothing is known."""
         if self.unknown is None:
             return None
         return f"{self.host} does not say what it can do ({self.unknown}): no recipe is refused on its account."
@@ -71,7 +71,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """How many workers, on what."""
+    """The number of workers, their device, and their share of GPUs and nodes."""
 
     device: Device
     count: int
@@ -85,14 +85,13 @@ class Workers:
 
 def memory_gb() -> float:
     """Memory of this machine that is available, in 1e9 bytes."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024 / 1e9
-    return 0.0
+    import psutil  # 10 ms that --help has not
+
+    return psutil.virtual_memory().available / 1e9
 
 
 def own_hardware(device: Device) -> Hardware:
-    """This machine's; its GPUs only if workers compute on them.
+    """The hardware of this machine; its GPUs only if workers compute on them.
 
     As a Ray task it answers for its node. Ray hides the GPUs from a task that asks for none (CUDA_VISIBLE_DEVICES is
     empty there), but not from nvidia-smi.

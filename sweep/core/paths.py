@@ -1,4 +1,4 @@
-"""Where the project's own data lies: beside the packages in a checkout, inside them in a wheel."""
+"""Directories of the project's own data: beside the packages in a checkout, inside them in a wheel."""
 
 from pathlib import Path
 from typing import Final

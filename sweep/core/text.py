@@ -3,22 +3,14 @@
 from collections.abc import Sequence
 
 
-def aligned(rows: Sequence[Sequence[str]], *, figures: bool = False) -> list[str]:
-    """One line a row, columns two spaces apart.
-
-    Args:
-        rows: a heading and the rest, all of one length.
-        figures: columns after the first are numbers, which stand to the right.
-    """
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """One line a row, columns two spaces apart. Args: rows: a heading and the rest, all of one length."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines: list[str] = []
-    for row in rows:
-        cells = (
-            text.rjust(width) if figures and column else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
-    return lines
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+
+    return list(map(line, rows))
 
 
 def count(n: int, noun: str) -> str:

@@ -147,20 +147,22 @@ def held_out(context: RecipeContext) -> tuple[Plan, str]:
     return plan, plan.digest(list(SIZES)[len(plan.segments) - 1])
 
 
-def markdown_table(rows: Sequence[Measured]) -> str:
-    """Predicted beside measured KL, as a Markdown table."""
-    lines = [
-        "| recipe | bits a weight | predicted KL | measured KL | measured / predicted | loss change |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+def table(rows: Sequence[Measured]) -> list[tuple[str, ...]]:
+    """Predicted beside measured KL, with 90 % intervals: a heading, then one row a recipe."""
+    found = [("recipe", "bits a weight", "predicted KL", "measured KL", "measured / predicted", "loss change")]
     for row in rows:
         low, high = row.measured_kl_interval
         ratio = f"{row.measured_kl / row.predicted_kl:.2f}" if row.predicted_kl else "-"
         change = f"{row.loss_change:+.4f} ({row.loss_change_interval[0]:+.4f} to {row.loss_change_interval[1]:+.4f})"
         measured = f"{row.measured_kl:.4g} ({low:.3g} to {high:.3g})"
-        figures = (f"{row.effective_bits:.3f}", f"{row.predicted_kl:.4g}", measured, ratio, change)
-        lines.append(f"| {row.name} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+        found.append((row.name, f"{row.effective_bits:.3f}", f"{row.predicted_kl:.4g}", measured, ratio, change))
+    return found
+
+
+def markdown_table(rows: Sequence[Measured]) -> str:
+    """The table as Markdown."""
+    heading, *lines = (f"| {' | '.join(cells)} |" for cells in table(rows))
+    return "\n".join([heading, "|---|---:|---:|---:|---:|---:|", *lines])
 
 
 def _measurer(

@@ -30,7 +30,7 @@ _ESSENTIAL: Final = {"raylet": "Ray's raylet", "gcs_server": "Ray's control serv
 
 # Program of a process that waits until the driver's end of a pipe closes, then kills what is left of the driver's own
 # cluster. The pipe carries lines: the session directories that Ray has made for the driver, and ENDED if the driver has
-# itself printed why it ends.
+# printed by itself why it ends.
 _REAPER: Final = """
 import sys
 sys.path.insert(0, sys.argv[1])

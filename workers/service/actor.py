@@ -59,7 +59,7 @@ class Worker:
         self._scorer.load(task.model)
 
     def hardware(self) -> Hardware:
-        """What its GPUs and its machine can do."""
+        """Its GPUs, and memory and compiler of its machine."""
         return self._scorer.hardware()
 
     def warm_up(self, extensions: frozenset[str]) -> None:

@@ -9,14 +9,6 @@ def test_columns_are_as_wide_as_their_widest_text() -> None:
     assert aligned([("recipe", "KL"), ("a", "0.0139"), ("bb", "2")]) == ["recipe  KL", "a       0.0139", "bb      2"]
 
 
-def test_figures_stand_to_the_right() -> None:
-    assert aligned([("recipe", "KL"), ("a", "0.0139"), ("bb", "2")], figures=True) == [
-        "recipe      KL",
-        "a       0.0139",
-        "bb           2",
-    ]
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
