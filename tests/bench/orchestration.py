@@ -19,6 +19,7 @@ from ray import tune
 from sweep.core.batches import Plan
 from sweep.core.machine import Workers
 from sweep.run import cluster, driver
+from sweep.run.watchdog import Watchdog
 from tests.bench.bare import run_bare
 from tests.tasks import TASK
 from workers.service import actor
@@ -46,8 +47,11 @@ class InstantWorker(actor.Worker):
             yield [Progress(task_id=task.task_id, done=1, found=0) for task in tasks]
 
 
-class Unwatched:
+class Unwatched(Watchdog):
     """Nobody looks after the cluster."""
+
+    def __init__(self) -> None:
+        """Start nothing."""
 
     def own(self, session: str) -> None:
         """It is not killed with this process."""

@@ -29,7 +29,9 @@ def untyped(tree: ast.Module) -> Iterator[ast.expr]:
     """`Any`, `object`, casts, and aliases of them, wherever they stand."""
     names = UNTYPED | aliases(tree)
     for node in ast.walk(tree):
-        if (isinstance(node, ast.Name) and node.id in names and isinstance(node.ctx, ast.Load)) or (isinstance(node, ast.Attribute) and node.attr == "Any"):
+        if (isinstance(node, ast.Name) and node.id in names and isinstance(node.ctx, ast.Load)) or (
+            isinstance(node, ast.Attribute) and node.attr == "Any"
+        ):
             yield node
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names:
             yield node  # a type in quotes
