@@ -51,7 +51,7 @@ class Unwatched(Watchdog):
     """Nobody looks after the cluster."""
 
     def __init__(self) -> None:
-        super().__init__(lambda _: None)
+        """Start nothing."""
 
     def own(self, session: str) -> None:
         """It is not killed with this process."""
