@@ -50,11 +50,16 @@ def finished_trials(store: Store, overrides: Sequence[str], points: Sequence[Map
     ]
     if not done:
         raise SweepError(f"The store {store.uri} holds no finished trial. Type `sweep run` first, or store.uri=DIR.")
-    found = [row for row, config in done if all(_value(config, key) in values for key, values in wanted.items())]
+    found = [row for row, config in done if _has(config, wanted)]
     if not found:
         there = "; ".join(f"{key}={_values(key, done)}" for key in wanted)
         raise SweepError(f"The store {store.uri} holds no finished trial of that kind. It has {there}.")
     return found
+
+
+def _has(config: Mapping[str, Json], wanted: Mapping[str, list[Json]]) -> bool:
+    """Whether a composed config has one of the values that are wanted of each key."""
+    return all(_value(config, key) in values for key, values in wanted.items())
 
 
 def _values(key: str, trials: Iterable[tuple[TrialRow, Mapping[str, Json]]]) -> str:
