@@ -59,6 +59,14 @@ class Task:
             needed.add("mx")
         return frozenset(needed)
 
+    @property
+    def inputs(self) -> frozenset[tuple[str, str | None]]:
+        """Identities of the quantized inputs that scoring keeps, with their size where each has ranges of its own."""
+        if self.format.inputs is None:
+            return frozenset()
+        sizes = self.cells if self.format.calibrates_inputs else (None,)
+        return frozenset((self.format.input_id, size) for size in sizes)
+
     def shares_capture_with(self, other: "Task") -> bool:
         """Whether a worker can score both tasks from one capture, layer by layer."""
         mine, others = ((task.model, task.plan_id, task.groups, task.engine, task.method) for task in (self, other))

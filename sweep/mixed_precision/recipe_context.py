@@ -17,7 +17,7 @@ from sweep.plan.subject import Model, checkpoint_dir, samples_of
 from sweep.plan.trials import Device
 
 if TYPE_CHECKING:
-    from workers.model.loading import PreTrainedModel
+    from sweep.plan.subject import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -252,7 +252,12 @@ class _Planner:
         parts = [part.groups for part in parts_of(task.groups)]
         model_bytes = model.structure.parameters * (2 if task.model.dtype == "bfloat16" else 4)
         work = memory.workload(
-            [task], plan, plan.segments_of(point.dataset.size), model_bytes, model.structure.vocabulary
+            plan,
+            plan.segments_of(point.dataset.size),
+            n_inputs=len(task.inputs),
+            dtype=task.model.dtype,
+            model_bytes=model_bytes,
+            vocabulary=model.structure.vocabulary,
         )
         # Of unlike GPUs the smallest decides about windows: taken for kept where it is not, a capture costs that GPU
         # seconds an assignment; taken for not kept where it is, only the first result comes later. Whether a task is

@@ -9,7 +9,6 @@ from typing import Final, TypeVar
 
 from sweep.core.batches import Batch, Plan
 from sweep.core.groups import Part, ShapedGroup, is_vision
-from workers.task import Task
 
 # One batch's activations that the backward pass needs, over the x and g that one batch adds to the capture: attention,
 # norms and products keep 1.7 times as much (16 GB for 2,048 tokens through the 36 layers of a 4B model, measured).
@@ -36,31 +35,26 @@ class Workload:
     n_inputs: int  # recipes of the inputs that are kept side by side, those of other sizes counted
 
 
-def workload(tasks: Sequence[Task], plan: Plan, n_segments: int, model_bytes: int, vocabulary: int) -> Workload:
-    """The workload of scoring these tasks together.
+def workload(plan: Plan, n_segments: int, *, n_inputs: int, dtype: str, model_bytes: int, vocabulary: int) -> Workload:
+    """The workload of scoring tasks of one model and data set together.
 
     Args:
-        tasks: of one model and plan.
-        plan: of their data set.
+        plan: of the data set.
         n_segments: leading segments of the plan that are captured.
+        n_inputs: see Workload.
+        dtype: of the model.
         model_bytes: of the weights.
         vocabulary: its size.
     """
     batches = [batch for segment in plan.segments[:n_segments] for batch in segment]
-    inputs = {
-        (task.format.input_id, size if task.format.calibrates_inputs else None)
-        for task in tasks
-        if task.format.inputs is not None
-        for size in task.cells
-    }
     return Workload(
         n_tokens=sum(sum(batch.lengths) for batch in batches),
         n_patches=sum(sum(batch.patch_counts) for batch in batches),
         batch_tokens=max(sum(batch.lengths) for batch in batches),
-        itemsize=2 if tasks[0].model.dtype == "bfloat16" else 4,
+        itemsize=2 if dtype == "bfloat16" else 4,
         model_bytes=model_bytes,
         vocabulary=vocabulary,
-        n_inputs=len(inputs),
+        n_inputs=n_inputs,
     )
 
 

@@ -275,7 +275,14 @@ class Scorer:
         of the parts is taken at once, and captured in as many windows as it needs.
         """
         tasks, plan = [state.task for state in assigned.states], assigned.plan
-        work = memory.workload(tasks, plan, len(assigned.segments), self._model_bytes(), self._vocabulary)
+        work = memory.workload(
+            plan,
+            len(assigned.segments),
+            n_inputs=len(frozenset().union(*(task.inputs for task in tasks))),
+            dtype=tasks[0].model.dtype,
+            model_bytes=self._model_bytes(),
+            vocabulary=self._vocabulary,
+        )
 
         def windows(parts: Sequence[Part]) -> list[list[Part]]:
             return memory.part_windows(parts, work, self._memory_bytes(), self._halvings)

@@ -1,5 +1,6 @@
 """Memory of scoring, and scoring with less: windows, the same bits, a warning, a refusal in time."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from sweep.config.compose import expand
+from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
 from sweep.core.groups import ShapedGroup
 from sweep.core.machine import Gpu, Hardware
@@ -17,6 +19,14 @@ from workers.model import memory
 from workers.model.memory import Workload, capture_bytes, fixed_bytes, needed_bytes, windows
 from workers.service import scorer
 from workers.service.scorer import Scorer
+from workers.task import Task
+
+
+def workload(tasks: Iterable[Task], plan: Plan, model_bytes: int) -> memory.Workload:
+    """Of tasks in their smallest size, on a model with 512 tokens."""
+    inputs = frozenset().union(*(task.inputs for task in tasks))
+    dtype = next(iter(tasks)).model.dtype
+    return memory.workload(plan, 1, n_inputs=len(inputs), dtype=dtype, model_bytes=model_bytes, vocabulary=512)
 
 
 def group(layer: int, n_inputs: int, n_outputs: int, tower: str = "language_model") -> ShapedGroup:
@@ -102,7 +112,7 @@ def test_windows_give_the_same_bits(place: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(scorer, "captures", counted)
     wanted = plan(place)
     task = next(iter(wanted.tasks.values()))
-    load = memory.workload(list(wanted.tasks.values()), wanted.plans[task.plan_id], 1, 2_000_000, 512)
+    load = workload(wanted.tasks.values(), wanted.plans[task.plan_id], 2_000_000)
     two_layers = (fixed_bytes(task.groups, load) + 2.2 * capture_bytes(task.groups[:4], load)) / 1e9
     windowed, warnings = scored(place, tmp_path / "windowed", memory_gb=two_layers)
     assert seen
@@ -140,7 +150,7 @@ def test_a_budget_too_small_for_one_layer_is_refused_before_anything_runs(place:
 def test_the_plan_says_whose_captures_need_windows(place: Path) -> None:
     roomy = plan(place, "sensitivity.memory_gb=1")
     task = next(iter(roomy.tasks.values()))
-    load = memory.workload([task], roomy.plans[task.plan_id], 1, 4 * Model(place / "model").structure.parameters, 512)
+    load = workload([task], roomy.plans[task.plan_id], 4 * Model(place / "model").structure.parameters)
     layers = [task.groups[start : start + 4] for start in range(0, len(task.groups), 4)]
     between = (memory.whole_bytes(task.groups, load) + memory.needed_bytes(layers, load)) / 2
     narrow = plan(place, f"sensitivity.memory_gb={between / 1e9:.6f}")
@@ -154,7 +164,7 @@ def test_the_smallest_gpu_decides_about_windows_and_the_largest_about_what_is_po
         return plan_sweep(expand(own, multirun=True).points, "cuda", nodes)
 
     (task,), (plan,) = planned().tasks.values(), planned().plans.values()
-    load = memory.workload([task], plan, 1, 2 * Model(place / "model").structure.parameters, 512)
+    load = workload([task], plan, 2 * Model(place / "model").structure.parameters)
     layers = [task.groups[start : start + 4] for start in range(0, len(task.groups), 4)]
     whole, least = memory.whole_bytes(task.groups, load) / 1e9, memory.needed_bytes(layers, load) / 1e9
     roomy, narrow, tiny = whole * 1.1, (whole + least) / 2, least * 0.9
