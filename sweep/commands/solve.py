@@ -44,7 +44,7 @@ class Request:
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True):
-    """What a recipe was chosen from."""
+    """The scored recipes that a mix was chosen from."""
 
     recipes: int  # scored
     usable: int  # of them, by the target as they are scored
@@ -53,7 +53,7 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tables(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What is shown of a solved recipe beside its figures."""
+    """A solved recipe beside its figures: files, and the tables that were asked for."""
 
     recipe: str  # the file
     scored: Scored

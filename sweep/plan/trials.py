@@ -229,7 +229,7 @@ class _Planner:
         return cell_id, task_id
 
     def _needs(self, point: SweepConfig, task: Task, model: Model) -> Needs:
-        """What a GPU and its machine must have for a task."""
+        """Requirements of a task on a GPU and its machine."""
         gpu_gb = self._gpu_gb(point, task, model)
         if self.device == "cpu":
             return Needs()

@@ -32,7 +32,7 @@ from sweep.store.files import Files
 
 _MANIFEST_VERSION: Final = 1
 _PARTIAL: Final = ".sweep-partial-"  # begins the name of a directory in which files are being made
-# What a killed writer has not renamed yet: `Files`, and safetensors 0.8 where a checkpoint is being made.
+# Files that a killed writer has not renamed yet: `Files`, and safetensors 0.8 where a checkpoint is being made.
 _HALF_MANIFEST, _HALF_TENSORS = f".{MANIFEST}.*.tmp", ".tmp*"
 _WAY_OUT: Final = "Give another place with --out."
 _N_NAMED: Final = 5  # files, in a message

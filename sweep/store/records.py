@@ -125,7 +125,7 @@ class TrialRow:
 
     @property
     def setting(self) -> str:
-        """What a mix of formats has in common: ``tiny, texts/large, scales fused, dtype float32``."""
+        """The attributes that the formats of a mix share: ``tiny, texts/large, scales fused, dtype float32``."""
         return f"{self.model}, {self.dataset}/{self.size}, scales {self.scales}, dtype {self.dtype or UNKNOWN}"
 
 

@@ -282,7 +282,7 @@ class Store:
 
 
 def _unless_gone(read: Callable[[], T]) -> T | None:
-    """What a reader gives; None where the file is not there, or damaged and set aside."""
+    """The value that a reader gives; None where the file is not there, or damaged and set aside."""
     try:
         return read()
     except (Damaged, FileNotFoundError):

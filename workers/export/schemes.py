@@ -78,7 +78,7 @@ def quantizer_of(args: QuantizationArgs) -> Quantizer:
 
 
 def _ranges_of(args: QuantizationArgs) -> Attributes:
-    """What shares a range, and whether it is found anew in each call."""
+    """The attributes that say which elements share a range, and whether it is found anew in each call."""
     group, strategy = args.group_size, args.strategy
     if strategy == QuantizationStrategy.CHANNEL:
         return {"axis": 0}

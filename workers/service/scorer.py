@@ -120,7 +120,7 @@ class Scorer:
         return {"model_loads": self.model_loads, "peak_gb": peak_gb, **self._clock.figures()}
 
     def hardware(self) -> Hardware:
-        """What its own GPUs can do, and this machine."""
+        """Capabilities of its own GPUs, and of this machine."""
         gpus: list[Gpu] = []
         for index in range(self._n_gpus if self.device.type == "cuda" else 0):
             found = torch.cuda.get_device_properties(index)
