@@ -32,7 +32,6 @@ class _Served(msgspec.Struct):
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """As much of a published folder's manifest as is read; the rest is only compared."""
 
-    layout_version: int
     cell_id: str
     summary: Summary
     served_as: dict[str, _Served] = {}  # by target; a folder of an older layout has none
