@@ -24,19 +24,11 @@ _SHOWN_FAILURES = 10
 _WATCH_SECONDS = 2.0
 
 
-class ClusterNode(msgspec.Struct, frozen=True):
-    """A living node of a Ray cluster."""
-
-    host: str
-    cpus: float
-    gpus: float
-
-
 class ClusterState(msgspec.Struct, frozen=True):
     """A Ray cluster's answer: see sweep.run.cluster.look."""
 
     address: str  # host:port
-    nodes: list[ClusterNode]
+    nodes: list[dict[str, str | float]]  # `host`, `cpus` and `gpus` of each that lives
     gpus: float
     gpus_free: float
     workers: dict[str, list[str]]  # names, by the namespace of each sweep

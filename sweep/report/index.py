@@ -25,17 +25,12 @@ _LEGEND = (
 )
 
 
-class _Served(msgspec.Struct):
-    status: str  # native, runs_as, none
-
-
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """As much of a published folder's manifest as is read; the rest is only compared."""
 
-    layout_version: int
     cell_id: str
     summary: Summary
-    served_as: dict[str, _Served] = {}  # by target; a folder of an older layout has none
+    served_as: dict[str, dict[str, str | None]] = {}  # by target; a folder of an older layout has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +185,7 @@ def _served(manifests: Collection[Manifest]) -> str:
     kinds: dict[str, set[str]] = {"native": set(), "runs_as": set(), "none": set()}
     for manifest in manifests:
         for target, served in manifest.figures.served_as.items():
-            kinds[served.status].add(target)
+            kinds[served["status"] or "none"].add(target)
     in_brackets = [f"({target})" for target in sorted(kinds["runs_as"] - kinds["native"])]
     return ", ".join([*sorted(kinds["native"]), *in_brackets]) or "none"
 

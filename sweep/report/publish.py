@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -263,22 +264,25 @@ def _directories(files: Files) -> Iterator[str]:
 def _published(files: Files) -> Iterator[tuple[str, Manifest]]:
     """Folders that are there, with their manifests; one without a readable manifest is not there."""
     for directory in _directories(files):
-        if directory.count("/") < 4:
-            continue
-        if (manifest := _manifest(files, directory)) is None:
-            continue
-        if manifest.figures.layout_version > LAYOUT_VERSION:
-            raise SweepError(
-                f"{files.uri}/{directory} was published by a newer version of this program. "
-                "Upgrade, or publish elsewhere."
-            )
-        yield directory, manifest
+        if directory.count("/") == 4 and (manifest := _manifest(files, directory)) is not None:
+            yield directory, manifest
+
+
+class _Layout(msgspec.Struct):
+    layout_version: int
 
 
 def _manifest(files: Files, folder: str) -> Manifest | None:
-    """A published folder's manifest; None if there is none that this program can have written."""
+    """A published folder's manifest; None if there is none that this program can have written.
+
+    Raises: SweepError: a newer version of this program has written it.
+    """
     try:
-        return Manifest.from_json(files.read(f"{folder}/{MANIFEST}"))
+        data = files.read(f"{folder}/{MANIFEST}")
+        if msgspec.json.decode(data, type=_Layout).layout_version > LAYOUT_VERSION:
+            newer = "was published by a newer version of this program. Upgrade, or publish elsewhere."
+            raise SweepError(f"{files.uri}/{folder} {newer}")
+        return Manifest.from_json(data)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
 

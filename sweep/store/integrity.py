@@ -93,14 +93,13 @@ def _look(store: Store, path: str) -> Finding | None:
     except FileNotFoundError:
         return None
     except SweepError as error:
-        if path in store.damage:
-            return Finding(path, "warning", f"set aside: {store.damage[path]}")
-        return Finding(path, "error", str(error))
-    return None
+        if path not in store.damage:
+            return Finding(path, "error", str(error))
+    return Finding(path, "warning", f"set aside: {store.damage[path]}") if path in store.damage else None
 
 
 def _read(store: Store, path: str) -> bool:
-    """Read a file as commands do. Returns whether this program has such files. Raises: SweepError: it is damaged."""
+    """Read a file as commands do, which set it aside if it is damaged. Returns whether this program has such files."""
     if found := _SCORES.fullmatch(path):
         store.whole_scores(found[1])
     elif found := _PART.fullmatch(path):
@@ -113,8 +112,6 @@ def _read(store: Store, path: str) -> bool:
         store.run_record(path)
     else:
         return False
-    if path in store.damage:
-        raise SweepError(store.damage[path])
     return True
 
 

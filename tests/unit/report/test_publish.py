@@ -438,9 +438,11 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_newer_tree_is_refused(tmp_path: Path) -> None:
     publish([finished()], tmp_path)
     path = tmp_path / FOLDER / "quant-manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"layout_version": 99}))
+    newer = json.dumps(json.loads(path.read_text()) | {"layout_version": 99, "summary": "of another kind"})
+    path.write_text(newer)
     with pytest.raises(SweepError, match="newer version"):
         publish([finished()], tmp_path)
+    assert path.read_text() == newer
 
 
 def test_nothing_secret_and_no_local_place_is_published(tmp_path: Path) -> None:
