@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sweep.core.machine import Hardware
 from sweep.run.worker_pool import Worker
 from tests.tasks import GROUP, TASK
 from workers.task import Progress, Task
@@ -49,6 +50,9 @@ class SleepingWorker(Worker):
 
     def info(self) -> dict[str, Any]:
         return {"node": self._node}
+
+    def hardware(self) -> Hardware:
+        return Hardware(host=self._node)
 
     def _score(
         self, tasks: Sequence[Task], plan: Any, assignment: int, names: Iterator[str]
