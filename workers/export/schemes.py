@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy, QuantizationType
 from compressed_tensors.quantization.quant_args import DynamicType
 from torch import nn
@@ -43,7 +44,7 @@ class _Where:
 
 
 def scheme_of(label: str, chosen: GroupFormat) -> QuantizationScheme:
-    """The scheme of one format, without targets, with the compression format that the library chooses for it.
+    """The scheme of one format, without targets, with the compression format that runtimes take.
 
     Args:
         label: the format's, for messages.
@@ -63,7 +64,17 @@ def scheme_of(label: str, chosen: GroupFormat) -> QuantizationScheme:
     for where, given, args in (("weight", chosen.weight, weights), ("inputs", chosen.inputs, inputs)):
         if given is not None and args is not None:
             _check_returns(given, quantizer_of(args), _Where(label=label, quantizer=where))
-    return scheme.model_copy(update={"format": infer_module_format(nn.Linear, scheme).value})
+    return scheme.model_copy(update={"format": _file_format(scheme, weights).value})
+
+
+def _file_format(scheme: QuantizationScheme, weights: QuantizationArgs) -> CompressionFormat:
+    """The library's choice, but for INT4 weights under quantized inputs, for which it takes a byte a weight.
+
+    Source: vLLM 0.26 and 0.32, whose schemes W4A8Fp8 and W4A8Int have `weight_packed`, eight weights in an int32.
+    """
+    if weights.type == QuantizationType.INT and weights.num_bits == 4:
+        return CompressionFormat.pack_quantized
+    return infer_module_format(nn.Linear, scheme)
 
 
 def quantizer_of(args: QuantizationArgs) -> Quantizer:
@@ -193,6 +204,9 @@ def _check_pair(weights: QuantizationArgs, inputs: QuantizationArgs, where: _Whe
         and inputs.type == QuantizationType.FLOAT
         and inputs.num_bits == 8
     )
+    if weights.scale_dtype == torch.uint8 and not inputs.dynamic:
+        # vLLM 0.26 and 0.32: W4A4Mxfp4 and W8A8Mxfp8 have no parameter for it, and refuse the checkpoint.
+        raise where.refuse("type", "static", "dynamic inputs or none under weights of an MX format")
     if (weights.type != inputs.type and not is_w4afp8) or inputs.num_bits < weights.num_bits:
         found = f"{inputs.type}{inputs.num_bits} inputs under {weights.type}{weights.num_bits} weights"
         raise where.refuse(
