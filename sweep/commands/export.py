@@ -43,7 +43,7 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
     config = config_of(recipe, overrides)
     model = Model(checkpoint_dir(config.model))
     check_recipe(recipe, model)
-    check_cells(recipe, Store(config.store.uri))
+    check_cells(recipe, config, Store(config.store.uri))
     if file_format == "compressed-tensors":
         directory = checkpoint_at(path, model, overwrite=overwrite)
         directory.check()

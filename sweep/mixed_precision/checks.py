@@ -1,11 +1,15 @@
 """Checks of a recipe file, which may have been edited by hand: its model, layer groups, formats and cells."""
 
+import msgspec
+
+from sweep.config.schema import SweepConfig, from_record
 from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import Linear
-from sweep.formats.format import GroupFormat
+from sweep.formats.format import Format, GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import check_format
 from sweep.plan.subject import Model
+from sweep.plan.trials import recipe_of
 from sweep.store.store import Store
 
 
@@ -50,14 +54,20 @@ def check_recipe(recipe: MixedRecipe, model: Model) -> None:
                 _check_blocks(chosen, model.linears[module])
 
 
-def check_cells(recipe: MixedRecipe, store: Store) -> None:
-    """Refuse a recipe whose scores are of different models or data.
+def check_cells(recipe: MixedRecipe, config: SweepConfig, store: Store) -> None:
+    """Refuse a recipe whose scores are of different models or data, or of other formats.
 
     Cells that the store does not know are passed over: the recipe may come from another machine.
 
-    Raises: SweepError: names two cells that do not belong together.
+    Args:
+        recipe: as read from a file.
+        config: of the command; a store's records do not say targets and validations.
+        store: read only.
+
+    Raises: SweepError: names two cells that do not belong together, or a format that is not the scored one.
     """
     known = {row.cell_id: row for row in store.trials().values() if row.cell_id is not None}
+    scored: dict[str, Format] = {}  # by cell
     for choice in recipe.groups:
         row = None if choice.cell_id is None else known.get(choice.cell_id)
         if row is None:
@@ -74,6 +84,15 @@ def check_cells(recipe: MixedRecipe, store: Store) -> None:
                 f"{score} is of {row.dataset}/{row.size} revision {row.dataset_revision[:12]}, the recipe's samples "
                 f"are {recipe.dataset}/{recipe.size} revision {recipe.dataset_revision[:12]}: "
                 "scores on different samples make no recipe. Solve again for one data set and size."
+            )
+        if row.cell_id not in scored:
+            record = msgspec.json.decode(row.config)
+            scored[row.cell_id or ""] = recipe_of(from_record(record, config.target, config.validation)).format
+        chosen = recipe.format_of(choice)
+        if chosen is not None and chosen.id != scored[row.cell_id or ""].id:
+            raise SweepError(
+                f"{score} is of another format than {chosen.label!r} of the recipe, which was edited: its predicted KL "
+                "would be another's. Have `sweep solve` write it again."
             )
 
 

@@ -21,10 +21,11 @@ from sweep.formats.mixed import MixedRecipe
 from workers.export.folding import check_foldable, folding_modules, output_scales, scaled_rows
 from workers.export.schemes import Inexpressible, scheme_of
 from workers.export.weights import packed
-from workers.model.checkpoint import index_files, settings_files, weight_files
+from workers.model.checkpoint import loaded_files, loaded_index, quantization_of, settings_files
 from workers.quant.linear import LinearQuant
 
 _VISION: Final = "visual"
+_EMBEDDINGS: Final = ("embed", "wte", "wpe")  # in the last word of a module's name
 
 
 class TensorSlice(Protocol):
@@ -55,7 +56,7 @@ class TensorFile(Protocol):
         ...
 
 
-def quantization_config(recipe: MixedRecipe, linears: Sequence[Linear]) -> dict[str, Json]:
+def quantization_config(recipe: MixedRecipe, linears: Sequence[Linear], others: Sequence[str] = ()) -> dict[str, Json]:
     """The `quantization_config` of config.json.
 
     Modules are named one by one: a runtime renames prefixes and joins q/k/v and gate/up by name, and a pattern that
@@ -65,6 +66,7 @@ def quantization_config(recipe: MixedRecipe, linears: Sequence[Linear]) -> dict[
     Args:
         recipe: the format of each layer group.
         linears: of the whole model.
+        others: further linears of the checkpoint, from `other_linears`.
 
     Raises: Inexpressible: a format that compressed-tensors cannot express.
     """
@@ -75,7 +77,7 @@ def quantization_config(recipe: MixedRecipe, linears: Sequence[Linear]) -> dict[
             targets[choice.format] += choice.group.modules
     formats = {scheme.format for scheme in schemes.values()}
     quantized = set(chain.from_iterable(targets.values()))
-    ignored = [linear.name for linear in linears if linear.name not in quantized]
+    ignored = [*(linear.name for linear in linears if linear.name not in quantized), *others]
     if not any(_VISION in module for module in quantized) and any(_VISION in name for name in ignored):
         ignored.append(f"re:.*{_VISION}.*")  # the convolution, which some runtimes hold as a linear
     file_format: Any = formats.pop() if len(formats) == 1 else "mixed-precision"  # Any: the value of an enum
@@ -124,11 +126,11 @@ def write_checkpoint(
         OSError: the directory cannot be written.
     """
     check_expressible(source, recipe, linears)
-    schemes, config = _by_module(recipe), quantization_config(recipe, linears)
+    schemes, config = _by_module(recipe), quantization_config(recipe, linears, other_linears(source, linears))
     scales = output_scales(recipe, quants, linears)
     weight_map: dict[str, str] = {}
     n_bytes = 0
-    for shard in weight_files(source):
+    for shard in loaded_files(source):
         tensors: dict[str, Tensor] = {}
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 -- no dict
@@ -145,13 +147,34 @@ def write_checkpoint(
             raise OSError(str(error)) from error
         weight_map |= dict.fromkeys(tensors, shard.name)
         n_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    for index in index_files(source):
+    for index in loaded_index(source):
         held = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(directory / index.name, held)
     document = json.loads((source / "config.json").read_bytes())
     _write_json(directory / "config.json", {**document, "quantization_config": config})
     for path in settings_files(source):
         shutil.copyfile(path, directory / path.name)
+    for shard in loaded_files(source):  # safetensors lets nobody else read what it writes
+        shutil.copymode(directory / "config.json", directory / shard.name)
+
+
+def other_linears(source: Path, linears: Sequence[Linear]) -> list[str]:
+    """Modules with a matrix in the checkpoint that transformers builds no linear of.
+
+    These are heads that predict several tokens, and routers: a runtime that builds them must find them named.
+
+    Args:
+        source: the checkpoint.
+        linears: that transformers builds.
+    """
+    built, found = {linear.name for linear in linears}, list[str]()
+    with ExitStack() as stack:
+        for name, file in held_tensors(source, stack).items():
+            module, _, local = name.rpartition(".")
+            is_embedding = any(word in module.rpartition(".")[2] for word in _EMBEDDINGS)
+            if local == "weight" and module not in built and not is_embedding:
+                found += [module] * (len(file.get_slice(name).get_shape()) == 2)
+    return found
 
 
 def check_expressible(source: Path, recipe: MixedRecipe, linears: Sequence[Linear]) -> None:
@@ -163,6 +186,11 @@ def check_expressible(source: Path, recipe: MixedRecipe, linears: Sequence[Linea
         exactly; a module whose weight is not in the checkpoint under its name, because it is tied to another or renamed
         on loading.
     """
+    if (method := quantization_of(source)) is not None:
+        raise SweepError(
+            f"The checkpoint {source} is quantized already ({method}, by its config.json): its codes are no weights to "
+            "quantize. Give the checkpoint that it was made from: model.path=DIR."
+        )
     modules = _by_module(recipe)
     with ExitStack() as stack:
         held = held_tensors(source, stack)
@@ -183,7 +211,7 @@ def check_expressible(source: Path, recipe: MixedRecipe, linears: Sequence[Linea
 def held_tensors(directory: Path, stack: ExitStack) -> dict[str, TensorFile]:
     """The open file that holds each tensor of a checkpoint, by the tensor's name. Args: stack: closes the files."""
     found: dict[str, TensorFile] = {}
-    for shard in weight_files(directory):
+    for shard in loaded_files(directory):
         file: TensorFile = stack.enter_context(safe_open(shard, framework="pt"))
         found |= dict.fromkeys(file.keys(), file)
     return found

@@ -12,7 +12,21 @@ from sweep.core.errors import SweepError
 from sweep.core.paths import MANIFEST
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SETTINGS = (".json", ".jinja", ".model", ".txt")  # tokenizer, preprocessor and generation settings
+_SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # tokenizer, preprocessor and generation settings
+_LEGAL = ("licen", "notice", "copying")  # how names of files begin that must travel with the weights
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class _Quantization(msgspec.Struct):
+    """The section of config.json that says how the weights are quantized."""
+
+    quant_method: str = "unknown"
+
+
+class _Config(msgspec.Struct):
+    """config.json."""
+
+    quantization_config: _Quantization | None = None
 
 
 class _Index(msgspec.Struct):
@@ -73,6 +87,27 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors"))
 
 
+def loaded_files(path: Path) -> list[Path]:
+    """The weight files that transformers loads; copies of the weights in another layout are left out."""
+    if (path / _SINGLE).is_file():
+        return [path / _SINGLE]
+    if (path / _INDEX).is_file():
+        shards = msgspec.json.decode((path / _INDEX).read_bytes(), type=_Index).weight_map.values()
+        return sorted(path / name for name in {*shards})
+    return weight_files(path)
+
+
+def loaded_index(path: Path) -> list[Path]:
+    """The index of `loaded_files`, where they have one."""
+    return [] if (path / _SINGLE).is_file() or not (path / _INDEX).is_file() else [path / _INDEX]
+
+
+def quantization_of(path: Path) -> str | None:
+    """The method by which a checkpoint's weights are quantized, by its config.json; None: they are not."""
+    found = msgspec.json.decode((path / "config.json").read_bytes(), type=_Config).quantization_config
+    return None if found is None else found.quant_method
+
+
 def index_files(path: Path) -> list[Path]:
     """The files that map tensors to weight files; a checkpoint of one weight file needs none."""
     return sorted(path.glob("*.safetensors.index.json"))
@@ -81,13 +116,13 @@ def index_files(path: Path) -> list[Path]:
 def settings_files(path: Path) -> list[Path]:
     """The files beside weights, their index and config.json, which are copied into an exported checkpoint."""
     others = {"config.json", MANIFEST, *(file.name for file in path.glob("*.index.json"))}
-    found = [file for file in path.iterdir() if file.suffix in _SETTINGS and file.name not in others]
-    return sorted(file for file in found if file.is_file())
+    found = [file for file in path.iterdir() if file.suffix in _SETTINGS or file.name.lower().startswith(_LEGAL)]
+    return sorted(file for file in found if file.name not in others and file.is_file())
 
 
 def checkpoint_names(path: Path) -> list[str]:
     """Names of the files of a checkpoint that is written from this one, quantized."""
-    files = (*weight_files(path), *index_files(path), *settings_files(path))
+    files = (*loaded_files(path), *loaded_index(path), *settings_files(path))
     return [*(file.name for file in files), "config.json"]
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -19,12 +20,14 @@ from safetensors.torch import load_file
 
 import workers.export.calibrated
 from sweep.cli import main
-from sweep.config.schema import DatasetConfig
+from sweep.config.compose import expand
+from sweep.config.schema import DatasetConfig, to_record
 from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.text import check_modelopt, to_csv, to_modelopt
 from sweep.plan.subject import Model, samples_of
+from sweep.plan.trials import recipe_of as recipe_of_point
 from sweep.store.records import TrialRow
 from sweep.store.store import Store
 from tests.exports import FORMATS, recipe_of
@@ -277,6 +280,31 @@ def test_text_is_written_whole(tmp_path: Path, run: Callable[..., int], recipe: 
     assert (tmp_path / "out.yaml").read_text() == (to_csv(recipe) if file_format == "csv" else to_modelopt(recipe))
 
 
+def scored_row(recipe: MixedRecipe, **changed: str) -> TrialRow:
+    """The trial that scored the first group of a recipe."""
+    text = dict.fromkeys(
+        ("coverage", "method", "engine", "quant_pair", "quant_granularity", "algorithm", "scales", "dtype", "versions"),
+        "x",
+    )
+    facts = {
+        "model": recipe.model,
+        "model_revision": recipe.model_revision,
+        "dataset": recipe.dataset,
+        "dataset_revision": recipe.dataset_revision,
+        "config": "{}",
+    }
+    return TrialRow(
+        **(text | facts | changed),
+        trial_id="t",
+        cell_id=recipe.groups[0].cell_id,
+        size="small",
+        state="done",
+        reason=None,
+        created_at=datetime.now(UTC),
+        run_id="r",
+    )
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -298,32 +326,27 @@ def test_scores_of_another_model_or_other_samples_are_refused(
     changed: dict[str, str],
     said: str,
 ) -> None:
-    text = dict.fromkeys(
-        ("coverage", "method", "engine", "quant_pair", "quant_granularity", "algorithm", "scales", "dtype", "versions"),
-        "x",
-    )
-    facts = {
-        "model": recipe.model,
-        "model_revision": recipe.model_revision,
-        "dataset": recipe.dataset,
-        "dataset_revision": recipe.dataset_revision,
-    }
-    cell = recipe.groups[0].cell_id
-    row = TrialRow(
-        **(text | facts | changed),
-        trial_id="t",
-        cell_id=cell,
-        size="small",
-        state="done",
-        reason=None,
-        config="{}",
-        created_at=datetime.now(UTC),
-        run_id="r",
-    )
-    Store(str(tmp_path / "store")).write_trials("r", [row])
+    Store(str(tmp_path / "store")).write_trials("r", [scored_row(recipe, **changed)])
     assert run("csv", "out.csv") == 2
-    assert f"The score of {recipe.groups[0].group.name} (cell {cell}) {said}" in capsys.readouterr().err
+    group = recipe.groups[0]
+    assert f"The score of {group.group.name} (cell {group.cell_id}) {said}" in capsys.readouterr().err
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_format_that_was_edited_after_it_was_scored_is_refused(
+    tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its predicted KL would be another format's."""
+    point = expand(["quant_pair=wint8_afp16", "quant_granularity=default"], multirun=False).points[0]
+    row = scored_row(recipe, config=json.dumps(to_record(point)))
+    Store(str(tmp_path / "store")).write_trials("r", [row])
+    chosen = recipe.formats[recipe.groups[0].format or ""]
+    assert run("csv", "out.csv") == 2
+    assert f"is of another format than {chosen.label!r} of the recipe, which was edited" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
+    as_scored = recipe_of_point(point).format
+    same = replace(chosen, weight=as_scored.weight, inputs=as_scored.inputs, algorithm="max")
+    assert run("csv", "out.csv", other=replace(recipe, formats={**recipe.formats, chosen.label: same})) == 0
 
 
 def test_csv_has_a_row_a_group(recipe: MixedRecipe) -> None:

@@ -1,6 +1,9 @@
 """Exported checkpoints are what transformers and compressed-tensors compute with, and damage is seen."""
 
 import copy
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from tests.exports import (
 )
 from tests.floors import SUMS, given_our_inputs
 from tests.formats import group_format
-from workers.export.checkpoint import quantization_config, write_checkpoint
+from workers.export.checkpoint import check_expressible, quantization_config, write_checkpoint
 from workers.export.readback import check_export, read_schemes
 from workers.export.schemes import Inexpressible
 from workers.model.checkpoint import checkpoint_names
@@ -227,6 +230,49 @@ def test_shards_keep_their_names_and_sizes_add_up(tmp_path: Path, base: Any, tok
     assert shards == sorted(path.name for path in source.glob("*.safetensors"))
     assert len(shards) > 1
     assert len(read_schemes(directory, LINEARS)) == 28
+
+
+def test_all_that_belongs_to_a_checkpoint_travels_and_no_second_copy_of_its_weights(
+    tmp_path: Path, base: Any, token_ids: Tensor
+) -> None:
+    """Linears that transformers does not build are kept, and named: a runtime that builds them looks for them."""
+    source, directory = tmp_path / "source", tmp_path / "export"
+    base.save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    extra = {
+        "mtp.fc.weight": torch.ones(4, 8),
+        "mtp.norm.weight": torch.ones(4),
+        "mtp.embed_tokens.weight": torch.ones(4, 8),
+    }
+    save_file({**tensors, **extra}, source / "model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(source / "model.safetensors", source / "consolidated.safetensors")
+    texts = ("LICENSE", "Notice.md", "chat_template.jinja", "preprocessor_config.json")
+    for name in (*texts, "consolidated.safetensors.index.json", "train.py"):
+        (source / name).write_text("{}")
+    directory.mkdir()
+    recipe = recipe_of([group_format("int4", {**INT4, "block_sizes": {-1: 64}}, None)], source)
+    quants = quants_of(recipe, base, token_ids)
+    before = os.umask(0o027)
+    try:
+        write_checkpoint(source, directory, recipe, quants, LINEARS)
+    finally:
+        os.umask(before)
+    check_export(directory, source, recipe, quants, LINEARS)
+    names = {path.name for path in directory.iterdir()}
+    assert names == {*texts, "config.json", "generation_config.json", "model.safetensors"}
+    assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o640}
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert [name for name in config["ignore"] if name.startswith("mtp")] == ["mtp.fc"]
+    assert extra.keys() <= load_file(directory / "model.safetensors").keys()
+
+
+def test_a_source_that_is_quantized_already_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("layer-analysis"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(SweepError, match=r"quantized already \(fp8, by its config.json\).*model.path=DIR"):
+        check_expressible(source, recipe_of([group_format("int4", INT4, None)]), LINEARS)
 
 
 @pytest.mark.parametrize(
