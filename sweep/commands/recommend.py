@@ -115,7 +115,8 @@ def recommend(request: Request, console: Console) -> int:
     balanced = measured["balanced"]
     kl = f"KL {balanced.measured_kl:.3g} measured, {balanced.predicted_kl:.3g} predicted"
     bits = f"{made['balanced'].effective_bits:.3f} bits a weight"
-    say(console, f"\nRecommended: balanced, {bits}, {kl}.\nPage: {out / 'index.html'}\n{_serve(target, exported)}")
+    say(console, f"\nRecommended: balanced, {bits}, {kl}.\nPage: {out / 'index.html'}")
+    console.print(_serve(target, exported), markup=False, highlight=False, soft_wrap=True)  # a line to copy
     return EXIT_DONE
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from sweep.config.targets import Target
 from sweep.core.errors import SweepError, require_known
+from sweep.core.text import count
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import GroupChoice, MixedRecipe, is_called
 from sweep.formats.quantizer import UNQUANTIZED_BITS
@@ -264,7 +265,7 @@ def rules_of(
             for each in formats[:6]
         )
         raise SweepError(
-            f"target={target.name} runs none of the {len(formats)} recipes as they are scored ({found}). "
+            f"target={target.name} runs none of {count(len(formats), 'scored recipe')} as it is ({found}). "
             f"Score what it runs: sweep run -m grid=deployable target={target.name}"
         )
     return Rules(

@@ -241,7 +241,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["--bits", "5", "quant_pair=wfp8_aint8"], "runs none of the points asked for: quant_pair=wfp8_aint8"),
         (
             ["--bits", "5", "quant_pair=wfp4_afp8"],
-            "target=vllm_sm100 runs none of the 2 recipes as they are scored (wfp4_afp8/mx: as wfp4_afp4/mx;",
+            "target=vllm_sm100 runs none of 1 scored recipe as it is (wfp4_afp8/mx: as wfp4_afp4/mx)",
         ),
         (["--bits", "5", "dataset.size=large", "validation.n_samples=129"], "too few samples for 129 after the 512"),
         (

@@ -125,8 +125,7 @@ def test_a_target_that_runs_nothing_that_was_scored_is_named(
     add(store, "wfp8_aint8/default", [0.1] * 5)
     assert solve(store, "--bits", "8") == 2
     assert (
-        "target=vllm_sm90 runs none of the 1 recipes as they are scored (wfp8_aint8/default: none)"
-        in capsys.readouterr().err
+        "target=vllm_sm90 runs none of 1 scored recipe as it is (wfp8_aint8/default: none)" in capsys.readouterr().err
     )
 
 

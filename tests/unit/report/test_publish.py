@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -400,7 +401,8 @@ def test_a_crash_while_writing_leaves_the_old_folder(tmp_path: Path, monkeypatch
     publish([finished()], tmp_path)
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("sweep.report.publish.sync", lambda _: os.kill(os.getpid(), 2))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        patch.setattr("sweep.report.publish.sync", lambda _: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             publish([finished(score=9.0)], tmp_path, overwrite=True)
     result = publish([finished()], tmp_path)
