@@ -12,8 +12,10 @@ import pyarrow as pa
 
 from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
+from sweep.core.json import Json
 from sweep.core.sizes import SIZES
 from sweep.formats.mixed import MixedRecipe
+from sweep.formats.quantizer import Quantizer
 from sweep.mixed_precision.candidates import Candidates
 from sweep.mixed_precision.checks import check_recipe
 from sweep.mixed_precision.recipe import recipe_of_choice
@@ -236,6 +238,16 @@ def _identity(recipe: MixedRecipe, held_out: str, dtype: str, device: str) -> st
 
 def _content(recipe: MixedRecipe) -> str:
     """Hash of the formats that the recipe gives each linear; its name has no part in it."""
-    formats = [(choice.group.modules, recipe.format_of(choice)) for choice in recipe.groups]
-    words = [(modules, chosen and [chosen.id, chosen.scales]) for modules, chosen in formats]
+
+    def written(quantizer: Quantizer | None) -> str:
+        """Attributes as they are given: stores of earlier versions know their validations by this text."""
+        return repr(sorted((quantizer.attributes if quantizer is not None else {}).items(), key=str))
+
+    words: list[Json] = []
+    for choice in recipe.groups:
+        chosen, modules = recipe.format_of(choice), list(choice.group.modules)
+        if chosen is None:
+            words.append([modules, None])
+        else:
+            words.append([modules, chosen.algorithm, chosen.scales, written(chosen.weight), written(chosen.inputs)])
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()

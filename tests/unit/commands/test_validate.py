@@ -168,6 +168,7 @@ def test_a_finished_validation_is_found_whatever_the_recipe_is_called(
 ) -> None:
     assert run() == 0
     first = json.loads((tmp_path / "mixed.validation.json").read_text())
+    assert first[0]["recipe"] == "847ac1653e0e2e19b0ab"  # as in the stores of earlier versions
     monkeypatch.delattr("workers.model.loading.load")
     capsys.readouterr()
     assert run("--json", edited=lambda text: text.replace("name: mixed", "name: other", 1)) == 0
