@@ -97,8 +97,9 @@ def recommend(request: Request, console: Console) -> int:
     files = {f"{name}.yaml": each.to_yaml().encode() for name, each in made.items()}
     files |= {_PICTURE: _picture(candidates, problem, figures), **_export(context, target, checkpoint)}
     exported = out / (_CHECKPOINT if _reads_checkpoint(target) else _MODELOPT)
-    page = render(context, target, asked, figures, rows, exported)
-    html = to_html(page, f"{candidates.trial.model} on {target.name}")
+    trial = candidates.trial
+    page = render(context, target, asked, figures, rows, exported, trial.variant_words)
+    html = to_html(page, f"{trial.model} on {target.name}, {trial.variant_words}")
     files |= dict(zip(_PAGES, (page.encode(), html.encode()), strict=True))
     with results.filled() as partial:
         for name, content in files.items():
@@ -155,11 +156,12 @@ def render(
     figures: Sequence[Figures],
     rows: Sequence[Measured],
     exported: Path,
+    shared: str,
 ) -> str:
-    """The page, as Markdown."""
+    """The page, as Markdown. Args: shared: scales and dtype of all formats, in words."""
     made, first = context.recipe, rows[0]
     parts = [
-        f"# {made.model} on {target.runtime}: mixed precision under {asked}",
+        f"# {made.model} on {target.runtime}: mixed precision under {asked}, {shared}",
         f"Scored on {made.dataset}, {made.size} (revision {made.dataset_revision[:12]}); "
         f"the model is revision {made.model_revision[:12]}. "
         f"KL was measured on {first.n_samples} samples that neither calibrated nor scored "

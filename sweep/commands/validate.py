@@ -52,10 +52,11 @@ def validate_command(request: Request) -> int:
     document = OutputFile(path=path.with_suffix(".validation.json"), begins=_DOCUMENT_BEGINS, way_out=_WAY_OUT)
     for file in (page, document):
         file.check()
-    rows = validate(context, wanted(context, request), own_device(context.config.cluster))
+    device = own_device(context.config.cluster)
+    rows = validate(context, wanted(context, request), device)
     text = json.dumps([asdict(row) for row in rows], indent=1)
     document.put(f"{text}\n".encode())
-    page.put(render(context.recipe, rows).encode())
+    page.put(render(context.recipe, rows, context.config.model.dtype_on(device)).encode())
     if request.as_json:
         print(text)  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
@@ -103,10 +104,11 @@ def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRec
     return found
 
 
-def render(recipe: MixedRecipe, rows: Sequence[Measured]) -> str:
-    """The page of a validation, as Markdown."""
+def render(recipe: MixedRecipe, rows: Sequence[Measured], dtype: str) -> str:
+    """The page of a validation, as Markdown. Args: dtype: that the model computed in."""
+    scales = " and ".join(sorted({chosen.scales for chosen in recipe.formats.values()})) or "none"
     head = (
-        f"{_TITLE}{recipe.name}\n\n"
+        f"{_TITLE}{recipe.name}, scales {scales}, dtype {dtype}\n\n"
         f"Model {recipe.model} ({recipe.model_revision[:12]}), "
         f"calibrated and scored on {recipe.dataset}, {recipe.size}; "
         f"measured on {rows[0].n_samples} other samples ({rows[0].n_predictions} predictions). "

@@ -126,7 +126,12 @@ class TrialRow:
     @property
     def setting(self) -> str:
         """The attributes that the formats of a mix share: ``tiny, texts/large, scales fused, dtype float32``."""
-        return f"{self.model}, {self.dataset}/{self.size}, scales {self.scales}, dtype {self.dtype or UNKNOWN}"
+        return f"{self.model}, {self.dataset}/{self.size}, {self.variant_words}"
+
+    @property
+    def variant_words(self) -> str:
+        """``scales fused, dtype float32``."""
+        return f"scales {self.scales}, dtype {self.dtype or UNKNOWN}"
 
 
 TRIALS_SCHEMA = pa.schema(

@@ -112,6 +112,9 @@ def test_the_page_has_the_picture_three_recipes_uniform_ones_and_the_line_that_s
     assert f"```\nvllm serve {out / 'checkpoint'}\n```" in page
     assert "- wfp4_afp16/default: CompressedTensorsW4A4Fp4 with use_a16 (NVFP4A16) (vllm-project/vllm@" in page
     html = (out / "index.html").read_text()
+    shared = "scales fused, dtype float32"
+    assert re.search(rf"^# .* mixed precision under --bits \S+, {shared}$", page, re.M)
+    assert re.search(rf"<title>.*, {shared}</title>", html)
     assert '<img src="front.svg"' in html
     assert all(f'<a href="{name}.yaml">{name}</a>' in html for name in NAMES)
     assert f"vllm serve {out / 'checkpoint'}" in html

@@ -160,6 +160,7 @@ def test_what_is_measured_equals_two_plain_forwards_of_each_held_out_sample(
     (file,) = (tmp_path / "store" / "validations").iterdir()
     assert pq.read_table(file)["kl"].to_pylist() == pytest.approx(kl, rel=1e-3)
     page = (tmp_path / "mixed.validation.md").read_text()
+    assert page.startswith("# Predicted and measured: mixed, scales private, dtype float32\n")
     assert f"| mixed | {recipe.effective_bits:.3f} | {recipe.predicted_kl:.4g} | {row['measured_kl']:.4g}" in page
 
 
