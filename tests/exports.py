@@ -20,6 +20,9 @@ from workers.quant.calibration import fake_quantized, quantized_inputs
 from workers.quant.linear import LinearQuant
 from workers.quant.modelopt import Quantizers
 
+# Of the line that serves the bundled model, which has no files that prepare images.
+TEXT_ALONE = """--max-model-len 4096 --limit-mm-per-prompt '{"image": 0, "video": 0}'"""
+
 PER_TOKEN = {"type": "dynamic", "block_sizes": {-1: None}}
 FP8, INT4, INT8 = {"num_bits": (4, 3)}, {"num_bits": 4}, {"num_bits": 8}
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}

@@ -3,11 +3,13 @@
 Each file is read back; one that does not hold the same recipe is refused, and nothing is left of it.
 """
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from rich.console import Console
 
 from sweep.core.errors import SweepError, require_known
@@ -20,6 +22,8 @@ from sweep.plan.subject import Model, checkpoint_dir
 from sweep.store.outputs import OutputDirectory, OutputFile, place_of, typed_path
 from sweep.store.store import Store
 
+_PROMPT_TOKENS: Final = 8192
+_PROCESSORS: Final = ("preprocessor_config.json", "video_preprocessor_config.json")
 FORMATS: Final = ("compressed-tensors", "modelopt", "csv")
 _RECIPE_FILE: Final = "sweep_recipe.yaml"  # beside an exported checkpoint
 _LOADED: Final = ("*.safetensors", "*.safetensors.index.json")  # vLLM loads every shard, and follows any index
@@ -118,11 +122,40 @@ def is_exported(recipe: MixedRecipe, directory: OutputDirectory) -> bool:
     return directory.holds(_RECIPE_FILE, recipe.to_yaml().encode())
 
 
+class _Sizes(msgspec.Struct):
+    """Of config.json: how long a prompt may be."""
+
+    max_position_embeddings: int | None = None
+
+
+class _Served(_Sizes):
+    """config.json, as far as the serve line depends on it."""
+
+    text_config: _Sizes = msgspec.field(default_factory=_Sizes)
+    vision_config: dict[str, msgspec.Raw] | None = None
+
+
+def serve_line(directory: Path) -> str:
+    """The command that serves an exported checkpoint with vLLM.
+
+    Images and videos are switched off where the checkpoint lacks the files that prepare them: vLLM 0.26 and 0.32 do not
+    load it otherwise. Prompts are limited to what a small cache holds.
+    """
+    config = msgspec.json.decode((directory / "config.json").read_bytes(), type=_Served)
+    words = ["vllm", "serve", str(directory)]
+    longest = config.text_config.max_position_embeddings or config.max_position_embeddings
+    if longest is not None:
+        words += ["--max-model-len", str(min(longest, _PROMPT_TOKENS))]
+    if config.vision_config is not None and not all((directory / name).is_file() for name in _PROCESSORS):
+        words += ["--limit-mm-per-prompt", '{"image": 0, "video": 0}']
+    return shlex.join(words)
+
+
 def _say(recipe: MixedRecipe, file_format: str, target: Path) -> None:
     lines = [
         f"{target}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, "
         f"predicted KL {recipe.predicted_kl:.3g} nats"
     ]
     if file_format == "compressed-tensors":
-        lines += ["read back: every group's format and every weight is the recipe's", f"vllm serve {target}"]
+        lines += ["read back: every group's format and every weight is the recipe's", serve_line(target)]
     Console(markup=False, soft_wrap=True).print("\n".join(lines), highlight=False)

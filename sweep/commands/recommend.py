@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from sweep.commands.doctor import examine_prepared
-from sweep.commands.export import checked_text, checkpoint_at, export_checkpoint, is_exported
+from sweep.commands.export import checked_text, checkpoint_at, export_checkpoint, is_exported, serve_line
 from sweep.commands.run import Prepared, prepare, run_prepared
 from sweep.config.compose import expand
 from sweep.config.targets import Target
@@ -260,7 +260,7 @@ def _export_command(target: Target) -> str:
 
 def _serve(target: Target, exported: Path) -> str:
     if _reads_checkpoint(target):
-        return f"vllm serve {exported}"
+        return serve_line(exported)
     return f"python hf_ptq.py --recipe {exported}   # ModelOpt's example makes the checkpoint that the runtime reads"
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import workers.export.calibrated
 from sweep.cli import main
+from sweep.commands.export import serve_line
 from sweep.config.compose import expand
 from sweep.config.schema import DatasetConfig, to_record
 from sweep.core.errors import SweepError
@@ -30,7 +31,7 @@ from sweep.plan.subject import Model, samples_of
 from sweep.plan.trials import recipe_of as recipe_of_point
 from sweep.store.records import TrialRow
 from sweep.store.store import Store
-from tests.exports import FORMATS, recipe_of
+from tests.exports import FORMATS, TEXT_ALONE, recipe_of
 from tests.foreign import PLACES, foreign, seen
 from tests.formats import group_format
 from workers.data.batches import make_plan
@@ -88,7 +89,7 @@ def test_a_checkpoint_is_written_checked_and_told_how_to_serve(
     tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("compressed-tensors", "out") == 0
-    assert f"vllm serve {tmp_path / 'out'}" in capsys.readouterr().out
+    assert f"vllm serve {tmp_path / 'out'} {TEXT_ALONE}" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {
         "config.json",
@@ -347,6 +348,34 @@ def test_a_format_that_was_edited_after_it_was_scored_is_refused(
     as_scored = recipe_of_point(point).format
     same = replace(chosen, weight=as_scored.weight, inputs=as_scored.inputs, algorithm="max")
     assert run("csv", "out.csv", other=replace(recipe, formats={**recipe.formats, chosen.label: same})) == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "options"),
+    [
+        ({"vision_config": {}, "text_config": {"max_position_embeddings": 4096}}, (), TEXT_ALONE),
+        (
+            {"vision_config": {}, "text_config": {"max_position_embeddings": 262144}},
+            ("preprocessor_config.json", "video_preprocessor_config.json"),
+            "--max-model-len 8192",
+        ),
+        ({"max_position_embeddings": 2048}, (), "--max-model-len 2048"),
+        (
+            {"vision_config": {"depth": 1}},
+            ("preprocessor_config.json",),
+            TEXT_ALONE.removeprefix("--max-model-len 4096 "),
+        ),
+    ],
+)
+def test_the_serve_line_says_what_the_checkpoint_lacks(
+    tmp_path: Path, config: dict[str, Any], files: tuple[str, ...], options: str
+) -> None:
+    directory = tmp_path / "a b"
+    directory.mkdir()
+    for name in files:
+        (directory / name).write_text("{}")
+    (directory / "config.json").write_text(json.dumps(config))
+    assert serve_line(directory) == f"vllm serve '{directory}' {options}"
 
 
 def test_csv_has_a_row_a_group(recipe: MixedRecipe) -> None:
