@@ -15,7 +15,7 @@ from sweep.core.groups import LayerGroup
 from sweep.formats.format import Format
 from sweep.formats.mixed import MixedRecipe
 from workers.model.forward import batch_to
-from workers.model.hooks import removed_after
+from workers.model.hooks import inputs_seen, replaced_forwards
 from workers.model.memory import n_rows, windows
 from workers.quant.calibration import (
     calibrated_linears,
@@ -102,15 +102,10 @@ def applied(model: nn.Module, quants: Mapping[str, LinearQuant]) -> Generator[No
         model: unquantized.
         quants: from `calibrated_model`, by module name.
     """
-    linears: dict[str, Any] = {name: _linear(model, name) for name in quants}
-    try:
-        with torch.no_grad():
-            for name, linear in linears.items():
-                linear.forward = _forward(linear, quants[name])
+    with torch.no_grad():
+        forwards = {name: _forward(_linear(model, name), quant) for name, quant in quants.items()}
+    with replaced_forwards(model, forwards):
         yield
-    finally:
-        for linear in linears.values():
-            vars(linear).pop("forward", None)  # the instance's attribute: the class's method is in force again
 
 
 @torch.no_grad()
@@ -165,12 +160,8 @@ def _inputs(model: nn.Module, batches: Sequence[Batch], groups: Sequence[str]) -
     if not groups:
         return kept
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: kept[name].append(args[0].detach().flatten(0, -2))
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in groups]
     parameter = next(model.parameters())
-    with removed_after(handles):
+    with inputs_seen(model, groups, lambda name, x: kept[name].append(x.detach().flatten(0, -2))):
         for batch in batches:
             model(**batch_to(batch, parameter.device, parameter.dtype), use_cache=False)
     return kept
