@@ -1,17 +1,17 @@
 """`sweep solve`: the mixed-precision recipe of least predicted KL under a budget, from the store alone."""
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
+from rich.console import Console
 
 from sweep.config.compose import expand
 from sweep.config.targets import Target
 from sweep.core.exits import EXIT_DONE
-from sweep.core.text import aligned
+from sweep.core.screen import say, show_table
 from sweep.formats.mixed import RECIPE_BEGINS
 from sweep.mixed_precision.candidates import Candidates, read_candidates, sized
 from sweep.mixed_precision.knapsack import Problem, cost_range
@@ -114,7 +114,8 @@ def solve_command(request: Request) -> int:
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
         next_steps = f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR"
-        sys.stdout.write("\n".join([*lines(figures, tables), f"Written: {out}", next_steps]) + "\n")
+        show(Console(), figures, tables)
+        say(Console(), f"Written: {out}\n{next_steps}")
     return EXIT_DONE
 
 
@@ -128,11 +129,19 @@ def budget_of(request: Request, candidates: Candidates, problem: Problem) -> Bud
     return Budget(bits=request.bits, gb=request.gb)
 
 
-def lines(figures: Figures, tables: Tables) -> Iterator[str]:
-    """A solved recipe for the screen: size, predicted KL, formats, and the tables that were asked for."""
+def show(console: Console, figures: Figures, tables: Tables) -> None:
+    """Print a solved recipe: size, predicted KL, formats, and the tables that were asked for."""
+    say(console, "\n".join(_lines(figures, tables.scored)), indent="  ")
+    if tables.rank is not None:
+        _show_ranks(console, tables.rank)
+    if tables.front is not None:
+        _show_front(console, [*tables.front, *(tables.uniform or [])])
+        say(console, f"Picture: {tables.picture}")
+
+
+def _lines(figures: Figures, scored: Scored) -> Iterator[str]:
     bits = f"{figures.effective_bits:.3f} bits a weight of the covered layers"
     yield f"Recipe {figures.name} for {figures.target}: {bits}"
-    scored = tables.scored
     recipes = f"{scored.usable} of {scored.recipes} recipes scored on {scored.dataset}/{scored.size}"
     yield f"from {recipes} that the target runs as scored, and 16 bits"
     if figures.gb is not None:
@@ -146,11 +155,6 @@ def lines(figures: Figures, tables: Tables) -> Iterator[str]:
     if len(most) < sum(figures.formats.values()):
         more = f" and {len(most) - _SHOWN_GROUPS} more" if len(most) > _SHOWN_GROUPS else ""
         yield "most bits: " + ", ".join(most[:_SHOWN_GROUPS]) + more
-    if tables.rank is not None:
-        yield from _ranks(tables.rank)
-    if tables.front is not None:
-        yield from _front([*tables.front, *(tables.uniform or [])])
-        yield f"Picture: {tables.picture}"
 
 
 def _size(figures: Figures) -> Iterator[str]:
@@ -164,26 +168,27 @@ def _size(figures: Figures) -> Iterator[str]:
     yield from (f"  {gb:10.4g} GB  {name}" for name, gb in parts.items() if gb is not None)
 
 
-def _ranks(rows: Sequence[Ranked]) -> Iterator[str]:
+def _show_ranks(console: Console, rows: Sequence[Ranked]) -> None:
     """Layer groups by predicted KL, with their rank by predicted KL per GB saved beside it."""
     by_byte = sorted(
         (row for row in rows if row.predicted_kl_per_gb_saved is not None),
         key=lambda row: -(row.predicted_kl_per_gb_saved or 0.0),
     )
     place = {row.group: rank for rank, row in enumerate(by_byte, start=1)}
-    table = [("rank", "layer group", "format", "predicted KL", "KL per GB saved", "rank by that")]
+    heading = ["rank", "layer group", "format", "predicted KL", "KL per GB saved", "rank by that"]
+    table: list[list[str]] = []
     for rank, row in enumerate(rows[:_SHOWN_RANKS], start=1):
         per_gb = row.predicted_kl_per_gb_saved
         saved, second = ("-", "-") if per_gb is None else (f"{per_gb:.3g}", str(place[row.group]))
-        table.append((str(rank), row.name, row.format, f"{row.predicted_kl:.3g}", saved, second))
-    yield from (f"  {line}" for line in aligned(table))
+        table.append([str(rank), row.name, row.format, f"{row.predicted_kl:.3g}", saved, second])
+    show_table(console, heading, table, figures=[heading[0], *heading[3:]])
     if len(rows) > _SHOWN_RANKS:
-        yield f"and {len(rows) - _SHOWN_RANKS} more: --json has all"
+        say(console, f"and {len(rows) - _SHOWN_RANKS} more: --json has all")
 
 
-def _front(points: Sequence[Point]) -> Iterator[str]:
-    table = [("recipe", "bits", "GB", "predicted KL")]
+def _show_front(console: Console, points: Sequence[Point]) -> None:
+    heading, table = ["recipe", "bits", "GB", "predicted KL"], list[list[str]]()
     for point in points:
         gb = "-" if point.gb is None else f"{point.gb:.4g}"
-        table.append((point.format or "best mix", f"{point.effective_bits:.3f}", gb, f"{point.predicted_kl:.4g}"))
-    yield from (f"  {line}" for line in aligned(table))
+        table.append([point.format or "best mix", f"{point.effective_bits:.3f}", gb, f"{point.predicted_kl:.4g}"])
+    show_table(console, heading, table, figures=heading[1:])

@@ -1,16 +1,4 @@
-"""Text for the screen: tables, counts, durations."""
-
-from collections.abc import Sequence
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """One line a row, columns two spaces apart. Args: rows: a heading and the rest, all of one length."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        return "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-
-    return list(map(line, rows))
+"""Text for the screen: counts, durations."""
 
 
 def count(n: int, noun: str) -> str:

@@ -1,5 +1,6 @@
 """`sweep solve` as a user types it, on a made-up store."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,9 +10,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from sweep.cli import main
-from sweep.commands.solve import Tables, lines
+from sweep.commands.solve import Tables, show
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.summary import Figures
 from sweep.store.store import Store
@@ -20,7 +22,9 @@ from tests.scored import FP8, INT4, INT8, add, store_at
 
 def shown(document: dict[str, Any]) -> list[str]:
     """The lines for the screen, of the document that --json prints."""
-    return [*lines(msgspec.convert(document, Figures), msgspec.convert(document, Tables))]
+    console = Console(file=io.StringIO(), width=120)
+    show(console, msgspec.convert(document, Figures), msgspec.convert(document, Tables))
+    return console.file.getvalue().splitlines()
 
 
 @pytest.fixture

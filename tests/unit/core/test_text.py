@@ -1,12 +1,8 @@
-"""Columns stand under each other, and nothing trails; seconds are said as a person says them."""
+"""Seconds are said as a person says them."""
 
 import pytest
 
-from sweep.core.text import aligned, duration
-
-
-def test_columns_are_as_wide_as_their_widest_text() -> None:
-    assert aligned([("recipe", "KL"), ("a", "0.0139"), ("bb", "2")]) == ["recipe  KL", "a       0.0139", "bb      2"]
+from sweep.core.text import duration
 
 
 @pytest.mark.parametrize(
