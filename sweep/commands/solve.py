@@ -114,8 +114,9 @@ def solve_command(request: Request) -> int:
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
         next_steps = f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR"
-        show(Console(), figures, tables)
-        say(Console(), f"Written: {out}\n{next_steps}")
+        console = Console()
+        show(console, figures, tables)
+        say(console, f"Written: {out}\n{next_steps}")
     return EXIT_DONE
 
 

@@ -69,10 +69,11 @@ def check_cells(recipe: MixedRecipe, config: SweepConfig, store: Store) -> None:
     known = {row.cell_id: row for row in store.trials().values() if row.cell_id is not None}
     scored: dict[str, Format] = {}  # by cell
     for choice in recipe.groups:
-        row = None if choice.cell_id is None else known.get(choice.cell_id)
+        cell_id = choice.cell_id or ""
+        row = known.get(cell_id)
         if row is None:
             continue
-        score = f"The score of {choice.group.name} (cell {choice.cell_id})"
+        score = f"The score of {choice.group.name} (cell {cell_id})"
         if row.model_revision != recipe.model_revision:
             raise SweepError(
                 f"{score} is of {row.model} revision {row.model_revision[:12]}, the recipe's model is {recipe.model} "
@@ -85,11 +86,11 @@ def check_cells(recipe: MixedRecipe, config: SweepConfig, store: Store) -> None:
                 f"are {recipe.dataset}/{recipe.size} revision {recipe.dataset_revision[:12]}: "
                 "scores on different samples make no recipe. Solve again for one data set and size."
             )
-        if row.cell_id not in scored:
+        if cell_id not in scored:
             record = msgspec.json.decode(row.config)
-            scored[row.cell_id or ""] = recipe_of(from_record(record, config.target, config.validation)).format
+            scored[cell_id] = recipe_of(from_record(record, config.target, config.validation)).format
         chosen = recipe.format_of(choice)
-        if chosen is not None and chosen.id != scored[row.cell_id or ""].id:
+        if chosen is not None and chosen.id != scored[cell_id].id:
             raise SweepError(
                 f"{score} is of another format than {chosen.label!r} of the recipe, which was edited: its predicted KL "
                 "would be another's. Have `sweep solve` write it again."

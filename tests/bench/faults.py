@@ -19,7 +19,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+from sweep.core.threads import every
 from tests.bench.counted import SCORED
 from tests.bench.setup import report
 
@@ -218,28 +218,21 @@ def kill_writer(store: Path, pid: int) -> None:
 @contextlib.contextmanager
 def reading(store: Path, found: Found) -> Iterator[None]:
     """Meanwhile open whatever a reader without our code would: every Parquet file, as often as there is time for."""
-    left = threading.Event()
 
     def read() -> None:
-        while not left.wait(0.05):
-            for pattern in ("scores/*/*.parquet", "parts/*/*.parquet", "trials/*.parquet"):
-                for path in listed(store, pattern):
-                    try:
-                        pq.ParquetFile(path, page_checksum_verification=True).read(use_threads=False)
-                        found.reads += 1
-                    except FileNotFoundError:
-                        pass  # dropped since it was listed
-                    except Exception as error:  # noqa: BLE001 -- whatever it is, a reader would have met it
-                        found.torn += 1
-                        print(f"torn: {path}: {error}", file=sys.stderr)
+        for pattern in ("scores/*/*.parquet", "parts/*/*.parquet", "trials/*.parquet"):
+            for path in listed(store, pattern):
+                try:
+                    pq.ParquetFile(path, page_checksum_verification=True).read(use_threads=False)
+                    found.reads += 1
+                except FileNotFoundError:
+                    pass  # dropped since it was listed
+                except Exception as error:  # noqa: BLE001 -- whatever it is, a reader would have met it
+                    found.torn += 1
+                    print(f"torn: {path}: {error}", file=sys.stderr)
 
-    thread = threading.Thread(target=read)
-    thread.start()
-    try:
+    with every(0.05, read, "reader"):
         yield
-    finally:
-        left.set()
-        thread.join()
 
 
 def listed(store: Path, pattern: str) -> list[Path]:

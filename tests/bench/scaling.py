@@ -20,7 +20,6 @@ import os
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ import pyarrow.parquet as pq
 import torch
 
 from sweep.core.machine import memory_gb
+from sweep.core.threads import every
 from tests.bench.checkpoint import make_checkpoint, write_captions
 from tests.bench.commands import run_sweep, sweep_command
 from tests.bench.setup import report
@@ -51,21 +51,13 @@ class Watch:
     @contextmanager
     def watching(self, device: str) -> Generator[None]:
         """Sample until the block ends."""
-        stop = threading.Event()
 
         def sample() -> None:
-            while not stop.wait(_SAMPLE_SECONDS):
-                self.samples.append((time.time(), _utilization() if device == "cuda" else [], memory_gb()))
+            self.samples.append((time.time(), _utilization() if device == "cuda" else [], memory_gb()))
 
-        thread = threading.Thread(target=sample, daemon=True)
-        free = memory_gb()
-        self.samples.append((time.time(), [], free))
-        thread.start()
-        try:
+        self.samples.append((time.time(), [], memory_gb()))
+        with every(_SAMPLE_SECONDS, sample, "watch"):
             yield
-        finally:
-            stop.set()
-            thread.join()
 
     def utilization(self, start: float, end: float) -> list[float]:
         """Mean busy share of each GPU between two times."""

@@ -172,8 +172,10 @@ def other_linears(source: Path, linears: Sequence[Linear]) -> list[str]:
         for name, file in held_tensors(source, stack).items():
             module, _, local = name.rpartition(".")
             is_embedding = any(word in module.rpartition(".")[2] for word in _EMBEDDINGS)
-            if local == "weight" and module not in built and not is_embedding:
-                found += [module] * (len(file.get_slice(name).get_shape()) == 2)
+            if local != "weight" or module in built or is_embedding:
+                continue
+            if len(file.get_slice(name).get_shape()) == 2:
+                found.append(module)
     return found
 
 

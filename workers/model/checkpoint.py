@@ -14,7 +14,6 @@ from sweep.core.paths import MANIFEST
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # tokenizer, preprocessor and generation settings
 _LEGAL = ("licen", "notice", "copying")  # how names of files begin that must travel with the weights
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class _Quantization(msgspec.Struct):
@@ -87,19 +86,20 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors"))
 
 
+def loaded_index(path: Path) -> list[Path]:
+    """The index by which transformers loads the weights; none where they are one file."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    return [index] if index.is_file() and not single.is_file() else []
+
+
 def loaded_files(path: Path) -> list[Path]:
     """The weight files that transformers loads; copies of the weights in another layout are left out."""
-    if (path / _SINGLE).is_file():
-        return [path / _SINGLE]
-    if (path / _INDEX).is_file():
-        shards = msgspec.json.decode((path / _INDEX).read_bytes(), type=_Index).weight_map.values()
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    if index := loaded_index(path):
+        shards = msgspec.json.decode(index[0].read_bytes(), type=_Index).weight_map.values()
         return sorted(path / name for name in {*shards})
     return weight_files(path)
-
-
-def loaded_index(path: Path) -> list[Path]:
-    """The index of `loaded_files`, where they have one."""
-    return [] if (path / _SINGLE).is_file() or not (path / _INDEX).is_file() else [path / _INDEX]
 
 
 def quantization_of(path: Path) -> str | None:

@@ -202,11 +202,11 @@ class Engine:
                 key = (chosen.input_id, column.size)
                 wanted[key] = chosen.inputs, max(column.end, wanted.get(key, (chosen.inputs, 0))[1])
         deltas: dict[tuple[str, str | None], Tensor] = {}
-        for key, (attributes, end) in wanted.items():
+        for key, (quantizer, end) in wanted.items():
             x_TI = rows.x_TI[:end]
             amaxes = rows.input_amaxes[: rows.layout.ends.index(end) + 1]
-            quantizer = self._weights.quantizers.inputs(attributes, x_TI, amaxes, rows.input_ranges)
-            deltas[key] = kernels.deltas(quantized(quantizer, x_TI), x_TI)[1]
+            made = self._weights.quantizers.inputs(quantizer, x_TI, amaxes, rows.input_ranges)
+            deltas[key] = kernels.deltas(quantized(made, x_TI), x_TI)[1]
         return deltas
 
     def _wait_for_side_stream(self, *values: Tensor | float | None) -> None:
