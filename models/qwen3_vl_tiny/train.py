@@ -3,8 +3,13 @@
     apt-get install wordnet-base
     python models/qwen3_vl_tiny/train.py --wordnet /usr/share/wordnet --out models/qwen3_vl_tiny --device cuda
 
-Writes the tokenizer, the weights (bfloat16 safetensors), `wordnet_glosses.txt` (640 glosses that were not trained on)
-and `results.json`; the model card quotes the latter. Losses are those of the stored weights, computed in float32.
+Writes the tokenizer, the chat template, what prepares pictures, the weights (bfloat16 safetensors),
+`wordnet_glosses.txt` (640 glosses that were not trained on) and `results.json`; the model card quotes the latter. Losses
+are those of the stored weights, computed in float32.
+
+    python models/qwen3_vl_tiny/train.py --processor --out models/qwen3_vl_tiny
+
+writes the chat template and what prepares pictures alone.
 """
 
 import argparse
@@ -44,6 +49,44 @@ IMAGE_TOKENS = 4
 ROW = 512  # tokens a training row: attention costs its square
 SCENES = 40_000  # distinct training scenes
 PICTURES = 24  # scenes a step
+
+# Qwen's form, without a system prompt of its own: the model was trained on glosses and captions, and chats badly.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\n' -}}
+{%- if message.content is string -%}
+{{- message.content -}}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type in ('image', 'image_url') -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif part.type in ('video', 'video_url') -%}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+{%- else -%}
+{{- part.text -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+"""
+# Pictures as `workers.data.scenes.patches` cuts them; edges are of the area in pixels: 4 to 1,024 tokens a picture.
+PICTURE = {
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "merge_size": 2,
+    "patch_size": 16,
+    "processor_class": "Qwen3VLProcessor",
+    "size": {"longest_edge": 1024 * 1024, "shortest_edge": 64 * 64},
+    "temporal_patch_size": 2,
+}
+PROCESSORS = {
+    "preprocessor_config.json": {**PICTURE, "image_processor_type": "Qwen2VLImageProcessorFast"},
+    "video_preprocessor_config.json": {**PICTURE, "video_processor_type": "Qwen3VLVideoProcessor"},
+}
 
 
 def read_glosses(wordnet: Path) -> list[str]:
@@ -303,6 +346,18 @@ def fit(model: Qwen3VLForConditionalGeneration, corpus: Corpus, args: argparse.N
     return seen
 
 
+def write_processor(out: Path) -> None:
+    """Write what turns chats and pictures into the model's inputs, and what ends an answer."""
+    for name, settings in PROCESSORS.items():
+        (out / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    path = out / "generation_config.json"
+    ends = [SPECIAL.index("<|endoftext|>"), SPECIAL.index("<|im_end|>")]
+    generation = {**json.loads(path.read_bytes()), "eos_token_id": ends}
+    generation.pop("_from_model_config", None)  # it would be made anew from config.json, with one end alone
+    path.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+
 def train(args: argparse.Namespace) -> None:
     """Train the tokenizer and the model, write them, and measure what was written."""
     started = time.time()
@@ -314,6 +369,7 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
     corpus.tokenizer.save_pretrained(args.out)
+    write_processor(args.out)
     (args.out / "wordnet_glosses.txt").write_text("\n".join(corpus.bundled) + "\n", encoding="utf-8")
 
     stored = Qwen3VLForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32).to(args.device)
@@ -347,4 +403,9 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=8192, help="text tokens a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    train(parser.parse_args())
+    parser.add_argument("--processor", action="store_true", help="write what prepares chats and pictures, and no more")
+    options = parser.parse_args()
+    if options.processor:
+        write_processor(options.out)
+    else:
+        train(options)

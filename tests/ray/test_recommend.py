@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from sweep.formats.mixed import MixedRecipe
-from tests.exports import TEXT_ALONE
+from tests.exports import SERVED_WITH
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDES = [
@@ -34,7 +34,7 @@ def recommended(place: Path, *words: str) -> str:
 def test_from_nothing_to_files_and_again_from_what_is_there(tmp_path: Path) -> None:
     said = recommended(tmp_path)
     assert "6 of 6 trials done, 6 cells scored" in said  # three kinds of blocks each
-    assert said.splitlines()[-1] == f"vllm serve {tmp_path / 'out' / 'checkpoint'} {TEXT_ALONE}"
+    assert said.splitlines()[-1] == f"vllm serve {tmp_path / 'out' / 'checkpoint'} {SERVED_WITH}"
     text = (tmp_path / "out" / "balanced.yaml").read_text()
     assert (tmp_path / "out" / "checkpoint" / "sweep_recipe.yaml").read_text() == text
     assert 4 < MixedRecipe.from_yaml(text, "balanced.yaml").effective_bits <= 6

@@ -31,7 +31,7 @@ from sweep.plan.subject import Model, samples_of
 from sweep.plan.trials import recipe_of as recipe_of_point
 from sweep.store.records import TrialRow
 from sweep.store.store import Store
-from tests.exports import FORMATS, TEXT_ALONE, recipe_of
+from tests.exports import FORMATS, SERVED_WITH, recipe_of
 from tests.foreign import PLACES, foreign, seen
 from tests.formats import group_format
 from workers.data.batches import make_plan
@@ -85,11 +85,14 @@ def run(tmp_path: Path, recipe: MixedRecipe) -> Callable[..., int]:
     return export
 
 
+NO_IMAGES = """--limit-mm-per-prompt '{"image": 0, "video": 0}'"""
+
+
 def test_a_checkpoint_is_written_checked_and_told_how_to_serve(
     tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("compressed-tensors", "out") == 0
-    assert f"vllm serve {tmp_path / 'out'} {TEXT_ALONE}" in capsys.readouterr().out
+    assert f"vllm serve {tmp_path / 'out'} {SERVED_WITH}" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {
         "config.json",
@@ -353,7 +356,11 @@ def test_a_format_that_was_edited_after_it_was_scored_is_refused(
 @pytest.mark.parametrize(
     ("config", "files", "options"),
     [
-        ({"vision_config": {}, "text_config": {"max_position_embeddings": 4096}}, (), TEXT_ALONE),
+        (
+            {"vision_config": {}, "text_config": {"max_position_embeddings": 4096}},
+            (),
+            f"--max-model-len 4096 {NO_IMAGES}",
+        ),
         (
             {"vision_config": {}, "text_config": {"max_position_embeddings": 262144}},
             ("preprocessor_config.json", "video_preprocessor_config.json"),
@@ -363,7 +370,7 @@ def test_a_format_that_was_edited_after_it_was_scored_is_refused(
         (
             {"vision_config": {"depth": 1}},
             ("preprocessor_config.json",),
-            TEXT_ALONE.removeprefix("--max-model-len 4096 "),
+            NO_IMAGES,
         ),
     ],
 )

@@ -28,7 +28,7 @@ from sweep.mixed_precision import recipe_context
 from sweep.plan import trials
 from sweep.plan.subject import Model, samples_of
 from sweep.plan.trials import plan_sweep
-from tests.exports import TEXT_ALONE
+from tests.exports import SERVED_WITH
 from tests.foreign import PLACES, foreign, seen
 from workers.model import loading
 from workers.model.loading import load
@@ -111,7 +111,7 @@ def test_the_page_has_the_picture_three_recipes_uniform_ones_and_the_line_that_s
         f">{text}</text>" in picture
         for text in (*NAMES, "wint8_afp16/default", "KL, nats per prediction", "weights, GB", "recipe, measured")
     )
-    assert f"```\nvllm serve {out / 'checkpoint'} {TEXT_ALONE}\n```" in page
+    assert f"```\nvllm serve {out / 'checkpoint'} {SERVED_WITH}\n```" in page
     assert "- wfp4_afp16/default: CompressedTensorsW4A4Fp4 with use_a16 (NVFP4A16) (vllm-project/vllm@" in page
     html = (out / "index.html").read_text()
     shared = "scales fused, dtype float32"
@@ -119,8 +119,8 @@ def test_the_page_has_the_picture_three_recipes_uniform_ones_and_the_line_that_s
     assert re.search(rf"<title>.*, {shared}</title>", html)
     assert '<img src="front.svg"' in html
     assert all(f'<a href="{name}.yaml">{name}</a>' in html for name in NAMES)
-    assert f"vllm serve {out / 'checkpoint'} {TEXT_ALONE}" in markup.unescape(html)
-    assert said.splitlines()[-1] == f"vllm serve {out / 'checkpoint'} {TEXT_ALONE}"
+    assert f"vllm serve {out / 'checkpoint'} {SERVED_WITH}" in markup.unescape(html)
+    assert said.splitlines()[-1] == f"vllm serve {out / 'checkpoint'} {SERVED_WITH}"
 
 
 def test_recipes_keep_to_their_budgets_and_to_what_the_target_runs(out: Path) -> None:

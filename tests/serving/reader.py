@@ -1,0 +1,216 @@
+"""Runs inside vLLM's own environment: how vLLM reads exported checkpoints, as JSON on standard output.
+
+    python reader.py schemes CAPABILITY DIRECTORY...   its configuration parser, scheme choice and weight loaders, under
+                                                       the compute capability of a GPU that is not here (90, 100, 120)
+    python reader.py logits TOKENS.npy DIRECTORY...    logits of the prompts' tokens, computed on the CPU in float32,
+                                                       written to DIRECTORY/served_logits.npy
+
+One line of JSON a directory. What no CPU build can tell is taken from vLLM's requirements for CUDA: FlashInfer,
+DeepGEMM and Humming are there.
+"""
+
+import json
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+
+import numpy as np
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability, PlatformEnum
+
+TEXT = {"image": 0, "video": 0}
+
+
+def pretend(capability: int) -> None:
+    """Let the modules that choose schemes and kernels see a CUDA GPU; all others still see the CPU."""
+
+    class Pretended(type(current_platform)):
+        _enum = PlatformEnum.CUDA
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return DeviceCapability(capability // 10, capability % 10)
+
+        @classmethod
+        def support_deep_gemm(cls) -> bool:
+            return capability in (90, 100)
+
+    platform = Pretended()
+    facts = {  # of the CUDA build: its kernels, by the architectures that they are compiled for
+        "cutlass_scaled_mm_supports_fp8": lambda found: found >= 89,
+        "cutlass_scaled_mm_supports_block_fp8": lambda found: found >= 90,
+        "cutlass_scaled_mm_supports_fp4": lambda found: found >= 100,
+        "cutlass_fp4_supported": lambda: capability >= 100,
+        "cutlass_fp8_supported": lambda: capability >= 89,
+        "CUTLASS_FP8_SUPPORTED": capability >= 89,
+        "CUTLASS_BLOCK_FP8_SUPPORTED": capability >= 90,
+        "has_flashinfer": lambda: True,
+        "has_flashinfer_cutedsl": lambda: True,
+        "has_deep_gemm": lambda: True,
+        "has_humming": lambda: True,
+        "is_flashinfer_fp8_blockscale_gemm_supported": lambda: False,  # off unless asked for
+        "current_platform": platform,
+    }
+    for name, module in list(sys.modules.items()):
+        if name.startswith(
+            ("vllm.model_executor.kernels", "vllm.model_executor.layers.quantization", "vllm.utils", "vllm._custom_ops")
+        ):
+            for attribute in facts.keys() & vars(module).keys():
+                setattr(module, attribute, facts[attribute])
+
+
+def built(directory: str):
+    """The model as vLLM builds it for a checkpoint, without weights, and the configuration that it was built from."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    config = EngineArgs(
+        model=directory, dtype="bfloat16", enforce_eager=True, max_model_len=256, limit_mm_per_prompt=TEXT
+    ).create_engine_config()
+    with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
+        _one_process(config)
+        return initialize_model(config), config
+
+
+def _one_process(config) -> None:
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+
+    if not torch.distributed.is_initialized():
+        init_distributed_environment(1, 0, f"file:///tmp/vllm-reader-{os.getpid()}", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+
+
+def read(directory: str) -> dict:
+    """Schemes and kernels by linear, elements that no tensor filled, tensors that filled nothing."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    model, config = built(directory)
+    schemes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase | ParallelLMHead):
+            scheme = getattr(module, "scheme", None)
+            method = type(module.quant_method).__name__
+            kernels = [type(part).__name__ for part in _kernels(scheme or module.quant_method)]
+            is_plain = scheme is None and "Unquantized" in method
+            schemes[name] = None if is_plain else [type(scheme).__name__ if scheme is not None else method, *kernels]
+    bytes_of = {}
+    surplus = []
+    for filling in (0, 255):
+        parameters = dict(model.named_parameters())
+        for parameter in parameters.values():
+            parameter.data.view(torch.uint8).fill_(filling)
+        loader = DefaultModelLoader(config.load_config)
+        surplus = _load(model, loader.get_all_weights(config.model_config, model), parameters)
+        bytes_of[filling] = {
+            name: parameter.data.reshape(-1).view(torch.uint8).clone() for name, parameter in parameters.items()
+        }
+    unfilled = {
+        name: int((first != bytes_of[255][name]).sum())
+        for name, first in bytes_of[0].items()
+        if not torch.equal(first, bytes_of[255][name])
+    }
+    return {"schemes": schemes, "unfilled": unfilled, "surplus": surplus}
+
+
+def _kernels(holder) -> list:
+    found = [vars(holder).get(name) for name in ("kernel", "fp8_linear", "linear_kernel", "w8a8_block_fp8_linear")]
+    return [kernel for kernel in found if kernel is not None]
+
+
+def _load(model, weights, parameters) -> list[str]:
+    """Load a checkpoint. Returns: its tensors that no parameter took."""
+    taken = defaultdict(int)
+    now = [""]
+
+    def watched(load):
+        def loader(*args, **kwargs):
+            taken[now[0]] += 1
+            return load(*args, **kwargs)
+
+        return loader
+
+    def announced():
+        for name, tensor in weights:
+            now[0] = name
+            taken[name] += 0
+            yield name, tensor
+
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+    originals = {}
+    for name, parameter in parameters.items():
+        place = "_weight_loader" if hasattr(parameter, "_weight_loader") else "weight_loader"
+        originals[name] = place, getattr(parameter, place, None)
+        setattr(parameter, place, watched(originals[name][1] or default_weight_loader))
+    model.load_weights(announced())
+    for name, parameter in parameters.items():
+        place, original = originals[name]
+        if original is None:
+            delattr(parameter, place)
+        else:
+            setattr(parameter, place, original)
+    return sorted(name for name, count in taken.items() if not count)
+
+
+def serve(directory: str, prompts: list) -> None:
+    """Write the logits of all tokens of the prompts, one after another: [tokens, vocabulary], float32."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        directory,
+        dtype="float32",
+        enforce_eager=True,
+        kv_cache_memory_bytes=256 << 20,
+        max_model_len=512,
+        skip_mm_profiling=True,
+        limit_mm_per_prompt=TEXT,
+        enable_prefix_caching=False,
+    )
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    kept = []
+    compute = model.compute_logits
+
+    def compute_logits(hidden_states, *args):
+        logits = compute(hidden_states, *args)
+        if len(hidden_states) > 1:  # the prompt's, not those of the token that is sampled
+            kept.append(logits.float().numpy().copy())
+        return logits
+
+    model.compute_logits = compute_logits
+    for prompt in prompts:
+        llm.generate([{"prompt_token_ids": prompt}], SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False)
+    np.save(Path(directory) / "served_logits.npy", np.concatenate(kept))
+
+
+def main(verb: str, argument: str, *directories: str) -> None:
+    """Answer one line a directory: `{"directory", ...}`, with `error` where vLLM refuses it."""
+    if verb == "schemes":
+        pretend(int(argument))
+    for directory in directories:
+        answer = {"directory": directory}
+        try:
+            if verb == "schemes":
+                answer |= read(directory)
+            else:
+                serve(directory, [list(map(int, row)) for row in np.load(argument)])
+        except (AssertionError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            answer["error"] = f"{type(error).__name__}: {error}"
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
