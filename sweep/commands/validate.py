@@ -141,14 +141,14 @@ def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRec
     return found
 
 
-def render(recipe: MixedRecipe, rows: Sequence[Measured], dtype: str, served: Served | None = None) -> str:
+def render(recipe: MixedRecipe, rows: Sequence[Measured], dtype: str, served: Served | None) -> str:
     """The page of a validation, as Markdown.
 
     Args:
         recipe: that was validated.
         rows: its own and others'.
         dtype: that the model computed in.
-        served: what a server serves of the recipe.
+        served: by a server; None: none was asked.
     """
     scales = " and ".join(sorted({chosen.scales for chosen in recipe.formats.values()})) or "none"
     head = (

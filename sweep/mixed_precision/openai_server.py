@@ -176,9 +176,9 @@ def connect(url: str, model: str | None) -> Server:
     if not known:
         raise SweepError(f"{base} serves no model.")
     if model is None and len(known) > 1:
-        raise SweepError(f"{base} serves several models. Choose one of them: --served-model {' | '.join(known)}.")
+        raise SweepError(f"{base} serves several models. Type --served-model NAME, one of: {_names(known)}.")
     if model is not None and model not in known:
-        raise SweepError(f"{base} does not serve {model!r}. Choose one of: {', '.join(known)}.")
+        raise SweepError(f"{base} does not serve {model!r}. Type --served-model NAME, one of: {_names(known)}.")
     card = cards[0] if model is None else known[model]
     return Server(url=base, model=card.id, root=card.root, max_model_len=card.max_model_len, key=key)
 
@@ -227,6 +227,11 @@ def in_parallel(work: Callable[[_Item], _Answer], items: Sequence[_Item], doing:
 
 class _KeyWanted(SweepError):
     """The server wants an API key, or another one (status 401 or 403)."""
+
+
+def _names(models: Iterable[str]) -> str:
+    """As a shell takes them: a server's words may be anything."""
+    return ", ".join(map(repr, models))
 
 
 def _base_url(url: str) -> str:
@@ -302,7 +307,7 @@ def _answered(url: str, error: urllib.error.HTTPError, key: str | None) -> Sweep
         return Refused(f"{url} refuses (status {error.code}): {said}")
     if error.code // 100 == 3:
         to = error.headers.get("Location", "elsewhere")
-        return SweepError(f"{url} redirects to {to}, which is not followed. Give the server's own address.")
+        return SweepError(f"{url} redirects to {to!r}, which is not followed. Give the server's own address.")
     if error.code == 404 and url.endswith("/models"):
         return SweepError(
             f"{url} is not found (status 404): that is no OpenAI-compatible server, or its API is under another path. "

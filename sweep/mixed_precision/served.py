@@ -152,7 +152,7 @@ def served_page(served: Served) -> str:
 
 def describe(served: Served) -> str:
     """The server's words for what it serves, and a warning if it is much further away than measured, in sentences."""
-    place = "" if served.root is None else f", from {served.root}"
+    place = "" if served.root is None else f", from {served.root!r}"
     said = f"{served.url} serves {served.model!r}{place}."
     far = max(each.ratio or 0.0 for each in served.kl)
     if far > _FAR:

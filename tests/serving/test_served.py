@@ -84,8 +84,11 @@ def server(place: Path) -> Iterator[str]:
             time.sleep(0.5)
         yield url
     finally:
+        process.terminate()  # it ends the engine, a process of its own
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its group: the engine is a process beside the API's
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -123,7 +126,7 @@ def test_more_log_probabilities_than_vllm_gives_are_refused_with_what_to_type(
     assert validated("int4.yaml", "--logprobs", "21") == 2
     assert "Serve with --max-logprobs 21, or type a smaller --logprobs K." in capsys.readouterr().err
     assert validated("int4.yaml", "--served-model", "int8") == 2
-    assert "does not serve 'int8'. Choose one of: int4." in capsys.readouterr().err
+    assert "does not serve 'int8'. Type --served-model NAME, one of: 'int4'." in capsys.readouterr().err
 
 
 def test_another_model_of_the_same_shape_is_refused(

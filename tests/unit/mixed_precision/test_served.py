@@ -230,7 +230,7 @@ def test_a_redirect_is_not_followed(refusal: Callable[..., str], monkeypatch: py
         moved = (307, {"Location": f"{other.url}/v1/models"}, b"")
         with serving(lambda _, headers, __: moved if "Authorization" in headers else (401, {}, b"")) as server:
             message = refusal("--served", server.url)
-    assert f"redirects to {other.url}/v1/models, which is not followed" in message
+    assert f"redirects to '{other.url}/v1/models', which is not followed" in message
     assert other.requests == []
 
 
@@ -299,8 +299,8 @@ MANY = [{"id": "one"}, {"id": "two"}]
         (answered([1, 2]), None, [], "does not answer as an OpenAI-compatible server does"),
         ((503, {}, b"busy\x1b[31m\n"), None, [], "answers with status 503: busy [31m"),
         (answered({"data": []}), None, [], "serves no model"),
-        (answered({"data": MANY}), None, [], "Choose one of them: --served-model one | two."),
-        (answered({"data": MANY}), None, ["--served-model", "six"], "does not serve 'six'. Choose one of: one, two."),
+        (answered({"data": MANY}), None, [], "Type --served-model NAME, one of: 'one', 'two'."),
+        (answered({"data": MANY}), None, ["--served-model", "six"], "does not serve 'six'. Type --served-model NAME, one of: 'one', 'two'."),
         (None, answered({"choices": []}), [], "with no completion"),
         (None, answered({"choices": [{"text": "x"}]}), [], "it ignores `prompt_logprobs`"),
         (None, refused("prompt_logprobs is unknown"), [], "`vllm serve` gives. http://"),
