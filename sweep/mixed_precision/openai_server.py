@@ -83,7 +83,7 @@ class Server:
     model: str  # its name there
     root: str | None  # where the server has it from, if it says so
     max_model_len: int | None  # tokens of a prompt and what follows; None: the server does not say
-    key: str | None = field(repr=False)  # only where the server has asked for one
+    key: str | None = field(repr=False)  # None: the server has not asked for one
 
     def prompt_log_probs(self, token_ids: Sequence[int], n_top: int) -> list[dict[int, float]]:
         """Log probabilities of a prompt's tokens, each given all before it.
@@ -149,10 +149,11 @@ class Server:
 
     def _complete(self, asked: Mapping[str, Json]) -> _Choice:
         body = json.dumps({"model": self.model, **asked}).encode()
-        answer = _decoded(self.url, _ask(f"{self.url}/v1/completions", body, self.key), _Completion)
-        if not answer.choices:
+        answer, _ = _ask_as_wanted(f"{self.url}/v1/completions", body, self.key)
+        choices = _decoded(self.url, answer, _Completion).choices
+        if not choices:
             raise SweepError(f"{self.url} answers a completion request with no completion.")
-        return answer.choices[0]
+        return choices[0]
 
 
 def connect(url: str, model: str | None) -> Server:
@@ -164,13 +165,8 @@ def connect(url: str, model: str | None) -> Server:
 
     Raises: SweepError: no server, another kind of server, a key that is missing or wrong, or not exactly one model.
     """
-    base, key = _base_url(url), None
-    try:
-        answer = _ask(f"{base}/v1/models", None, None)
-    except _KeyWanted as error:
-        if (key := _key()) is None:
-            raise SweepError(f"{base} asks for an API key. Set {' or '.join(_KEYS)} in the environment.") from error
-        answer = _ask(f"{base}/v1/models", None, key)
+    base = _base_url(url)
+    answer, key = _ask_as_wanted(f"{base}/v1/models", None, None)
     cards = _decoded(base, answer, _Models).data
     known = {card.id: card for card in cards}
     if not known:
@@ -262,6 +258,16 @@ def _key() -> str | None:
     if not key.isascii() or not key.isprintable():
         raise SweepError(f"{name} holds characters that no API key has.")
     return key
+
+
+def _ask_as_wanted(url: str, body: bytes | None, key: str | None) -> tuple[bytes, str | None]:
+    """Send a request as `_ask` does; with the environment's key if the server asks for one. Returns: the key, too."""
+    try:
+        return _ask(url, body, key), key
+    except _KeyWanted:
+        if key is not None or (own := _key()) is None:
+            raise
+        return _ask(url, body, own), own
 
 
 def _ask(url: str, body: bytes | None, key: str | None) -> bytes:
