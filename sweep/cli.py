@@ -240,6 +240,14 @@ def _validate_options(validate: argparse.ArgumentParser) -> None:
     validate.add_argument("--uniform", action="store_true", help=uniform)
     alone = "measure these layer groups alone, under each format, as well"
     validate.add_argument("--groups", metavar="PATTERN", help=alone)
+    served = "measure what an OpenAI-compatible server serves, `vllm serve DIR`, as well"
+    validate.add_argument("--served", dest="served_url", metavar="URL", help=served)
+    name = "its name on the server, where there are several"
+    validate.add_argument("--served-model", metavar="NAME", help=name)
+    top = "likeliest tokens that the server gives, default 20; more need `vllm serve --max-logprobs K`"
+    validate.add_argument("--logprobs", dest="n_top", type=int, metavar="K", help=top)
+    decode = "have the server write texts, too, and measure these"
+    validate.add_argument("--decode", action="store_true", help=decode)
     _add_json(validate)
 
 

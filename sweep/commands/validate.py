@@ -18,6 +18,15 @@ from sweep.mixed_precision.candidates import Candidates, read_candidates
 from sweep.mixed_precision.measured import Measured, markdown_table, random_mixes, table, uniform_recipes, validate
 from sweep.mixed_precision.recipe import recipe_of_choice
 from sweep.mixed_precision.recipe_context import RecipeContext, load_context
+from sweep.mixed_precision.served import (
+    Served,
+    ServedOptions,
+    describe,
+    find_server,
+    measure_served,
+    served_page,
+    served_table,
+)
 from sweep.run.resources import own_device
 from sweep.store.outputs import OutputFile
 from sweep.store.store import Store
@@ -26,6 +35,7 @@ _TITLE: Final = "# Predicted and measured: "
 # The beginnings of the files that `validate_command` writes, by which an earlier command's are recognized.
 _PAGE_BEGINS: Final = re.compile(_TITLE.encode())
 _DOCUMENT_BEGINS: Final = re.compile(rb'\[\n \{\n  "name": .*\n  "kind": .*\n  "effective_bits": ')
+_N_TOP: Final = 20  # vLLM's --max-logprobs unless it is told otherwise
 _WAY_OUT: Final = "Copy the recipe to another place, and validate it there."
 
 
@@ -38,13 +48,29 @@ class Request:
     n_random: int
     uniform: bool
     groups: str | None  # pattern of groups to quantize alone
+    served_url: str | None
+    served_model: str | None
+    n_top: int | None  # None: 20, as many as a server gives unless it is told otherwise
+    decode: bool
     as_json: bool
+
+    @property
+    def served(self) -> ServedOptions | None:
+        """What to ask a server; None: there is none to ask. Raises: SweepError: an option needs one."""
+        if self.served_url is None:
+            options = {"--served-model": self.served_model, "--logprobs": self.n_top, "--decode": self.decode or None}
+            if given := [name for name, value in options.items() if value is not None]:
+                raise SweepError(f"{given[0]} is about a served model. Type --served http://HOST:8000 as well.")
+            return None
+        n_top = _N_TOP if self.n_top is None else self.n_top
+        return ServedOptions(url=self.served_url, model=self.served_model, n_top=n_top, decode=self.decode)
 
 
 def validate_command(request: Request) -> int:
     """Measure a recipe, write a page and a JSON file beside it, and print a table. Returns the exit code.
 
-    Raises: SweepError: a recipe that is not of this model, or no samples that it has not seen.
+    Raises: SweepError: a recipe that is not of this model, no samples that it has not seen, or a server that does not
+        serve the recipe.
     """
     context = load_context(request.recipe_path, request.overrides)
     path = Path(request.recipe_path)
@@ -52,11 +78,18 @@ def validate_command(request: Request) -> int:
     document = OutputFile(path=path.with_suffix(".validation.json"), begins=_DOCUMENT_BEGINS, way_out=_WAY_OUT)
     for file in (page, document):
         file.check()
-    device = own_device(context.config.cluster)
+    device, options = own_device(context.config.cluster), request.served
+    server = find_server(context, options) if options is not None else None
     rows = validate(context, wanted(context, request), device)
-    text = json.dumps([asdict(row) for row in rows], indent=1)
+    served = None
+    if server is not None and options is not None:
+        served = measure_served(context, server, options, device)
+    records = [asdict(row) for row in rows]
+    if served is not None:
+        records[0]["served"] = asdict(served)  # the first row is the recipe's
+    text = json.dumps(records, indent=1)
     document.put(f"{text}\n".encode())
-    page.put(render(context.recipe, rows, context.config.model.dtype_on(device)).encode())
+    page.put(render(context.recipe, rows, context.config.model.dtype_on(device), served).encode())
     if request.as_json:
         print(text)  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
@@ -64,6 +97,10 @@ def validate_command(request: Request) -> int:
     show_table(console, heading, cells, figures=heading[1:])
     counts = f"{rows[0].n_samples} samples, {rows[0].n_predictions} predictions"
     say(console, f"{counts} that neither calibrated nor scored; nats per prediction. Page: {page.path}")
+    if served is not None:
+        say(console, describe(served))
+        heading, *cells = served_table(served)
+        show_table(console, heading, cells, figures=heading[2:])
     return EXIT_DONE
 
 
@@ -104,8 +141,15 @@ def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRec
     return found
 
 
-def render(recipe: MixedRecipe, rows: Sequence[Measured], dtype: str) -> str:
-    """The page of a validation, as Markdown. Args: dtype: that the model computed in."""
+def render(recipe: MixedRecipe, rows: Sequence[Measured], dtype: str, served: Served | None) -> str:
+    """The page of a validation, as Markdown.
+
+    Args:
+        recipe: that was validated.
+        rows: its own and others'.
+        dtype: that the model computed in.
+        served: by a server; None: none was asked.
+    """
     scales = " and ".join(sorted({chosen.scales for chosen in recipe.formats.values()})) or "none"
     head = (
         f"{_TITLE}{recipe.name}, scales {scales}, dtype {dtype}\n\n"
@@ -115,7 +159,7 @@ def render(recipe: MixedRecipe, rows: Sequence[Measured], dtype: str) -> str:
         "KL(unquantized || quantized) and change of the loss in nats per prediction, "
         "with 90 % bootstrap intervals over samples.\n\n"
     )
-    return head + markdown_table(rows) + "\n"
+    return head + markdown_table(rows) + "\n" + ("" if served is None else served_page(served))
 
 
 def _candidates_of(context: RecipeContext) -> Candidates:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pyarrow as pa
 
-from sweep.core.batches import Plan
+from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
 from sweep.core.json import Json
 from sweep.core.sizes import SIZES
@@ -116,7 +116,13 @@ def validate(
 
 
 def held_out(context: RecipeContext) -> tuple[Plan, str]:
-    """Samples after those that calibrated and scored, or those of `validation.captions_path`, and their digest.
+    """Batches of the samples to validate on, and their digest. Raises: SweepError: as `held_out_samples`."""
+    plan = context.model.plan(held_out_samples(context))
+    return plan, plan.digest(list(SIZES)[len(plan.segments) - 1])
+
+
+def held_out_samples(context: RecipeContext) -> list[Sample]:
+    """Samples after those that calibrated and scored, or those of `validation.captions_path`.
 
     Raises: SweepError: too few, or one of them calibrated.
     """
@@ -145,8 +151,7 @@ def held_out(context: RecipeContext) -> tuple[Plan, str]:
             f"{again[0] + 1}: measured there, the KL would look smaller than it is. "
             "Give samples of their own: validation.captions_path=FILE."
         )
-    plan = model.plan(samples)
-    return plan, plan.digest(list(SIZES)[len(plan.segments) - 1])
+    return samples
 
 
 def table(rows: Sequence[Measured]) -> list[tuple[str, ...]]:

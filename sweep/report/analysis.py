@@ -151,12 +151,34 @@ def bootstrap_interval(
 
     Returns: ``[2, groups]``, lower and upper end, score per prediction.
     """
+    sums = _resampled_sums(samples, cell_id, draws) / n_predictions
+    return np.quantile(sums, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+
+def ratio_interval(
+    numerators: FloatArray, denominators: FloatArray, seed: str, level: float = 0.9, draws: int = 1000
+) -> tuple[float, float]:
+    """Interval of a ratio of sums if other samples of the same kind had been drawn: both sums are over the same ones.
+
+    Args:
+        numerators: ``[samples]``.
+        denominators: ``[samples]``, positive.
+        seed: of the draws.
+        level: probability between the two ends.
+        draws: resampled data sets.
+    """
+    sums = _resampled_sums(np.stack([numerators, denominators]), seed, draws)
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _resampled_sums(samples: FloatArray, seed: str, draws: int) -> FloatArray:
+    """Sums over samples that are drawn with replacement. Args: samples: ``[n, samples]``. Returns: ``[draws, n]``."""
     n_samples = samples.shape[1]
-    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(cell_id.encode()).digest()[:8], "big"))
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big"))
     picks = rng.integers(0, n_samples, (draws, n_samples)) + np.arange(draws)[:, None] * n_samples
     times_drawn = np.bincount(picks.ravel(), minlength=draws * n_samples).reshape(draws, n_samples)
-    sums = times_drawn.astype(np.float64) @ samples.T / n_predictions
-    return np.quantile(sums, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return times_drawn.astype(np.float64) @ samples.T
 
 
 def split_half_stability(samples: FloatArray, top_k: int = 10) -> RankStability | None:

@@ -1,5 +1,6 @@
 """Checkpoints through transformers: structure without weights, token ids, loaded models. The home of `transformers`."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,14 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from sweep.core.errors import SweepError
@@ -172,6 +180,13 @@ def load(path: Path, *, dtype: torch.dtype, device: str, n_gpus: int = 1) -> Pre
             f"Type cluster.gpus_per_worker={n_gpus + 1}."
         )
     return model.eval().requires_grad_(False)
+
+
+def key_value_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """Forward's arguments for a cache of keys and values: empty, and extended by each pass that is given them."""
+    names = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in names else "past_key_values"  # as transformers 5.17 calls it; 5.24 warns of that name
+    return {name: DynamicCache(config=model.config.get_text_config()), "use_cache": True}
 
 
 def _no_model(path: Path, error: BaseException) -> SweepError:

@@ -44,6 +44,22 @@ class MeasuredKl:
         return float(self.loss_change.sum() / self.n_predictions.sum())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Some predictions of a batch under the unquantized model and a quantized one."""
+
+    batch: Batch
+    rows_R: Tensor  # of the flattened batch
+    labels_R: Tensor  # next tokens
+    log_probs_RV: Tensor  # of the unquantized model, nats
+    change_RV: Tensor  # of the logits
+
+    def loss_change(self) -> Tensor:
+        """Log probability of the next token in the unquantized model minus that in the quantized one, [rows] nats."""
+        moved = (self.log_probs_RV + self.change_RV).logsumexp(1)
+        return moved - self.change_RV.gather(1, self.labels_R[:, None])[:, 0]
+
+
 class Validator:
     """The unquantized model's final hidden states on held-out samples, to compare quantized models with.
 
@@ -73,56 +89,75 @@ class Validator:
         """
         n_samples = 1 + max(max(batch.order) for batch in self._batches)
         kl, change, counts = np.zeros(n_samples), np.zeros(n_samples), np.zeros(n_samples, dtype=np.int64)
-        with applied(self._model, quants):
-            for batch, base in zip(self._batches, self._base, strict=True):
-                labels = labels_of(batch).flatten().to(base.device)
-                hidden, head_quant = self._hidden(batch), quants.get(self._head_name)
-                found = _compared(base, hidden, self._head, head_quant, labels).cpu().numpy()
-                if not np.isfinite(found).all():
-                    raise SweepError("The quantized model gives NaN or infinite logits: the recipe breaks it.")
-                owners = np.repeat(batch.order, batch.lengths)[(labels != -100).cpu().numpy()]
-                np.add.at(kl, owners, found[0])
-                np.add.at(change, owners, found[1])
-                np.add.at(counts, owners, 1)
+
+        def add(rows: Rows) -> None:
+            owners = np.repeat(rows.batch.order, rows.batch.lengths)[rows.rows_R.cpu().numpy()]
+            found = torch.stack([divergence(rows.log_probs_RV, rows.change_RV), rows.loss_change().double()])
+            found = finite(found.cpu().numpy())
+            np.add.at(kl, owners, found[0])
+            np.add.at(change, owners, found[1])
+            np.add.at(counts, owners, 1)
+
+        self.compare(quants, add)
         seen = counts > 0
         return MeasuredKl(kl=kl[seen], loss_change=change[seen], n_predictions=counts[seen])
+
+    @torch.no_grad()
+    def compare(self, quants: Mapping[str, LinearQuant], see: Callable[[Rows], None]) -> None:
+        """Run the model with these quantizers, by module name, and show its predictions beside the unquantized one's.
+
+        Args:
+            quants: calibrated.
+            see: called with some predictions at a time, batch by batch, in the order of their rows.
+        """
+        with applied(self._model, quants):
+            for batch, base_TH in zip(self._batches, self._base, strict=True):
+                labels_T = labels_of(batch).flatten().to(base_TH.device)
+                new_TH, head_quant = self._hidden(batch), quants.get(self._head_name)
+                for some in (labels_T != -100).nonzero().flatten().split(HEAD_ROWS):
+                    log_probs, change = _compared(base_TH[some], new_TH[some], self._head, head_quant)
+                    see(
+                        Rows(
+                            batch=batch, rows_R=some, labels_R=labels_T[some], log_probs_RV=log_probs, change_RV=change
+                        )
+                    )
 
     def _hidden(self, batch: Batch) -> Tensor:
         """The output layer's input on a batch, [rows, hidden]."""
         parameter = next(self._model.parameters())
-        with _input_of(self._head) as last_input:
+        with input_of(self._head) as last_input:
             self._model(**batch_to(batch, parameter.device, parameter.dtype), use_cache=False)
             return last_input()
 
 
+def finite(found: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The figures themselves. Raises: SweepError: one of them is NaN or infinite."""
+    if not np.isfinite(found).all():
+        raise SweepError("The quantized model gives NaN or infinite logits: the recipe breaks it.")
+    return found
+
+
 def _compared(
-    base_TH: Tensor, new_TH: Tensor, head: nn.Linear, head_quant: LinearQuant | None, labels_T: Tensor
-) -> Tensor:
-    """KL divergence and change of the loss at each prediction.
+    base_RH: Tensor, new_RH: Tensor, head: nn.Linear, head_quant: LinearQuant | None
+) -> tuple[Tensor, Tensor]:
+    """Log probabilities of the unquantized model, and the change of the logits.
 
     Args:
-        base_TH: [rows, hidden], the output layer's input in the unquantized model.
-        new_TH: the same in the quantized model.
+        base_RH: [rows, hidden], the output layer's input in the unquantized model.
+        new_RH: the same in the quantized model.
         head: the output layer, unquantized.
         head_quant: its quantizers; None: it stays unquantized.
-        labels_T: [rows], already shifted; -100 where nothing is predicted.
 
-    Returns: [2, predictions] float64, nats.
+    Returns: two of [rows, vocabulary] float32, nats.
     """
-    rows = (labels_T != -100).nonzero().flatten()
-    found: list[Tensor] = []
-    for some in rows.split(HEAD_ROWS):
-        change = float_logits(head, new_TH[some] - base_TH[some])  # the difference of two logits would cancel
-        if head_quant is not None:
-            change += output_error(head_quant, head.weight, new_TH[some])
-        log_probs = float_logits(head, base_TH[some]).log_softmax(1)
-        loss = (log_probs + change).logsumexp(1) - change.gather(1, labels_T[some][:, None])[:, 0]
-        found.append(torch.stack([divergence(log_probs, change), loss.double()]))
-    return torch.cat(found, dim=1)
+    change = float_logits(head, new_RH - base_RH)  # the difference of two logits would cancel
+    if head_quant is not None:
+        change += output_error(head_quant, head.weight, new_RH)
+    return float_logits(head, base_RH).log_softmax(1), change
 
 
 @contextmanager
-def _input_of(head: nn.Linear) -> Generator[Callable[[], Tensor]]:
+def input_of(head: nn.Linear) -> Generator[Callable[[], Tensor]]:
     """Keep the output layer's input, before that is quantized, and have the layer multiply one row only.
 
     Yields: a function that gives the last input, [rows, hidden].

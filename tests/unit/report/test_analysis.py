@@ -111,6 +111,17 @@ def test_bootstrap_interval_of_equal_samples_is_a_point() -> None:
     np.testing.assert_allclose(analysis.bootstrap_interval(np.full((1, 16), 3.0), 24, "c"), [[2.0], [2.0]])
 
 
+def test_the_interval_of_a_ratio_is_narrow_where_both_sums_move_together() -> None:
+    rng = np.random.default_rng(0)
+    below = rng.gamma(2.0, 1.0, 400)
+    above = 2 * below + rng.normal(0, 0.1, 400)
+    low, high = analysis.ratio_interval(above, below, "c", draws=4000)
+    spread = 1.645 * (above - 2 * below).std() * np.sqrt(400) / below.sum()  # the delta method
+    assert low == pytest.approx(above.sum() / below.sum() - spread, abs=0.1 * spread)
+    assert high == pytest.approx(above.sum() / below.sum() + spread, abs=0.1 * spread)
+    assert analysis.ratio_interval(3 * below, below, "c") == pytest.approx((3, 3))
+
+
 def test_split_halves_compare_even_and_odd_samples() -> None:
     alike = np.array([[9.0, 8.0], [5.0, 5.0], [2.0, 3.0], [NAN, NAN], [1.0, 0.0]])
     stability = analysis.split_half_stability(alike)

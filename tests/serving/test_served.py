@@ -1,0 +1,148 @@
+"""`sweep validate --served` against a real vLLM server, on the CPU: what it serves is as far away as measured."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sweep.cli import main
+from sweep.config.compose import expand
+from sweep.core.paths import bundled_model_dir
+from sweep.formats.mixed import MixedRecipe
+from sweep.plan.subject import Model, samples_of
+from tests.exports import FORMATS, recipe_of
+from tests.formats import group_format
+from workers.data.batches import make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = Path(os.environ.get("SWEEP_SERVING_PYTHON", ROOT / ".venv-serving" / "bin" / "python"))
+START_SECONDS = 240
+OPTIONS = ["cluster.device=cpu", "validation.n_samples=64"]
+
+
+def recipe_for(path: Path | None = None) -> MixedRecipe:
+    """INT4 weights in groups, with the scales that fused layers share."""
+    found = recipe_of([group_format("int4", *FORMATS["int4_groups_weight_only"], "max", "fused")], path)
+    dataset = expand(["dataset.size=small"], multirun=False).points[0].dataset
+    samples = samples_of(dataset, Model(bundled_model_dir()), 16)
+    return replace(found, dataset_revision=make_plan(samples, packed=True).digest("small"))
+
+
+def is_up(url: str) -> bool:
+    with suppress(urllib.error.URLError, ConnectionError), urllib.request.urlopen(f"{url}/v1/models", timeout=5):
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe, and its export."""
+    if not PYTHON.exists():
+        missing = "vLLM's environment is missing. Type tests/serving/install.sh"
+        if os.environ.get("SWEEP_REQUIRE_SERVING"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    place = tmp_path_factory.mktemp("served")
+    (place / "int4.yaml").write_text(recipe_for().to_yaml())
+    written = ["--format", "compressed-tensors", "--out", str(place / "int4")]
+    assert main(["export", str(place / "int4.yaml"), OPTIONS[0], *written]) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(place: Path) -> Iterator[str]:
+    """The export, served under a name of its own by vLLM in a process of its own. Yields: the URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", place / "int4", "--served-model-name"]
+    command += ["int4", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512", "--enforce-eager"]
+    command += ["--dtype", "bfloat16", "--limit-mm-per-prompt", '{"image": 0, "video": 0}']
+    own = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    with (place / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, **own}, start_new_session=True, cwd=place
+        )
+    try:
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
+        while not is_up(url):
+            alive = process.poll() is None and time.monotonic() < until
+            assert alive, (place / "server.log").read_text()[-3000:]
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()  # it ends the engine, a process of its own
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def validated(place: Path, server: str) -> Callable[..., int]:
+    def run(recipe: str, *rest: str) -> int:
+        return main(
+            ["validate", str(place / recipe), f"store.uri={place / 'store'}", *OPTIONS, "--served", server, *rest]
+        )
+
+    return run
+
+
+def test_what_vllm_serves_is_as_far_away_as_measured(validated: Callable[..., int], place: Path, server: str) -> None:
+    assert validated("int4.yaml", "--decode") == 0
+    (row,) = json.loads((place / "int4.validation.json").read_text())
+    served = row["served"]
+    assert (served["url"], served["model"], served["root"]) == (server, "int4", str(place / "int4"))
+    top, sampled, decode = served["kl"]
+    assert sampled["n_tokens"] >= 2000
+    assert decode["n_tokens"] >= 2000
+    for each in (top, sampled, decode):
+        low, high = each["ratio_interval"]
+        assert 0.95 < low < each["ratio"] < high < 1.05, each
+    assert top["served_kl"] < top["measured_kl"]  # a bound, of 20 tokens of 4,096
+    for each in (sampled, decode):
+        low, high = each["served_kl_interval"]
+        assert low < each["measured_kl"] < high
+    assert "| texts of the server |" in (place / "int4.validation.md").read_text()
+
+
+def test_more_log_probabilities_than_vllm_gives_are_refused_with_what_to_type(
+    validated: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert validated("int4.yaml", "--logprobs", "21") == 2
+    assert "Serve with --max-logprobs 21, or type a smaller --logprobs K." in capsys.readouterr().err
+    assert validated("int4.yaml", "--served-model", "int8") == 2
+    assert "does not serve 'int8'. Type --served-model NAME, one of: 'int4'." in capsys.readouterr().err
+
+
+def test_another_model_of_the_same_shape_is_refused(
+    validated: Callable[..., int], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = place / "other"
+    shutil.copytree(bundled_model_dir(), other, ignore=shutil.ignore_patterns("layer-analysis"))
+    weights = load_file(other / "model.safetensors")
+    torch.manual_seed(0)
+    for name, weight in weights.items():
+        if weight.dim() > 1:
+            weights[name] = (0.02 * torch.randn(weight.shape)).to(weight.dtype)
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    (place / "other.yaml").write_text(recipe_for(other).to_yaml())
+    assert validated("other.yaml", "--decode") == 2
+    message = capsys.readouterr().err
+    assert "serves another model under the name 'int4'" in message
+    assert "and that of pure chance 8.32" in message
+    assert not list(place.glob("other.validation.*"))
