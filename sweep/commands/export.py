@@ -19,6 +19,7 @@ from sweep.mixed_precision.checks import check_cells, check_recipe
 from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of, load_model, read_recipe
 from sweep.mixed_precision.text import CSV_BEGINS, MODELOPT_BEGINS, check_csv, check_modelopt, to_csv, to_modelopt
 from sweep.plan.subject import Model, checkpoint_dir
+from sweep.run.resources import own_device
 from sweep.store.outputs import OutputDirectory, OutputFile, place_of, typed_path
 from sweep.store.store import Store
 
@@ -104,17 +105,19 @@ def export_checkpoint(context: RecipeContext, directory: OutputDirectory) -> Non
     """
     from workers.export.calibrated import calibrated
     from workers.export.checkpoint import check_expressible, write_checkpoint
+    from workers.export.compute import Compute
     from workers.export.readback import check_export
 
     recipe, model = context.recipe, context.model
     linears = model.structure.linears
     check_expressible(model.path, recipe, linears)
     batches = list(context.plan.batches(recipe.size))
-    quants = calibrated(load_model(context, "cpu", as_worker=False), recipe, linears, batches)
+    loaded = load_model(context, own_device(context.config.cluster))  # as `validate` does, whose ranges these must be
+    quants, compute = calibrated(loaded, recipe, linears, batches), Compute.of(loaded)
     with directory.filled() as partial:
-        write_checkpoint(model.path, partial, recipe, quants, linears)
+        write_checkpoint(model.path, partial, recipe, quants, linears, compute)
         (partial / _RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        check_export(partial, model.path, recipe, quants, linears)
+        check_export(partial, model.path, recipe, quants, linears, compute)
 
 
 def is_exported(recipe: MixedRecipe, directory: OutputDirectory) -> bool:
