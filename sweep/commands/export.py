@@ -3,6 +3,7 @@
 Each file is read back; one that does not hold the same recipe is refused, and nothing is left of it.
 """
 
+import os
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -49,8 +50,9 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
     model = Model(checkpoint_dir(config.model))
     check_recipe(recipe, model)
     check_cells(recipe, config, Store(config.store.uri))
+    _check_apart(path, model)
     if file_format == "compressed-tensors":
-        directory = checkpoint_at(path, model, overwrite=overwrite)
+        directory = checkpoint_at(path, model, overwrite=overwrite, others=False)
         directory.check()
         export_checkpoint(context_of(recipe, config), directory)
     else:
@@ -81,8 +83,27 @@ def checked_text(recipe: MixedRecipe, file_format: str, model: Model) -> str:
     return text
 
 
-def checkpoint_at(path: Path, model: Model, *, overwrite: bool) -> OutputDirectory:
+def _check_apart(path: Path, model: Model) -> None:
+    """Refuse a place that is a link, or that holds the model's checkpoint or lies in it."""
+    place = place_of(path)
+    if place == model.path:
+        raise SweepError(f"{path} is the checkpoint itself. Give another place with --out.")
+    if place.is_relative_to(model.path):
+        raise SweepError(f"{path} is inside the checkpoint {model.path}. Give another place with --out.")
+    if model.path.is_relative_to(place):
+        raise SweepError(f"{path} holds the checkpoint {model.path}. Give a place of its own with --out.")
+    if path.is_symlink():
+        raise SweepError(f"{path} is a link to {os.readlink(path)}. Give that place itself with --out, or another.")
+
+
+def checkpoint_at(path: Path, model: Model, *, overwrite: bool, others: bool) -> OutputDirectory:
     """The directory of an exported checkpoint, with the names of its files.
+
+    Args:
+        path: of the directory.
+        model: that is exported.
+        overwrite: replace an earlier export.
+        others: whether files of others may be there that no reader of checkpoints takes.
 
     Raises: SweepError: the model's own checkpoint is there.
     """
@@ -93,7 +114,7 @@ def checkpoint_at(path: Path, model: Model, *, overwrite: bool) -> OutputDirecto
         directory=place,
         kind="checkpoint",
         names=[*model.file_names(), _RECIPE_FILE],
-        exclusive=_LOADED,
+        exclusive=_LOADED if others else ("*",),
         overwrite=overwrite,
     )
 

@@ -23,7 +23,7 @@ from workers.export.compute import CPU, Compute
 from workers.export.folding import check_foldable, folding_modules, output_scales, scaled_rows
 from workers.export.schemes import Inexpressible, scheme_of
 from workers.export.weights import packed
-from workers.model.checkpoint import loaded_files, loaded_index, quantization_of, settings_files
+from workers.model.checkpoint import check_unquantized, loaded_files, loaded_index, settings_files
 from workers.quant.linear import LinearQuant
 
 _VISION: Final = "visual"
@@ -199,11 +199,7 @@ def check_expressible(source: Path, recipe: MixedRecipe, linears: Sequence[Linea
         exactly; a module whose weight is not in the checkpoint under its name, because it is tied to another or renamed
         on loading.
     """
-    if (method := quantization_of(source)) is not None:
-        raise SweepError(
-            f"The checkpoint {source} is quantized already ({method}, by its config.json): its codes are no weights to "
-            "quantize. Give the checkpoint that it was made from: model.path=DIR."
-        )
+    check_unquantized(source)
     modules = _by_module(recipe)
     with ExitStack() as stack:
         held = held_tensors(source, stack)
