@@ -102,8 +102,8 @@ def check_cells(recipe: MixedRecipe, config: SweepConfig, store: Store) -> None:
         named = None if label in compared else _named(chosen, recipe)
         if named is not None and named.id != chosen.id:
             raise SweepError(
-                f"Format {label!r} of the recipe was edited: it is not what that name means, and its predicted KL would "
-                "be another's. Have `sweep solve` write it again."
+                f"Format {label!r} of the recipe was edited: it is not what that name means, and its predicted KL "
+                "would be another's. Have `sweep solve` write it again."
             )
 
 
