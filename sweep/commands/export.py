@@ -3,6 +3,7 @@
 Each file is read back; one that does not hold the same recipe is refused, and nothing is left of it.
 """
 
+import os
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from sweep.mixed_precision.checks import check_cells, check_recipe
 from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of, load_model, read_recipe
 from sweep.mixed_precision.text import CSV_BEGINS, MODELOPT_BEGINS, check_csv, check_modelopt, to_csv, to_modelopt
 from sweep.plan.subject import Model, checkpoint_dir
+from sweep.run.resources import own_device
 from sweep.store.outputs import OutputDirectory, OutputFile, place_of, typed_path
 from sweep.store.store import Store
 
@@ -48,8 +50,9 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
     model = Model(checkpoint_dir(config.model))
     check_recipe(recipe, model)
     check_cells(recipe, config, Store(config.store.uri))
+    _check_apart(path, model)
     if file_format == "compressed-tensors":
-        directory = checkpoint_at(path, model, overwrite=overwrite)
+        directory = checkpoint_at(path, model, overwrite=overwrite, others=False)
         directory.check()
         export_checkpoint(context_of(recipe, config), directory)
     else:
@@ -80,8 +83,27 @@ def checked_text(recipe: MixedRecipe, file_format: str, model: Model) -> str:
     return text
 
 
-def checkpoint_at(path: Path, model: Model, *, overwrite: bool) -> OutputDirectory:
+def _check_apart(path: Path, model: Model) -> None:
+    """Refuse a place that is a link, or that holds the model's checkpoint or lies in it."""
+    place = place_of(path)
+    if place == model.path:
+        raise SweepError(f"{path} is the checkpoint itself. Give another place with --out.")
+    if place.is_relative_to(model.path):
+        raise SweepError(f"{path} is inside the checkpoint {model.path}. Give another place with --out.")
+    if model.path.is_relative_to(place):
+        raise SweepError(f"{path} holds the checkpoint {model.path}. Give a place of its own with --out.")
+    if path.is_symlink():
+        raise SweepError(f"{path} is a link to {os.readlink(path)}. Give that place itself with --out, or another.")
+
+
+def checkpoint_at(path: Path, model: Model, *, overwrite: bool, others: bool) -> OutputDirectory:
     """The directory of an exported checkpoint, with the names of its files.
+
+    Args:
+        path: of the directory.
+        model: that is exported.
+        overwrite: replace an earlier export.
+        others: whether files of others may be there that no reader of checkpoints takes.
 
     Raises: SweepError: the model's own checkpoint is there.
     """
@@ -92,7 +114,7 @@ def checkpoint_at(path: Path, model: Model, *, overwrite: bool) -> OutputDirecto
         directory=place,
         kind="checkpoint",
         names=[*model.file_names(), _RECIPE_FILE],
-        exclusive=_LOADED,
+        exclusive=_LOADED if others else ("*",),
         overwrite=overwrite,
     )
 
@@ -104,17 +126,19 @@ def export_checkpoint(context: RecipeContext, directory: OutputDirectory) -> Non
     """
     from workers.export.calibrated import calibrated
     from workers.export.checkpoint import check_expressible, write_checkpoint
+    from workers.export.compute import Compute
     from workers.export.readback import check_export
 
     recipe, model = context.recipe, context.model
     linears = model.structure.linears
     check_expressible(model.path, recipe, linears)
     batches = list(context.plan.batches(recipe.size))
-    quants = calibrated(load_model(context, "cpu", as_worker=False), recipe, linears, batches)
+    loaded = load_model(context, own_device(context.config.cluster))  # as `validate` does, whose ranges these must be
+    quants, compute = calibrated(loaded, recipe, linears, batches), Compute.of(loaded)
     with directory.filled() as partial:
-        write_checkpoint(model.path, partial, recipe, quants, linears)
+        write_checkpoint(model.path, partial, recipe, quants, linears, compute)
         (partial / _RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        check_export(partial, model.path, recipe, quants, linears)
+        check_export(partial, model.path, recipe, quants, linears, compute)
 
 
 def is_exported(recipe: MixedRecipe, directory: OutputDirectory) -> bool:

@@ -75,7 +75,7 @@ def recommend(request: Request, console: Console) -> int:
     _refuse_ahead(prepared, asked, target)
     results = _results_at(out, target)
     results.check()
-    checkpoint = checkpoint_at(out / _CHECKPOINT, Model(checkpoint_dir(config.model)), overwrite=True)
+    checkpoint = checkpoint_at(out / _CHECKPOINT, Model(checkpoint_dir(config.model)), overwrite=True, others=True)
     if _reads_checkpoint(target):
         checkpoint.check()
     # With --json nothing else is printed; a run by itself refuses everything that would stop it.

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from sweep.config.compose import expand
 from sweep.config.schema import SweepConfig, from_record
 from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import Linear
@@ -57,7 +58,8 @@ def check_recipe(recipe: MixedRecipe, model: Model) -> None:
 def check_cells(recipe: MixedRecipe, config: SweepConfig, store: Store) -> None:
     """Refuse a recipe whose scores are of different models or data, or of other formats.
 
-    Cells that the store does not know are passed over: the recipe may come from another machine.
+    Of cells that the store does not know, as of a recipe from another machine, the formats are compared with what conf/
+    means by their names; names that conf/ does not have are passed over.
 
     Args:
         recipe: as read from a file.
@@ -95,6 +97,29 @@ def check_cells(recipe: MixedRecipe, config: SweepConfig, store: Store) -> None:
                 f"{score} is of another format than {chosen.label!r} of the recipe, which was edited: its predicted KL "
                 "would be another's. Have `sweep solve` write it again."
             )
+    compared = {choice.format for choice in recipe.groups if choice.cell_id in scored}
+    for label, chosen in recipe.formats.items():
+        named = None if label in compared else _named(chosen, recipe)
+        if named is not None and named.id != chosen.id:
+            raise SweepError(
+                f"Format {label!r} of the recipe was edited: it is not what that name means, and its predicted KL "
+                "would be another's. Have `sweep solve` write it again."
+            )
+
+
+def _named(chosen: GroupFormat, recipe: MixedRecipe) -> Format | None:
+    """The format that conf/ makes of a format's names; None: it has none of these names, or makes nothing of them."""
+    typed = [
+        f"quant_pair={chosen.quant_pair}",
+        f"quant_granularity={chosen.quant_granularity}",
+        f"sensitivity.quant_algorithm={chosen.algorithm}",
+        f"sensitivity.scales={chosen.scales}",
+        f"sensitivity.coverage={recipe.coverage}",
+    ]
+    try:
+        return recipe_of(expand(typed, multirun=False).points[0]).format
+    except SweepError:
+        return None
 
 
 def _check_blocks(chosen: GroupFormat, linear: Linear) -> None:

@@ -31,16 +31,17 @@ class RecipeContext:
     plan: Plan  # batches of these samples
 
 
-def load_model(context: RecipeContext, device: Device, *, as_worker: bool = True) -> "PreTrainedModel":
+def load_model(context: RecipeContext, device: Device) -> "PreTrainedModel":
     """The model with its weights, in the precision that the config chooses for the device; the last one is kept.
+
+    On a CPU torch computes in one thread from now on, as in the workers of a sweep: more would change bits, and crawl
+    beside them.
 
     Args:
         context: the model and its config.
         device: that the model runs on.
-        as_worker: on a CPU, compute in one thread from now on, as the workers of a sweep do: more would change bits,
-            and crawl beside them.
     """
-    if as_worker and device == "cpu":
+    if device == "cpu":
         import torch
 
         torch.set_num_threads(1)

@@ -156,7 +156,9 @@ class OutputDirectory:
 
 
 def typed_path(text: str) -> Path:
-    """A local path as a user types it. Raises: SweepError: a URL."""
+    """A local path as a user types it. Raises: SweepError: a URL, or nothing."""
+    if not text.strip():
+        raise SweepError("--out is empty. Give a path with --out; the working directory is called '.'.")
     if "://" in text:
         raise SweepError(f"{text} is a URL, and this is written to a local disk. Give a path with --out.")
     return Path(os.path.expanduser(text))
@@ -165,11 +167,14 @@ def typed_path(text: str) -> Path:
 def place_of(path: Path) -> Path:
     """Where a path leads, absolute: a link stays, and what it leads to is the place.
 
-    Raises: SweepError: a link that leads nowhere.
+    Raises: SweepError: a link that leads nowhere, or a name that no file can have.
     """
-    if os.path.islink(path) and not os.path.exists(path):
-        leads = os.readlink(path)
-        raise SweepError(f"{path} is a link to {leads}, which is not there. Make that, or give another place.")
+    with _reported(path), suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(path)  # a name that is too long is not there for all that follows
+    for each in (path, *path.parents):
+        if os.path.islink(each) and not os.path.exists(each):
+            leads = os.readlink(each)
+            raise SweepError(f"{each} is a link to {leads}, which is not there. Make that, or give another place.")
     return Path(os.path.realpath(path))
 
 

@@ -1,4 +1,8 @@
-"""The quantizers of an export, calibrated on a CPU: a reader can repeat that arithmetic on any machine."""
+"""The quantizers of an export, calibrated as validation and scoring calibrate: on the same device, in the same dtype.
+
+There they are equal bit for bit. Ranges of inputs differ between devices and dtypes, as the model's activations do, so
+a reader who repeats them elsewhere finds them close, not equal.
+"""
 
 from collections.abc import Sequence
 
@@ -17,7 +21,7 @@ def calibrated(
     """ModelOpt's calibration ranges and pre-quantization scales by module name, checked to be foldable.
 
     Args:
-        model: on the CPU; it is as it was afterwards.
+        model: on the device and in the dtype that `validate` measures with; it is as it was afterwards.
         recipe: the format of each layer group.
         linears: of the whole model.
         batches: calibration samples.

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -18,10 +19,11 @@ from sweep.core.errors import SweepError
 from sweep.core.groups import Linear
 from sweep.core.json import Json
 from sweep.formats.mixed import MixedRecipe
+from workers.export.compute import CPU, Compute
 from workers.export.folding import check_foldable, folding_modules, output_scales, scaled_rows
 from workers.export.schemes import Inexpressible, scheme_of
 from workers.export.weights import packed
-from workers.model.checkpoint import loaded_files, loaded_index, quantization_of, settings_files
+from workers.model.checkpoint import check_unquantized, loaded_files, loaded_index, settings_files
 from workers.quant.linear import LinearQuant
 
 _VISION: Final = "visual"
@@ -109,7 +111,12 @@ def schemes_of(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
 
 
 def write_checkpoint(
-    source: Path, directory: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Sequence[Linear]
+    source: Path,
+    directory: Path,
+    recipe: MixedRecipe,
+    quants: Mapping[str, LinearQuant],
+    linears: Sequence[Linear],
+    compute: Compute = CPU,
 ) -> None:
     """Write the quantized checkpoint, with files of `checkpoint_names`, one shard of the source in memory at a time.
 
@@ -119,6 +126,7 @@ def write_checkpoint(
         recipe: the format of each layer group.
         quants: calibrated quantizers by module, of all modules that the recipe quantizes.
         linears: of the whole model.
+        compute: where and in which dtype weights are quantized; quants must be there.
 
     Raises:
         SweepError: something that the format can't express, or a weight that the checkpoint does not hold under its
@@ -130,17 +138,20 @@ def write_checkpoint(
     scales = output_scales(recipe, quants, linears)
     weight_map: dict[str, str] = {}
     n_bytes = 0
+    largest = largest_weight(linears)
+
+    def made(name: str, file: TensorFile) -> dict[str, Tensor]:
+        module, _, local = name.rpartition(".")
+        tensor = file.get_tensor(name)
+        if local == "weight" and module in schemes:
+            parts = packed(compute.weight(tensor), quants[module], schemes[module], scales.get(module))
+            return {f"{module}.{local}": part for local, part in parts.items()}
+        return {name: scaled_rows(tensor, scales[module]) if module in scales else tensor}
+
     for shard in loaded_files(source):
-        tensors: dict[str, Tensor] = {}
         with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 -- no dict
-                module, _, local = name.rpartition(".")
-                tensor: Tensor = file.get_tensor(name)
-                if local == "weight" and module in schemes:
-                    made = packed(tensor, quants[module], schemes[module], scales.get(module))
-                    tensors |= {f"{module}.{local}": part for local, part in made.items()}
-                else:
-                    tensors[name] = scaled_rows(tensor, scales[module]) if module in scales else tensor
+            parts = compute.each(partial(made, file=file), file.keys(), largest)
+        tensors = {name: tensor for each in parts for name, tensor in each.items()}
         try:
             save_file(tensors, directory / shard.name, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, among others
@@ -188,11 +199,7 @@ def check_expressible(source: Path, recipe: MixedRecipe, linears: Sequence[Linea
         exactly; a module whose weight is not in the checkpoint under its name, because it is tied to another or renamed
         on loading.
     """
-    if (method := quantization_of(source)) is not None:
-        raise SweepError(
-            f"The checkpoint {source} is quantized already ({method}, by its config.json): its codes are no weights to "
-            "quantize. Give the checkpoint that it was made from: model.path=DIR."
-        )
+    check_unquantized(source)
     modules = _by_module(recipe)
     with ExitStack() as stack:
         held = held_tensors(source, stack)
@@ -208,6 +215,11 @@ def check_expressible(source: Path, recipe: MixedRecipe, linears: Sequence[Linea
                 weight = file.get_slice(f"{module}.weight")
                 weights[module] = weight.get_dtype(), weight.get_shape()[0]
         check_foldable(weights, recipe, linears)
+
+
+def largest_weight(linears: Sequence[Linear]) -> int:
+    """Weights of the largest linear."""
+    return max(linear.n_inputs * linear.n_outputs for linear in linears)
 
 
 def held_tensors(directory: Path, stack: ExitStack) -> dict[str, TensorFile]:

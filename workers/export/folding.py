@@ -140,11 +140,11 @@ def scaled_rows(tensor: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         tensor: [channels, ...].
-        scale: [channels].
+        scale: [channels], on any device.
 
-    Returns: [channels, ...] float32.
+    Returns: [channels, ...] float32, on the tensor's device.
     """
-    return tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))
+    return tensor.float() * scale.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1))
 
 
 @torch.no_grad()
@@ -249,7 +249,7 @@ def _folded(model: nn.Module, scales: Mapping[str, Tensor]) -> Generator[None]:
         for name, scale in scales.items():
             for parameter in model.get_submodule(name).parameters(recurse=False):
                 kept.append((parameter, parameter.data))
-                parameter.data = scaled_rows(parameter.data, scale.to(parameter.device)).to(parameter.dtype)
+                parameter.data = scaled_rows(parameter.data, scale).to(parameter.dtype)
         yield
     finally:
         for parameter, data in kept:

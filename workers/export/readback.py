@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from sweep.core.errors import SweepError
 from sweep.core.groups import Linear
 from sweep.formats.mixed import MixedRecipe
-from workers.export.checkpoint import held_tensors
+from workers.export.checkpoint import TensorFile, held_tensors, largest_weight
+from workers.export.compute import CPU, Compute
 from workers.export.folding import output_scales, scaled_rows
 from workers.export.schemes import Inexpressible, quantizer_of
 from workers.export.weights import input_scales, unpacked
@@ -25,7 +27,12 @@ _TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-6, torch.bfl
 
 
 def check_export(
-    directory: Path, source: Path, recipe: MixedRecipe, quants: Mapping[str, LinearQuant], linears: Sequence[Linear]
+    directory: Path,
+    source: Path,
+    recipe: MixedRecipe,
+    quants: Mapping[str, LinearQuant],
+    linears: Sequence[Linear],
+    compute: Compute = CPU,
 ) -> None:
     """Read an export back with the reader's own library and compare all of it with the recipe.
 
@@ -41,13 +48,16 @@ def check_export(
     scales = output_scales(recipe, quants, linears)
     with ExitStack() as stack:
         tensors, originals = held_tensors(directory, stack), held_tensors(source, stack)
-        expected: set[str] = set()
-        for name, file in originals.items():
+        written: dict[str, list[str]] = {}
+        for name in tensors:
+            written.setdefault(name.rpartition(".")[0], []).append(name)
+
+        def checked(held: tuple[str, TensorFile]) -> list[str]:
+            """The names of the tensors that are written for one of the source, after they are compared with it."""
+            name, original = held[0], held[1].get_tensor(held[0])
             module, _, local = name.rpartition(".")
-            original: Tensor = file.get_tensor(name)
             scheme = read.get(module) if local == "weight" else None
             if scheme is None:
-                expected.add(name)
                 meant = scaled_rows(original, scales[module]) if module in scales else original
                 found = tensors[name].get_tensor(name) if name in tensors else None
                 if found is None or found.dtype != meant.dtype or not torch.equal(found, meant):
@@ -56,15 +66,14 @@ def check_export(
                         f"{directory}: {name} is not what {source} holds{times}, "
                         "though the recipe leaves it in 16 bits. Export again."
                     )
-                continue
-            prefix = f"{module}."
-            state = {
-                key.removeprefix(prefix): tensors[key].get_tensor(key)
-                for key in tensors
-                if key.startswith(prefix) and key != f"{module}.bias"
-            }
-            expected |= {f"{module}.{local}" for local in state}
-            _check_linear(f"{directory}: {module}", state, original, quants[module], scheme, scales.get(module))
+                return [name]
+            names = [each for each in written.get(module, ()) if each != f"{module}.bias"]
+            state = {each.rpartition(".")[2]: tensors[each].get_tensor(each) for each in names}
+            weight_OI = compute.weight(original)
+            _check_linear(f"{directory}: {module}", state, weight_OI, quants[module], scheme, scales.get(module))
+            return names
+
+        expected = set(chain.from_iterable(compute.each(checked, originals.items(), largest_weight(linears))))
         if surplus := sorted(tensors.keys() - expected):
             raise SweepError(f"{directory} holds {surplus[0]}, which {source} does not. Export again.")
 
@@ -118,7 +127,7 @@ def _check_linear(
     if output_scale_O is not None:
         meant = scaled_rows(meant, output_scale_O)
     try:
-        found = unpacked(state, scheme)
+        found = unpacked({name: tensor.to(weight_OI.device) for name, tensor in state.items()}, scheme)
     except (KeyError, RuntimeError, ValueError) as error:
         raise SweepError(
             f"{where} does not decompress: {type(error).__name__}: {str(error).splitlines()[0]}. Export again."

@@ -42,14 +42,14 @@ def packed(
     """The tensors that a checkpoint holds for one quantized linear.
 
     Args:
-        weight_OI: [out, in], the checkpoint's.
+        weight_OI: [out, in], the checkpoint's, on the device that computes.
         linear: its quantizers.
         scheme: of its format, by `scheme_of`.
         output_scale_O: [out], a pre-quantization scale of the linear behind, folded into the scales of the weight's
             rows; codes stay as they are.
 
-    Returns: tensors by local name: `weight_packed` or `weight`, `weight_scale` and the format's others; scales in
-        float32 unless the format gives them another dtype.
+    Returns: tensors on the CPU by local name: `weight_packed` or `weight`, `weight_scale` and the format's others;
+        scales in float32 unless the format gives them another dtype.
     """
     assert scheme.weights is not None  # scheme_of refuses others
     quantized_OI = fake_quantized(linear, weight_OI)
@@ -62,7 +62,7 @@ def packed(
         assert compressed["weight_scale"] is not None
         compressed["weight_scale"] = scaled_rows(compressed["weight_scale"], output_scale_O)
     return {
-        name: tensor.contiguous()
+        name: tensor.contiguous().cpu()
         for name, tensor in {**compressed, **input_scales(linear, scheme)}.items()
         if tensor is not None
     }
@@ -84,7 +84,7 @@ def input_scales(linear: LinearQuant, scheme: QuantizationScheme) -> dict[str, T
     amax = linear.input_amax.float().reshape(1).cpu()
     if inputs.strategy == QuantizationStrategy.TENSOR_GROUP:
         return {"input_global_scale": _NVFP4_RANGE / _positive(amax)}
-    return {"input_scale": _positive(amax / _largest(inputs))}
+    return {"input_scale": _positive(amax / _largest(inputs, amax.device))}
 
 
 def _weight_scales(
@@ -96,14 +96,14 @@ def _weight_scales(
         return {"weight_scale": torch.exp2(exponents.squeeze(-1).float())}
     amax = linear.weight_amax
     assert amax is not None  # all but the MX formats have a range
-    amax = amax.float().cpu()
+    amax = amax.float().to(weight_OI.device)
     if args.strategy == QuantizationStrategy.TENSOR_GROUP:
         block_scales, _ = nvfp4_scales(original_OI, amax, args.group_size or 0)
         blocks = quantized_OI.unflatten(-1, (-1, args.group_size or 0))
         block_scales = block_scales.squeeze(-1)
         scales = torch.where((blocks == 0).all(-1) | (block_scales == 0), _UNUSED_SCALE, block_scales)
         return {"weight_scale": scales, "weight_global_scale": _NVFP4_RANGE / _positive(amax.reshape(1))}
-    return {"weight_scale": _positive(amax.reshape(_scale_shape(weight_OI, args)) / _largest(args))}
+    return {"weight_scale": _positive(amax.reshape(_scale_shape(weight_OI, args)) / _largest(args, amax.device))}
 
 
 def _scale_shape(weight_OI: Tensor, args: QuantizationArgs) -> tuple[int, ...]:
@@ -116,8 +116,9 @@ def _scale_shape(weight_OI: Tensor, args: QuantizationArgs) -> tuple[int, ...]:
     return (n_out, 1) if args.strategy == QuantizationStrategy.CHANNEL else (1,)
 
 
-def _largest(args: QuantizationArgs) -> Tensor:
-    return calculate_range(args, "cpu")[1]
+def _largest(args: QuantizationArgs, device: torch.device) -> Tensor:
+    """On the device of what it divides: CUDA multiplies by the reciprocal of a number or a host's scalar."""
+    return calculate_range(args, str(device))[1]
 
 
 def _positive(scale: Tensor) -> Tensor:

@@ -13,19 +13,31 @@ from sweep.core.paths import MANIFEST
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # tokenizer, preprocessor and generation settings
+# Files by which quantizers say so, where config.json may not: ModelOpt, AutoGPTQ and AutoAWQ before transformers knew.
+_QUANTIZED = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _LEGAL = ("licen", "notice", "copying")  # how names of files begin that must travel with the weights
+
+
+_NULL = msgspec.Raw(b"null")
 
 
 class _Quantization(msgspec.Struct):
     """The section of config.json that says how the weights are quantized."""
 
-    quant_method: str = "unknown"
+    quant_method: str = "unknown method"
 
 
-class _Config(msgspec.Struct):
-    """config.json."""
+class _Sections(msgspec.Struct):
+    """The sections of config.json by which readers take a checkpoint as quantized, whatever they hold."""
 
-    quantization_config: _Quantization | None = None
+    quantization_config: msgspec.Raw = _NULL
+    compression_config: msgspec.Raw = _NULL  # of compressed-tensors before 0.7
+
+
+class _Config(_Sections):
+    """config.json; some vision-language models have the section in that of the language model."""
+
+    text_config: _Sections | None = None
 
 
 class _Index(msgspec.Struct):
@@ -41,6 +53,11 @@ def check_checkpoint(path: Path) -> None:
     """
     if not path.is_dir():
         raise SweepError(f"model.path={path} is no directory. Give a local checkpoint directory: model.path=DIR.")
+    if (path / "adapter_config.json").is_file():
+        raise SweepError(
+            f"model.path={path} holds an adapter (adapter_config.json), which changes another checkpoint's weights. "
+            "Merge the two and save the result (PEFT: merge_and_unload), then give that: model.path=DIR."
+        )
     if not (path / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise SweepError(
@@ -56,6 +73,7 @@ def check_checkpoint(path: Path) -> None:
         raise SweepError(
             f"model.path={path} has no *.safetensors file. Download the weights, or give another model.path=DIR."
         )
+    check_unquantized(path)
 
 
 def check_weights(path: Path) -> None:
@@ -102,10 +120,32 @@ def loaded_files(path: Path) -> list[Path]:
     return weight_files(path)
 
 
-def quantization_of(path: Path) -> str | None:
-    """The method by which a checkpoint's weights are quantized, by its config.json; None: they are not."""
-    found = msgspec.json.decode((path / "config.json").read_bytes(), type=_Config).quantization_config
-    return None if found is None else found.quant_method
+def check_unquantized(path: Path) -> None:
+    """Refuse a checkpoint whose weights are quantized, by its config.json or by a file that quantizers put beside it.
+
+    Raises: SweepError: names the method, and the file that says so.
+    """
+    try:
+        config = msgspec.json.decode((path / "config.json").read_bytes(), type=_Config)
+    except msgspec.DecodeError:
+        return  # whoever makes the model of it says what is wrong
+    parts = [part for part in (config, config.text_config) if part is not None]
+    sections = [section for part in parts for section in (part.quantization_config, part.compression_config)]
+    found = [(_method(section), "config.json") for section in sections if section != _NULL]
+    found += [(method, name) for name, method in _QUANTIZED.items() if (path / name).is_file()]
+    if found:
+        method, name = found[0]
+        raise SweepError(
+            f"The checkpoint {path} is quantized already ({method}, by its {name}): its codes are no weights to "
+            "quantize. Give the checkpoint that it was made from: model.path=DIR."
+        )
+
+
+def _method(section: msgspec.Raw) -> str:
+    try:
+        return msgspec.json.decode(section, type=_Quantization).quant_method
+    except msgspec.DecodeError:
+        return _Quantization().quant_method
 
 
 def index_files(path: Path) -> list[Path]:

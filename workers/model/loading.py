@@ -164,7 +164,8 @@ def load(path: Path, *, dtype: torch.dtype, device: str, n_gpus: int = 1) -> Pre
     except torch.OutOfMemoryError as error:
         raise SweepError(
             f"The checkpoint {path} does not fit the GPU's memory. "
-            f"Type cluster.gpus_per_worker={n_gpus + 1}, or take a larger GPU."
+            f"Type cluster.gpus_per_worker={n_gpus + 1} for a sweep, cluster.device=cpu to validate or export, "
+            "or take a larger GPU."
         ) from error
     except _UNREADABLE as error:
         advice = "Its weights must fit its config.json: download both again."

@@ -1,5 +1,6 @@
 """A checkpoint is refused before anything heavy is imported, and named by its content."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -61,6 +62,48 @@ def test_a_directory_that_cannot_be_loaded_safely_is_refused(
     with pytest.raises(SweepError) as error:
         check_checkpoint(path)
     assert str(error.value).startswith(f"model.path={path} {message}")
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "said"),
+    [
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}},
+            None,
+            "compressed-tensors",
+        ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, None, "gptq"),
+        ({"quantization_config": {"quant_method": "awq"}}, None, "awq"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, None, "fp8"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, None, "bitsandbytes"),
+        ({"quantization_config": {"load_in_8bit": True}}, None, "unknown method"),
+        ({"quantization_config": "int8"}, None, "unknown method"),
+        ({"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}}, None, "compressed-tensors"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, None, "compressed-tensors"),
+        ({}, "hf_quant_config.json", "modelopt, by its hf_quant_config.json"),
+        ({}, "quantize_config.json", "gptq, by its quantize_config.json"),
+        ({}, "quant_config.json", "awq, by its quant_config.json"),
+    ],
+)
+def test_what_is_quantized_already_is_no_source(config: object, file: str | None, said: str, tmp_path: Path) -> None:
+    path = directory(tmp_path / "model", config__json=json.dumps(config).encode(), model__safetensors=b"x")
+    if file is not None:
+        (path / file).write_text("{}")
+    with pytest.raises(SweepError, match=rf"is quantized already \({said}.*model\.path=DIR"):
+        check_checkpoint(path)
+
+
+@pytest.mark.parametrize("config", [b"{", b"[]", b"\xff", b'{"text_config": []}', b'{"quantization_config": null}'])
+def test_what_is_not_known_to_be_quantized_is_taken(config: bytes, tmp_path: Path) -> None:
+    """A config.json that makes no model is refused where the model is made."""
+    check_checkpoint(directory(tmp_path / "model", config__json=config, model__safetensors=b"x"))
+
+
+@pytest.mark.parametrize("contents", [{}, {"config__json": b"{}", "model__safetensors": b"x"}])
+def test_an_adapter_is_no_checkpoint(contents: dict[str, bytes], tmp_path: Path) -> None:
+    path = directory(tmp_path / "model", adapter_config__json=b"{}", adapter_model__safetensors=b"x", **contents)
+    with pytest.raises(SweepError, match="holds an adapter"):
+        check_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file"])
