@@ -4,8 +4,8 @@
     python models/qwen3_vl_tiny/train.py --wordnet /usr/share/wordnet --out models/qwen3_vl_tiny --device cuda
 
 Writes the tokenizer, the chat template, what prepares pictures, the weights (bfloat16 safetensors),
-`wordnet_glosses.txt` (640 glosses that were not trained on) and `results.json`; the model card quotes the latter. Losses
-are those of the stored weights, computed in float32.
+`wordnet_glosses.txt` (640 glosses that were not trained on) and `results.json`; the model card quotes the latter.
+Losses are those of the stored weights, computed in float32.
 
     python models/qwen3_vl_tiny/train.py --processor --out models/qwen3_vl_tiny
 

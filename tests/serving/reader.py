@@ -4,15 +4,18 @@
                                                        the compute capability of a GPU that is not here (90, 100, 120)
     python reader.py logits PROMPTS.json DIRECTORY...  logits of the prompts' tokens, computed on the CPU in the dtype
                                                        of PROMPTS.json, written to DIRECTORY/served_logits.npy
+    python reader.py speed - DIRECTORY...              tokens a second on this GPU, with dummy weights
 
 One line of JSON a directory. What no CPU build can tell is taken from vLLM's requirements for CUDA: FlashInfer and
 DeepGEMM are there; Humming, which 0.32 prefers to Marlin on Hopper, is left out.
 """
 
+import gc
 import importlib
 import json
 import os
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,6 +29,7 @@ os.environ |= {
 
 import numpy as np
 import torch
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
@@ -180,14 +184,15 @@ def _load(model, weights, parameters) -> list[str]:
     return sorted(name for name, count in taken.items() if not count)
 
 
-def serve(directory: str, prompts: list, dtype: str) -> None:
-    """Write the logits of all tokens of the prompts but the last: [tokens, vocabulary], float32."""
-    from vllm import LLM, SamplingParams
+def serve(directory: str, prompts: list, dtype: str) -> dict:
+    """Write the logits of all tokens of the prompts but the last: [tokens, vocabulary], float32; name the kernels."""
+    from vllm import LLM
 
     llm = LLM(
         directory,
         dtype=dtype,
         enforce_eager=True,
+        gpu_memory_utilization=0.2,
         kv_cache_memory_bytes=256 << 20,
         max_model_len=512,
         skip_mm_profiling=True,
@@ -208,6 +213,55 @@ def serve(directory: str, prompts: list, dtype: str) -> None:
     for prompt in prompts:
         llm.generate([{"prompt_token_ids": prompt}], SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False)
     np.save(Path(directory) / "served_logits.npy", np.concatenate(kept))
+    return {"kernels": chosen_kernels(model)}
+
+
+def speed(directory: str) -> dict:
+    """Tokens a second with dummy weights, best of three: prefill of 8 x 1,024, decode at batch 1 and 32; GB."""
+    from vllm import LLM
+
+    llm = LLM(
+        directory,
+        dtype="bfloat16",
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 32]},
+        kv_cache_memory_bytes=8 << 30,
+        max_model_len=2048,
+        max_num_seqs=32,
+        skip_mm_profiling=True,
+        limit_mm_per_prompt=NO_PICTURES,
+        enable_prefix_caching=False,
+    )
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    generator = np.random.default_rng(0)
+
+    def seconds(batch: int, n_prompt: int, n_tokens: int) -> float:
+        prompts = [{"prompt_token_ids": generator.integers(10, 100_000, n_prompt).tolist()} for _ in range(batch)]
+        sampling = SamplingParams(max_tokens=n_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        started = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - started
+
+    def best(*shape: int) -> float:
+        seconds(*shape)
+        return min(seconds(*shape) for _ in range(3))
+
+    answer = {"prefill": 8 * 1024 / best(8, 1024, 1), "gb": runner.model_memory_usage / 1e9}
+    for batch in (1, 32):
+        answer[f"decode_{batch}"] = batch * 128 / (best(batch, 32, 129) - best(batch, 32, 1))
+    return {**answer, "kernels": chosen_kernels(runner.model)}
+
+
+def chosen_kernels(model) -> list:
+    """Scheme and kernels of the language model's linears, each kind once."""
+    found = {}
+    for name, module in model.named_modules():
+        scheme = getattr(module, "scheme", None)
+        if scheme is not None:
+            kinds = [type(scheme).__name__, *(type(part).__name__ for part in _kernels(scheme))]
+            found[" ".join(kinds)] = name
+    return sorted(found)
 
 
 def main(verb: str, argument: str, *directories: str) -> None:
@@ -219,8 +273,12 @@ def main(verb: str, argument: str, *directories: str) -> None:
         try:
             if verb == "schemes":
                 answer |= read(directory)
+            elif verb == "speed":
+                answer |= speed(directory)
+                gc.collect()  # the engine, before the next takes its place
+                torch.cuda.empty_cache()
             else:
-                serve(directory, **json.loads(Path(argument).read_text()))
+                answer |= serve(directory, **json.loads(Path(argument).read_text()))
         except (AssertionError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             answer["error"] = f"{type(error).__name__}: {error}"
         sys.stdout.write(json.dumps(answer) + "\n")
