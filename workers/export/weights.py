@@ -46,7 +46,8 @@ def packed(
         linear: its quantizers.
         scheme: of its format, by `scheme_of`.
         output_scale_O: [out], a pre-quantization scale of the linear behind, folded into the scales of the weight's
-            rows; codes stay as they are.
+            rows; codes stay as they are. Quantizers that round scales were calibrated for that
+            (workers.quant.folds.folded).
 
     Returns: tensors by local name: `weight_packed` or `weight`, `weight_scale` and the format's others; scales in
         float32 unless the format gives them another dtype.
@@ -60,7 +61,8 @@ def packed(
     compressed = _compressor(scheme).compress(state, scheme)
     if output_scale_O is not None:
         assert compressed["weight_scale"] is not None
-        compressed["weight_scale"] = scaled_rows(compressed["weight_scale"], output_scale_O)
+        scale = scaled_rows(compressed["weight_scale"], output_scale_O)  # of bfloat16 values but for the last bits
+        compressed["weight_scale"] = scale.bfloat16().float() if linear.rounds_scales else scale
     return {
         name: tensor.contiguous()
         for name, tensor in {**compressed, **input_scales(linear, scheme)}.items()

@@ -23,6 +23,7 @@ from sweep.formats.quantizer import Attributes, Quantizer
 from sweep.formats.recipe import Entry
 from workers.model.forward import batch_to, labels_of, summed_loss
 from workers.quant import block_formats, tensor_formats
+from workers.quant.linear import rounded_range
 
 block_formats.register()
 tensor_formats.register()
@@ -91,7 +92,13 @@ class Quantizers:
         self._weight_ranges: dict[tuple[str, str], Tensor] = {}
 
     def weight(
-        self, module: str, quantizer: Quantizer, weight_OI: Tensor, fused: Mapping[str, Tensor] | None = None
+        self,
+        module: str,
+        quantizer: Quantizer,
+        weight_OI: Tensor,
+        fused: Mapping[str, Tensor] | None = None,
+        *,
+        rounds_scales: bool = False,
     ) -> TensorQuantizer:
         """A quantizer with a weight's range, set by ModelOpt's own `max` calibrator or known from an earlier call.
 
@@ -101,9 +108,15 @@ class Quantizers:
             weight_OI: [out, in].
             fused: weights by module, this one among them, that share the largest of their ranges, each of its whole
                 tensor.
+            rounds_scales: round the scales to bfloat16 (workers.quant.linear.rounded_range).
 
         Raises: AssertionError: ModelOpt's calibrator met a NaN; callers check for it first.
         """
+        if rounds_scales:
+            made = self.weight(module, quantizer, weight_OI, fused)
+            assert isinstance(quantizer.num_bits, int)  # Format.rounds_scales
+            made.amax = rounded_range(made.amax, quantizer.num_bits)
+            return made
         range_key = _range_key(quantizer)
         if fused is not None and len(fused) > 1:
             shared = (",".join(fused), range_key)
