@@ -28,6 +28,7 @@ from torch import Tensor
 
 from workers.export.folding import scaled_rows
 from workers.export.schemes import quantizer_of
+from workers.quant import e8m0_blocks
 from workers.quant.block_formats import mx_exponents, nvfp4_scales
 from workers.quant.calibration import fake_quantized, smoothed_weight
 from workers.quant.linear import LinearQuant
@@ -105,7 +106,10 @@ def _weight_scales(
         block_scales = block_scales.squeeze(-1)
         scales = torch.where((blocks == 0).all(-1) | (block_scales == 0), _UNUSED_SCALE, block_scales)
         return {"weight_scale": scales, "weight_global_scale": _NVFP4_RANGE / _positive(amax.reshape(1))}
-    return {"weight_scale": _positive(amax.reshape(_scale_shape(weight_OI, args)) / _largest(args))}
+    amax = amax.reshape(_scale_shape(weight_OI, args))
+    if linear.weight is not None and linear.weight.has_e8m0_blocks:
+        return {"weight_scale": e8m0_blocks.scales_of(amax, is_weight=True)}
+    return {"weight_scale": _positive(amax / _largest(args))}
 
 
 def _scale_shape(weight_OI: Tensor, args: QuantizationArgs) -> tuple[int, ...]:

@@ -194,7 +194,8 @@ def new_quantizer(quantizer: Quantizer, device: torch.device) -> TensorQuantizer
         device: of the tensors that it will quantize; it decides which kernels.
     """
     block = _row_block(quantizer)
-    plain = quantizer if block is None else Quantizer({**quantizer.attributes, "block_sizes": {-1: None}})
+    whole_rows = {**quantizer.attributes, "block_sizes": {**quantizer.block_sizes, -1: None}}
+    plain = quantizer if block is None else Quantizer(whole_rows)
     fast = device.type == "cuda" and tensor_formats.supports(plain)
     fields = {**plain.attributes, "backend": tensor_formats.BACKEND} if fast else with_backend(plain)
     config = QuantizerAttributeConfig.model_validate(fields)
@@ -233,11 +234,12 @@ def calibrate(made: TensorQuantizer, tensors: Iterable[Tensor]) -> None:
 
 
 def with_backend(quantizer: Quantizer) -> Attributes:
-    """The attributes with our backend for dynamic blocks.
+    """The attributes with our backend for dynamic blocks, and for FP8 in others under power-of-two scales.
 
-    It is exact on a CPU, and on a GPU calls ModelOpt's kernels with the recipe's block size.
+    The former are exact on a CPU, and on a GPU ModelOpt's kernels with the recipe's block size; the latter are ours.
     """
-    backend = {"backend": block_formats.BACKEND} if quantizer.has_dynamic_blocks else {}
+    is_ours = quantizer.has_dynamic_blocks or quantizer.has_e8m0_blocks
+    backend = {"backend": block_formats.BACKEND} if is_ours else {}
     return {**quantizer.attributes, **backend}
 
 
