@@ -114,8 +114,10 @@ class Quantizers:
         """
         if rounds_scales:
             made = self.weight(module, quantizer, weight_OI, fused)
-            assert isinstance(quantizer.num_bits, int)  # Format.rounds_scales
-            made.amax = rounded_range(made.amax, quantizer.num_bits)
+            amax = range_of(made)
+            assert amax is not None  # as Format.rounds_scales has it: static integers
+            assert isinstance(quantizer.num_bits, int)
+            made.amax = rounded_range(amax, quantizer.num_bits)
             return made
         range_key = _range_key(quantizer)
         if fused is not None and len(fused) > 1:
