@@ -146,8 +146,10 @@ class ReaderLinear(nn.Module):
         else:
             assert quant.weight_amax is not None
             scale = _over(quant.weight_amax, weight.shape, attributes) / _LARGEST[attributes["num_bits"]]
-            rows = 1.0 if output_scale_O is None else output_scale_O[:, None]
-            self.weight = _rounded(weight / scale, attributes["num_bits"]) * (scale * rows)
+            held = scale if output_scale_O is None else scale * output_scale_O[:, None]
+            if quant.rounds_scales and output_scale_O is not None:
+                held = held.bfloat16().float()
+            self.weight = _rounded(weight / scale, attributes["num_bits"]) * held
         self.bias, self.quant = linear.bias, quant
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from sweep.formats.quantizer import UNQUANTIZED_BITS, Canonical, Quantizer
 
 # Algorithms that multiply the inputs by a pre-quantization scale, found on samples.
 SCALES_INPUTS: Final = frozenset({"awq_lite", "smoothquant"})
+_INT8: Final = 8  # bits; INT8 weights under quantized inputs are not packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,23 @@ class Format:
         return self.scales == "fused" and self.shares_ranges
 
     @property
+    def rounds_scales(self) -> bool:
+        """Whether the weights' scales are rounded to bfloat16 before codes are chosen, as runtimes hold them.
+
+        vLLM keeps the scales of packed integers (CompressedTensorsWNA16, W4A8Fp8, W4A8Int and WNA8Int: all integer
+        weights but INT8 under quantized inputs) in the model's dtype, and rounds those of a checkpoint as it loads
+        them. Scales of formats with `scales` "private" are ModelOpt's, in float32.
+
+        The dtype is bfloat16 whatever the checkpoint's is: that is what vLLM computes in where it is told nothing,
+        float32 checkpoints included, and its values are exact in float32 and, from 2^-17 to 65,280, in float16.
+        Source: vLLM 0.32, compressed_tensors/schemes/*.py: `weight_scale` of `params_dtype`.
+        """
+        weight, inputs = self.weight, self.inputs
+        if self.scales == "private" or weight is None or not weight.is_calibrated or weight.has_dynamic_blocks:
+            return False
+        return isinstance(weight.num_bits, int) and (inputs is None or weight.num_bits < _INT8)
+
+    @property
     def has_dynamic_blocks(self) -> bool:
         """Whether a quantizer is NVFP4 or of the MX formats."""
         return any(each.has_dynamic_blocks for each in self.quantizers)
@@ -69,7 +87,8 @@ class Format:
     @cached_property
     def weight_id(self) -> str:
         """Equal for formats under which a weight has the same values."""
-        return json.dumps([self.algorithm, self.is_fused, self.weight and self.weight.id])
+        rounding = ["bfloat16 scales"] if self.rounds_scales else []
+        return json.dumps([self.algorithm, self.is_fused, self.weight and self.weight.id, *rounding])
 
     @property
     def input_id(self) -> str:

@@ -116,6 +116,11 @@ class Quantizer:
         return self.block_sizes.get("type") == "dynamic"
 
     @property
+    def has_e8m0_blocks(self) -> bool:
+        """FP8 in static blocks, or in those of a row, under power-of-two scales: ours, where MX is ModelOpt's."""
+        return not self.has_dynamic_blocks and self.scale_bits == _E8M0
+
+    @property
     def is_nvfp4(self) -> bool:
         """FP4 in dynamic blocks with FP8 scales."""
         return self.has_dynamic_blocks and self.num_bits == _FP4 and self.scale_bits == _FP8
@@ -141,7 +146,8 @@ class Quantizer:
         bits = self.num_bits if isinstance(self.num_bits, int) else 1 + sum(self.num_bits)
         if not self.block_elements:
             return float(bits)
-        return bits + (_DEFAULT_SCALE_BITS if self.scale_bits is None else 8) / self.block_elements
+        is_byte = self.has_dynamic_blocks and self.scale_bits is not None  # E8M0 scales of FP8 are stored in float32
+        return bits + (8 if is_byte else _DEFAULT_SCALE_BITS) / self.block_elements
 
     @property
     def canonical(self) -> Canonical:
@@ -189,6 +195,13 @@ def check_format(name: str, quantizer: Quantizer) -> None:
         raise InvalidRecipe(
             f"ModelOpt's kernel for dynamic blocks has no {quantizer.num_bits}-bit integers ({name}). "
             "Choose static blocks, or 8 bits."
+        )
+    is_fp8_e8m0 = (quantizer.num_bits, quantizer.scale_bits) == (_FP8, _E8M0) and quantizer.block_elements > 0
+    if quantizer.scale_bits is not None and not quantizer.has_dynamic_blocks and not is_fp8_e8m0:
+        raise InvalidRecipe(
+            f"Blocks of {name} that are not dynamic have scale_bits [8, 0] if they are FP8, and none otherwise: "
+            f"num_bits {quantizer.num_bits} has {dict(quantizer.block_sizes)}. "
+            "Choose a pair with FP8 there, or a granularity without scale_bits."
         )
     n = quantizer.block_elements
     if quantizer.has_dynamic_blocks and n and not (n & (n - 1) == 0 if quantizer.is_nvfp4 else n in KERNEL_BLOCKS):

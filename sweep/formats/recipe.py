@@ -235,7 +235,9 @@ def _check_algorithm(found: Format) -> None:
     weight, inputs, algorithm = found.weight, found.inputs, found.algorithm
     if algorithm == "max":
         return
-    if algorithm == "mse" and (weight is None or not weight.is_calibrated or weight.has_dynamic_blocks):
+    if algorithm == "mse" and (
+        weight is None or not weight.is_calibrated or weight.has_dynamic_blocks or weight.has_e8m0_blocks
+    ):
         raise InvalidRecipe(
             "quant_algorithm=mse searches ranges of weights; these have none to search. "
             "Choose max, or a format with static ranges."

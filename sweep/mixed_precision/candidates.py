@@ -15,7 +15,7 @@ from sweep.core.sizes import SIZES
 from sweep.formats.format import GroupFormat
 from sweep.formats.quantizer import UNQUANTIZED_BITS
 from sweep.plan.subject import Model, checkpoint_dir
-from sweep.plan.trials import elements_of, recipe_of
+from sweep.plan.trials import elements_of, recipe_of, score_version
 from sweep.report.analysis import FloatArray, float_column, sample_matrix
 from sweep.store.records import TrialRow
 from sweep.store.select import finished_trials
@@ -113,7 +113,7 @@ def read_candidates(store: Store, overrides: Sequence[str], points: Sequence[Swe
     configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
     _check_one_kind(rows, configs)
     largest = max((row.size for row in rows), key=SIZES.__getitem__)
-    rows = _of_one_revision([row for row in rows if row.size == largest])
+    rows = _of_one_revision([row for row in rows if row.size == largest], configs)
     tables = {row.cell_id: store.scores(row.cell_id) for row in rows if row.cell_id is not None}
     first = next(iter(tables.values()))
     groups = _groups(first)
@@ -203,10 +203,17 @@ def _check_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]
         )
 
 
-def _of_one_revision(rows: Sequence[TrialRow]) -> list[TrialRow]:
+def _of_one_revision(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]) -> list[TrialRow]:
     """Keep the trials of one set of samples and of the latest trial's score version.
 
-    Raises: SweepError: they were scored on different sets of samples.
+    Versions of one format's arithmetic alone (sweep.plan.trials.score_version) are those of this program: what an
+    earlier one scored otherwise is as if it had not been scored.
+
+    Args:
+        rows: of one size.
+        configs: their composed configs, by trial.
+
+    Raises: SweepError: they were scored on different sets of samples, or all by other arithmetic than this program's.
     """
     samples = {row.dataset_revision for row in rows}
     if len(samples) > 1:
@@ -215,5 +222,25 @@ def _of_one_revision(rows: Sequence[TrialRow]) -> list[TrialRow]:
             f"{rows[0].dataset}/{rows[0].size}. Type the dataset.max_tokens or dataset.captions_path that you mean; "
             "where the file itself has changed, sweep into another store.uri."
         )
-    score_version = json.loads(max(rows, key=lambda row: row.created_at).versions).get("score")
-    return [row for row in rows if json.loads(row.versions).get("score") == score_version]
+    latest, _ = _score_version(max(rows, key=lambda row: row.created_at))
+    found: list[TrialRow] = []
+    for row in rows:
+        (shared, own), (_, now) = _score_version(row), _parted(score_version(recipe_of(configs[row.trial_id]).format))
+        if (shared, own) == (latest, now):
+            found.append(row)
+    if not found:
+        raise SweepError(
+            f"The store holds no trial of {rows[0].model} that this version scored: it rounds the scales of integer "
+            "weights as runtimes hold them, which those trials did not. Type the same `sweep run` again."
+        )
+    return found
+
+
+def _score_version(row: TrialRow) -> tuple[str, str]:
+    """The part of a trial's score version that all formats share, and that of its own format."""
+    return _parted(str(json.loads(row.versions).get("score")))
+
+
+def _parted(version: str) -> tuple[str, str]:
+    shared, _, own = version.partition("+")
+    return shared, own

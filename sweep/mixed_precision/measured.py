@@ -255,4 +255,6 @@ def _content(recipe: MixedRecipe) -> str:
             words.append([modules, None])
         else:
             words.append([modules, chosen.algorithm, chosen.scales, written(chosen.weight), written(chosen.inputs)])
+        if chosen is not None and chosen.rounds_scales:  # validations of before measured scales in float32
+            words.append("bfloat16 scales")
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()

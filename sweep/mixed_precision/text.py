@@ -85,7 +85,8 @@ def to_modelopt(recipe: MixedRecipe) -> str:
 
     Source: ModelOptPTQRecipe of ModelOpt 0.47: `metadata` and `quantize`, the latter with `quant_cfg` and one
         `algorithm`.
-    Raises: SweepError: groups are calibrated with different algorithms, which the format can't express.
+    Raises: SweepError: groups are calibrated with different algorithms, or FP8 blocks have power-of-two scales: the
+        format can't express either.
     """
     used = {choice.format for choice in recipe.groups if choice.format is not None}
     algorithms = sorted({recipe.formats[label].algorithm for label in used}) or ["max"]
@@ -100,6 +101,14 @@ def to_modelopt(recipe: MixedRecipe) -> str:
             f"it has one for the whole model. {others[0].group.name} has algorithm {algorithms[1]!r}. "
             "Solve again among formats of one algorithm."
         )
+    for choice in recipe.groups:
+        chosen = recipe.format_of(choice)
+        if chosen is not None and any(each.has_e8m0_blocks for each in chosen.quantizers):
+            raise SweepError(
+                f"{choice.group.name}: a ModelOpt recipe can't express power-of-two scales of FP8 blocks (format "
+                f"{chosen.label!r}): ModelOpt would leave them in float32. Solve again with another format there, or "
+                "--format compressed-tensors."
+            )
     description = f"{recipe.name}: {recipe.effective_bits:.3f} {_COVERS} {recipe.model}"
     document = {
         "metadata": {"recipe_type": "ptq", "description": description},

@@ -30,6 +30,9 @@ from workers.task import ModelSpec, Task
 
 # 1: summed loss, delta form, canonical plan of at most 2,048 tokens a batch, logits of 512 rows at a time.
 SCORE_VERSION: Final = 1
+# Of formats whose weights' scales are rounded to bfloat16 (Format.rounds_scales), beside SCORE_VERSION, which all have.
+# 1: rounded before the codes are chosen; until then they were float32, and a runtime rounded them as it loaded them.
+ROUNDED_SCALES_VERSION: Final = 1
 
 ELEMENTS: Final = ("parameters", "embeddings", "lm_head")  # what a store keeps of each model: see SweepPlan.models
 
@@ -48,6 +51,7 @@ class PlannedTrial:
     cell_id: str | None  # None: no valid recipe, see reason
     task_id: str | None
     reason: str | None
+    score_version: str  # by score_version
 
     @property
     def name(self) -> str:
@@ -112,10 +116,19 @@ def version(package: str) -> str:
     return metadata.version(package)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what can change a score."""
+def score_version(chosen: Format) -> str:
+    """The version of the arithmetic of a format's scores: ``1``, ``1+bf16_scales.1``.
+
+    What stands before the plus is every format's: scores that differ there are never mixed
+    (sweep.store.integrity.revisions). What follows is that of the formats concerned, alone.
+    """
+    return f"{SCORE_VERSION}+bf16_scales.{ROUNDED_SCALES_VERSION}" if chosen.rounds_scales else str(SCORE_VERSION)
+
+
+def versions(score: str) -> dict[str, str]:
+    """Versions of what can change a score. Args: score: by `score_version`."""
     return {name: version(name) for name in ("nvidia-modelopt", "torch", "transformers", "ray", "pyarrow")} | {
-        "score": str(SCORE_VERSION)
+        "score": score
     }
 
 
@@ -179,6 +192,7 @@ class _Planner:
             cell_id=cell_id,
             task_id=task_id,
             reason=reason,
+            score_version=str(SCORE_VERSION) if task_id is None else score_version(self.tasks[task_id].format),
         )
 
     def elements(self) -> dict[str, dict[str, int]]:
@@ -203,6 +217,8 @@ class _Planner:
         }
         if recipe.format.is_fused:
             common["scales"] = "fused"
+        if recipe.format.rounds_scales:
+            common["score_version"] = score_version(recipe.format)
         cell_id = _hash(common | {"data": digest})[:20]
         task_id = _hash(common | {"plan": plan_id})[:20]
         task = self.tasks.get(task_id)

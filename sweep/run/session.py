@@ -1,6 +1,5 @@
 """State of one run: which trials are left, which are done, and their record in the store."""
 
-import functools
 import json
 import os
 import secrets
@@ -167,15 +166,10 @@ def row_of(trial: PlannedTrial, state: TrialState, reason: str | None, run_id: s
         state=state,
         reason=reason,
         config=json.dumps(to_record(trial.config)),
-        versions=_versions(),
+        versions=json.dumps(versions(trial.score_version), sort_keys=True),
         created_at=datetime.now(UTC),
         run_id=run_id,
     )
-
-
-@functools.cache
-def _versions() -> str:
-    return json.dumps(versions(), sort_keys=True)
 
 
 def now() -> str:

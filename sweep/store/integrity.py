@@ -172,7 +172,7 @@ def revisions(trials: dict[str, TrialRow]) -> Iterator[Finding]:
             yield Finding(name, "warning", f"the store holds {len(found)} revisions: {listed}; they are never mixed")
     versions: Counter[str] = Counter()
     for text, n in Counter(row.versions for row in trials.values() if row.versions.startswith("{")).items():
-        versions[str(json.loads(text).get("score"))] += n
+        versions[str(json.loads(text).get("score")).partition("+")[0]] += n  # the rest is of some formats alone
     if len(versions) > 1:
         listed = ", ".join(f"{version} ({count(n, 'trial')})" for version, n in versions.most_common())
         yield Finding("score version", "warning", f"the store holds {len(versions)}: {listed}; they are never mixed")

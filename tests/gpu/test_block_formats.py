@@ -13,7 +13,10 @@ with warnings.catch_warnings():
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
 
+from sweep.formats.quantizer import Quantizer
 from workers.quant.block_formats import BACKEND, _reciprocal, register
+from workers.quant.linear import rounded_range
+from workers.quant.modelopt import Quantizers
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -92,6 +95,29 @@ def test_cpu_equals_cuda_to_the_bit(name: str) -> None:
         label: n_different(quantized(x, name), quantized(x.cuda(), name).cpu(), signed_zeros) for label, x in inputs()
     }
     assert {label: count for label, count in counts.items() if count} == {}
+
+
+@pytest.mark.parametrize("axes", [{-1: 128}, {-1: 128, -2: 128}], ids=["inputs", "weights"])
+def test_power_of_two_scales_of_fp8_blocks_are_the_same_on_both(axes: dict[int | str, Any]) -> None:
+    attributes: dict[str, Any] = {"num_bits": E4M3, "block_sizes": {**axes, "scale_bits": E8M0}}
+    if -2 not in axes:
+        attributes["type"] = "dynamic"
+    found = {device: Quantizers() for device in ("cpu", "cuda")}
+    counts: dict[str, int] = {}
+    for label, x in inputs():
+        on_cpu, on_gpu = (
+            quantizers.weight(label, Quantizer(attributes), x.to(device))(x.to(device).float())
+            for device, quantizers in found.items()
+        )
+        counts[label] = n_different(on_cpu, on_gpu.cpu(), signed_zeros=True)
+    assert {label: count for label, count in counts.items() if count} == {}
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_rounded_ranges_are_the_same_on_both(num_bits: int) -> None:
+    """CUDA divides by a Python number as it multiplies by its reciprocal: the largest integer must be a tensor."""
+    amax = torch.exp2(torch.rand(1 << 20, generator=torch.Generator().manual_seed(0)) * 40 - 30)
+    assert torch.equal(rounded_range(amax, num_bits), rounded_range(amax.cuda(), num_bits).cpu())
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("nvfp4_32", "nvfp4_64", "nvfp4_128")])

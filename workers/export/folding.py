@@ -8,10 +8,10 @@ that share a value head: another recipe than was scored, so it is not done here.
 
 The products are written in float32; those of a quantized linear's rows go into its scales, which are float32, too. A
 reader that loads norms in bfloat16 rounds the product there: KL 1e-5 on the bundled model in INT4 with awq_lite, whose
-own KL is 6e-2.
+own KL is 6e-2. Of a format that rounds scales to bfloat16 it is the product that is rounded, and for that the codes
+were chosen (workers.quant.folds).
 """
 
-import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
@@ -26,18 +26,9 @@ from sweep.formats.mixed import GroupChoice, MixedRecipe
 from workers.export.schemes import Inexpressible
 from workers.model.forward import batch_to
 from workers.model.hooks import removed_after
+from workers.quant.folds import module_before
 from workers.quant.linear import LinearQuant
 
-# Name of a linear, and of the module before, whose output is its input. `check_folds` tries it on the model itself.
-_BEFORE: Final[Sequence[tuple[str, str]]] = (
-    (r"(.*)self_attn\.[qkv]_proj", r"\1input_layernorm"),
-    (r"(.*self_attn\.)o_proj", r"\1v_proj"),
-    (r"(.*)mlp\.(?:gate|up)_proj", r"\1post_attention_layernorm"),
-    (r"(.*mlp\.)down_proj", r"\1up_proj"),
-    (r"(.*)attn\.qkv", r"\1norm1"),
-    (r"(.*)mlp\.linear_fc1", r"\1norm2"),
-    (r"(.*merger.*\.)linear_fc1", r"\1norm"),
-)
 _ROWS: Final = 64  # rows of each linear's input that are compared
 
 
@@ -60,7 +51,7 @@ def folding_modules(recipe: MixedRecipe, linears: Sequence[Linear]) -> dict[str,
         chosen = recipe.format_of(choice)
         if chosen is None or chosen.algorithm not in SCALES_INPUTS:
             continue
-        before, n_in = _module_before(choice.group.name), shapes[choice.group.name].n_inputs
+        before, n_in = module_before(choice.group.name), shapes[choice.group.name].n_inputs
         if before is None:
             reason = (
                 "no module before it is known to fold a scale: there is attention or an activation function between"
@@ -127,7 +118,7 @@ def output_scales(
     for module, quant in quants.items():
         if quant.pre_quant_scale is None:
             continue
-        before, scale = _module_before(module), quant.pre_quant_scale.float().flatten().cpu()
+        before, scale = module_before(module), quant.pre_quant_scale.float().flatten().cpu()
         if before is None or before not in known:
             raise ValueError(f"{module} has a pre-quantization scale, which the recipe's algorithm does not give")
         if not torch.equal(found.setdefault(before, scale), scale):
@@ -165,7 +156,7 @@ def check_folds(
     Raises: Inexpressible: names the linear that would get another input or that no sample reaches, or says that the
         logits would differ.
     """
-    befores = {linear.name: _module_before(linear.name) or "" for linear in linears}
+    befores = {linear.name: module_before(linear.name) or "" for linear in linears}
     scaled = {name: scales[before] for name, before in befores.items() if before in scales}
     missing = scaled.keys()
     for batch in batches if scales else ():
@@ -196,7 +187,7 @@ def _checked(model: nn.Module, scales: Mapping[str, Tensor], scaled: Mapping[str
     for name, rows in plain.items():
         if _differ(folded[name], rows, tolerance):
             raise Inexpressible(
-                f"{name}: multiplying {_module_before(name)} by this linear's pre-quantization scale does not multiply "
+                f"{name}: multiplying {module_before(name)} by this linear's pre-quantization scale does not multiply "
                 f"its inputs: this model is built otherwise. Solve again with --exclude {name}, or with a format of "
                 "algorithm max or mse there."
             )
@@ -206,11 +197,6 @@ def _checked(model: nn.Module, scales: Mapping[str, Tensor], scaled: Mapping[str
             "something else reads these. Solve again with formats of algorithm max or mse."
         )
     return {*plain}
-
-
-def _module_before(module: str) -> str | None:
-    """The module whose output is a linear's input, but for a product by channel."""
-    return next((match.expand(before) for pattern, before in _BEFORE if (match := re.fullmatch(pattern, module))), None)
 
 
 def _check_rows_foldable(

@@ -17,13 +17,15 @@ from sweep.formats.mixed import MixedRecipe
 from workers.export.checkpoint import TensorFile, held_tensors, largest_weight
 from workers.export.compute import CPU, Compute
 from workers.export.folding import output_scales, scaled_rows
-from workers.export.schemes import Inexpressible, quantizer_of
+from workers.export.schemes import Inexpressible, as_written, quantizer_of
 from workers.export.weights import input_scales, unpacked
 from workers.quant.calibration import fake_quantized
 from workers.quant.linear import LinearQuant
 
 # Relative to the element: under float32 scales all but the last bits agree, of what decompresses to bfloat16 its 8.
 _TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+
+_POWER_OF_TWO: Final = 0.5  # its mantissa, by frexp
 
 
 def check_export(
@@ -105,7 +107,7 @@ def _check_formats(read: Mapping[str, QuantizationScheme], recipe: MixedRecipe, 
         scheme = read.get(name)
         wanted = (None, None)
         if chosen is not None:
-            wanted = (chosen.weight and chosen.weight.id, chosen.inputs and chosen.inputs.id)
+            wanted = tuple(each and as_written(each).id for each in (chosen.weight, chosen.inputs))
         args = (None, None) if scheme is None else (scheme.weights, scheme.input_activations)
         found = tuple(item and quantizer_of(item).id for item in args)
         if found != wanted:
@@ -140,6 +142,9 @@ def _check_linear(
             f"{where}: {share:.2%} of the weights that a reader would compute with are not the recipe's "
             f"(allowed: {tolerance:.1e} of each). A scale or a packed weight is damaged. Export again."
         )
+    is_e8m0 = linear.weight is not None and linear.weight.has_e8m0_blocks
+    if is_e8m0 and not bool((torch.frexp(state["weight_scale"].float()).mantissa == _POWER_OF_TWO).all()):
+        raise SweepError(f"{where}: weight_scale is not of powers of two, as the recipe's. Export again.")
     for name, scale in input_scales(linear, scheme).items():
         if name not in state or not torch.equal(state[name].float(), scale):
             raise SweepError(f"{where}: {name} is {state.get(name)}, calibrated was {scale}. Export again.")

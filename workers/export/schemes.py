@@ -52,16 +52,17 @@ def scheme_of(label: str, chosen: GroupFormat) -> QuantizationScheme:
 
     Raises: Inexpressible: names the format and the field.
     """
-    if chosen.weight is None:
+    weight, given_inputs = (each and as_written(each) for each in (chosen.weight, chosen.inputs))
+    if weight is None:
         raise _Where(label=label, quantizer="weight").refuse(
             "num_bits", 16, "quantized inputs under quantized weights only"
         )
-    weights = _weight_args(chosen.weight, _Where(label=label, quantizer="weight"))
-    inputs = None if chosen.inputs is None else _input_args(chosen.inputs, _Where(label=label, quantizer="inputs"))
+    weights = _weight_args(weight, _Where(label=label, quantizer="weight"))
+    inputs = None if given_inputs is None else _input_args(given_inputs, _Where(label=label, quantizer="inputs"))
     if inputs is not None:
         _check_pair(weights, inputs, _Where(label=label, quantizer="inputs"))
     scheme = QuantizationScheme(targets=[], weights=weights, input_activations=inputs)
-    for where, given, args in (("weight", chosen.weight, weights), ("inputs", chosen.inputs, inputs)):
+    for where, given, args in (("weight", weight, weights), ("inputs", given_inputs, inputs)):
         if given is not None and args is not None:
             _check_returns(given, quantizer_of(args), _Where(label=label, quantizer=where))
     return scheme.model_copy(update={"format": _file_format(scheme, weights).value})
@@ -86,6 +87,20 @@ def quantizer_of(args: QuantizationArgs) -> Quantizer:
     is_float = args.type == QuantizationType.FLOAT
     bits = {bits: name for name, bits in _FLOAT_BITS.items()}[args.num_bits] if is_float else args.num_bits
     return Quantizer({"num_bits": bits, **_ranges_of(args)})
+
+
+def as_written(quantizer: Quantizer) -> Quantizer:
+    """A quantizer as far as the file can say it: all of it, but that scales of FP8 blocks are powers of two.
+
+    compressed-tensors stores such scales in float32, as others, and has no field for how a reader finds the scales of
+    dynamic inputs. vLLM rounds these up wherever its DeepGEMM kernels run, whatever the file says, and no other reader
+    does. So weights and their scales are compared by value when an export is read back (workers.export.readback), and
+    which runtime computes the inputs so is stated in ``conf/target``.
+    """
+    if not quantizer.has_e8m0_blocks:
+        return quantizer
+    blocks = {key: value for key, value in quantizer.block_sizes.items() if key != "scale_bits"}
+    return Quantizer({**quantizer.attributes, "block_sizes": blocks})
 
 
 def _ranges_of(args: QuantizationArgs) -> Attributes:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from workers.export.folding import scaled_rows
 from workers.export.schemes import quantizer_of
+from workers.quant import e8m0_blocks
 from workers.quant.block_formats import mx_exponents, nvfp4_scales
 from workers.quant.calibration import fake_quantized, smoothed_weight
 from workers.quant.linear import LinearQuant
@@ -46,7 +47,8 @@ def packed(
         linear: its quantizers.
         scheme: of its format, by `scheme_of`.
         output_scale_O: [out], a pre-quantization scale of the linear behind, folded into the scales of the weight's
-            rows; codes stay as they are.
+            rows; codes stay as they are. Quantizers that round scales were calibrated for that
+            (workers.quant.folds.folded).
 
     Returns: tensors on the CPU by local name: `weight_packed` or `weight`, `weight_scale` and the format's others;
         scales in float32 unless the format gives them another dtype.
@@ -60,7 +62,8 @@ def packed(
     compressed = _compressor(scheme).compress(state, scheme)
     if output_scale_O is not None:
         assert compressed["weight_scale"] is not None
-        compressed["weight_scale"] = scaled_rows(compressed["weight_scale"], output_scale_O)
+        scale = scaled_rows(compressed["weight_scale"], output_scale_O)  # of bfloat16 values but for the last bits
+        compressed["weight_scale"] = scale.bfloat16().float() if linear.rounds_scales else scale
     return {
         name: tensor.contiguous().cpu()
         for name, tensor in {**compressed, **input_scales(linear, scheme)}.items()
@@ -103,7 +106,10 @@ def _weight_scales(
         block_scales = block_scales.squeeze(-1)
         scales = torch.where((blocks == 0).all(-1) | (block_scales == 0), _UNUSED_SCALE, block_scales)
         return {"weight_scale": scales, "weight_global_scale": _NVFP4_RANGE / _positive(amax.reshape(1))}
-    return {"weight_scale": _positive(amax.reshape(_scale_shape(weight_OI, args)) / _largest(args, amax.device))}
+    amax = amax.reshape(_scale_shape(weight_OI, args))
+    if linear.weight is not None and linear.weight.has_e8m0_blocks:
+        return {"weight_scale": e8m0_blocks.scales_of(amax, is_weight=True)}
+    return {"weight_scale": _positive(amax / _largest(args, amax.device))}
 
 
 def _scale_shape(weight_OI: Tensor, args: QuantizationArgs) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from workers.quant.calibration import (
     smoothed_inputs,
     smoothed_weight,
 )
+from workers.quant.folds import folded
 from workers.quant.linear import LinearQuant
 
 _ROOM_BYTES: Final = 4e9  # for the inputs of linears that one pass keeps
@@ -44,7 +45,7 @@ def calibrated_model(
     """
     chosen = {choice.group.name: [each] for choice in recipe.groups if (each := recipe.format_of(choice)) is not None}
     found = calibrated_groups(model, batches, [choice.group for choice in recipe.groups], chosen, room_bytes)
-    return {name: quant for (quants,) in found.values() for name, quant in quants.items()}
+    return folded({name: quant for (quants,) in found.values() for name, quant in quants.items()})
 
 
 @torch.no_grad()

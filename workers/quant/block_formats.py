@@ -32,6 +32,7 @@ with warnings.catch_warnings():
 
 from sweep.core.errors import SweepError
 from sweep.formats.quantizer import KERNEL_BLOCKS, NumBits
+from workers.quant import e8m0_blocks
 
 BACKEND: Final = "sweep_blocks"
 
@@ -49,7 +50,10 @@ _SMALLEST_NORMAL: Final = torch.finfo(torch.float32).tiny
 
 
 def register() -> None:
-    """Make `backend="sweep_blocks"` known to ModelOpt's TensorQuantizer; a second call changes nothing."""
+    """Make `backend="sweep_blocks"` known to ModelOpt's TensorQuantizer; a second call changes nothing.
+
+    It quantizes dynamic blocks, and FP8 in other blocks under power-of-two scales (workers.quant.e8m0_blocks).
+    """
     if not is_registered_quant_backend(BACKEND):
         register_quant_backend(BACKEND, _StraightThrough.apply)
 
@@ -69,6 +73,8 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _quantize(inputs: Tensor, quantizer: Any) -> Tensor:
+    if (quantizer.block_sizes or {}).get("type") != "dynamic":  # ModelOpt has none for whole rows
+        return e8m0_blocks.fake_quantized(inputs, quantizer._get_amax(inputs), is_weight=not quantizer._dynamic)
     num_bits, sizes = quantizer.num_bits, quantizer.block_sizes
     block, scale_bits = sizes.get(-1) or sizes[inputs.dim() - 1], sizes.get("scale_bits")
     is_nvfp4 = (num_bits, scale_bits) == (_E2M1, _E4M3)

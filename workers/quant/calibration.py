@@ -22,7 +22,7 @@ with warnings.catch_warnings():
 
 from sweep.formats.format import Format
 from sweep.formats.quantizer import Quantizer
-from workers.quant.linear import LinearQuant
+from workers.quant.linear import LinearQuant, rounded_range
 from workers.quant.modelopt import calibrate, new_quantizer, quantized, range_of
 
 _ALGORITHMS: Final[Mapping[str, Callable[..., None]]] = {
@@ -47,7 +47,8 @@ def calibrated_linears(
         x_batches: the input, [rows, in] for each batch of the plan: awq_lite gives every batch the same weight. May be
             empty where neither the algorithm nor a static range of the inputs needs them.
         chosen: the format, one that its algorithm can calibrate (sweep.formats.recipe.resolve). Linears share the range
-            of the whole tensor and the pre-quantization scale if its scales are "fused".
+            of the whole tensor and the pre-quantization scale if its scales are "fused", and scales of packed
+            integers are values of bfloat16 then (Format.rounds_scales).
     """
     linears: Any = _quant_linears(weights, chosen)
     _run(chosen.algorithm, linears, x_batches)
@@ -61,7 +62,9 @@ def calibrated_linears(
         )
         for name, linear in zip(weights, linears, strict=True)
     }
-    return _fused(weights, found) if chosen.scales == "fused" else found
+    if chosen.scales == "fused":
+        found = _fused(weights, found)
+    return {name: _rounded(quant) for name, quant in found.items()} if chosen.rounds_scales else found
 
 
 def fake_quantized(quant: LinearQuant, weight_OI: Tensor) -> Tensor:
@@ -158,6 +161,15 @@ def _fused(weights: Mapping[str, Tensor], quants: Mapping[str, LinearQuant]) -> 
         )
         for i, (name, quant) in enumerate(found.items())
     }
+
+
+def _rounded(quant: LinearQuant) -> LinearQuant:
+    """The quantizers with scales of the weight in bfloat16, of a format with `rounds_scales`."""
+    assert quant.weight is not None
+    assert isinstance(quant.weight.num_bits, int)
+    assert quant.weight_amax is not None
+    amax = rounded_range(quant.weight_amax, quant.weight.num_bits)
+    return replace(quant, weight_amax=amax, rounds_scales=True)
 
 
 def _shared(ranges: Sequence[tuple[Quantizer | None, Tensor | None]]) -> dict[int, Tensor]:

@@ -23,6 +23,7 @@ from sweep.formats.quantizer import Attributes, Quantizer
 from sweep.formats.recipe import Entry
 from workers.model.forward import batch_to, labels_of, summed_loss
 from workers.quant import block_formats, tensor_formats
+from workers.quant.linear import rounded_range
 
 block_formats.register()
 tensor_formats.register()
@@ -91,7 +92,13 @@ class Quantizers:
         self._weight_ranges: dict[tuple[str, str], Tensor] = {}
 
     def weight(
-        self, module: str, quantizer: Quantizer, weight_OI: Tensor, fused: Mapping[str, Tensor] | None = None
+        self,
+        module: str,
+        quantizer: Quantizer,
+        weight_OI: Tensor,
+        fused: Mapping[str, Tensor] | None = None,
+        *,
+        rounds_scales: bool = False,
     ) -> TensorQuantizer:
         """A quantizer with a weight's range, set by ModelOpt's own `max` calibrator or known from an earlier call.
 
@@ -101,9 +108,17 @@ class Quantizers:
             weight_OI: [out, in].
             fused: weights by module, this one among them, that share the largest of their ranges, each of its whole
                 tensor.
+            rounds_scales: round the scales to bfloat16 (workers.quant.linear.rounded_range).
 
         Raises: AssertionError: ModelOpt's calibrator met a NaN; callers check for it first.
         """
+        if rounds_scales:
+            made = self.weight(module, quantizer, weight_OI, fused)
+            amax = range_of(made)
+            assert amax is not None  # as Format.rounds_scales has it: static integers
+            assert isinstance(quantizer.num_bits, int)
+            made.amax = rounded_range(amax, quantizer.num_bits)
+            return made
         range_key = _range_key(quantizer)
         if fused is not None and len(fused) > 1:
             shared = (",".join(fused), range_key)
@@ -181,7 +196,8 @@ def new_quantizer(quantizer: Quantizer, device: torch.device) -> TensorQuantizer
         device: of the tensors that it will quantize; it decides which kernels.
     """
     block = _row_block(quantizer)
-    plain = quantizer if block is None else Quantizer({**quantizer.attributes, "block_sizes": {-1: None}})
+    whole_rows = {**quantizer.attributes, "block_sizes": {**quantizer.block_sizes, -1: None}}
+    plain = quantizer if block is None else Quantizer(whole_rows)
     fast = device.type == "cuda" and tensor_formats.supports(plain)
     fields = {**plain.attributes, "backend": tensor_formats.BACKEND} if fast else with_backend(plain)
     config = QuantizerAttributeConfig.model_validate(fields)
@@ -220,11 +236,12 @@ def calibrate(made: TensorQuantizer, tensors: Iterable[Tensor]) -> None:
 
 
 def with_backend(quantizer: Quantizer) -> Attributes:
-    """The attributes with our backend for dynamic blocks.
+    """The attributes with our backend for dynamic blocks, and for FP8 in others under power-of-two scales.
 
-    It is exact on a CPU, and on a GPU calls ModelOpt's kernels with the recipe's block size.
+    The former are exact on a CPU, and on a GPU ModelOpt's kernels with the recipe's block size; the latter are ours.
     """
-    backend = {"backend": block_formats.BACKEND} if quantizer.has_dynamic_blocks else {}
+    is_ours = quantizer.has_dynamic_blocks or quantizer.has_e8m0_blocks
+    backend = {"backend": block_formats.BACKEND} if is_ours else {}
     return {**quantizer.attributes, **backend}
 
 

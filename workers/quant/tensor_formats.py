@@ -30,6 +30,7 @@ def supports(quantizer: Quantizer) -> bool:
     """
     return (
         not quantizer.has_dynamic_blocks
+        and not quantizer.has_e8m0_blocks
         and [*quantizer.block_lengths] in ([], [-1])
         and not quantizer.attributes.get("unsigned")
         and quantizer.attributes.get("bias") is None

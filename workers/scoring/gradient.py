@@ -161,9 +161,8 @@ class Engine:
                 fresh = list(inputs.values())
             for indices in by_weight.values():
                 chosen = group.jobs[indices[0]].format
-                fused = group.weights if chosen.is_fused else None
                 with torch.cuda.stream(self._side_stream):
-                    operand = self._weights.quantized(name, chosen.weight, weight, fused)
+                    operand = self._weights.quantized(name, chosen, weight, group.weights)
                 self._wait_for_side_stream(operand.quantized_OI, operand.delta_OI, operand.dw_square_sum, *fresh)
                 fresh = []
                 yield _Visit(name, operand, tuple(indices), inputs)

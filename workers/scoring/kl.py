@@ -67,10 +67,7 @@ class KlEngine:
         return lambda: [finish() for finish in started]
 
     def _start(self, group: str, weights: Mapping[str, Tensor], job: Job) -> Callable[[], Scores]:
-        fused = weights if job.format.is_fused else None
-        linears = {
-            name: self._weights.quantized(name, job.format.weight, weight, fused) for name, weight in weights.items()
-        }
+        linears = {name: self._weights.quantized(name, job.format, weight, weights) for name, weight in weights.items()}
         by_size: dict[str, Tensor] = {}  # [samples] float64, in the order of the rows
         if job.format.calibrates_inputs:
             by_size |= {size: self._samples(linears, job, n_segments) for size, n_segments in job.sizes.items()}

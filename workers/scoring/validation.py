@@ -20,6 +20,7 @@ from workers.model.hooks import removed_after
 from workers.model.loading import PreTrainedModel
 from workers.model.memory import HEAD_ROWS
 from workers.quant.applied import applied, calibrated_groups, output_error
+from workers.quant.folds import folded
 from workers.quant.linear import LinearQuant
 from workers.scoring.baseline import float_logits
 from workers.scoring.divergence import divergence
@@ -202,6 +203,6 @@ def measurer(
         for choice in recipe.groups:
             if (chosen := recipe.format_of(choice)) is not None:
                 by_module |= quants[choice.group.name][formats[choice.group.name].index(chosen)]
-        return validator.measure(by_module)
+        return validator.measure(folded(by_module))
 
     return measure

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sweep.formats.quantizer import Quantizer
+from sweep.formats.format import Format
 from workers.quant import kernels
 from workers.quant.modelopt import Quantizers, quantized
 from workers.scoring.capture import square_sum
@@ -32,13 +32,19 @@ class Weights:
         self._finite: dict[str, bool] = {}  # by module
         self._squares: dict[str, Tensor] = {}
 
-    def quantized(
-        self, module: str, quantizer: Quantizer | None, weight_OI: Tensor, fused: Mapping[str, Tensor] | None
-    ) -> QuantizedWeight:
-        """A weight [out, in] under a recipe; see workers.quant.modelopt.Quantizers.weight."""
-        if quantizer is None:
+    def quantized(self, module: str, chosen: Format, weight_OI: Tensor, group: Mapping[str, Tensor]) -> QuantizedWeight:
+        """A weight [out, in] under a format; see workers.quant.modelopt.Quantizers.weight.
+
+        Args:
+            module: names the weight.
+            chosen: the format, of algorithm `max`.
+            weight_OI: [out, in].
+            group: all weights of the layer group, by module.
+        """
+        if chosen.weight is None:
             return QuantizedWeight(weight_OI, None, 0.0)
-        made = self.quantizers.weight(module, quantizer, weight_OI, fused)
+        fused = group if chosen.is_fused else None
+        made = self.quantizers.weight(module, chosen.weight, weight_OI, fused, rounds_scales=chosen.rounds_scales)
         return QuantizedWeight(*kernels.deltas(quantized(made, weight_OI), weight_OI))
 
     def square(self, module: str, weight_OI: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from sweep.cli import main
 from sweep.config.compose import expand
 from sweep.core.paths import bundled_model_dir
+from sweep.formats.format import Format
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidate, Candidates
-from sweep.mixed_precision.measured import random_mixes, uniform_recipes, validate
+from sweep.mixed_precision.measured import _identity, random_mixes, uniform_recipes, validate
 from sweep.mixed_precision.recapture import recaptured_kl
 from sweep.mixed_precision.recipe_context import RecipeContext, context_of
 from sweep.plan.subject import Model, samples_of
@@ -175,6 +176,23 @@ def test_a_finished_validation_is_found_whatever_the_recipe_is_called(
     assert run("--json", edited=lambda text: text.replace("name: mixed", "name: other", 1)) == 0
     (again,) = json.loads(capsys.readouterr().out)
     assert again == first[0] | {"name": "other"}
+
+
+def test_a_validation_in_other_arithmetic_is_not_the_recipes(recipe: MixedRecipe, tmp_path: Path) -> None:
+    """Fused scales of INT4 weights were float32 in earlier versions; recipes without such a format keep their ids."""
+
+    def fused(*names: str) -> MixedRecipe:
+        own = recipe_of([group_format(name, *FORMATS[name], "max", "fused") for name in names])
+        return replace(own, dataset_revision=recipe.dataset_revision)
+
+    int4, others = fused("int4_groups_weight_only"), fused("fp8_weight_only", "int8_channel_token")
+    ids: dict[bool, list[str]] = {}
+    for rounds in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not rounds:
+                patch.setattr(Format, "rounds_scales", False)
+            ids[rounds] = [_identity(each, "held out", "float32", "cpu") for each in (int4, others)]
+    assert [one == other for one, other in zip(*ids.values(), strict=True)] == [False, True]
 
 
 def test_samples_that_calibrated_are_refused(

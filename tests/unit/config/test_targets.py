@@ -106,7 +106,8 @@ def test_a_range_is_only_chosen_where_one_is_calibrated(name: str) -> None:
     for recipe in TARGETS[name].recipes:
         weight = resolved(recipe.quant_pair, recipe.quant_granularity).format.weight
         assert weight is not None
-        assert weight.is_calibrated or recipe.algorithms == ("max",)
+        chooses_range = weight.is_calibrated and not weight.has_e8m0_blocks
+        assert chooses_range or recipe.algorithms == ("max",)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,8 @@ def test_a_range_is_only_chosen_where_one_is_calibrated(name: str) -> None:
     [  # on vLLM: SM90, SM100, SM120
         ("wfp8_afp8/default", ["native"] * 3),
         ("wfp8_afp8/recipe_match_channel_token", ["native"] * 3),
-        ("wfp8_afp8/w_block128x128_a_group128", ["native"] * 3),
+        ("wfp8_afp8/w_block128x128_a_group128_e8m0", ["native"] * 3),
+        ("wfp8_afp8/w_block128x128_a_group128", ["as wfp8_afp8/w_block128x128_a_group128_e8m0"] * 3),
         ("wfp8_afp8/w_group64", ["none"] * 3),
         ("wfp8_aint8/default", ["none"] * 3),
         ("wfp8_afp8/mx", ["as wfp8_afp16/mx", "native", "native"]),
@@ -170,6 +172,15 @@ def test_of_the_origins_144_points_most_are_served_by_nothing() -> None:
         "trtllm_sm90": (20, 0, 124),
         "trtllm_sm100": (13, 0, 131),
     }
+
+
+@pytest.mark.parametrize("name", VLLM)
+def test_fp8_blocks_run_under_powers_of_two_unless_the_server_is_told_otherwise(name: str) -> None:
+    plain = TARGETS[name].status("wfp8_afp8", "w_block128x128_a_group128")
+    served = TARGETS[name].status("wfp8_afp8", "w_block128x128_a_group128_e8m0")
+    assert re.search(r"VLLM_USE_DEEP_GEMM(_E8M0)?=0 serves it as scored", plain.reason or "")
+    assert "outputs in multiples of 64" in (served.reason or "")
+    assert served.export == {"compressed_tensors": "float-quantized"}
 
 
 def test_an_algorithm_that_the_reader_cannot_hold_does_not_run_and_says_what_it_can() -> None:

@@ -87,8 +87,7 @@ def test_an_algorithm_is_another_format(weight: Fields, inputs: Fields | None, a
         (FP8, FP8, "max", True),
         (NVFP4, NVFP4, "max", True),  # its second scale covers the tensor
         (INT8_CHANNEL, INT8, "max", False),
-        (INT4, None, "max", False),
-        (INT4, None, "mse", False),
+        (INT8_CHANNEL, INT8, "mse", False),
         (None, INT8, "max", False),  # linears of a group read one tensor
         (INT4, None, "awq_lite", True),  # a pre-quantization scale
         (INT8_CHANNEL, INT8, "smoothquant", True),
@@ -102,6 +101,33 @@ def test_whose_scales_they_are_counts_only_where_it_makes_a_difference(
     assert (private.is_fused, fused.is_fused) == (False, differ)
     assert (private.id != fused.id) == (private.weight_id != fused.weight_id) == differ
     assert private.input_id == fused.input_id
+
+
+MX_INT8: Fields = {"num_bits": 8, "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
+
+
+@pytest.mark.parametrize(
+    ("weight", "inputs", "rounds"),
+    [
+        (INT4, None, True),
+        (INT8_CHANNEL, None, True),
+        ({"num_bits": 8, "axis": None}, None, True),
+        (INT4, INT8, True),  # CompressedTensorsW4A8Int, WNA8Int
+        (INT4, FP8, True),  # CompressedTensorsW4A8Fp8
+        (INT8_CHANNEL, INT8, False),  # CompressedTensorsW8A8Int8: a float32 parameter
+        (FP8, None, False),
+        (NVFP4, None, False),
+        (MX_INT8, None, False),
+        (None, INT8, False),
+    ],
+)
+def test_scales_are_rounded_where_runtimes_hold_them_in_the_models_dtype(
+    weight: Fields | None, inputs: Fields | None, rounds: bool
+) -> None:
+    assert format_of(weight, inputs, "max", "fused").rounds_scales == rounds
+    assert not format_of(weight, inputs, "max", "private").rounds_scales
+    weight_ids = {format_of(weight, inputs, "max", scales).weight_id for scales in ("private", "fused")}
+    assert len(weight_ids) == (2 if rounds or (weight is not None and format_of(weight, inputs).shares_ranges) else 1)
 
 
 def test_names_have_no_part_in_the_identity() -> None:

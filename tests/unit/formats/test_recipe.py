@@ -366,6 +366,22 @@ def test_blocks_of_128x128_come_with_inputs_in_groups_of_a_token() -> None:
     assert found.effective_bits == 8 + 16 / 128**2  # 8.001
 
 
+def test_power_of_two_scales_of_blocks_make_another_recipe_of_the_same_size() -> None:
+    recipe, plain = (made("wfp8_afp8", f"w_block128x128_a_group128{end}") for end in ("_e8m0", ""))
+    assert cfg_of(recipe, WEIGHT) == FP8 | {"block_sizes": {-1: 128, -2: 128, "scale_bits": (8, 0)}}
+    assert cfg_of(recipe, INPUT) == FP8 | {"type": "dynamic", "block_sizes": {-1: 128, "scale_bits": (8, 0)}}
+    found = recipe.format
+    assert recipe.id != plain.id
+    assert (found.weight_id != plain.format.weight_id, found.input_id != plain.format.input_id) == (True, True)
+    assert found.effective_bits == plain.format.effective_bits  # both are stored in float32
+    assert (found.block_lengths, found.block_rows, found.calibrates_inputs, found.has_dynamic_blocks) == (
+        (128, 128),
+        128,
+        False,
+        False,
+    )
+
+
 @pytest.mark.parametrize(
     ("pair", "bits", "activation"),
     [("wfp8_afp8", 8.25, (4, 3)), ("wfp4_afp16", 4.25, None), ("wfp4_afp8", 4.25, (4, 3)), ("wfp4_afp4", 4.25, (2, 1))],
@@ -439,6 +455,15 @@ def test_an_overlay_that_means_nothing_is_refused_whatever_the_pair(
         ("wint8_aint8", overlay(weight={"num_bits": 4}), "says weight: int8"),
         ("wfp4_afp16", overlay(weight={"block_sizes": {-2: 16}}), "Dynamic blocks of weights"),
         ("wfp4_afp4", "w_block128x128_a_group128", "Dynamic blocks of weights"),
+        (
+            "wint8_afp8",
+            "w_block128x128_a_group128_e8m0",
+            r"Blocks of weights .* have scale_bits \[8, 0\] if they are FP8",
+        ),
+        ("wfp8_aint8", "w_block128x128_a_group128_e8m0", r"Blocks of activations .* if they are FP8"),
+        ("wfp4_afp8", "w_block128x128_a_group128_e8m0", "no blocks of 16384"),
+        ("wfp8_afp8", overlay(weight={"block_sizes": {-1: 16, "scale_bits": (4, 3)}}), "if they are FP8"),
+        ("wfp8_afp8", overlay(weight={"block_sizes": {-1: None, "scale_bits": (8, 0)}}), "if they are FP8"),
         ("wint4_afp16", "mx", "no 4-bit integers"),
         ("wfp8_aint4", "mx", "no 4-bit integers"),
         ("wfp8_afp8", overlay(input={"type": "dynamic", "block_sizes": {-1: 128, -2: 128}}), "would mix tokens"),

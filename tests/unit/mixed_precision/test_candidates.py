@@ -6,19 +6,27 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sweep.config.compose import expand
 from sweep.core.errors import SweepError
+from sweep.formats.format import Format
 from sweep.mixed_precision.candidates import Candidates, read_candidates, sized
+from sweep.plan.trials import recipe_of, score_version
+from sweep.store.store import Store
 from tests.scored import FP8, GROUPS, INT4, INT8, PREDICTED_KL, add, store_at
 
 
 def found(path: Path, *overrides: str) -> Candidates:
-    from sweep.store.store import Store
-
     return read_candidates(Store(str(path)), [*overrides, f"store.uri={path}"])
 
 
 def predicted_kl_of(candidates: Candidates) -> dict[str, list[float]]:
     return {candidate.format.label: candidate.predicted_kl.tolist() for candidate in candidates.formats}
+
+
+def format_of(recipe: str) -> Format:
+    pair, granularity = recipe.split("/")
+    typed = [f"quant_pair={pair}", f"quant_granularity={granularity}", "sensitivity.scales=fused"]
+    return recipe_of(expand(typed, multirun=False).points[0]).format
 
 
 def test_every_finished_cell_is_an_option_of_every_group(tmp_path: Path) -> None:
@@ -68,6 +76,20 @@ def test_a_recipe_scored_again_by_another_version_has_the_latest_predicted_kl(tm
     assert predicted_kl_of(found(tmp_path))[INT8] == [0.5] * 5
     add(store, FP8, [0.7] * 5, minute=2, versions='{"score": "2"}')
     assert predicted_kl_of(found(tmp_path)) == {FP8: [0.7] * 5}  # the others are scores of another kind
+
+
+def test_only_formats_with_rounded_scales_must_be_of_todays_rounding(tmp_path: Path) -> None:
+    """An INT4 cell of before is as if it had not been scored; with one scored again, all are solved together."""
+    store = Store(str(tmp_path))
+    for minute, recipe in enumerate(PREDICTED_KL):
+        add(store, recipe, PREDICTED_KL[recipe], "sensitivity.scales=fused", minute=minute)
+    others = {recipe: list(kl) for recipe, kl in PREDICTED_KL.items() if recipe != INT4}
+    assert predicted_kl_of(found(tmp_path)) == others
+    with pytest.raises(SweepError, match=r"no trial of qwen3_vl_tiny that this version scored.*`sweep run` again"):
+        found(tmp_path, "quant_pair=wint4_afp16")
+    now = f'{{"score": "{score_version(format_of(INT4))}"}}'
+    add(store, INT4, [0.3] * 5, "sensitivity.scales=fused", minute=9, versions=now)
+    assert predicted_kl_of(found(tmp_path)) == {**others, INT4: [0.3] * 5}
 
 
 @pytest.mark.parametrize(

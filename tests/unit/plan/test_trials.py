@@ -15,7 +15,7 @@ from sweep.core.errors import SweepError
 from sweep.core.machine import Gpu, Hardware
 from sweep.core.sizes import SIZES
 from sweep.plan import trials
-from sweep.plan.trials import PlannedTrial, SweepPlan, plan_sweep
+from sweep.plan.trials import PlannedTrial, SweepPlan, plan_sweep, versions
 from tests.models import save_checkpoint, write_captions
 
 
@@ -66,14 +66,37 @@ def test_a_weight_only_pair_has_one_cell_under_all_activation_granularities() ->
 
 def test_algorithm_and_scales_are_part_of_a_trials_name_and_id() -> None:
     """Ranges of a channel are the same under both scales, so they share a cell; the trials stay two."""
-    trials = plan(
-        "quant_pair=wint8_afp16", "sensitivity.quant_algorithm=max,mse", "sensitivity.scales=private,fused"
-    ).trials
+    axes = (
+        "quant_granularity=recipe_match_channel_token",
+        "sensitivity.quant_algorithm=max,mse",
+        "sensitivity.scales=private,fused",
+    )
+    trials = plan("quant_pair=wint8_aint8", *axes).trials
     assert [trial.name for trial in trials] == [
-        f"wint8_afp16/default/{rest}" for rest in ("small", "fused/small", "mse/small", "mse/fused/small")
+        f"wint8_aint8/recipe_match_channel_token/{rest}"
+        for rest in ("small", "fused/small", "mse/small", "mse/fused/small")
     ]
     assert len({trial.trial_id for trial in trials}) == 4
     assert len({trial.cell_id for trial in trials}) == 2
+
+
+def test_formats_whose_scales_runtimes_round_have_a_score_version_and_cells_of_their_own() -> None:
+    """All others keep the cells that stores have: the ids are those of the version before."""
+    pairs = "quant_pair=wint8_afp16,wint4_afp8,wint4_aint8,wint8_aint8,wfp8_afp16,wfp8_afp8"
+    scales = {
+        each: by_name(pairs, "quant_granularity=a_per_token_dynamic", f"sensitivity.scales={each}")
+        for each in ("private", "fused")
+    }
+    private, fused = ({name.split("/")[0]: trial for name, trial in found.items()} for found in scales.values())
+    assert {trial.score_version for trial in private.values()} == {"1"}
+    rounded = {name for name, trial in fused.items() if trial.score_version == "1+bf16_scales.1"}
+    assert rounded == {"wint8_afp16", "wint4_afp8", "wint4_aint8"}
+    assert {name for name, trial in fused.items() if trial.cell_id != private[name].cell_id} == {
+        *rounded,
+        "wfp8_afp16",  # scales of whole tensors, which are shared
+        "wfp8_afp8",
+    }
+    assert versions(fused["wint8_afp16"].score_version)["score"] == "1+bf16_scales.1"
 
 
 def test_equal_cells_are_one_task_with_every_size_asked_for() -> None:
@@ -200,6 +223,14 @@ def test_a_cell_is_another_under_other_arithmetic(
             trials, "version", lambda name: stock(name) + ".post1" if name == "nvidia-modelopt" else stock(name)
         )
     assert cell(own) != before
+
+
+def test_only_cells_with_rounded_scales_are_others_under_another_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = ("quant_pair=wint8_afp16,wfp8_afp16", "sensitivity.scales=private,fused")
+    before = [trial.cell_id for trial in plan(*points).trials]
+    monkeypatch.setattr(trials, "ROUNDED_SCALES_VERSION", trials.ROUNDED_SCALES_VERSION + 1)
+    after = [trial.cell_id for trial in plan(*points).trials]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, True, True]
 
 
 def test_an_invalid_point_of_a_grid_is_skipped_with_its_reason() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sweep.core.errors import SweepError
+from sweep.core.pairs import Scales
 from sweep.formats.quantizer import Quantizer
 from tests.floors import sample_logits
 from tests.formats import job_of
@@ -40,30 +41,34 @@ def model() -> Any:
     return random_model("qwen3_vl")
 
 
-def job(name: str) -> Job:
-    return job_of(name, *FORMATS[name], {"small": 1})
+# scales of packed integers are rounded where they are fused
+EACH: list[tuple[str, Scales]] = [*((name, "private") for name in FORMATS), ("int4_block", "fused"), ("fp8", "fused")]
+
+
+def job(name: str, scales: Scales = "private") -> Job:
+    return job_of(name, *FORMATS[name], {"small": 1}, scales=scales)
 
 
 def modules_of(model: nn.Module, group: str) -> tuple[str, ...]:
     return layer_groups(name for name, module in model.named_modules() if isinstance(module, nn.Linear))[group]
 
 
-def quants_of(model: nn.Module, group: str, name: str) -> dict[str, LinearQuant]:
-    recipe = recipe_of(model, [format_of(name)])
+def quants_of(model: nn.Module, group: str, name: str, scales: Scales = "private") -> dict[str, LinearQuant]:
+    recipe = recipe_of(model, [format_of(name, scales=scales)])
     alone = replace(recipe, groups=tuple(choice for choice in recipe.groups if choice.group.name == group))
     return calibrated_model(model, list(PLAN.batches("small")), alone)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_output_error_is_the_one_that_the_engine_scores(model: Any, name: str) -> None:
+@pytest.mark.parametrize(("name", "scales"), EACH)
+def test_the_output_error_is_the_one_that_the_engine_scores(model: Any, name: str, scales: Scales) -> None:
     for group in GROUPS:
         modules = modules_of(model, group)
         rows = capture(model, PLAN.segments, modules)
         weights = {module: model.get_submodule(module).weight for module in modules}
-        scores = Engine(torch.device("cpu")).score_group(weights, rows, [job(name)])()
+        scores = Engine(torch.device("cpu")).score_group(weights, rows, [job(name, scales)])()
         assert scores is not None
         assert not isinstance(scores[0], NotFinite)
-        quants = quants_of(model, group, name)
+        quants = quants_of(model, group, name, scales)
         squares = in_delta_form = 0.0
         for module in modules:
             linear, x = model.get_submodule(module), rows[module].x_TI
@@ -77,16 +82,16 @@ def test_the_output_error_is_the_one_that_the_engine_scores(model: Any, name: st
         )  # a difference of outputs in float32 cancels
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_one_group_diverges_as_the_kl_engine_measures(model: Any, name: str) -> None:
+@pytest.mark.parametrize(("name", "scales"), EACH)
+def test_one_group_diverges_as_the_kl_engine_measures(model: Any, name: str, scales: Scales) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     engine, yardstick = KlEngine(model, PLAN.segments, linears), Validator(model, list(PLAN.batches("small")))
     for group in (*GROUPS, "lm_head"):
-        found = engine.score_group(modules_of(model, group), [job(name)])()
+        found = engine.score_group(modules_of(model, group), [job(name, scales)])()
         assert found is not None
         assert not isinstance(found[0], NotFinite)
         np.testing.assert_allclose(
-            yardstick.measure(quants_of(model, group, name)).kl, found[0]["small"].sample_scores, rtol=1e-5
+            yardstick.measure(quants_of(model, group, name, scales)).kl, found[0]["small"].sample_scores, rtol=1e-5
         )
 
 

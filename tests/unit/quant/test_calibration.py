@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from sweep.core.pairs import Algorithm
 from tests.formats import format_of
 from workers.quant.block_formats import BACKEND
-from workers.quant.calibration import calibrated_linears, fake_quantized, quantized_inputs
-from workers.quant.linear import LinearQuant
+from workers.quant.calibration import calibrated_linears, fake_quantized, quantized_inputs, smoothed_weight
+from workers.quant.linear import LinearQuant, rounded_range
 
 PER_TOKEN: dict[str, Any] = {"type": "dynamic", "block_sizes": {-1: None}}
 INT4: dict[str, Any] = {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}
@@ -147,7 +147,53 @@ def test_fused_scales_are_those_of_modelopts_export(
         preprocess_linear_fusion(list(model.linears))
     fused = calibrated_linears(own, batches, format_of(weight, inputs, algorithm, "fused"))
     for (name, quant), theirs in zip(fused.items(), model.linears, strict=True):
+        if weight is INT4:  # ModelOpt's export stores its scales in the model's dtype, after codes were chosen
+            theirs.weight_quantizer.amax = (theirs.weight_quantizer.amax / 7).bfloat16().float() * 7
         same(quant, theirs, own[name], batches[0])
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_a_rounded_range_gives_the_nearest_bfloat16_scale_back_to_the_bit(num_bits: int) -> None:
+    """In the division that exports take; in ModelOpt's product with 1 / (largest / range) to one unit in float32."""
+    generator, largest = torch.Generator().manual_seed(0), 2 ** (num_bits - 1) - 1
+    amax = torch.exp2(torch.rand(1 << 20, generator=generator) * 40 - 30)
+    amax = torch.cat([amax, torch.zeros(1), torch.tensor([1e-30, 448.0, 2.0**-133])])
+    rounded = rounded_range(amax, num_bits)
+    scale = (amax.double() / largest).float().bfloat16().float()
+    assert torch.equal(rounded / largest, scale)
+    assert torch.equal(rounded.double(), scale.double() * largest)  # nothing is lost in the product
+    of_modelopt = 1 / (largest / rounded[amax > 1e-20])
+    torch.testing.assert_close(of_modelopt, scale[amax > 1e-20], rtol=2**-23, atol=0)
+    normal = amax > 1e-20
+    assert float(((rounded - amax) / amax)[normal].abs().max()) <= 2**-8 * (1 + 2**-20)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "weight"),
+    [("max", INT4), ("mse", INT4), ("awq_lite", INT4), ("max", INT8_CHANNEL), ("mse", INT8_CHANNEL)],
+)
+def test_scales_of_packed_integers_are_rounded_before_codes_are_chosen(
+    algorithm: Algorithm, weight: dict[str, Any]
+) -> None:
+    """A reader that rounds scales to bfloat16 as it loads them changes nothing."""
+    own, batches, largest = weights(256, 128), x_batches(), 2 ** (weight["num_bits"] - 1) - 1
+    for name, quant in calibrated_linears(own, batches, format_of(weight, None, algorithm, "fused")).items():
+        assert quant.weight_amax is not None
+        scale = quant.weight_amax / largest
+        assert torch.equal(scale, scale.bfloat16().float())
+        blocks = smoothed_weight(quant, own[name]).reshape(scale.numel(), -1)
+        held = scale.reshape(-1, 1).bfloat16().float()
+        codes = (blocks / held).round().clamp(-largest - 1, largest)
+        served, ours = codes * held, fake_quantized(quant, own[name]).reshape(blocks.shape)
+        off = (ours - served).abs()
+        assert float((off > 1e-6 * served.abs()).float().mean()) < 1e-5  # ties that x * (1 / s) and x / s part
+        assert float((off / held).max()) < 1.001
+    private = calibrated_linears(own, batches, format_of(weight, None, algorithm, "private"))
+    for quant in private.values():
+        assert quant.weight_amax is not None
+        assert not quant.rounds_scales
+        scale = quant.weight_amax / largest
+        assert not torch.equal(scale, scale.bfloat16().float())
 
 
 def test_blocks_of_128_inputs_get_a_range_each_token_whatever_the_number_of_rows() -> None:

@@ -96,11 +96,19 @@ def test_every_group_equals_auto_quantize_on_the_same_batches(model: Any, linear
     assert worst(ours(model, linears, plan, recipe, "medium"), stock(model, linears, plan, recipe, "medium")) < 1e-5
 
 
+@pytest.mark.parametrize("scale_bits", [None, (8, 0)], ids=["float32", "e8m0"])
 def test_fp8_blocks_with_dynamic_inputs_equal_auto_quantize_on_batches_of_one_shape(
-    model: Any, linears: list[str]
+    model: Any, linears: list[str], scale_bits: tuple[int, int] | None
 ) -> None:
-    """ModelOpt's own blocks of inputs keep to the first shape they see: samples of 12 tokens, as many in each batch."""
-    RECIPES["fp8_blocks_dynamic"] = FP8_BLOCKS, {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: 128}}
+    """ModelOpt's own blocks of inputs keep to the first shape they see: samples of 12 tokens, as many in each batch.
+
+    Power-of-two scales are ours in ModelOpt's searcher, too, by the same backend.
+    """
+    rule: dict[str, Any] = {} if scale_bits is None else {"scale_bits": scale_bits}
+    RECIPES["fp8_blocks_dynamic"] = (
+        {"num_bits": (4, 3), "block_sizes": {-1: 128, -2: 128, **rule}},
+        {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: 128, **rule}},
+    )
     samples = [Sample(token_ids=np.random.default_rng(i).integers(5, 512, size=12)) for i in range(16)]
     plan = make_plan(samples, packed=True)
     assert len(plan.segments[0]) == 1

@@ -171,7 +171,6 @@ def test_recipes_of_several_algorithms_score_alike_alone_and_together(captured: 
         ({"num_bits": (4, 3), "axis": None}, True),
         ({"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}, True),
         ({"num_bits": (4, 3), "axis": 0}, False),
-        (INT4, False),
     ],
 )
 def test_fused_scales_are_the_largest_of_the_group_where_a_range_covers_a_tensor(
@@ -205,6 +204,8 @@ def test_fused_scales_of_the_inputs_are_those_that_modelopts_export_gives(captur
     group = groups[0]
     linears = [quantized.get_submodule(module) for module in group.modules]
     preprocess_linear_fusion(linears, resmooth_only=False)
+    for linear in linears:  # scales are in bfloat16 where runtimes serve them
+        linear.weight_quantizer.amax = (linear.weight_quantizer.amax / 7).bfloat16().float() * 7
     expected = 0.0
     for module, linear in zip(group.modules, linears, strict=True):
         end = rows[module].layout.ends[0]
@@ -251,7 +252,7 @@ def test_what_an_algorithm_cannot_calibrate_is_no_recipe(overrides: list[str], m
         ("wfp8_afp8", "default", True),
         ("wfp4_afp4", "default", True),
         ("wfp8_afp8", "recipe_match_channel_token", False),
-        ("wint4_afp16", "default", False),
+        ("wint4_afp16", "default", True),  # rounded to bfloat16, as runtimes hold them
     ],
 )
 def test_scales_are_part_of_a_cells_identity_only_where_they_change_it(

@@ -25,6 +25,8 @@ INT8 = {"num_bits": 8, "axis": None}
 INT8_CHANNEL = {"num_bits": 8, "axis": 0}
 FP8 = {"num_bits": (4, 3), "axis": None}
 INT4_BLOCK = {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}
+E8M0_WEIGHT: dict[str, Any] = {"num_bits": (4, 3), "block_sizes": {-1: 128, -2: 128, "scale_bits": (8, 0)}}
+E8M0_INPUTS: dict[str, Any] = {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: 128, "scale_bits": (8, 0)}}
 PER_TOKEN: dict[str, Any] = {"type": "dynamic", "block_sizes": {-1: None}}
 
 
@@ -77,6 +79,8 @@ def quantized(values: Array, attributes: dict[str, Any] | None) -> Array:
     if attributes is None:
         return values
     blocks, is_float = attributes.get("block_sizes") or {}, isinstance(attributes["num_bits"], tuple)
+    if blocks.get("scale_bits") == (8, 0):
+        return under_powers_of_two(values, blocks.get(-2, 1), blocks[-1])
     shaped = values.reshape(len(values), -1, blocks[-1]) if blocks.get(-1) else values
     per_row = bool(blocks) or attributes.get("axis") == 0
     amax = np.abs(shaped).max(axis=-1 if per_row else None, keepdims=True)
@@ -84,6 +88,15 @@ def quantized(values: Array, attributes: dict[str, Any] | None) -> Array:
     steps = torch.from_numpy(shaped / scale)
     rounded = steps.to(torch.float8_e4m3fn).double() if is_float else steps.round()
     return (rounded.numpy() * scale).reshape(values.shape)
+
+
+def under_powers_of_two(values: Array, rows: int, columns: int) -> Array:
+    """A matrix in FP8 blocks whose scale is the least power of two that keeps them in range."""
+    shaped = values.reshape(len(values) // rows, rows, -1, columns)
+    amax = np.abs(shaped).max(axis=(1, 3), keepdims=True)
+    scale = 2.0 ** np.ceil(np.log2(np.maximum(amax, 1e-30) / 448.0))
+    codes = torch.from_numpy(shaped / scale).to(torch.float8_e4m3fn).double().numpy()
+    return (codes * scale).reshape(values.shape)
 
 
 def test_the_score_is_the_sum_of_squares_of_gradient_times_output_error() -> None:
@@ -119,6 +132,8 @@ RECIPES: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
     "fp8 weights": (FP8, None),
     "int4 weights": (INT4_BLOCK, None),
     "int4 weights, fp8 inputs": (INT4_BLOCK, FP8),
+    "fp8 blocks, e8m0": (E8M0_WEIGHT, E8M0_INPUTS),
+    "fp8 block weights, e8m0": (E8M0_WEIGHT, None),
 }
 
 

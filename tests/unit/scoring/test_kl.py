@@ -33,6 +33,10 @@ RECIPES: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
     "int8_per_token": ({"num_bits": 8, "axis": 0}, {"num_bits": 8, **PER_TOKEN}),
     "int4_block": ({"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}, None),
     "nvfp4": (NVFP4, NVFP4),
+    "fp8_blocks_e8m0": (
+        {"num_bits": (4, 3), "block_sizes": {-1: 128, -2: 128, "scale_bits": (8, 0)}},
+        {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: 128, "scale_bits": (8, 0)}},
+    ),
     "activations_only": (None, {"num_bits": 8, "axis": None}),
 }
 DATA = [("llama", False), ("qwen3_vl", False), ("qwen3_vl", True)]

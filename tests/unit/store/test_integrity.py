@@ -398,6 +398,13 @@ def test_scores_of_two_revisions_of_one_model_are_told_apart(root: Path) -> None
     assert mixed == "model x: the store holds 2 revisions: x (3 trials), newer (1 trial); they are never mixed"
 
 
+@pytest.mark.parametrize(("other", "n_findings"), [("1+bf16_scales.1", 0), ("2", 1)])
+def test_score_versions_of_some_formats_alone_are_no_finding(root: Path, other: str, n_findings: int) -> None:
+    versions = {"d": '{"score": "1"}', "e": json.dumps({"score": other})}
+    Store(str(root)).write_trials("2", [trial(name, versions=text) for name, text in versions.items()])
+    assert len([one for one in read_status(Store(str(root))).mixed if one.startswith("score version")]) == n_findings
+
+
 @pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "scores/../../outside", "scores/a\0b"])
 def test_a_path_that_climbs_is_refused(path: str, root: Path) -> None:
     store = Store(str(root))
