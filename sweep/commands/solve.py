@@ -113,7 +113,7 @@ def solve_command(request: Request) -> int:
         document = msgspec.to_builtins(figures) | msgspec.to_builtins(tables)
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
-        next_steps = f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR"
+        next_steps = f"Next: sweep validate {out}, then sweep export {out} --format {target.checkpoint} --out DIR"
         console = Console()
         show(console, figures, tables)
         say(console, f"Written: {out}\n{next_steps}")

@@ -111,6 +111,8 @@ class TargetConfig(Section):
     name: str  # [a-z0-9_]+
     runtime: str  # its name and hardware, for people
     scales: Scales  # whether it shares scales inside fused layer groups
+    checkpoint: Literal["compressed-tensors", "modelopt-checkpoint"]  # export format of which it is given checkpoints
+    serve: Mapping[str, str]  # the command that serves one, and options of it: `sweep.config.targets.Server`
     sources: Mapping[str, str]  # where its facts were read: project, version or commit, file
     # By "pair/granularity"; what is not listed does not run.
     recipes: Mapping[str, Mapping[str, str | list[str] | Mapping[str, str] | None]]

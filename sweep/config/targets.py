@@ -19,7 +19,12 @@ from sweep.core.pairs import ALGORITHMS, Scales
 from sweep.core.paths import conf_dir
 from sweep.core.typed import hints_of
 
-EXPORTS: Final = ("compressed_tensors", "modelopt")  # checkpoint formats: their `format`, their `quant_algo`
+CheckpointFormat = Literal["compressed-tensors", "modelopt-checkpoint"]
+# By checkpoint format, the key under which a target has a recipe's name in it: its `format`, its `quant_algo`.
+EXPORTS: Final[Mapping[CheckpointFormat, str]] = {
+    "compressed-tensors": "compressed_tensors",
+    "modelopt-checkpoint": "modelopt",
+}
 
 StatusKind = Literal["native", "runs_as", "none"]
 
@@ -68,11 +73,23 @@ class TargetRecipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """The command that serves a checkpoint; the defaults are vLLM's."""
+
+    command: str = "vllm serve"
+    longest: str = "--max-model-len"  # option: tokens of the longest prompt and its answer together
+    # Options without which a checkpoint that lacks the files to prepare images is not loaded; empty: none are needed.
+    text_alone: str = """--limit-mm-per-prompt '{"image": 0, "video": 0}'"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """One runtime on one kind of hardware."""
 
     name: str
     runtime: str  # for people
+    checkpoint: CheckpointFormat  # that it is given
+    server: Server
     scales: Scales  # whether it shares scales inside fused layer groups
     recipes: tuple[TargetRecipe, ...]
 
@@ -92,7 +109,16 @@ class Target:
         for recipe in recipes:
             if recipe.runs_as is not None:
                 require_known(f"recipe that {where} would run {recipe.name} as", recipe.runs_as, native)
-        return cls(name=config.name, runtime=config.runtime, scales=config.scales, recipes=recipes)
+        for key in config.serve:
+            require_known(f"key of serve in {where}", key, hints_of(Server))
+        return cls(
+            name=config.name,
+            runtime=config.runtime,
+            checkpoint=config.checkpoint,
+            server=Server(**config.serve),
+            scales=config.scales,
+            recipes=recipes,
+        )
 
     def status(self, quant_pair: str, quant_granularity: str, algorithm: str = "max") -> TargetStatus:
         """How the target runs a recipe; `none` for one that it does not know."""
@@ -111,6 +137,10 @@ class Target:
                     reason=recipe.note,
                 )
         return TargetStatus(kind="none", reason=f"{self.name} has nothing that runs {quant_pair}/{quant_granularity}")
+
+    def exports(self, quant_pair: str, quant_granularity: str, algorithm: str = "max") -> bool:
+        """Whether a recipe has a name in the checkpoint format that the target is given."""
+        return EXPORTS[self.checkpoint] in self.status(quant_pair, quant_granularity, algorithm).export
 
     def points(
         self,
@@ -143,6 +173,11 @@ def all_targets() -> tuple[Target, ...]:
     return tuple(Target.from_config(TargetConfig.from_node("target", yaml.safe_load(text))) for text in texts)
 
 
+def target_called(name: str | None) -> Target | None:
+    """A target of ``conf/target``; None: there is none of that name."""
+    return next((target for target in all_targets() if target.name == name), None)
+
+
 def served_as(quant_pair: str, quant_granularity: str, algorithm: str) -> dict[str, dict[str, str | None]]:
     """One recipe under every target, as reports state it: status, recipe that really runs, and the runtime's name."""
     found = {target.name: target.status(quant_pair, quant_granularity, algorithm) for target in all_targets()}
@@ -171,7 +206,7 @@ def _recipe(config: TargetConfig, name: str) -> TargetRecipe:
     for one in recipe.algorithms:
         require_known(f"algorithm in {where}", one, ALGORITHMS)
     for one in recipe.export:
-        require_known(f"export format in {where}", one, EXPORTS)
+        require_known(f"export format in {where}", one, EXPORTS.values())
     return recipe
 
 

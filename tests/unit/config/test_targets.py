@@ -27,6 +27,7 @@ MODELOPT_NAMES = {
     "vllm": {"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8"},
     "trtllm": {
         "FP8",
+        "FP8_PB_WO",
         "FP8_PER_CHANNEL_PER_TOKEN",
         "W8A16",
         "W4A16_AWQ",
@@ -52,7 +53,13 @@ def status(target: str, recipe: str, algorithm: str = "max") -> str:
 def config_of(**recipes: dict[str, Any]) -> TargetConfig:
     nodes = {name.replace("__", "/"): {"reader_name": "R", "source": "s", **node} for name, node in recipes.items()}
     return TargetConfig(
-        name="own", runtime="a runtime", scales="fused", sources={"s": "project, version, file"}, recipes=nodes
+        name="own",
+        runtime="a runtime",
+        scales="fused",
+        checkpoint="compressed-tensors",
+        serve={},
+        sources={"s": "project, version, file"},
+        recipes=nodes,
     )
 
 
