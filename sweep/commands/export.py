@@ -13,12 +13,13 @@ from typing import Final
 import msgspec
 from rich.console import Console
 
-from sweep.config.targets import EXPORTS, Server, target_called
+from sweep.config.targets import EXPORTS, Server, Target, target_called
 from sweep.core.errors import SweepError, require_known
 from sweep.core.exits import EXIT_DONE
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_cells, check_recipe
 from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of, load_model, read_recipe
+from sweep.mixed_precision.shapes import check_shapes
 from sweep.mixed_precision.text import CSV_BEGINS, MODELOPT_BEGINS, check_csv, check_modelopt, to_csv, to_modelopt
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.run.resources import own_device
@@ -54,7 +55,9 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
     check_cells(recipe, config, Store(config.store.uri))
     _check_apart(path, model)
     if file_format in EXPORTS:
-        check_readable(recipe, file_format)
+        if (target := target_called(recipe.target)) is not None:
+            check_readable(recipe, target, file_format)
+            check_shapes(recipe, target, model)
         directory = checkpoint_at(path, model, overwrite=overwrite, others=False)
         directory.check()
         export_checkpoint(context_of(recipe, config), directory, file_format)
@@ -99,13 +102,12 @@ def _check_apart(path: Path, model: Model) -> None:
         raise SweepError(f"{path} is a link to {os.readlink(path)}. Give that place itself with --out, or another.")
 
 
-def check_readable(recipe: MixedRecipe, file_format: str) -> None:
+def check_readable(recipe: MixedRecipe, target: Target, file_format: str) -> None:
     """Refuse a ModelOpt checkpoint of formats that the recipe's target does not read in one.
 
     Raises: SweepError: names the format, and what to choose.
     """
-    target = target_called(recipe.target)
-    if target is None or file_format != "modelopt-checkpoint":
+    if file_format != "modelopt-checkpoint":
         return
     for label, each in recipe.formats.items():
         status = target.status(each.quant_pair, each.quant_granularity, each.algorithm)
@@ -186,15 +188,17 @@ class _Served(_Sizes):
     vision_config: dict[str, msgspec.Raw] | None = None
 
 
-def serve_line(directory: Path, server: Server | None = None) -> str:
-    """The command that serves an exported checkpoint, with vLLM if not with another server.
+def serve_line(directory: Path, target: Target | None = None) -> str:
+    """The command that serves an exported checkpoint, with vLLM on one GPU if no target says otherwise.
 
     Images and videos are switched off where the checkpoint lacks the files that prepare them: vLLM 0.26 and 0.32 do not
     load it otherwise. Prompts are limited to what a small cache holds.
     """
     config = msgspec.json.decode((directory / "config.json").read_bytes(), type=_Served)
-    server = server or Server()
+    server = Server() if target is None else target.server
     words = [*server.command.split(), str(directory)]
+    if target is not None and target.tp > 1:
+        words += [server.parallel, str(target.tp)]
     longest = config.text_config.max_position_embeddings or config.max_position_embeddings
     if longest is not None:
         words += [server.longest, str(min(longest, _PROMPT_TOKENS))]
@@ -203,13 +207,12 @@ def serve_line(directory: Path, server: Server | None = None) -> str:
     return shlex.join(words)
 
 
-def _say(recipe: MixedRecipe, file_format: str, target: Path) -> None:
+def _say(recipe: MixedRecipe, file_format: str, place: Path) -> None:
     lines = [
-        f"{target}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, "
+        f"{place}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, "
         f"predicted KL {recipe.predicted_kl:.3g} nats"
     ]
     if file_format in EXPORTS:
-        served_by = target_called(recipe.target)
-        line = serve_line(target, served_by and served_by.server)
+        line = serve_line(place, target_called(recipe.target))
         lines += ["read back: every group's format and every weight is the recipe's", line]
     Console(markup=False, soft_wrap=True).print("\n".join(lines), highlight=False)

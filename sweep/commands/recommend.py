@@ -27,6 +27,7 @@ from sweep.mixed_precision.knapsack import Problem, cost_range
 from sweep.mixed_precision.measured import Measured, held_out, markdown_table, uniform_recipes, validate
 from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe_of_choice, rules_of, solved
 from sweep.mixed_precision.recipe_context import RecipeContext, context_of
+from sweep.mixed_precision.shapes import candidate_misfits, misfit_lines, token_scale_line
 from sweep.mixed_precision.summary import Figures, figures_of, front_points, uniform_points
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.plan.trials import SweepPlan
@@ -70,7 +71,7 @@ def recommend(request: Request, console: Console) -> int:
     grid = expand(["grid=deployable", *request.overrides], multirun=True)
     config = grid.points[0]
     target = Target.from_config(config.target)
-    out = typed_path(request.out or f"outputs/recommended/{config.model.name}-{target.name}-{asked.slug}").absolute()
+    out = typed_path(request.out or f"outputs/recommended/{config.model.name}-{target.slug}-{asked.slug}").absolute()
     prepared = prepare(grid)
     _refuse_ahead(prepared, asked, target)
     results = _results_at(out)
@@ -85,9 +86,15 @@ def recommend(request: Request, console: Console) -> int:
     rules = _rules(target, candidates)
     problem = problem_of(candidates, rules)
     choices = _choices(candidates, problem, asked, rules)
-    made = {name: recipe_of_choice(candidates, each, name, target.name) for name, each in choices.items()}
+    made = {name: recipe_of_choice(candidates, each, name, target.label) for name, each in choices.items()}
     context = context_of(made["balanced"], config)
-    uniform = [each for each in uniform_recipes(candidates) if rules.allowed(next(iter(each.formats.values())))]
+    refused = {label for label, _ in rules.refused}
+    uniform = [
+        each
+        for each in uniform_recipes(candidates)
+        for (label, chosen) in each.formats.items()
+        if rules.allowed(chosen) and label not in refused
+    ]
     recipes = [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)]
     rows = validate(context, recipes, own_device(config.cluster))
     measured = {row.name: row for row in rows}
@@ -99,8 +106,8 @@ def recommend(request: Request, console: Console) -> int:
         export_checkpoint(context, checkpoint, target.checkpoint)
     exported = out / _CHECKPOINT
     trial = candidates.trial
-    page = render(context, target, asked, figures, rows, exported, trial.variant_words)
-    html = to_html(page, f"{trial.model} on {target.name}, {trial.variant_words}")
+    page = render(context, target, asked, figures, rows, exported, trial.variant_words, _shapes(target, candidates))
+    html = to_html(page, f"{trial.model} on {target.label}, {trial.variant_words}")
     files |= dict(zip(_PAGES, (page.encode(), html.encode()), strict=True))
     with results.filled() as partial:
         for name, content in files.items():
@@ -118,7 +125,7 @@ def recommend(request: Request, console: Console) -> int:
     kl = f"KL {balanced.measured_kl:.3g} measured, {balanced.predicted_kl:.3g} predicted"
     bits = f"{made['balanced'].effective_bits:.3f} bits a weight"
     say(console, f"\nRecommended: balanced, {bits}, {kl}.\nPage: {out / 'index.html'}")
-    console.print(serve_line(exported, target.server), markup=False, highlight=False, soft_wrap=True)  # a line to copy
+    console.print(serve_line(exported, target), markup=False, highlight=False, soft_wrap=True)  # a line to copy
     return EXIT_DONE
 
 
@@ -158,8 +165,9 @@ def render(
     rows: Sequence[Measured],
     exported: Path,
     shared: str,
+    shapes: Sequence[str],
 ) -> str:
-    """The page, as Markdown. Args: shared: scales and dtype of all formats, in words."""
+    """The page, as Markdown. Args: shared: scales and dtype of all formats, in words; shapes: lines of `_shapes`."""
     made, first = context.recipe, rows[0]
     parts = [
         f"# {made.model} on {target.runtime}: mixed precision under {asked}, {shared}",
@@ -173,11 +181,12 @@ def render(
         "## Predicted and measured",
         markdown_table(rows),
         "## Serve it",
-        f"```\n{serve_line(exported, target.server)}\n```",
+        f"```\n{serve_line(exported, target)}\n```",
         "The other recipes become files in the same way: "
         f"`sweep export compact.yaml --format {target.checkpoint} --out compact`",
         "What the formats are called there:",
         "\n".join(_names(made, target)),
+        *(["Left out for their shapes:", "\n".join(f"- {line}" for line in shapes)] if shapes else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -229,18 +238,26 @@ def _refuse_ahead(prepared: Prepared, asked: Budget, target: Target) -> None:
     candidates = planned_candidates(prepared.plan)
     rules = _rules(target, candidates)
     choice = solved(candidates, problem_of(candidates, rules), asked, rules)
-    recipe = recipe_of_choice(candidates, choice, "planned", target.name)
+    recipe = recipe_of_choice(candidates, choice, "planned", target.label)
     held_out(context_of(recipe, prepared.grid.points[0]))
 
 
 def _rules(target: Target, candidates: Candidates) -> Rules:
-    """What the target runs as scored and its checkpoints can hold. Raises: SweepError: as `rules_of`."""
+    """What the target runs as scored, its checkpoints can hold and its kernels take. Raises: SweepError: no format."""
     rules = rules_of((), (), False, target, candidates)
 
     def allowed(each: GroupFormat) -> bool:
         return rules.allowed(each) and target.exports(each.quant_pair, each.quant_granularity, each.algorithm)
 
-    return replace(rules, allowed=allowed)
+    left_out = candidate_misfits(target, candidates)
+    return replace(rules, allowed=allowed, refused={(each.label, each.group.name): each.reason for each in left_out})
+
+
+def _shapes(target: Target, candidates: Candidates) -> list[str]:
+    """Layer groups that a format is left out for, a line a kernel, and what several ranks compute otherwise."""
+    formats = [candidate.format for candidate in candidates.formats]
+    line = token_scale_line(target, formats, candidates.groups)
+    return [*misfit_lines(target, candidate_misfits(target, candidates)), *([] if line is None else [line])]
 
 
 def _results_at(out: Path) -> OutputDirectory:

@@ -85,7 +85,7 @@ class CompressedTensors:
 
     def documents(
         self, recipe: MixedRecipe, linears: Sequence[Linear], others: Sequence[str]
-    ) -> dict[str, dict[str, Json]]:
+    ) -> Mapping[str, Mapping[str, Json]]:
         """See `Layout`."""
         return {"config.json": {"quantization_config": quantization_config(recipe, linears, others)}}
 

@@ -87,7 +87,7 @@ class Layout(Protocol):
 
     def documents(
         self, recipe: MixedRecipe, linears: Sequence[Linear], others: Sequence[str]
-    ) -> dict[str, dict[str, Json]]:
+    ) -> Mapping[str, Mapping[str, Json]]:
         """Fields that say each module's format, by file name; those of config.json are added to the source's.
 
         Args:

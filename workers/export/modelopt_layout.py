@@ -115,7 +115,7 @@ class ModelOptPacking:
         names = {"weight", "weight_scale", *(["weight_scale_2"] if self.format in _TWO_SCALES else [])}
         names |= {"input_scale"} if self.inputs is not None and self.inputs.is_calibrated else set()
         names |= {"pre_quant_scale"} if self.format in _INT4 and "pre_quant_scale" in state else set()
-        if state.keys() != names:
+        if {*state} != names:
             raise ValueError(f"it holds {', '.join(sorted(state))}, and {self.format} has {', '.join(sorted(names))}")
         if "pre_quant_scale" in state and bool((state["pre_quant_scale"] != 1).any()):
             raise ValueError("its pre_quant_scale is not 1, and scales are folded into the module before")
@@ -195,7 +195,7 @@ class ModelOptLayout:
 
     def documents(
         self, recipe: MixedRecipe, linears: Sequence[Linear], others: Sequence[str]
-    ) -> dict[str, dict[str, Json]]:
+    ) -> Mapping[str, Mapping[str, Json]]:
         """See `Layout`."""
         formats, chosen = _formats_of(recipe), dict[str, tuple[str | None, int]]()
         for choice in recipe.groups:

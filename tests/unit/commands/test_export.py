@@ -24,6 +24,7 @@ from sweep.cli import main
 from sweep.commands.export import serve_line
 from sweep.config.compose import expand
 from sweep.config.schema import DatasetConfig, to_record
+from sweep.config.targets import target_called
 from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.format import GroupFormat
@@ -155,6 +156,29 @@ def test_what_a_modelopt_checkpoint_has_no_name_for_is_refused(
     assert run("modelopt-checkpoint", "out") == 2
     assert "a ModelOpt checkpoint can't express inputs: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("calibrated_never")
+def test_a_group_that_the_targets_kernels_do_not_take_is_refused(
+    tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = replace(named("wfp8_afp8", "fp8_blocks"), quant_granularity="w_block128x128_a_group128")
+    other = replace(recipe_of([blocks]), dataset_revision=recipe.dataset_revision, target="vllm_sm90 tp=2")
+    assert run("compressed-tensors", "out", other=other) == 2
+    said = capsys.readouterr().err
+    assert "vllm_sm90 tp=2 cannot run model.language_model.layers.0.self_attn.q_proj" in said
+    assert "64 outputs a rank, no multiple of 128" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "words"), [("vllm_sm90 tp=2", "--tensor-parallel-size 2"), ("trtllm_sm90 tp=4", "--tp_size 4")]
+)
+def test_the_line_that_serves_says_the_number_of_ranks(tmp_path: Path, target: str, words: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    found = target_called(target)
+    assert found is not None
+    assert serve_line(tmp_path, found) == f"{found.server.command} {tmp_path} {words}"
 
 
 @pytest.fixture

@@ -58,6 +58,8 @@ def config_of(**recipes: dict[str, Any]) -> TargetConfig:
         scales="fused",
         checkpoint="compressed-tensors",
         serve={},
+        tp=1,
+        kernels={},
         sources={"s": "project, version, file"},
         recipes=nodes,
     )
@@ -244,9 +246,10 @@ def test_a_recipe_without_a_source_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_source_is_named_by_a_recipe(name: str) -> None:
+def test_every_source_is_named_by_a_recipe_or_a_kernel(name: str) -> None:
     node = yaml.safe_load((conf_dir() / "target" / f"{name}.yaml").read_text())
-    assert set(node["sources"]) == {recipe["source"] for recipe in node["recipes"].values()}
+    named = [*node["recipes"].values(), *node["kernels"].values()]
+    assert set(node["sources"]) == {each["source"] for each in named}
 
 
 @pytest.mark.parametrize("name", NAMES)
