@@ -88,13 +88,7 @@ def recommend(request: Request, console: Console) -> int:
     choices = _choices(candidates, problem, asked, rules)
     made = {name: recipe_of_choice(candidates, each, name, target.label) for name, each in choices.items()}
     context = context_of(made["balanced"], config)
-    refused = {label for label, _ in rules.refused}
-    uniform = [
-        each
-        for each in uniform_recipes(candidates)
-        for (label, chosen) in each.formats.items()
-        if rules.allowed(chosen) and label not in refused
-    ]
+    uniform = [each for each in uniform_recipes(candidates) if _is_served(each, rules)]
     recipes = [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)]
     rows = validate(context, recipes, own_device(config.cluster))
     measured = {row.name: row for row in rows}
@@ -251,6 +245,12 @@ def _rules(target: Target, candidates: Candidates) -> Rules:
 
     left_out = candidate_misfits(target, candidates)
     return replace(rules, allowed=allowed, refused={(each.label, each.group.name): each.reason for each in left_out})
+
+
+def _is_served(uniform: MixedRecipe, rules: Rules) -> bool:
+    """Whether the target runs one format in every layer group."""
+    refused = {label for label, _ in rules.refused}
+    return all(rules.allowed(each) and label not in refused for label, each in uniform.formats.items())
 
 
 def _shapes(target: Target, candidates: Candidates) -> list[str]:
