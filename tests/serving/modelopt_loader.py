@@ -33,7 +33,6 @@ def found_in(directory: str) -> dict[str, Any]:
     """
     current_platform.supported_quantization = []  # the CPU's list, which has no ModelOpt
     arguments = EngineArgs(model=directory, dtype="bfloat16", enforce_eager=True, max_model_len=256)
-    arguments.limit_mm_per_prompt = {"image": 0, "video": 0}
     config = arguments.create_engine_config()
     with (
         set_current_vllm_config(config),
@@ -55,7 +54,7 @@ def found_in(directory: str) -> dict[str, Any]:
         "unfilled": sorted(
             name
             for name, parameter in model.named_parameters()
-            if ".attn." not in name
+            if ".self_attn.attn." not in name
             if name not in filled or (parameter.is_floating_point() and bool(parameter.float().isnan().any()))
         ),
     }

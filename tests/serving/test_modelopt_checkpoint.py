@@ -103,6 +103,13 @@ def test_each_linear_gets_the_method_of_its_format(found: dict[str, dict[str, An
 
 
 @pytest.mark.parametrize("name", EXPORTS)
+def test_pictures_are_read_in_16_bits(found: dict[str, dict[str, Any]], name: str) -> None:
+    methods = [methods for linear, methods in found[name]["linears"].items() if linear.startswith("visual.")]
+    assert methods
+    assert all(each == ["UnquantizedLinearMethod"] for each in methods)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
 def test_the_loader_fills_every_parameter(found: dict[str, dict[str, Any]], name: str) -> None:
     """But for input scales of weights alone, which earlier ModelOpt wrote and vLLM makes room for, and drops."""
     linears = found[name]["linears"]

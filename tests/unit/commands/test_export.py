@@ -113,7 +113,7 @@ def test_a_checkpoint_is_written_checked_and_told_how_to_serve(
 
 @pytest.mark.parametrize(
     ("target", "line"),
-    [(None, f"vllm serve OUT {TEXT_ALONE}"), ("trtllm_sm100", "trtllm-serve OUT --max_seq_len 4096")],
+    [(None, f"vllm serve OUT {SERVED_WITH}"), ("trtllm_sm100", "trtllm-serve OUT --max_seq_len 4096")],
 )
 def test_a_modelopt_checkpoint_is_written_and_told_how_to_serve(
     tmp_path: Path,
