@@ -144,10 +144,8 @@ def test_tensors_are_those_of_modelopts_own_exporter(name: str) -> None:
     chosen = group_format(name, weight, inputs)
     (quant,) = calibrated_linears({"a": linear.weight.detach()}, [x], chosen).values()
     packing = LAYOUT.packings(one_group(chosen), {"a": quant, "b": quant}, {})["a"]
-    ours, theirs = (
-        packing.packed(linear.weight.detach(), quant, None, torch.float32),
-        exported_by_modelopt(linear, x, name),
-    )
+    ours = packing.packed(linear.weight.detach(), quant, None, torch.float32)
+    theirs = exported_by_modelopt(linear, x, name)
     assert ours.keys() == theirs.keys() == {"weight", *beside}
     assert {key: (each.dtype, each.shape) for key, each in ours.items()} == {
         key: (each.dtype, each.shape) for key, each in theirs.items()
