@@ -205,10 +205,10 @@ def _doctor_options(doctor: argparse.ArgumentParser) -> None:
 
 
 def _export_options(export: argparse.ArgumentParser) -> None:
-    formats = ["compressed-tensors", "modelopt", "csv"]
-    written = "a checkpoint, ModelOpt's recipe YAML, or a table"
+    formats = ["compressed-tensors", "modelopt-checkpoint", "modelopt", "csv"]
+    written = "a checkpoint in one of two formats, ModelOpt's recipe YAML, or a table"
     export.add_argument("--format", required=True, choices=formats, help=written)
-    place = "a directory for compressed-tensors, else a file"
+    place = "a directory for checkpoints, else a file"
     export.add_argument("--out", required=True, metavar="DIR|FILE", help=place)
     replaced = "replace what an earlier export has put there; files of others stay"
     export.add_argument("--overwrite", action="store_true", help=replaced)

@@ -13,11 +13,13 @@ from typing import Final
 import msgspec
 from rich.console import Console
 
+from sweep.config.targets import EXPORTS, Server, Target, target_called
 from sweep.core.errors import SweepError, require_known
 from sweep.core.exits import EXIT_DONE
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_cells, check_recipe
 from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of, load_model, read_recipe
+from sweep.mixed_precision.shapes import check_shapes
 from sweep.mixed_precision.text import CSV_BEGINS, MODELOPT_BEGINS, check_csv, check_modelopt, to_csv, to_modelopt
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.run.resources import own_device
@@ -26,8 +28,9 @@ from sweep.store.store import Store
 
 _PROMPT_TOKENS: Final = 8192
 _PROCESSORS: Final = ("preprocessor_config.json", "video_preprocessor_config.json")
-FORMATS: Final = ("compressed-tensors", "modelopt", "csv")
+FORMATS: Final = (*EXPORTS, "modelopt", "csv")
 _RECIPE_FILE: Final = "sweep_recipe.yaml"  # beside an exported checkpoint
+_QUANT_CONFIG: Final = "hf_quant_config.json"  # of ModelOpt's checkpoints
 _LOADED: Final = ("*.safetensors", "*.safetensors.index.json")  # vLLM loads every shard, and follows any index
 
 
@@ -38,7 +41,7 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
         recipe_path: what `sweep solve` wrote.
         overrides: Hydra's: where the checkpoint and the calibration samples are, if not where the recipe says.
         file_format: one of FORMATS.
-        out: a directory for compressed-tensors, else a file.
+        out: a directory for checkpoints, else a file.
         overwrite: replace what an earlier export has put there, and nothing else.
 
     Raises: SweepError: a recipe that cannot be applied to the model, a format that can't express it, or something in
@@ -51,10 +54,13 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
     check_recipe(recipe, model)
     check_cells(recipe, config, Store(config.store.uri))
     _check_apart(path, model)
-    if file_format == "compressed-tensors":
+    if file_format in EXPORTS:
+        if (target := target_called(recipe.target)) is not None:
+            check_readable(recipe, target, file_format)
+            check_shapes(recipe, target, model)
         directory = checkpoint_at(path, model, overwrite=overwrite, others=False)
         directory.check()
-        export_checkpoint(context_of(recipe, config), directory)
+        export_checkpoint(context_of(recipe, config), directory, file_format)
     else:
         file = OutputFile(path=path, begins=CSV_BEGINS if file_format == "csv" else MODELOPT_BEGINS)
         if file.check().exists() and not overwrite:
@@ -96,6 +102,25 @@ def _check_apart(path: Path, model: Model) -> None:
         raise SweepError(f"{path} is a link to {os.readlink(path)}. Give that place itself with --out, or another.")
 
 
+def check_readable(recipe: MixedRecipe, target: Target, file_format: str) -> None:
+    """Refuse a ModelOpt checkpoint of formats that the recipe's target does not read in one.
+
+    Raises: SweepError: names the format, and what to choose.
+    """
+    if file_format != "modelopt-checkpoint":
+        return
+    for label, each in recipe.formats.items():
+        status = target.status(each.quant_pair, each.quant_granularity, each.algorithm)
+        if EXPORTS[file_format] not in status.export:
+            raise SweepError(
+                f"{target.runtime}, for which the recipe was made, reads no {label} in a ModelOpt checkpoint. "
+                f"Type --format {target.checkpoint}, or solve again without it."
+                if target.checkpoint != file_format
+                else f"{target.runtime}, for which the recipe was made, has no name for {label} in a ModelOpt "
+                "checkpoint. Solve again without it, or type --format modelopt for ModelOpt's own recipe."
+            )
+
+
 def checkpoint_at(path: Path, model: Model, *, overwrite: bool, others: bool) -> OutputDirectory:
     """The directory of an exported checkpoint, with the names of its files.
 
@@ -113,32 +138,36 @@ def checkpoint_at(path: Path, model: Model, *, overwrite: bool, others: bool) ->
     return OutputDirectory(
         directory=place,
         kind="checkpoint",
-        names=[*model.file_names(), _RECIPE_FILE],
+        names=[*model.file_names(), _QUANT_CONFIG, _RECIPE_FILE],
         exclusive=_LOADED if others else ("*",),
         overwrite=overwrite,
     )
 
 
-def export_checkpoint(context: RecipeContext, directory: OutputDirectory) -> None:
+def export_checkpoint(
+    context: RecipeContext, directory: OutputDirectory, file_format: str = "compressed-tensors"
+) -> None:
     """Calibrate, write the checkpoint, read it back, and put it in its place only if it is the recipe.
 
-    Raises: SweepError: something that compressed-tensors can't express.
+    Raises: SweepError: something that the checkpoint format can't express.
     """
     from workers.export.calibrated import calibrated
-    from workers.export.checkpoint import check_expressible, write_checkpoint
+    from workers.export.checkpoint import COMPRESSED_TENSORS, check_expressible, write_checkpoint
     from workers.export.compute import Compute
+    from workers.export.modelopt_layout import ModelOptLayout
     from workers.export.readback import check_export
 
     recipe, model = context.recipe, context.model
     linears = model.structure.linears
-    check_expressible(model.path, recipe, linears)
+    layout = ModelOptLayout() if file_format == "modelopt-checkpoint" else COMPRESSED_TENSORS
+    check_expressible(model.path, recipe, linears, layout)
     batches = list(context.plan.batches(recipe.size))
     loaded = load_model(context, own_device(context.config.cluster))  # as `validate` does, whose ranges these must be
     quants, compute = calibrated(loaded, recipe, linears, batches), Compute.of(loaded)
     with directory.filled() as partial:
-        write_checkpoint(model.path, partial, recipe, quants, linears, compute)
+        write_checkpoint(model.path, partial, recipe, quants, linears, compute, layout)
         (partial / _RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        check_export(partial, model.path, recipe, quants, linears, compute)
+        check_export(partial, model.path, recipe, quants, linears, compute, layout)
 
 
 def is_exported(recipe: MixedRecipe, directory: OutputDirectory) -> bool:
@@ -159,27 +188,31 @@ class _Served(_Sizes):
     vision_config: dict[str, msgspec.Raw] | None = None
 
 
-def serve_line(directory: Path) -> str:
-    """The command that serves an exported checkpoint with vLLM.
+def serve_line(directory: Path, target: Target | None = None) -> str:
+    """The command that serves an exported checkpoint, with vLLM on one GPU if no target says otherwise.
 
     Images and videos are switched off where the checkpoint lacks the files that prepare them: vLLM 0.26 and 0.32 do not
     load it otherwise. Prompts are limited to what a small cache holds.
     """
     config = msgspec.json.decode((directory / "config.json").read_bytes(), type=_Served)
-    words = ["vllm", "serve", str(directory)]
+    server = Server() if target is None else target.server
+    words = [*server.command.split(), str(directory)]
+    if target is not None and target.tp > 1:
+        words += [server.parallel, str(target.tp)]
     longest = config.text_config.max_position_embeddings or config.max_position_embeddings
     if longest is not None:
-        words += ["--max-model-len", str(min(longest, _PROMPT_TOKENS))]
+        words += [server.longest, str(min(longest, _PROMPT_TOKENS))]
     if config.vision_config is not None and not all((directory / name).is_file() for name in _PROCESSORS):
-        words += ["--limit-mm-per-prompt", '{"image": 0, "video": 0}']
+        words += shlex.split(server.text_alone)
     return shlex.join(words)
 
 
-def _say(recipe: MixedRecipe, file_format: str, target: Path) -> None:
+def _say(recipe: MixedRecipe, file_format: str, place: Path) -> None:
     lines = [
-        f"{target}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, "
+        f"{place}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, "
         f"predicted KL {recipe.predicted_kl:.3g} nats"
     ]
-    if file_format == "compressed-tensors":
-        lines += ["read back: every group's format and every weight is the recipe's", serve_line(target)]
+    if file_format in EXPORTS:
+        line = serve_line(place, target_called(recipe.target))
+        lines += ["read back: every group's format and every weight is the recipe's", line]
     Console(markup=False, soft_wrap=True).print("\n".join(lines), highlight=False)

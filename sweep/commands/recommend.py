@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -13,19 +13,21 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from sweep.commands.doctor import examine_prepared
-from sweep.commands.export import checked_text, checkpoint_at, export_checkpoint, is_exported, serve_line
+from sweep.commands.export import checkpoint_at, export_checkpoint, is_exported, serve_line
 from sweep.commands.run import Prepared, prepare, run_prepared
 from sweep.config.compose import expand
 from sweep.config.targets import Target
 from sweep.core.exits import EXIT_DONE
 from sweep.core.screen import say
 from sweep.core.sizes import SIZES
+from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidate, Candidates, format_of, read_candidates, sized
 from sweep.mixed_precision.knapsack import Problem, cost_range
 from sweep.mixed_precision.measured import Measured, held_out, markdown_table, uniform_recipes, validate
 from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe_of_choice, rules_of, solved
 from sweep.mixed_precision.recipe_context import RecipeContext, context_of
+from sweep.mixed_precision.shapes import candidate_misfits, misfit_lines, token_scale_line
 from sweep.mixed_precision.summary import Figures, figures_of, front_points, uniform_points
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.plan.trials import SweepPlan
@@ -41,7 +43,6 @@ _FRONT = 24
 _RECIPES = ("compact", "balanced", "faithful")
 _PICTURE = "front.svg"
 _PAGES = ("README.md", "index.html")
-_MODELOPT = "modelopt_recipe.yaml"
 _CHECKPOINT = "checkpoint"  # a directory
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
@@ -70,36 +71,37 @@ def recommend(request: Request, console: Console) -> int:
     grid = expand(["grid=deployable", *request.overrides], multirun=True)
     config = grid.points[0]
     target = Target.from_config(config.target)
-    out = typed_path(request.out or f"outputs/recommended/{config.model.name}-{target.name}-{asked.slug}").absolute()
+    out = typed_path(request.out or f"outputs/recommended/{config.model.name}-{target.slug}-{asked.slug}").absolute()
     prepared = prepare(grid)
     _refuse_ahead(prepared, asked, target)
-    results = _results_at(out, target)
+    results = _results_at(out)
     results.check()
     checkpoint = checkpoint_at(out / _CHECKPOINT, Model(checkpoint_dir(config.model)), overwrite=True, others=True)
-    if _reads_checkpoint(target):
-        checkpoint.check()
+    checkpoint.check()
     # With --json nothing else is printed; a run by itself refuses everything that would stop it.
     if code := (0 if request.as_json else examine_prepared(prepared)) or run_prepared(prepared, console, started):
         return code
     typed = [*request.overrides, f"dataset.size={config.dataset.size}", "sensitivity.scales=fused"]
     candidates = sized(read_candidates(Store(config.store.uri), _without_repeats(typed), grid.points))
-    rules = rules_of((), (), False, target, candidates)
+    rules = _rules(target, candidates)
     problem = problem_of(candidates, rules)
     choices = _choices(candidates, problem, asked, rules)
-    made = {name: recipe_of_choice(candidates, each, name, target.name) for name, each in choices.items()}
+    made = {name: recipe_of_choice(candidates, each, name, target.label) for name, each in choices.items()}
     context = context_of(made["balanced"], config)
-    uniform = [each for each in uniform_recipes(candidates) if rules.allowed(next(iter(each.formats.values())))]
+    uniform = [each for each in uniform_recipes(candidates) if _is_served(each, rules)]
     recipes = [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)]
     rows = validate(context, recipes, own_device(config.cluster))
     measured = {row.name: row for row in rows}
     predicted = {name: figures_of(candidates, problem, choices[name], each) for name, each in made.items()}
     figures = [_with_measured(each, measured[name]) for name, each in predicted.items()]
     files = {f"{name}.yaml": each.to_yaml().encode() for name, each in made.items()}
-    files |= {_PICTURE: _picture(candidates, problem, figures), **_export(context, target, checkpoint)}
-    exported = out / (_CHECKPOINT if _reads_checkpoint(target) else _MODELOPT)
+    files[_PICTURE] = _picture(candidates, problem, figures)
+    if not is_exported(context.recipe, checkpoint):
+        export_checkpoint(context, checkpoint, target.checkpoint)
+    exported = out / _CHECKPOINT
     trial = candidates.trial
-    page = render(context, target, asked, figures, rows, exported, trial.variant_words)
-    html = to_html(page, f"{trial.model} on {target.name}, {trial.variant_words}")
+    page = render(context, target, asked, figures, rows, exported, trial.variant_words, _shapes(target, candidates))
+    html = to_html(page, f"{trial.model} on {target.label}, {trial.variant_words}")
     files |= dict(zip(_PAGES, (page.encode(), html.encode()), strict=True))
     with results.filled() as partial:
         for name, content in files.items():
@@ -117,7 +119,7 @@ def recommend(request: Request, console: Console) -> int:
     kl = f"KL {balanced.measured_kl:.3g} measured, {balanced.predicted_kl:.3g} predicted"
     bits = f"{made['balanced'].effective_bits:.3f} bits a weight"
     say(console, f"\nRecommended: balanced, {bits}, {kl}.\nPage: {out / 'index.html'}")
-    console.print(_serve(target, exported), markup=False, highlight=False, soft_wrap=True)  # a line to copy
+    console.print(serve_line(exported, target), markup=False, highlight=False, soft_wrap=True)  # a line to copy
     return EXIT_DONE
 
 
@@ -157,8 +159,9 @@ def render(
     rows: Sequence[Measured],
     exported: Path,
     shared: str,
+    shapes: Sequence[str],
 ) -> str:
-    """The page, as Markdown. Args: shared: scales and dtype of all formats, in words."""
+    """The page, as Markdown. Args: shared: scales and dtype of all formats, in words; shapes: lines of `_shapes`."""
     made, first = context.recipe, rows[0]
     parts = [
         f"# {made.model} on {target.runtime}: mixed precision under {asked}, {shared}",
@@ -172,10 +175,12 @@ def render(
         "## Predicted and measured",
         markdown_table(rows),
         "## Serve it",
-        f"```\n{_serve(target, exported)}\n```",
-        f"The other recipes become files in the same way: `{_export_command(target)}`",
+        f"```\n{serve_line(exported, target)}\n```",
+        "The other recipes become files in the same way: "
+        f"`sweep export compact.yaml --format {target.checkpoint} --out compact`",
         "What the formats are called there:",
         "\n".join(_names(made, target)),
+        *(["Left out for their shapes:", "\n".join(f"- {line}" for line in shapes)] if shapes else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -225,43 +230,40 @@ def _refuse_ahead(prepared: Prepared, asked: Budget, target: Target) -> None:
         to measure on that are too few or calibrated.
     """
     candidates = planned_candidates(prepared.plan)
-    rules = rules_of((), (), False, target, candidates)
+    rules = _rules(target, candidates)
     choice = solved(candidates, problem_of(candidates, rules), asked, rules)
-    recipe = recipe_of_choice(candidates, choice, "planned", target.name)
+    recipe = recipe_of_choice(candidates, choice, "planned", target.label)
     held_out(context_of(recipe, prepared.grid.points[0]))
 
 
-def _results_at(out: Path, target: Target) -> OutputDirectory:
+def _rules(target: Target, candidates: Candidates) -> Rules:
+    """What the target runs as scored, its checkpoints can hold and its kernels take. Raises: SweepError: no format."""
+    rules = rules_of((), (), False, target, candidates)
+
+    def allowed(each: GroupFormat) -> bool:
+        return rules.allowed(each) and target.exports(each.quant_pair, each.quant_granularity, each.algorithm)
+
+    left_out = candidate_misfits(target, candidates)
+    return replace(rules, allowed=allowed, refused={(each.label, each.group.name): each.reason for each in left_out})
+
+
+def _is_served(uniform: MixedRecipe, rules: Rules) -> bool:
+    """Whether the target runs one format in every layer group."""
+    refused = {label for label, _ in rules.refused}
+    return all(rules.allowed(each) and label not in refused for label, each in uniform.formats.items())
+
+
+def _shapes(target: Target, candidates: Candidates) -> list[str]:
+    """Layer groups that a format is left out for, a line a kernel, and what several ranks compute otherwise."""
+    formats = [candidate.format for candidate in candidates.formats]
+    line = token_scale_line(target, formats, candidates.groups)
+    return [*misfit_lines(target, candidate_misfits(target, candidates)), *([] if line is None else [line])]
+
+
+def _results_at(out: Path) -> OutputDirectory:
     """The directory of everything but a checkpoint, where files of an earlier call are replaced."""
     names = [*(f"{name}.yaml" for name in _RECIPES), _PICTURE, *_PAGES]
-    if not _reads_checkpoint(target):
-        names.append(_MODELOPT)
     return OutputDirectory(directory=place_of(out), kind="recommendation", names=names, overwrite=True)
-
-
-def _export(context: RecipeContext, target: Target, checkpoint: OutputDirectory) -> dict[str, bytes]:
-    """Write a compressed-tensors checkpoint for vLLM; for other targets return ModelOpt's recipe, by its file name."""
-    if not _reads_checkpoint(target):
-        return {_MODELOPT: checked_text(context.recipe, "modelopt", context.model).encode()}
-    if not is_exported(context.recipe, checkpoint):
-        export_checkpoint(context, checkpoint)
-    return {}
-
-
-def _reads_checkpoint(target: Target) -> bool:
-    return target.name.startswith("vllm")
-
-
-def _export_command(target: Target) -> str:
-    if _reads_checkpoint(target):
-        return "sweep export compact.yaml --format compressed-tensors --out compact"
-    return "sweep export compact.yaml --format modelopt --out compact_modelopt_recipe.yaml"
-
-
-def _serve(target: Target, exported: Path) -> str:
-    if _reads_checkpoint(target):
-        return serve_line(exported)
-    return f"python hf_ptq.py --recipe {exported}   # ModelOpt's example makes the checkpoint that the runtime reads"
 
 
 def _without_repeats(overrides: Sequence[str]) -> list[str]:

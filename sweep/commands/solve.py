@@ -16,6 +16,7 @@ from sweep.formats.mixed import RECIPE_BEGINS
 from sweep.mixed_precision.candidates import Candidates, read_candidates, sized
 from sweep.mixed_precision.knapsack import Problem, cost_range
 from sweep.mixed_precision.recipe import SIXTEEN, Budget, problem_of, recipe_of_choice, rules_of, solved
+from sweep.mixed_precision.shapes import candidate_misfits, misfit_lines, token_scale_line
 from sweep.mixed_precision.summary import Figures, Ranked, figures_of, front_points, ranked, uniform_points
 from sweep.report.plots import FRONT_BEGINS, Point, front_picture
 from sweep.run.resources import own_device
@@ -57,6 +58,7 @@ class Tables(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     recipe: str  # the file
     scored: Scored
+    shapes: list[str] = []  # layer groups that a format is left out for, a line a kernel of the target
     rank: list[Ranked] | None = None
     front: list[Point] | None = None
     uniform: list[Point] | None = None
@@ -75,17 +77,19 @@ def solve_command(request: Request) -> int:
     if request.gb is not None:
         candidates = sized(candidates)
     rules = rules_of(request.pins, request.excludes, request.uniform_layer, target, candidates)
+    left_out = candidate_misfits(target, candidates)
+    rules = replace(rules, refused={(each.label, each.group.name): each.reason for each in left_out})
     problem = problem_of(candidates, rules)
     budget = budget_of(request, candidates, problem)
     choice = solved(candidates, problem, budget, rules)
-    name = f"{candidates.trial.model}-{target.name}-{budget.slug}"
+    name = f"{candidates.trial.model}-{target.slug}-{budget.slug}"
     out = typed_path(request.out or f"outputs/recipes/{name}.yaml")
     file = OutputFile(path=out, begins=RECIPE_BEGINS)
     file.check()
     picture = OutputFile(path=out.with_suffix(".svg"), begins=FRONT_BEGINS)
     if request.n_front is not None:
         picture.check()
-    made = recipe_of_choice(candidates, choice, name, target.name)
+    made = recipe_of_choice(candidates, choice, name, target.label)
     for _ in range(request.recapture):
         from sweep.mixed_precision.recapture import recaptured_kl
         from sweep.mixed_precision.recipe_context import context_of
@@ -94,12 +98,15 @@ def solve_command(request: Request) -> int:
         kl = recaptured_kl(context, made, candidates, own_device(config.cluster))
         problem = problem_of(candidates, rules, kl)
         choice = solved(candidates, problem, budget, rules)
-        made = recipe_of_choice(candidates, choice, name, target.name, kl)
+        made = recipe_of_choice(candidates, choice, name, target.label, kl)
     figures = figures_of(candidates, problem, choice, made)
-    n_usable = sum(rules.allowed(candidate.format) for candidate in candidates.formats)
-    trial = candidates.trial
-    scored = Scored(recipes=len(candidates.formats), usable=n_usable, dataset=trial.dataset, size=trial.size)
-    tables = Tables(recipe=str(out), scored=scored)
+    usable = [candidate.format for candidate in candidates.formats if rules.allowed(candidate.format)]
+    labels, trial = {each.label for each in usable}, candidates.trial
+    scored = Scored(recipes=len(candidates.formats), usable=len(usable), dataset=trial.dataset, size=trial.size)
+    shapes = [*misfit_lines(target, [each for each in left_out if each.label in labels])]
+    if (line := token_scale_line(target, made.formats.values(), candidates.groups)) is not None:
+        shapes.append(line)
+    tables = Tables(recipe=str(out), scored=scored, shapes=shapes)
     if request.rank:
         tables.rank = ranked(candidates, problem, choice)
     if request.n_front is not None:
@@ -113,7 +120,7 @@ def solve_command(request: Request) -> int:
         document = msgspec.to_builtins(figures) | msgspec.to_builtins(tables)
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
-        next_steps = f"Next: sweep validate {out}, then sweep export {out} --format compressed-tensors --out DIR"
+        next_steps = f"Next: sweep validate {out}, then sweep export {out} --format {target.checkpoint} --out DIR"
         console = Console()
         show(console, figures, tables)
         say(console, f"Written: {out}\n{next_steps}")
@@ -132,7 +139,7 @@ def budget_of(request: Request, candidates: Candidates, problem: Problem) -> Bud
 
 def show(console: Console, figures: Figures, tables: Tables) -> None:
     """Print a solved recipe: size, predicted KL, formats, and the tables that were asked for."""
-    say(console, "\n".join(_lines(figures, tables.scored)), indent="  ")
+    say(console, "\n".join([*_lines(figures, tables.scored), *tables.shapes]), indent="  ")
     if tables.rank is not None:
         _show_ranks(console, tables.rank)
     if tables.front is not None:

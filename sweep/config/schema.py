@@ -111,9 +111,18 @@ class TargetConfig(Section):
     name: str  # [a-z0-9_]+
     runtime: str  # its name and hardware, for people
     scales: Scales  # whether it shares scales inside fused layer groups
+    checkpoint: Literal["compressed-tensors", "modelopt-checkpoint"]  # export format of which it is given checkpoints
+    serve: Mapping[str, str]  # the command that serves one, and options of it: `sweep.config.targets.Server`
+    tp: int  # tensor-parallel size: ranks that each linear is split over
     sources: Mapping[str, str]  # where its facts were read: project, version or commit, file
+    # By name, the shapes that a kernel takes: `sweep.config.targets.Kernel`.
+    kernels: Mapping[str, Mapping[str, str | int | bool | list[str]]]
     # By "pair/granularity"; what is not listed does not run.
     recipes: Mapping[str, Mapping[str, str | list[str] | Mapping[str, str] | None]]
+
+    def __post_init__(self) -> None:
+        if self.tp < 1:
+            raise SweepError(f"target.tp={self.tp} is no number of ranks. Type 1, 2, 4 or 8.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,8 @@ or not at all.
 """
 
 import functools
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Self
 
 import msgspec
@@ -16,11 +16,18 @@ import yaml
 from sweep.config.schema import TargetConfig
 from sweep.core.errors import SweepError, require_known
 from sweep.core.pairs import ALGORITHMS, Scales
+from sweep.core.parallel import RankPart, parts_fit
 from sweep.core.paths import conf_dir
 from sweep.core.typed import hints_of
 
-EXPORTS: Final = ("compressed_tensors", "modelopt")  # checkpoint formats: their `format`, their `quant_algo`
+CheckpointFormat = Literal["compressed-tensors", "modelopt-checkpoint"]
+# By checkpoint format, the key under which a target has a recipe's name in it: its `format`, its `quant_algo`.
+EXPORTS: Final[Mapping[CheckpointFormat, str]] = {
+    "compressed-tensors": "compressed_tensors",
+    "modelopt-checkpoint": "modelopt",
+}
 
+_TP: Final = " tp="  # between a target's name and the number of ranks
 StatusKind = Literal["native", "runs_as", "none"]
 
 
@@ -68,13 +75,56 @@ class TargetRecipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """The command that serves a checkpoint; the defaults are vLLM's."""
+
+    command: str = "vllm serve"
+    longest: str = "--max-model-len"  # option: tokens of the longest prompt and its answer together
+    parallel: str = "--tensor-parallel-size"  # option: number of ranks
+    # Options without which a checkpoint that lacks the files to prepare images is not loaded; empty: none are needed.
+    text_alone: str = """--limit-mm-per-prompt '{"image": 0, "video": 0}'"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """The shapes that a kernel takes of what one rank has of a layer group."""
+
+    source: str  # where this was read
+    recipes: tuple[str, ...]  # that it computes: "pair/granularity"
+    inputs: int = 1  # multiples of it
+    outputs: int = 1  # see inputs
+    each: bool = False  # outputs of each sub-projection, such as q, k and v; else of all together
+
+    @property
+    def words(self) -> str:
+        """``inputs a multiple of 128, outputs of each sub-projection of 128``."""
+        each = " of each sub-projection" if self.each else ""
+        outputs = f", outputs{each} of {self.outputs}" if self.outputs > 1 else ""
+        return f"inputs a multiple of {self.inputs}{outputs}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """One runtime on one kind of hardware."""
 
     name: str
     runtime: str  # for people
+    checkpoint: CheckpointFormat  # that it is given
+    server: Server
     scales: Scales  # whether it shares scales inside fused layer groups
+    tp: int  # ranks that each linear is split over
+    kernels: Mapping[str, Kernel]
     recipes: tuple[TargetRecipe, ...]
+
+    @property
+    def label(self) -> str:
+        """As recipes name it: ``vllm_sm90``, ``vllm_sm90 tp=8``; see `target_called`."""
+        return self.name if self.tp == 1 else f"{self.name}{_TP}{self.tp}"
+
+    @property
+    def slug(self) -> str:
+        """As part of a file name: ``vllm_sm90``, ``vllm_sm90_tp8``."""
+        return self.name if self.tp == 1 else f"{self.name}_tp{self.tp}"
 
     @classmethod
     def from_config(cls, config: TargetConfig) -> Self:
@@ -92,7 +142,18 @@ class Target:
         for recipe in recipes:
             if recipe.runs_as is not None:
                 require_known(f"recipe that {where} would run {recipe.name} as", recipe.runs_as, native)
-        return cls(name=config.name, runtime=config.runtime, scales=config.scales, recipes=recipes)
+        for key in config.serve:
+            require_known(f"key of serve in {where}", key, hints_of(Server))
+        return cls(
+            name=config.name,
+            runtime=config.runtime,
+            checkpoint=config.checkpoint,
+            server=Server(**config.serve),
+            scales=config.scales,
+            tp=config.tp,
+            kernels={name: _kernel(config, name) for name in config.kernels},
+            recipes=recipes,
+        )
 
     def status(self, quant_pair: str, quant_granularity: str, algorithm: str = "max") -> TargetStatus:
         """How the target runs a recipe; `none` for one that it does not know."""
@@ -111,6 +172,21 @@ class Target:
                     reason=recipe.note,
                 )
         return TargetStatus(kind="none", reason=f"{self.name} has nothing that runs {quant_pair}/{quant_granularity}")
+
+    def exports(self, quant_pair: str, quant_granularity: str, algorithm: str = "max") -> bool:
+        """Whether a recipe has a name in the checkpoint format that the target is given."""
+        return EXPORTS[self.checkpoint] in self.status(quant_pair, quant_granularity, algorithm).export
+
+    def kernel_of(self, quant_pair: str, quant_granularity: str) -> str | None:
+        """The kernel whose shapes a recipe's linears must have; None: any do."""
+        own = (each for each in self.recipes if each.quant_pair == quant_pair)
+        named = {each.name for each in own if quant_granularity in each.granularities}
+        return next((name for name, kernel in self.kernels.items() if named & {*kernel.recipes}), None)
+
+    def misfit(self, kernel: str, parts: Sequence[RankPart]) -> str | None:
+        """Why one of the target's kernels does not take what a rank has of a layer group; None: it does."""
+        rule = self.kernels[kernel]
+        return parts_fit(parts, rule.inputs, rule.outputs, each=rule.each)
 
     def points(
         self,
@@ -143,6 +219,13 @@ def all_targets() -> tuple[Target, ...]:
     return tuple(Target.from_config(TargetConfig.from_node("target", yaml.safe_load(text))) for text in texts)
 
 
+def target_called(label: str | None) -> Target | None:
+    """The target of ``conf/target`` that a recipe names; None: there is none of that name."""
+    name, _, tp = (label or "").partition(_TP)
+    found = next((target for target in all_targets() if target.name == name), None)
+    return replace(found, tp=int(tp)) if found is not None and tp.isdigit() else found
+
+
 def served_as(quant_pair: str, quant_granularity: str, algorithm: str) -> dict[str, dict[str, str | None]]:
     """One recipe under every target, as reports state it: status, recipe that really runs, and the runtime's name."""
     found = {target.name: target.status(quant_pair, quant_granularity, algorithm) for target in all_targets()}
@@ -171,8 +254,22 @@ def _recipe(config: TargetConfig, name: str) -> TargetRecipe:
     for one in recipe.algorithms:
         require_known(f"algorithm in {where}", one, ALGORITHMS)
     for one in recipe.export:
-        require_known(f"export format in {where}", one, EXPORTS)
+        require_known(f"export format in {where}", one, EXPORTS.values())
     return recipe
+
+
+def _kernel(config: TargetConfig, name: str) -> Kernel:
+    where, node = f"target {config.name!r}, kernel {name!r}", config.kernels[name]
+    for key in node:
+        require_known(f"key in {where}", key, hints_of(Kernel))
+    require_known(f"source in {where}", str(node.get("source")), config.sources)
+    try:
+        kernel = msgspec.convert({**node, "source": config.sources[str(node["source"])]}, Kernel)
+    except msgspec.ValidationError as error:
+        raise SweepError(f"{where}: {error}. Type whole numbers for inputs and outputs, a list for recipes.") from None
+    for recipe in kernel.recipes:
+        require_known(f"recipe in {where}", recipe, config.recipes)
+    return kernel
 
 
 @functools.cache

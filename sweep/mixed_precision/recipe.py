@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -68,6 +68,8 @@ class Rules:
     excludes: Sequence[str] = ()  # patterns of what stays in 16 bits
     uniform_layer: bool = False  # all groups of a decoder layer get the same format
     allowed: Callable[[GroupFormat], bool] = lambda _: True  # whether the target runs it
+    # By label of a format and name of a layer group, why the target's kernels do not take the group's shape.
+    refused: Mapping[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])
 
 
 def problem_of(candidates: Candidates, rules: Rules, predicted_kl: FloatArray | None = None) -> Problem:
@@ -88,6 +90,8 @@ def problem_of(candidates: Candidates, rules: Rules, predicted_kl: FloatArray | 
     labels = [*(candidate.format.label for candidate in candidates.formats), SIXTEEN]
     ruled_out = np.array([*(not rules.allowed(candidate.format) for candidate in candidates.formats), False])
     table[:, ruled_out] = np.inf
+    for index, group in enumerate(candidates.groups):
+        table[index, [(label, group.name) in rules.refused for label in labels]] = np.inf
     for pattern, label in [*rules.pins.items(), *((pattern, SIXTEEN) for pattern in rules.excludes)]:
         require_known("format", label, labels)
         matching = [
@@ -104,10 +108,9 @@ def problem_of(candidates: Candidates, rules: Rules, predicted_kl: FloatArray | 
             table[index] = np.inf
             table[index, column] = keep
             if not np.isfinite(keep):
-                raise SweepError(
-                    f"{candidates.groups[index].name} cannot be {label}: "
-                    "the target does not run it, another rule forbids it, or it was not measured."
-                )
+                name = candidates.groups[index].name
+                why = "the target does not run it, another rule forbids it, or it was not measured"
+                raise SweepError(f"{name} cannot be {label}: {rules.refused.get((label, name), why)}.")
     layers = [group.layer_index for group in candidates.groups]
     together = np.array(
         [n + layer if rules.uniform_layer and layer is not None else index for index, layer in enumerate(layers)]
@@ -153,7 +156,7 @@ def solved(candidates: Candidates, problem: Problem, budget: Budget, rules: Rule
 def least_costs_without(candidates: Candidates, rules: Rules) -> dict[str, float]:
     """Bits of the cheapest choices with one rule left out, by the name of that rule."""
     loosened = {
-        "the target": replace(rules, allowed=lambda _: True),
+        "the target": replace(rules, allowed=lambda _: True, refused={}),
         "--pin": replace(rules, pins={}),
         "--exclude": replace(rules, excludes=()),
         "--uniform-layer": replace(rules, uniform_layer=False),

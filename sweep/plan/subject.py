@@ -27,6 +27,7 @@ from workers.model.checkpoint import (
     check_weights,
     checkpoint_names,
     file_key,
+    key_value_heads,
     revision,
     weight_files,
 )
@@ -83,6 +84,11 @@ class Model:
     def linears(self) -> dict[str, Linear]:
         """By name."""
         return {linear.name: linear for linear in self.structure.linears}
+
+    @cached_property
+    def kv_heads(self) -> int | None:
+        """The language model's key-value heads; None: config.json does not say."""
+        return key_value_heads(self.path)
 
     def tokenize(self, source: Json, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, cached by the texts' source and the tokenizer's files."""

@@ -36,7 +36,8 @@ from sweep.plan.subject import Model
 from sweep.plan.trials import recipe_of
 from tests.bench.setup import TEXT_4B, VISION_4B, report
 from workers.export.calibrated import calibrated
-from workers.export.checkpoint import quantization_config, write_checkpoint
+from workers.export.checkpoint import write_checkpoint
+from workers.export.compressed import quantization_config
 from workers.export.compute import Compute
 from workers.export.readback import check_export
 from workers.model.loading import load
@@ -145,7 +146,7 @@ def kl_table(names: Sequence[str], args: argparse.Namespace) -> None:
     glosses = model.tokenize("bench/serving", (SOURCE / "wordnet_glosses.txt").read_text().splitlines())
     network = load(SOURCE, dtype=torch.float32, device=args.device)
     linears, compute = model.structure.linears, Compute.of(network)
-    batches = list(model.plan([Sample(token_ids=ids) for ids in glosses[CALIBRATION]]).batches("small"))
+    batches = list(model.plan([Sample(token_ids=np.asarray(ids)) for ids in glosses[CALIBRATION]]).batches("small"))
     held_out = [torch.tensor(ids, device=args.device)[None] for ids in glosses[HELD_OUT]]
     base = log_probabilities(network, held_out)
     plain = args.out / "plain"

@@ -1,16 +1,13 @@
-"""A checkpoint that compressed-tensors' readers load (transformers, vLLM), written shard by shard."""
+"""A quantized checkpoint that runtimes load, written shard by shard in one of two formats."""
 
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
-import compressed_tensors
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,14 +16,14 @@ from sweep.core.errors import SweepError
 from sweep.core.groups import Linear
 from sweep.core.json import Json
 from sweep.formats.mixed import MixedRecipe
+from workers.export.compressed import CompressedTensors
 from workers.export.compute import CPU, Compute
 from workers.export.folding import check_foldable, folding_modules, output_scales, scaled_rows
-from workers.export.schemes import Inexpressible, scheme_of
-from workers.export.weights import packed
+from workers.export.layout import Layout
 from workers.model.checkpoint import check_unquantized, loaded_files, loaded_index, settings_files
 from workers.quant.linear import LinearQuant
 
-_VISION: Final = "visual"
+COMPRESSED_TENSORS: Final[Layout] = CompressedTensors()
 _EMBEDDINGS: Final = ("embed", "wte", "wpe")  # in the last word of a module's name
 
 
@@ -58,58 +55,6 @@ class TensorFile(Protocol):
         ...
 
 
-def quantization_config(recipe: MixedRecipe, linears: Sequence[Linear], others: Sequence[str] = ()) -> dict[str, Json]:
-    """The `quantization_config` of config.json.
-
-    Modules are named one by one: a runtime renames prefixes and joins q/k/v and gate/up by name, and a pattern that
-    means the same modules under either naming is easily one that means more. Every other linear is named under
-    `ignore`, for vLLM refuses those of which it finds nothing.
-
-    Args:
-        recipe: the format of each layer group.
-        linears: of the whole model.
-        others: further linears of the checkpoint, from `other_linears`.
-
-    Raises: Inexpressible: a format that compressed-tensors cannot express.
-    """
-    schemes = schemes_of(recipe)
-    targets: dict[str, list[str]] = {label: [] for label in schemes}
-    for choice in recipe.groups:
-        if choice.format is not None:
-            targets[choice.format] += choice.group.modules
-    formats = {scheme.format for scheme in schemes.values()}
-    quantized = set(chain.from_iterable(targets.values()))
-    ignored = [*(linear.name for linear in linears if linear.name not in quantized), *others]
-    if not any(_VISION in module for module in quantized) and any(_VISION in name for name in ignored):
-        ignored.append(f"re:.*{_VISION}.*")  # the convolution, which some runtimes hold as a linear
-    file_format: Any = formats.pop() if len(formats) == 1 else "mixed-precision"  # Any: the value of an enum
-    config = QuantizationConfig(
-        config_groups={
-            f"group_{i}": scheme.model_copy(update={"targets": targets[label]})
-            for i, (label, scheme) in enumerate(schemes.items())
-        },
-        format=file_format,
-        quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=ignored,
-    )
-    return {**config.model_dump(mode="json"), "version": compressed_tensors.__version__}
-
-
-def schemes_of(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
-    """The compressed-tensors scheme of each format that a group has, by the format's label.
-
-    Raises: Inexpressible: a format that compressed-tensors cannot express, with the first group that has it.
-    """
-    schemes: dict[str, QuantizationScheme] = {}
-    for choice in recipe.groups:
-        if choice.format is not None and choice.format not in schemes:
-            try:
-                schemes[choice.format] = scheme_of(choice.format, recipe.formats[choice.format])
-            except Inexpressible as error:
-                raise Inexpressible(f"{choice.group.name}: {error}") from None
-    return schemes
-
-
 def write_checkpoint(
     source: Path,
     directory: Path,
@@ -117,6 +62,7 @@ def write_checkpoint(
     quants: Mapping[str, LinearQuant],
     linears: Sequence[Linear],
     compute: Compute = CPU,
+    layout: Layout = COMPRESSED_TENSORS,
 ) -> None:
     """Write the quantized checkpoint, with files of `checkpoint_names`, one shard of the source in memory at a time.
 
@@ -127,15 +73,16 @@ def write_checkpoint(
         quants: calibrated quantizers by module, of all modules that the recipe quantizes.
         linears: of the whole model.
         compute: where and in which dtype weights are quantized; quants must be there.
+        layout: the checkpoint format.
 
     Raises:
         SweepError: something that the format can't express, or a weight that the checkpoint does not hold under its
             module's name.
         OSError: the directory cannot be written.
     """
-    check_expressible(source, recipe, linears)
-    schemes, config = _by_module(recipe), quantization_config(recipe, linears, other_linears(source, linears))
+    check_expressible(source, recipe, linears, layout)
     scales = output_scales(recipe, quants, linears)
+    packings = layout.packings(recipe, quants, scales)
     weight_map: dict[str, str] = {}
     n_bytes = 0
     largest = largest_weight(linears)
@@ -143,8 +90,8 @@ def write_checkpoint(
     def made(name: str, file: TensorFile) -> dict[str, Tensor]:
         module, _, local = name.rpartition(".")
         tensor = file.get_tensor(name)
-        if local == "weight" and module in schemes:
-            parts = packed(compute.weight(tensor), quants[module], schemes[module], scales.get(module))
+        if local == "weight" and module in packings:
+            parts = packings[module].packed(compute.weight(tensor), quants[module], scales.get(module), tensor.dtype)
             return {f"{module}.{local}": part for local, part in parts.items()}
         return {name: scaled_rows(tensor, scales[module]) if module in scales else tensor}
 
@@ -161,10 +108,11 @@ def write_checkpoint(
     for index in loaded_index(source):
         held = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(directory / index.name, held)
-    document = json.loads((source / "config.json").read_bytes())
-    _write_json(directory / "config.json", {**document, "quantization_config": config})
     for path in settings_files(source):
         shutil.copyfile(path, directory / path.name)
+    own = {"config.json": json.loads((source / "config.json").read_bytes())}
+    for name, fields in layout.documents(recipe, linears, other_linears(source, linears)).items():
+        _write_json(directory / name, {**own.get(name, {}), **fields})
     for shard in loaded_files(source):  # safetensors lets nobody else read what it writes
         shutil.copymode(directory / "config.json", directory / shard.name)
 
@@ -190,24 +138,28 @@ def other_linears(source: Path, linears: Sequence[Linear]) -> list[str]:
     return found
 
 
-def check_expressible(source: Path, recipe: MixedRecipe, linears: Sequence[Linear]) -> None:
+def check_expressible(
+    source: Path, recipe: MixedRecipe, linears: Sequence[Linear], layout: Layout = COMPRESSED_TENSORS
+) -> None:
     """Refuse what can be seen to be inexpressible before minutes are spent on calibration.
 
     Args: as for `write_checkpoint`.
 
-    Raises: SweepError: a format that compressed-tensors cannot express; a pre-quantization scale that cannot be folded
+    Raises: SweepError: a format that the layout cannot express; a pre-quantization scale that cannot be folded
         exactly; a module whose weight is not in the checkpoint under its name, because it is tied to another or renamed
         on loading.
     """
     check_unquantized(source)
-    modules = _by_module(recipe)
+    layout.check(recipe)
+    modules = [module for choice in recipe.groups if choice.format is not None for module in choice.group.modules]
     with ExitStack() as stack:
         held = held_tensors(source, stack)
         for module in modules:
             if f"{module}.weight" not in held:
                 raise SweepError(
                     f"The checkpoint {source} holds no {module}.weight: it is tied to another module or has another "
-                    "name there, and compressed-tensors can't express that. Leave that group in 16 bits (format: null)."
+                    f"name there, and {layout.name} can't express that. "
+                    "Leave that group in 16 bits (format: null)."
                 )
         weights: dict[str, tuple[str, int]] = {}
         for module in folding_modules(recipe, linears):
@@ -229,16 +181,6 @@ def held_tensors(directory: Path, stack: ExitStack) -> dict[str, TensorFile]:
         file: TensorFile = stack.enter_context(safe_open(shard, framework="pt"))
         found |= dict.fromkeys(file.keys(), file)
     return found
-
-
-def _by_module(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
-    schemes = schemes_of(recipe)
-    return {
-        module: schemes[choice.format]
-        for choice in recipe.groups
-        if choice.format is not None
-        for module in choice.group.modules
-    }
 
 
 def _write_json(path: Path, document: Mapping[str, Json]) -> None:

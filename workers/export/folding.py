@@ -23,7 +23,7 @@ from sweep.core.batches import Batch
 from sweep.core.groups import Linear
 from sweep.formats.format import SCALES_INPUTS, GroupFormat
 from sweep.formats.mixed import GroupChoice, MixedRecipe
-from workers.export.schemes import Inexpressible
+from workers.export.layout import Inexpressible
 from workers.model.forward import batch_to
 from workers.model.hooks import removed_after
 from workers.quant.folds import module_before
@@ -59,7 +59,7 @@ def folding_modules(recipe: MixedRecipe, linears: Sequence[Linear]) -> dict[str,
             raise _refuse(choice, chosen, reason)
         if chosen.scales == "private" and len(choice.group.modules) > 1:
             raise Inexpressible(
-                f"{choice.group.name}: compressed-tensors has no pre-quantization scale. That of {chosen.algorithm} "
+                f"{choice.group.name}: an export has no pre-quantization scale. That of {chosen.algorithm} "
                 f"goes into {before}, which {len(choice.group.modules)} linears read, each with a scale of its own. "
                 "Score with sensitivity.scales=fused, which gives them one, and solve again."
             )
@@ -221,7 +221,7 @@ def _refuse(choice: GroupChoice, chosen: GroupFormat, reason: str) -> Inexpressi
     end = choice.group.name.rsplit(".", 1)[-1]
     plain = f"{chosen.quant_pair}/{chosen.quant_granularity}"
     return Inexpressible(
-        f"{choice.group.name}: compressed-tensors can't express the pre-quantization scale that algorithm "
+        f"{choice.group.name}: an export can't express the pre-quantization scale that algorithm "
         f"{chosen.algorithm!r} gives it: {reason}. Solve again with --pin {end}={plain} (algorithm max) or "
         f"--exclude {end}; --format modelopt takes one algorithm for all groups."
     )

@@ -1,6 +1,5 @@
-"""Check of an exported checkpoint: read back with compressed-tensors itself and compared with the recipe, all of it."""
+"""Check of an exported checkpoint: read back with the format's own library and compared with the recipe, all of it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -8,17 +7,16 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from sweep.core.errors import SweepError
 from sweep.core.groups import Linear
 from sweep.formats.mixed import MixedRecipe
-from workers.export.checkpoint import TensorFile, held_tensors, largest_weight
+from workers.export.checkpoint import COMPRESSED_TENSORS, TensorFile, held_tensors, largest_weight
 from workers.export.compute import CPU, Compute
 from workers.export.folding import output_scales, scaled_rows
-from workers.export.schemes import Inexpressible, as_written, quantizer_of
-from workers.export.weights import input_scales, unpacked
+from workers.export.layout import Inexpressible, Layout, Packing
+from workers.export.schemes import as_written
 from workers.quant.calibration import fake_quantized
 from workers.quant.linear import LinearQuant
 
@@ -35,6 +33,7 @@ def check_export(
     quants: Mapping[str, LinearQuant],
     linears: Sequence[Linear],
     compute: Compute = CPU,
+    layout: Layout = COMPRESSED_TENSORS,
 ) -> None:
     """Read an export back with the reader's own library and compare all of it with the recipe.
 
@@ -45,8 +44,8 @@ def check_export(
 
     Raises: SweepError: names the module and the fault: another format, other numbers, a tensor too many or too few.
     """
-    read = read_schemes(directory, linears)
-    _check_formats(read, recipe, linears)
+    read = layout.read(directory, linears)
+    _check_formats(read, recipe, linears, layout)
     scales = output_scales(recipe, quants, linears)
     with ExitStack() as stack:
         tensors, originals = held_tensors(directory, stack), held_tensors(source, stack)
@@ -58,8 +57,8 @@ def check_export(
             """The names of the tensors that are written for one of the source, after they are compared with it."""
             name, original = held[0], held[1].get_tensor(held[0])
             module, _, local = name.rpartition(".")
-            scheme = read.get(module) if local == "weight" else None
-            if scheme is None:
+            packing = read.get(module) if local == "weight" else None
+            if packing is None:
                 meant = scaled_rows(original, scales[module]) if module in scales else original
                 found = tensors[name].get_tensor(name) if name in tensors else None
                 if found is None or found.dtype != meant.dtype or not torch.equal(found, meant):
@@ -72,7 +71,7 @@ def check_export(
             names = [each for each in written.get(module, ()) if each != f"{module}.bias"]
             state = {each.rpartition(".")[2]: tensors[each].get_tensor(each) for each in names}
             weight_OI = compute.weight(original)
-            _check_linear(f"{directory}: {module}", state, weight_OI, quants[module], scheme, scales.get(module))
+            _check_linear(f"{directory}: {module}", state, weight_OI, quants[module], packing, scales.get(module))
             return names
 
         expected = set(chain.from_iterable(compute.each(checked, originals.items(), largest_weight(linears))))
@@ -80,39 +79,20 @@ def check_export(
             raise SweepError(f"{directory} holds {surplus[0]}, which {source} does not. Export again.")
 
 
-def read_schemes(directory: Path, linears: Sequence[Linear]) -> dict[str, QuantizationScheme]:
-    """The scheme of each module, as compressed-tensors reads config.json and matches its targets to module names.
-
-    Args:
-        directory: an export.
-        linears: of the whole model.
-    """
-    document = json.loads((directory / "config.json").read_bytes())["quantization_config"]
-    config = QuantizationConfig.model_validate({key: value for key, value in document.items() if key != "version"})
-    model = _skeleton(linears)
-    apply_quantization_config(model, config, show_progress=False)
-    found: dict[str, QuantizationScheme] = {}
-    for name, module in model.named_modules():
-        scheme: QuantizationScheme | None = getattr(module, "quantization_scheme", None)
-        if scheme is not None:
-            found[name] = scheme if scheme.format is not None else scheme.model_copy(update={"format": config.format})
-    return found
-
-
-def _check_formats(read: Mapping[str, QuantizationScheme], recipe: MixedRecipe, linears: Sequence[Linear]) -> None:
+def _check_formats(read: Mapping[str, Packing], recipe: MixedRecipe, linears: Sequence[Linear], layout: Layout) -> None:
     meant = {module: choice for choice in recipe.groups for module in choice.group.modules}
     for name in (linear.name for linear in linears):
         choice = meant.get(name)
         chosen = None if choice is None else recipe.format_of(choice)
-        scheme = read.get(name)
+        packing = read.get(name)
         wanted = (None, None)
         if chosen is not None:
             wanted = tuple(each and as_written(each).id for each in (chosen.weight, chosen.inputs))
-        args = (None, None) if scheme is None else (scheme.weights, scheme.input_activations)
-        found = tuple(item and quantizer_of(item).id for item in args)
+        quantizers = (None, None) if packing is None else (packing.weight, packing.inputs)
+        found = tuple(each and each.id for each in quantizers)
         if found != wanted:
             raise Inexpressible(
-                f"{name if choice is None else choice.group.name}: compressed-tensors can't express this: "
+                f"{name if choice is None else choice.group.name}: {layout.name} can't express this: "
                 f"module {name} would be read as {found}, not {wanted}."
             )
 
@@ -122,14 +102,14 @@ def _check_linear(
     state: Mapping[str, Tensor],
     weight_OI: Tensor,
     linear: LinearQuant,
-    scheme: QuantizationScheme,
+    packing: Packing,
     output_scale_O: Tensor | None,
 ) -> None:
     meant = fake_quantized(linear, weight_OI)
     if output_scale_O is not None:
         meant = scaled_rows(meant, output_scale_O)
     try:
-        found = unpacked({name: tensor.to(weight_OI.device) for name, tensor in state.items()}, scheme)
+        found = packing.unpacked({name: tensor.to(weight_OI.device) for name, tensor in state.items()})
     except (KeyError, RuntimeError, ValueError) as error:
         raise SweepError(
             f"{where} does not decompress: {type(error).__name__}: {str(error).splitlines()[0]}. Export again."
@@ -145,20 +125,6 @@ def _check_linear(
     is_e8m0 = linear.weight is not None and linear.weight.has_e8m0_blocks
     if is_e8m0 and not bool((torch.frexp(state["weight_scale"].float()).mantissa == _POWER_OF_TWO).all()):
         raise SweepError(f"{where}: weight_scale is not of powers of two, as the recipe's. Export again.")
-    for name, scale in input_scales(linear, scheme).items():
+    for name, scale in packing.input_scales(linear).items():
         if name not in state or not torch.equal(state[name].float(), scale):
             raise SweepError(f"{where}: {name} is {state.get(name)}, calibrated was {scale}. Export again.")
-
-
-def _skeleton(linears: Sequence[Linear]) -> nn.Module:
-    """Modules of these names and shapes without weights, for the library to match its targets against."""
-    root = nn.Module()
-    for linear in linears:
-        *parents, leaf = linear.name.split(".")
-        module = root
-        for parent in parents:
-            if parent not in dict(module.named_children()):
-                module.add_module(parent, nn.Module())
-            module = module.get_submodule(parent)
-        module.add_module(leaf, nn.Linear(linear.n_inputs, linear.n_outputs, bias=False, device="meta"))
-    return root

@@ -1,8 +1,8 @@
 """ModelOpt's quantizer attributes as compressed-tensors schemes, and back.
 
 The two directions are written apart, so that a round trip through them is a check: a field that one forgets, the other
-does not return. Formats as of compressed-tensors 0.20. With the three modules beside it this is the home of
-`compressed_tensors`.
+does not return. Formats as of compressed-tensors 0.20. With `weights` and `compressed` beside it this is the home
+of `compressed_tensors`.
 """
 
 from dataclasses import dataclass
@@ -16,17 +16,13 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.quant_args import DynamicType
 from torch import nn
 
-from sweep.core.errors import SweepError
 from sweep.formats.format import GroupFormat
 from sweep.formats.quantizer import ATTRIBUTE_DEFAULTS, Attribute, Attributes, BlockValue, Quantizer
+from workers.export.layout import Inexpressible
 
 _E2M1, _E4M3, _E8M0 = (2, 1), (4, 3), (8, 0)
 _FLOAT_BITS: Final = {_E2M1: 4, _E4M3: 8}
 _NVFP4_BLOCK, _MX_BLOCK = 16, 32  # the only lengths that the format's compressors take
-
-
-class Inexpressible(SweepError):
-    """A recipe that a file format cannot express."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,8 +28,9 @@ class _Quantization(msgspec.Struct):
 
 
 class _Sections(msgspec.Struct):
-    """The sections of config.json by which readers take a checkpoint as quantized, whatever they hold."""
+    """The sections of config.json by which readers take a checkpoint as quantized, whatever they hold; and heads."""
 
+    num_key_value_heads: int | None = None
     quantization_config: msgspec.Raw = _NULL
     compression_config: msgspec.Raw = _NULL  # of compressed-tensors before 0.7
 
@@ -146,6 +147,12 @@ def _method(section: msgspec.Raw) -> str:
         return msgspec.json.decode(section, type=_Quantization).quant_method
     except msgspec.DecodeError:
         return _Quantization().quant_method
+
+
+def key_value_heads(path: Path) -> int | None:
+    """The language model's key-value heads, by config.json; None: it does not say."""
+    config = msgspec.json.decode((path / "config.json").read_bytes(), type=_Config)
+    return (config.text_config or config).num_key_value_heads
 
 
 def index_files(path: Path) -> list[Path]:

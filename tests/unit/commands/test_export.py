@@ -24,8 +24,10 @@ from sweep.cli import main
 from sweep.commands.export import serve_line
 from sweep.config.compose import expand
 from sweep.config.schema import DatasetConfig, to_record
+from sweep.config.targets import target_called
 from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
+from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.recipe_context import _loaded
 from sweep.mixed_precision.text import check_modelopt, to_csv, to_modelopt
@@ -107,6 +109,84 @@ def test_a_checkpoint_is_written_checked_and_told_how_to_serve(
         "sweep_recipe.yaml",
     } <= names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]  # nothing half-made is left
+
+
+@pytest.mark.parametrize(
+    ("target", "line"),
+    [(None, f"vllm serve OUT {SERVED_WITH}"), ("trtllm_sm100", "trtllm-serve OUT --max_seq_len 4096")],
+)
+def test_a_modelopt_checkpoint_is_written_and_told_how_to_serve(
+    tmp_path: Path,
+    run: Callable[..., int],
+    recipe: MixedRecipe,
+    capsys: pytest.CaptureFixture[str],
+    target: str | None,
+    line: str,
+) -> None:
+    formats = [named("wfp4_afp4", "nvfp4"), None, named("wint4_afp16", "int4_groups_weight_only")]
+    other = replace(recipe_of(formats), dataset_revision=recipe.dataset_revision, target=target)
+    assert run("modelopt-checkpoint", "out", other=other) == 0
+    out = tmp_path / "out"
+    assert capsys.readouterr().out.splitlines()[-1] == line.replace("OUT", str(out))
+    assert json.loads((out / "hf_quant_config.json").read_text())["quantization"]["quant_algo"] == "MIXED_PRECISION"
+    listed = json.loads((out / "sweep_manifest.json").read_text())["files"]
+    assert {"hf_quant_config.json", "config.json", "model.safetensors"} < set(listed)
+
+
+def named(pair: str, name: str) -> GroupFormat:
+    return replace(group_format(pair, *FORMATS[name]), quant_pair=pair)
+
+
+@pytest.mark.usefixtures("calibrated_never")
+def test_formats_that_the_target_reads_in_no_modelopt_checkpoint_are_refused(
+    tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    formats = [named("wfp8_afp8", "fp8_tensor_static"), named("wint4_afp16", "int4_groups_weight_only")]
+    other = replace(recipe_of(formats), dataset_revision=recipe.dataset_revision, target="vllm_sm90")
+    assert run("modelopt-checkpoint", "out", other=other) == 2
+    said = capsys.readouterr().err
+    assert "reads no wint4_afp16/default in a ModelOpt checkpoint. Type --format compressed-tensors" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("calibrated_never")
+def test_what_a_modelopt_checkpoint_has_no_name_for_is_refused(
+    tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("modelopt-checkpoint", "out") == 2
+    assert "a ModelOpt checkpoint can't express inputs: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("calibrated_never")
+def test_a_group_that_the_targets_kernels_do_not_take_is_refused(
+    tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = replace(named("wfp8_afp8", "fp8_blocks"), quant_granularity="w_block128x128_a_group128")
+    other = replace(recipe_of([blocks]), dataset_revision=recipe.dataset_revision, target="vllm_sm90 tp=2")
+    assert run("compressed-tensors", "out", other=other) == 2
+    said = capsys.readouterr().err
+    assert "vllm_sm90 tp=2 cannot run model.language_model.layers.0.self_attn.q_proj" in said
+    assert "64 outputs a rank, no multiple of 128" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "words"), [("vllm_sm90 tp=2", "--tensor-parallel-size 2"), ("trtllm_sm90 tp=4", "--tp_size 4")]
+)
+def test_the_line_that_serves_says_the_number_of_ranks(tmp_path: Path, target: str, words: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    found = target_called(target)
+    assert found is not None
+    assert serve_line(tmp_path, found) == f"{found.server.command} {tmp_path} {words}"
+
+
+@pytest.fixture
+def calibrated_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("calibrated before it was refused")
+
+    monkeypatch.setattr(workers.export.calibrated, "calibrated", refuse)
 
 
 @pytest.mark.parametrize("scales", ["fused", "private"])

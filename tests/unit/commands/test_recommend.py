@@ -203,13 +203,18 @@ def test_room_for_all_in_16_bits_needs_no_quantization(place: Path) -> None:
     assert "| balanced | 16.000 | 0 | 0 (0 to 0) | - |" in (place / "all" / "README.md").read_text()
 
 
-def test_a_runtime_that_reads_modelopts_checkpoints_gets_modelopts_recipe(place: Path) -> None:
-    recommended(place, "--bits", "10", "--out", str(place / "trt"), *TRTLLM)
+def test_a_runtime_that_reads_modelopts_checkpoints_gets_one(place: Path) -> None:
+    said = recommended(place, "--bits", "10", "--out", str(place / "trt"), *TRTLLM)
+    exported = place / "trt" / "checkpoint"
+    line = f"trtllm-serve {exported} --max_seq_len 4096"
+    assert said.splitlines()[-1] == line
     page = (place / "trt" / "README.md").read_text()
-    assert f"python hf_ptq.py --recipe {place / 'trt' / 'modelopt_recipe.yaml'}" in page
-    assert "wfp8_afp8" in page
-    assert "num_bits" in (place / "trt" / "modelopt_recipe.yaml").read_text()
-    assert not (place / "trt" / "checkpoint").exists()
+    assert f"```\n{line}\n```" in page
+    assert "sweep export compact.yaml --format modelopt-checkpoint --out compact" in page
+    config = json.loads((exported / "hf_quant_config.json").read_text())["quantization"]
+    labels = {choice.format for choice in recipe(place / "trt" / "balanced.yaml").groups}
+    assert len(labels - {None}) > 0
+    assert config["quant_algo"] in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "fp8_pb_wo", "MIXED_PRECISION")
 
 
 @pytest.fixture

@@ -33,9 +33,10 @@ from tests.exports import (
 )
 from tests.floors import SUMS, given_our_inputs
 from tests.formats import group_format
-from workers.export.checkpoint import check_expressible, quantization_config, write_checkpoint
-from workers.export.readback import check_export, read_schemes
-from workers.export.schemes import Inexpressible
+from workers.export.checkpoint import check_expressible, write_checkpoint
+from workers.export.compressed import quantization_config, read_schemes
+from workers.export.layout import Inexpressible
+from workers.export.readback import check_export
 from workers.model.checkpoint import checkpoint_names
 from workers.model.loading import load
 from workers.quant.linear import LinearQuant

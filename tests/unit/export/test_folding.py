@@ -30,8 +30,8 @@ from tests.recipes import recipe_of as recipe_over
 from workers.data.batches import make_plan
 from workers.export.checkpoint import check_expressible, write_checkpoint
 from workers.export.folding import check_folds, folding_modules, output_scales
+from workers.export.layout import Inexpressible
 from workers.export.readback import check_export
-from workers.export.schemes import Inexpressible
 from workers.model.loading import load
 from workers.quant.applied import calibrated_model
 from workers.quant.linear import LinearQuant
