@@ -5,7 +5,8 @@ the unquantized model stands beside the measured one, over held-out glosses, wit
 noise is the KL between the unquantized model in vLLM, in bfloat16, and in float32 here. Speeds are of the 4B shape with
 vLLM's dummy weights, decoding from CUDA graphs without Inductor, best of three.
 
-python -m tests.bench.serving --device cuda --python "env PYTHONPATH=/path/to/vllm python3" --out DIR [--kl] [--speed]
+python -m tests.bench.serving --device cuda --python "env PYTHONPATH=/path/to/vllm python3" --out DIR --kl --speed
+python -m tests.bench.serving --device cuda --out DIR --export    seconds of `sweep export`, 4B shape, from the command
 """
 
 # pyright: basic
@@ -17,6 +18,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +35,9 @@ from sweep.core.groups import LayerGroup
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import GroupChoice, MixedRecipe
-from sweep.plan.subject import Model
+from sweep.plan.subject import Model, samples_of
 from sweep.plan.trials import recipe_of
-from tests.bench.setup import TEXT_4B, VISION_4B, report
+from tests.bench.setup import TEXT_4B, VISION_4B, random_4b, report, seconds
 from workers.export.calibrated import calibrated
 from workers.export.checkpoint import write_checkpoint
 from workers.export.compressed import quantization_config
@@ -50,27 +53,27 @@ N_BOOTSTRAP = 2000
 # One of each kernel, by the recipes of the target.
 SPEEDS = (
     "wfp8_afp8/recipe_match_channel_token",
-    "wfp8_afp8/default",
-    "wfp8_afp8/w_block128x128_a_group128",
-    "wfp8_afp16/mx",
+    "wfp8_afp8/w_block128x128_a_group128_e8m0",
     "wint8_aint8/a_per_token_dynamic",
-    "wint8_afp16/default",
     "wint4_afp16/default",
-    "wint4_afp16/w_group64",
-    "wint4_afp8/a_per_token_dynamic",
     "wfp4_afp16/default",
+    "wint8_afp16/default",
+    "wint4_afp8/a_per_token_dynamic",
+    "wfp8_afp16/mx",
     "wfp4_afp16/mx",
 )
+CHUNK = 4  # checkpoints that one process loads: the engine does not give all of its memory back
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--python", required=True, help="command that starts Python in vLLM's environment")
+    parser.add_argument("--python", default="python3", help="command that starts Python in vLLM's environment")
     parser.add_argument("--target", default="vllm_sm90")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kl", action="store_true")
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--export", action="store_true")
     parser.add_argument("--only", help="recipes whose name holds this")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -84,6 +87,8 @@ def main() -> None:
         kl_table(names, args)
     if args.speed:
         speed_table([name for name in SPEEDS if name in names], args)
+    if args.export:
+        export_seconds(args)
 
 
 def format_of(name: str) -> GroupFormat:
@@ -166,6 +171,8 @@ def kl_table(names: Sequence[str], args: argparse.Namespace) -> None:
     prompts = {"dtype": "bfloat16", "prompts": [ids[0].tolist() for ids in held_out]}
     owners = np.repeat(np.arange(len(held_out)), [ids.shape[1] - 1 for ids in held_out])
     answers = dict(zip(places, ask(args, "logits", prompts, [*places.values()]), strict=True))
+    if error := answers["plain"].get("error"):
+        sys.exit(f"the unquantized model: {error}")
     noise = kl_rows(base, served(places["plain"], args.device))
     report("serving noise", torch.device(args.device), {"kl": noise.mean(), "tokens": len(noise)})
     for name in names:
@@ -226,9 +233,42 @@ def speed_table(names: Sequence[str], args: argparse.Namespace) -> None:
             model = Model(directory)
             own["quantization_config"] = quantization_config(uniform(model, name), model.structure.linears)
             (directory / "config.json").write_text(json.dumps(own))
-    for name, answer in zip(places, ask(args, "speed", {}, [*places.values()]), strict=True):
-        answer.pop("directory")
-        report(f"serving speed {name}", torch.device(args.device), answer)
+    for start in range(0, len(places), CHUNK):
+        some = [*places][start : start + CHUNK]
+        for name, answer in zip(some, ask(args, "speed", {}, [places[name] for name in some]), strict=True):
+            answer.pop("directory")
+            report(f"serving speed {name}", torch.device(args.device), answer)
+
+
+def export_seconds(args: argparse.Namespace) -> None:
+    """Seconds of `sweep export` from the command: formats of the 4B shape with random weights, in turn."""
+    place = args.out / "random"
+    random_4b(args.device).save_pretrained(place)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SOURCE / name, place / name)
+    model = Model(place)
+    config = expand(["dataset.size=small"], multirun=False).points[0]
+    digest = model.plan(samples_of(config.dataset, model, 16)).digest("small")
+    shutil.rmtree(args.out / "exported", ignore_errors=True)
+    for names in (["wfp4_afp16/default"], [*SPEEDS[:4], "wfp8_afp8/default"]):
+        recipes = [uniform(model, name) for name in names]
+        groups = [recipes[i % len(recipes)].groups[i] for i in range(len(recipes[0].groups))]
+        formats = {label: chosen for recipe in recipes for label, chosen in recipe.formats.items()}
+        mix = replace(
+            recipes[0],
+            groups=tuple(groups),
+            formats=formats,
+            model_revision=model.revision,
+            model_path=str(place),
+            dataset_revision=digest,
+        )
+        path = args.out / "recipe.yaml"
+        path.write_text(mix.to_yaml())
+        command = [sys.executable, "-m", "sweep", "export", str(path), "--format", "compressed-tensors"]
+        command += ["--out", str(args.out / "exported" / str(len(names))), f"cluster.device={args.device}"]
+        command += [f"store.uri={args.out / 'store'}"]
+        took = seconds(partial(subprocess.run, command, check=True), torch.device("cpu"))
+        report(f"export of {len(names)} formats", torch.device(args.device), {"seconds": took})
 
 
 if __name__ == "__main__":

@@ -200,18 +200,19 @@ def serve(directory: str, prompts: list, dtype: str) -> dict:
         enable_prefix_caching=False,
     )
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
-    kept = []
+    seen, kept = [], []
     compute = model.compute_logits
 
     def compute_logits(hidden_states, *args):
         logits = compute(hidden_states, *args)
-        if len(hidden_states) > 1:  # the prompt's, not those of the token that is sampled
-            kept.append(logits.float().numpy().copy())
+        seen.append(logits.float().cpu().numpy().copy())
         return logits
 
     model.compute_logits = compute_logits
     for prompt in prompts:
+        seen.clear()
         llm.generate([{"prompt_token_ids": prompt}], SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False)
+        kept.append(max(seen, key=len)[: len(prompt) - 1])  # the prompt's, beside those of the token that is sampled
     np.save(Path(directory) / "served_logits.npy", np.concatenate(kept))
     return {"kernels": chosen_kernels(model)}
 
