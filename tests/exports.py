@@ -20,7 +20,7 @@ from workers.quant.calibration import fake_quantized, quantized_inputs
 from workers.quant.linear import LinearQuant
 from workers.quant.modelopt import Quantizers
 
-SERVED_WITH = "--max-model-len 4096"  # of the line that serves the bundled model
+SERVED_WITH = "--max-model-len 4096 --max-logprobs 20"  # of the line that serves the bundled model
 
 PER_TOKEN = {"type": "dynamic", "block_sizes": {-1: None}}
 FP8, INT4, INT8 = {"num_bits": (4, 3)}, {"num_bits": 4}, {"num_bits": 8}

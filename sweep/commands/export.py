@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 from rich.console import Console
 
-from sweep.config.targets import EXPORTS, Server, Target, target_called
+from sweep.config.targets import EXPORTS, LIKELIEST, Server, Target, target_called
 from sweep.core.errors import SweepError, require_known
 from sweep.core.exits import EXIT_DONE
 from sweep.formats.mixed import MixedRecipe
@@ -192,7 +192,7 @@ def serve_line(directory: Path, target: Target | None = None) -> str:
     """The command that serves an exported checkpoint, with vLLM on one GPU if no target says otherwise.
 
     Images and videos are switched off where the checkpoint lacks the files that prepare them: vLLM 0.26 and 0.32 do not
-    load it otherwise. Prompts are limited to what a small cache holds.
+    load it otherwise. Prompts are limited to what a small cache holds, and `sweep validate --served` gets what it asks.
     """
     config = msgspec.json.decode((directory / "config.json").read_bytes(), type=_Served)
     server = Server() if target is None else target.server
@@ -202,6 +202,8 @@ def serve_line(directory: Path, target: Target | None = None) -> str:
     longest = config.text_config.max_position_embeddings or config.max_position_embeddings
     if longest is not None:
         words += [server.longest, str(min(longest, _PROMPT_TOKENS))]
+    if server.likeliest:
+        words += [server.likeliest, str(LIKELIEST)]
     if config.vision_config is not None and not all((directory / name).is_file() for name in _PROCESSORS):
         words += shlex.split(server.text_alone)
     return shlex.join(words)

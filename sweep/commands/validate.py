@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 from rich.console import Console
 
+from sweep.config.targets import LIKELIEST
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
 from sweep.core.screen import say, show_table
@@ -35,7 +36,6 @@ _TITLE: Final = "# Predicted and measured: "
 # The beginnings of the files that `validate_command` writes, by which an earlier command's are recognized.
 _PAGE_BEGINS: Final = re.compile(_TITLE.encode())
 _DOCUMENT_BEGINS: Final = re.compile(rb'\[\n \{\n  "name": .*\n  "kind": .*\n  "effective_bits": ')
-_N_TOP: Final = 20  # vLLM's --max-logprobs unless it is told otherwise
 _WAY_OUT: Final = "Copy the recipe to another place, and validate it there."
 
 
@@ -62,7 +62,7 @@ class Request:
             if given := [name for name, value in options.items() if value is not None]:
                 raise SweepError(f"{given[0]} is about a served model. Type --served http://HOST:8000 as well.")
             return None
-        n_top = _N_TOP if self.n_top is None else self.n_top
+        n_top = LIKELIEST if self.n_top is None else self.n_top
         return ServedOptions(url=self.served_url, model=self.served_model, n_top=n_top, decode=self.decode)
 
 

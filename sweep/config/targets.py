@@ -27,6 +27,7 @@ EXPORTS: Final[Mapping[CheckpointFormat, str]] = {
     "modelopt-checkpoint": "modelopt",
 }
 
+LIKELIEST: Final = 20  # log probabilities a token that `validate --served` asks for; vLLM gives as many by default
 _TP: Final = " tp="  # between a target's name and the number of ranks
 StatusKind = Literal["native", "runs_as", "none"]
 
@@ -81,6 +82,7 @@ class Server:
     command: str = "vllm serve"
     longest: str = "--max-model-len"  # option: tokens of the longest prompt and its answer together
     parallel: str = "--tensor-parallel-size"  # option: number of ranks
+    likeliest: str = "--max-logprobs"  # option: log probabilities a token that may be asked for; empty: there is none
     # Options without which a checkpoint that lacks the files to prepare images is not loaded; empty: none are needed.
     text_alone: str = """--limit-mm-per-prompt '{"image": 0, "video": 0}'"""
 

@@ -29,7 +29,7 @@ from workers.model.loading import load
 from workers.quant.linear import LinearQuant
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ROOT / ".venv-serving" / "bin" / "python"
+PROGRAMS = ROOT / ".venv-serving" / "bin"
 READER = Path(__file__).with_name("reader.py")
 SOURCE = bundled_model_dir()
 N_CALIBRATION = 16  # glosses, dataset.size=small
@@ -93,16 +93,22 @@ class Export:
 
 
 @pytest.fixture(scope="session")
-def vllm() -> Callable[..., list[dict[str, Any]]]:
-    """Runs reader.py in vLLM's environment. Returns: its answers, one a directory."""
-    if not PYTHON.exists():
+def programs() -> Path:
+    """Where vLLM's environment has its programs: `python`, `vllm`."""
+    if not (PROGRAMS / "python").exists():
         missing = "vLLM's environment is missing. Type tests/serving/install.sh"
         if os.environ.get("SWEEP_REQUIRE_SERVING"):
             pytest.fail(missing)
         pytest.skip(missing)
+    return PROGRAMS
+
+
+@pytest.fixture(scope="session")
+def vllm(programs: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Runs reader.py in vLLM's environment. Returns: its answers, one a directory."""
 
     def run(verb: str, argument: object, directories: Sequence[Path]) -> list[dict[str, Any]]:
-        command = [PYTHON, READER, verb, str(argument), *directories]
+        command = [programs / "python", READER, verb, str(argument), *directories]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=550)
         answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         assert len(answers) == len(directories), done.stderr[-3000:]

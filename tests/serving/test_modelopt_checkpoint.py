@@ -17,8 +17,6 @@ from workers.export.checkpoint import write_checkpoint
 from workers.export.modelopt_layout import ModelOptLayout
 from workers.model.loading import load
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = Path(os.environ.get("SWEEP_SERVING_PYTHON", ROOT / ".venv-serving" / "bin" / "python"))
 SOURCE = bundled_model_dir()
 LINEARS = Model(SOURCE).structure.linears
 # By ModelOpt's name of a format: vLLM 0.32's class, and keys of weights and inputs, shortened (modelopt.py, resolve).
@@ -35,12 +33,8 @@ EXPORTS: dict[str, list[str | None]] = {**{name: [name] for name in READ}, "mixe
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def found(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What vLLM says of each export, by its name; one process reads them all."""
-    if not PYTHON.exists():
-        if os.environ.get("SWEEP_REQUIRE_SERVING") == "1":
-            pytest.fail(f"{PYTHON} is missing, and SWEEP_REQUIRE_SERVING=1 asks for it")
-        pytest.skip(f"no vLLM: {PYTHON} is missing")
     place = tmp_path_factory.mktemp("modelopt")
     base, token_ids = load(SOURCE, dtype=torch.float32, device="cpu"), torch.arange(64)[None]
     for name, formats in EXPORTS.items():
@@ -52,7 +46,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     damaged = place / "without a scale"
     damaged.mkdir()
     write_without_scale(place / "fp8", damaged)
-    command = [PYTHON, Path(__file__).with_name("modelopt_loader.py"), *(place / name for name in EXPORTS), damaged]
+    command = [
+        programs / "python",
+        Path(__file__).with_name("modelopt_loader.py"),
+        *(place / name for name in EXPORTS),
+        damaged,
+    ]
     environment = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

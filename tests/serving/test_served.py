@@ -1,7 +1,10 @@
 """`sweep validate --served` against a real vLLM server, on the CPU: what it serves is as far away as measured."""
 
+import base64
+import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -13,12 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sweep.cli import main
+from sweep.commands.export import serve_line
 from sweep.config.compose import expand
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
@@ -26,9 +32,8 @@ from sweep.plan.subject import Model, samples_of
 from tests.exports import FORMATS, recipe_of
 from tests.formats import group_format
 from workers.data.batches import make_plan
+from workers.data.scenes import scene
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = Path(os.environ.get("SWEEP_SERVING_PYTHON", ROOT / ".venv-serving" / "bin" / "python"))
 START_SECONDS = 240
 OPTIONS = ["cluster.device=cpu", "validation.n_samples=64"]
 
@@ -48,13 +53,9 @@ def is_up(url: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe, and its export."""
-    if not PYTHON.exists():
-        missing = "vLLM's environment is missing. Type tests/serving/install.sh"
-        if os.environ.get("SWEEP_REQUIRE_SERVING"):
-            pytest.fail(missing)
-        pytest.skip(missing)
+    del programs  # without them the export is not served
     place = tmp_path_factory.mktemp("served")
     (place / "int4.yaml").write_text(recipe_for().to_yaml())
     written = ["--format", "compressed-tensors", "--out", str(place / "int4")]
@@ -63,14 +64,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(place: Path) -> Iterator[str]:
-    """The export, served under a name of its own by vLLM in a process of its own. Yields: the URL."""
+def server(place: Path, programs: Path) -> Iterator[str]:
+    """The export, served by the line that `sweep export` prints, under a name of its own. Yields: the URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", place / "int4", "--served-model-name"]
-    command += ["int4", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512", "--enforce-eager"]
-    command += ["--dtype", "bfloat16", "--limit-mm-per-prompt", '{"image": 0, "video": 0}']
+    program, *words = shlex.split(serve_line(place / "int4"))
+    command = [programs / program, *words, "--served-model-name", "int4", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enforce-eager"]  # compiling takes longer than all that is asked
     own = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
     with (place / "server.log").open("w") as log:
         process = subprocess.Popen(
@@ -118,6 +119,29 @@ def test_what_vllm_serves_is_as_far_away_as_measured(validated: Callable[..., in
         low, high = each["served_kl_interval"]
         assert low < each["measured_kl"] < high
     assert "| texts of the server |" in (place / "int4.validation.md").read_text()
+
+
+def test_the_serve_line_answers_texts_chats_and_pictures(server: str) -> None:
+    drawn, picture = scene(3), io.BytesIO()
+    Image.fromarray(drawn.pixels).save(picture, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    shared = {"model": "int4", "max_tokens": 24, "temperature": 0}
+
+    def said(path: str, **request: Any) -> str:
+        body = json.dumps({**shared, **request}).encode()
+        asked = urllib.request.Request(f"{server}/v1/{path}", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked, timeout=120) as answer:
+            (choice,) = json.load(answer)["choices"]
+        return choice["text"] if "text" in choice else choice["message"]["content"]
+
+    assert len(said("completions", prompt="dog: ").split()) > 2
+    assert said("chat/completions", messages=[{"role": "user", "content": "What is a dog?"}])
+    shown = [{"type": "image_url", "image_url": {"url": url}}]
+    caption = said(
+        "chat/completions", messages=[{"role": "user", "content": shown}], add_generation_prompt=False
+    )  # a caption is what the model has learned to say of a picture
+    assert drawn.caption == "a black square above a red triangle on a brown background"
+    assert {"black", "square", "triangle"} <= set(caption.split()), caption
 
 
 def test_more_log_probabilities_than_vllm_gives_are_refused_with_what_to_type(

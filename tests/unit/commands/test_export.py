@@ -506,18 +506,18 @@ def test_a_format_that_was_edited_after_it_was_scored_is_refused(
         (
             {"vision_config": {}, "text_config": {"max_position_embeddings": 4096}},
             (),
-            f"--max-model-len 4096 {NO_IMAGES}",
+            f"--max-model-len 4096 --max-logprobs 20 {NO_IMAGES}",
         ),
         (
             {"vision_config": {}, "text_config": {"max_position_embeddings": 262144}},
             ("preprocessor_config.json", "video_preprocessor_config.json"),
-            "--max-model-len 8192",
+            "--max-model-len 8192 --max-logprobs 20",
         ),
-        ({"max_position_embeddings": 2048}, (), "--max-model-len 2048"),
+        ({"max_position_embeddings": 2048}, (), "--max-model-len 2048 --max-logprobs 20"),
         (
             {"vision_config": {"depth": 1}},
             ("preprocessor_config.json",),
-            NO_IMAGES,
+            f"--max-logprobs 20 {NO_IMAGES}",
         ),
     ],
 )
