@@ -25,6 +25,8 @@ from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, Attributes, Qua
 RECIPE_VERSION: Final = 1  # of the file's layout
 RECIPE_BEGINS: Final = re.compile(rb"recipe_version: \d+\nname: ")  # by which such a file is known again
 _NESTED: Final = frozenset({"formats", "groups"})  # keys whose values are looked at one by one
+Value = str | int | float | bool | None  # of a key that a user may type
+_LATER: Final = frozenset({"samples", "dtype", "store"})  # keys that files of earlier programs lack
 
 
 class _FormatNode(msgspec.Struct, kw_only=True):
@@ -62,6 +64,9 @@ class _RecipeNode(msgspec.Struct, kw_only=True):
     size: Size
     coverage: Coverage
     target: str | None
+    samples: dict[str, Value] | None = None
+    dtype: str | None = None
+    store: str | None = None
     formats: dict[str, _FormatNode]
     groups: tuple[_GroupNode, ...]
 
@@ -100,6 +105,10 @@ class MixedRecipe:
     size: Size
     coverage: Coverage
     target: str | None  # runtime and hardware that it was made for
+    # Where it came from; None: an earlier program has not recorded it.
+    samples: Mapping[str, Value] | None = None  # the other keys of the data set's configuration
+    dtype: str | None = None  # that the scores were computed in: float32, bfloat16
+    store: str | None = None  # URI of the store that has them
     formats: Mapping[str, GroupFormat]  # by label, those that are used
     groups: tuple[GroupChoice, ...]  # in the model's order
 
@@ -262,7 +271,7 @@ def _check_keys(node: Any, kind: type, where: str) -> None:
     hints = hints_of(kind)
     for key in _mapping(node, where):
         require_known(f"key in {where}", str(key), hints)
-    if missing := [name for name in hints if name not in node]:
+    if missing := [name for name in hints if name not in node and name not in _LATER]:
         raise SweepError(f"{where} lacks {missing[0]!r}. Have `sweep solve` write it again.")
     for key, value in node.items():
         if key not in _NESTED and not fits(value, hints[key]):

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from sweep.config.compose import expand
-from sweep.config.schema import SweepConfig, from_record, to_plain
+from sweep.config.schema import StoreConfig, SweepConfig, from_record, to_plain
 from sweep.core.errors import SweepError
 from sweep.core.groups import LayerGroup
 from sweep.core.sizes import SIZES
@@ -137,7 +137,7 @@ def read_candidates(store: Store, overrides: Sequence[str], points: Sequence[Swe
     elements = next((models[revision] for models in known), None)
     return Candidates(
         trial=rows[0],
-        config=configs[rows[0].trial_id],
+        config=replace(configs[rows[0].trial_id], store=StoreConfig(uri=store.uri)),  # it may have moved since
         groups=groups,
         formats=tuple(candidates.values()),
         elements=elements,

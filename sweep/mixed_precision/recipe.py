@@ -2,15 +2,17 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
+from sweep.config.schema import DatasetConfig
 from sweep.config.targets import Target
 from sweep.core.errors import SweepError, require_known
 from sweep.core.text import count
 from sweep.formats.format import GroupFormat
-from sweep.formats.mixed import GroupChoice, MixedRecipe, is_called
+from sweep.formats.mixed import GroupChoice, MixedRecipe, Value, is_called
 from sweep.formats.quantizer import UNQUANTIZED_BITS
 from sweep.mixed_precision.candidates import Candidates
 from sweep.mixed_precision.knapsack import Infeasible, Problem, cost_range, solve, total
@@ -204,9 +206,20 @@ def recipe_of_choice(
         size=config.dataset.size,
         coverage=config.sensitivity.coverage,
         target=target,
+        samples=_samples(config.dataset),
+        dtype=row.dtype,
+        store=config.store.uri,
         formats={candidates.formats[index].format.label: candidates.formats[index].format for index in used},
         groups=tuple(groups),
     )
+
+
+def _samples(dataset: DatasetConfig) -> dict[str, Value]:
+    """What a recipe records of its data set's configuration beside name and size; a file by its absolute path."""
+    found = {key: value for key, value in asdict(dataset).items() if key not in ("name", "size")}
+    if dataset.captions_path is not None:
+        found["captions_path"] = str(Path(dataset.captions_path).expanduser().absolute())
+    return found
 
 
 def weights_gb(candidates: Candidates, made: MixedRecipe) -> float:

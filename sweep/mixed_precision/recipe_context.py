@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweep.config.compose import expand
-from sweep.config.schema import ModelConfig, SweepConfig
+from sweep.config.schema import DatasetConfig, ModelConfig, StoreConfig, SweepConfig
 from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
 from sweep.core.sizes import SIZES
@@ -63,13 +63,26 @@ def read_recipe(path: Path) -> MixedRecipe:
 
 
 def config_of(recipe: MixedRecipe, overrides: Sequence[str]) -> SweepConfig:
-    """Compose the configuration of the recipe's model and data set, where the overrides do not say otherwise."""
-    keys = {override.split("=")[0] for override in overrides}
+    """Compose the configuration that the recipe came from, where the overrides do not say otherwise.
+
+    These are its model in the precision of the scores, its samples, and its store.
+
+    Raises: SweepError: the recipe records keys of the data set that do not exist.
+    """
+    keys = {override.split("=")[0].lstrip("+~") for override in overrides}
     given = [] if "dataset" in keys else [f"dataset={recipe.dataset}"]
     config = expand([*given, f"dataset.size={recipe.size}", *overrides], multirun=False).points[0]
-    if any(key.split(".")[0] == "model" for key in keys):
-        return config
-    return replace(config, model=ModelConfig(name=recipe.model, path=recipe.model_path, dtype="auto"))
+    if recipe.samples is not None and "dataset" not in keys:
+        recorded = {key: value for key, value in recipe.samples.items() if f"dataset.{key}" not in keys}
+        config = replace(config, dataset=DatasetConfig.from_node("dataset", asdict(config.dataset) | recorded))
+    if recipe.store is not None and keys.isdisjoint({"store", "store.uri"}):
+        config = replace(config, store=StoreConfig(uri=recipe.store))
+    model = config.model
+    if not any(key.split(".")[0] == "model" for key in keys):
+        model = ModelConfig(name=recipe.model, path=recipe.model_path, dtype="auto")
+    if recipe.dtype is not None and "model.dtype" not in keys:
+        model = ModelConfig.from_node("model", asdict(model) | {"dtype": recipe.dtype})
+    return replace(config, model=model)
 
 
 def load_context(recipe_path: str, overrides: Sequence[str]) -> RecipeContext:

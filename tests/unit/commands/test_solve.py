@@ -46,6 +46,9 @@ def test_a_recipe_file_is_written_and_its_sizes_are_said(store: Store, capsys: p
     assert solve(store, "--bits", "5.2875") == 0
     path = Path("outputs/recipes/qwen3_vl_tiny-vllm_sm90-5_2875bits.yaml")
     made = MixedRecipe.from_yaml(path.read_text(encoding="utf-8"), str(path))
+    assert (made.store, made.dtype) == (str(Path(store.uri).absolute()), "float32")
+    assert made.samples is not None
+    assert (made.samples["kind"], made.samples["max_tokens"]) == ("bundled", 512)
     assert [choice.format for choice in made.groups] == [INT8, INT4, INT4, INT4, FP8]
     assert (made.model, made.model_revision, made.dataset_revision, made.size, made.target) == (
         "qwen3_vl_tiny",

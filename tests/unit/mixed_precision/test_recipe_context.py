@@ -1,0 +1,54 @@
+"""A recipe remembers where it came from, and what is typed wins over it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sweep.core.errors import SweepError
+from sweep.formats.mixed import MixedRecipe
+from sweep.mixed_precision.recipe_context import config_of
+from tests.exports import FORMATS, recipe_of
+from tests.formats import group_format
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> MixedRecipe:
+    found = recipe_of([group_format("int4", *FORMATS["int4_groups_weight_only"])])
+    samples = {
+        "kind": "captions",
+        "max_tokens": 48,
+        "captions_path": "/data/a 'b', {c}.txt",
+        "hub_id": None,
+        "hub_split": None,
+        "hub_column": None,
+    }
+    own = {"dataset": "coco2017_captions", "samples": samples, "dtype": "bfloat16", "store": str(tmp_path / "store")}
+    return MixedRecipe.from_yaml(replace(found, **own).to_yaml(), "recipe.yaml")
+
+
+def test_the_samples_precision_and_store_are_the_recipes(recipe: MixedRecipe, tmp_path: Path) -> None:
+    config = config_of(recipe, [])
+    assert (config.dataset.name, config.dataset.size) == ("coco2017_captions", "small")
+    assert (config.dataset.captions_path, config.dataset.max_tokens) == ("/data/a 'b', {c}.txt", 48)
+    assert config.model.dtype_on("cpu") == config.model.dtype_on("cuda") == "bfloat16"
+    assert config.store.uri == str(tmp_path / "store")
+
+
+def test_what_is_typed_wins(recipe: MixedRecipe, tmp_path: Path) -> None:
+    typed = ["dataset.captions_path=other.txt", "model.dtype=float32", f"store.uri={tmp_path / 'other'}"]
+    config = config_of(recipe, typed)
+    assert (config.dataset.captions_path, config.dataset.max_tokens) == ("other.txt", 48)
+    assert (config.model.dtype, config.store.uri) == ("float32", str(tmp_path / "other"))
+    other = config_of(recipe, ["dataset=wordnet_glosses"]).dataset
+    assert (other.name, other.captions_path, other.max_tokens) == ("wordnet_glosses", None, 512)
+
+
+def test_a_recipe_of_an_earlier_program_is_read_as_before(recipe: MixedRecipe) -> None:
+    config = config_of(replace(recipe, samples=None, dtype=None, store=None, dataset="wordnet_glosses"), [])
+    assert (config.model.dtype, config.dataset.max_tokens) == ("auto", 512)
+
+
+def test_keys_of_samples_that_do_not_exist_are_refused(recipe: MixedRecipe) -> None:
+    with pytest.raises(SweepError, match=r"dataset\.captions_pth.*Did you mean 'dataset\.captions_path'"):
+        config_of(replace(recipe, samples={"captions_pth": "a.txt"}), [])
