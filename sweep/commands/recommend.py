@@ -22,6 +22,7 @@ from sweep.core.screen import say
 from sweep.core.sizes import SIZES
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
+from sweep.mixed_precision import speeds
 from sweep.mixed_precision.candidates import Candidate, Candidates, format_of, read_candidates, sized
 from sweep.mixed_precision.knapsack import Problem, cost_range
 from sweep.mixed_precision.measured import Measured, held_out, markdown_table, uniform_recipes, validate
@@ -100,20 +101,18 @@ def recommend(request: Request, console: Console) -> int:
         export_checkpoint(context, checkpoint, target.checkpoint)
     exported = out / _CHECKPOINT
     trial = candidates.trial
-    page = render(context, target, asked, figures, rows, exported, trial.variant_words, _shapes(target, candidates))
+    shapes, used = _shapes(target, candidates), [each for _, each in recipes]
+    page = render(context, target, asked, figures, rows, used, exported, trial.variant_words, shapes)
     html = to_html(page, f"{trial.model} on {target.label}, {trial.variant_words}")
     files |= dict(zip(_PAGES, (page.encode(), html.encode()), strict=True))
     with results.filled() as partial:
         for name, content in files.items():
             (partial / name).write_bytes(content)
     if request.as_json:
-        document = {
-            "recipes": msgspec.to_builtins(figures),
-            "measured": [asdict(row) for row in rows],
-            "page": str(out / "index.html"),
-            "export": str(exported),
-        }
-        print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
+        own = {"recipes": msgspec.to_builtins(figures), "measured": [asdict(row) for row in rows]}
+        own["speeds"] = speeds.document(target, used)
+        own |= {"page": str(out / "index.html"), "export": str(exported)}
+        print(json.dumps(own, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
     balanced = measured["balanced"]
     kl = f"KL {balanced.measured_kl:.3g} measured, {balanced.predicted_kl:.3g} predicted"
@@ -157,11 +156,24 @@ def render(
     asked: Budget,
     figures: Sequence[Figures],
     rows: Sequence[Measured],
+    recipes: Sequence[MixedRecipe],
     exported: Path,
     shared: str,
     shapes: Sequence[str],
 ) -> str:
-    """The page, as Markdown. Args: shared: scales and dtype of all formats, in words; shapes: lines of `_shapes`."""
+    """The page, as Markdown.
+
+    Args:
+        context: of the balanced recipe.
+        target: that runs it.
+        asked: the budget.
+        figures: of the named recipes.
+        rows: KL of all recipes.
+        recipes: all of them, whose formats' speeds are shown.
+        exported: the checkpoint.
+        shared: scales and dtype of all formats, in words.
+        shapes: lines of `_shapes`.
+    """
     made, first = context.recipe, rows[0]
     parts = [
         f"# {made.model} on {target.runtime}: mixed precision under {asked}, {shared}",
@@ -174,6 +186,8 @@ def render(
         "\n".join(_recipe_lines(figures)),
         "## Predicted and measured",
         markdown_table(rows),
+        "## Speed, measured",
+        *speeds.section(target, recipes),
         "## Serve it",
         f"```\n{serve_line(exported, target)}\n```",
         "The other recipes become files in the same way: "

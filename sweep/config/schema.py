@@ -119,6 +119,8 @@ class TargetConfig(Section):
     kernels: Mapping[str, Mapping[str, str | int | bool | list[str]]]
     # By "pair/granularity"; what is not listed does not run.
     recipes: Mapping[str, Mapping[str, str | list[str] | Mapping[str, str] | None]]
+    # Measured speeds: `sweep.config.speeds.Speeds`; empty: none were measured.
+    speeds: Mapping[str, str | Mapping[str, Mapping[str, float]]]
 
     def __post_init__(self) -> None:
         if self.tp < 1:

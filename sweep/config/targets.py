@@ -14,6 +14,7 @@ import msgspec
 import yaml
 
 from sweep.config.schema import TargetConfig
+from sweep.config.speeds import Speed, Speeds, speeds_of
 from sweep.core.errors import SweepError, require_known
 from sweep.core.pairs import ALGORITHMS, Scales
 from sweep.core.parallel import RankPart, parts_fit
@@ -117,6 +118,7 @@ class Target:
     tp: int  # ranks that each linear is split over
     kernels: Mapping[str, Kernel]
     recipes: tuple[TargetRecipe, ...]
+    speeds: Speeds | None  # None: none were measured
 
     @property
     def label(self) -> str:
@@ -155,6 +157,7 @@ class Target:
             tp=config.tp,
             kernels={name: _kernel(config, name) for name in config.kernels},
             recipes=recipes,
+            speeds=speeds_of(config),
         )
 
     def status(self, quant_pair: str, quant_granularity: str, algorithm: str = "max") -> TargetStatus:
@@ -181,9 +184,18 @@ class Target:
 
     def kernel_of(self, quant_pair: str, quant_granularity: str) -> str | None:
         """The kernel whose shapes a recipe's linears must have; None: any do."""
+        recipe = self._listed(quant_pair, quant_granularity)
+        return next((name for name, kernel in self.kernels.items() if recipe in kernel.recipes), None)
+
+    def speed(self, quant_pair: str, quant_granularity: str) -> Speed | None:
+        """What was measured of a recipe, under any of its names; None: nothing."""
+        recipe = self._listed(quant_pair, quant_granularity)
+        return None if self.speeds is None or recipe is None else self.speeds.recipes.get(recipe)
+
+    def _listed(self, quant_pair: str, quant_granularity: str) -> str | None:
+        """The name under which a recipe is listed; None: it is not."""
         own = (each for each in self.recipes if each.quant_pair == quant_pair)
-        named = {each.name for each in own if quant_granularity in each.granularities}
-        return next((name for name, kernel in self.kernels.items() if named & {*kernel.recipes}), None)
+        return next((each.name for each in own if quant_granularity in each.granularities), None)
 
     def misfit(self, kernel: str, parts: Sequence[RankPart]) -> str | None:
         """Why one of the target's kernels does not take what a rank has of a layer group; None: it does."""

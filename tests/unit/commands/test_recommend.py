@@ -197,6 +197,42 @@ def test_another_budget_in_the_same_place_exports_again(place: Path, said: str) 
         assert gb(recipe(target / "balanced.yaml")) <= float(gb_typed)
 
 
+def test_the_page_and_the_json_have_the_speeds_that_were_measured(place: Path) -> None:
+    """Ratios by hand: 235 / 209, 7,050 / 5,870 and 65,900 / 68,800 tokens a second, 2.92 / 8.31 GB."""
+    words = ["--bits", "5", "--out", str(place / "fast"), *VLLM[1:], "target=vllm_sm90"]
+    said = recommended(place, *words)
+    page, html = ((place / "fast" / name).read_text() for name in ("README.md", "index.html"))
+    section = page.partition("\n## Speed, measured\n")[2].partition("\n## ")[0]
+    assert (
+        "\nvLLM 0.26 on one H100 80GB, language model of Qwen3-VL-4B's shape; measured 2026-11-25 and 26: " in section
+    )
+    assert "A mix lies between its formats" in section
+    assert "it was not measured." in section
+    assert "| unquantized | 8.31 | 209 | 5,870 | 68,800 |" in section
+    assert "| wint4_afp16/default | 2.92 (0.35) | 235 (1.12) | 7,050 (1.20) | 65,900 (0.96) |" in section
+    assert "| wint4_afp16/w_group64 | not measured | - | - | - |" in section
+    rows = re.findall(r"^\| (\w+/\w+) \|", section, re.M)
+    used = {label for name in NAMES for label in recipe(place / "fast" / f"{name}.yaml").formats}
+    assert used | set(re.findall(r"^\| uniform (\S+) \|", page, re.M)) == {*rows}
+    assert len({*rows}) == len(rows)
+    assert "<td>wint4_afp16/default</td>" in html
+    assert "tokens a second" not in said
+    speeds = json.loads(recommended(place, *words, "--json"))["speeds"]
+    assert (speeds["card"], speeds["runtime"], {*speeds["recipes"]}) == (
+        "one H100 80GB",
+        "vLLM 0.26",
+        {"unquantized", *rows},
+    )
+    int4 = {"gb": 2.92, "decode_1": 235, "decode_32": 7050, "prefill": 65900}
+    assert [speeds["recipes"][f"wint4_afp16/{name}"] for name in ("default", "w_group64")] == [int4, None]
+
+
+def test_without_measured_speeds_the_page_says_so(place: Path, out: Path) -> None:
+    section = (out / "README.md").read_text().partition("\n## Speed, measured\n")[2].partition("\n## ")[0]
+    assert section.strip() == "No speeds were measured for this target."
+    assert json.loads(recommended(place, "--bits", "5", "--out", str(out), *VLLM, "--json"))["speeds"] == {}
+
+
 def test_room_for_all_in_16_bits_needs_no_quantization(place: Path) -> None:
     recommended(place, "--bits", "16", "--out", str(place / "all"), *VLLM)
     assert {choice.format for choice in recipe(place / "all" / "balanced.yaml").groups} == {None}

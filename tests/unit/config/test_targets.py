@@ -13,6 +13,7 @@ from compressed_tensors.config import CompressionFormat
 
 from sweep.config.compose import expand
 from sweep.config.schema import TargetConfig
+from sweep.config.speeds import Speed
 from sweep.config.targets import Target, all_targets, served_as
 from sweep.core.errors import InvalidRecipe, SweepError
 from sweep.core.paths import conf_dir
@@ -60,6 +61,7 @@ def config_of(**recipes: dict[str, Any]) -> TargetConfig:
         serve={},
         tp=1,
         kernels={},
+        speeds={},
         sources={"s": "project, version, file"},
         recipes=nodes,
     )
@@ -342,3 +344,62 @@ def test_the_facts_say_where_they_were_read() -> None:
             assert re.match(
                 r"(vllm-project/vllm|NVIDIA/TensorRT-LLM)(@[0-9a-f]{12}| (main|issue|pull request|20\d\d))", source
             ), source
+
+
+SPEED = {"gb": 8, "decode_1": 200, "decode_32": 5000, "prefill": 70000}
+SPEEDS: dict[str, Any] = {
+    "card": "one card",
+    "runtime": "a runtime 1",
+    "model": "a model",
+    "date": "today",
+    "how": "so",
+}
+
+
+def with_speeds(**changed: Any) -> TargetConfig:
+    recipes = {"unquantized": SPEED, "wfp8_afp8/default": {**SPEED, "gb": 4}}
+    node = {name: value for name, value in {**SPEEDS, "recipes": recipes, **changed}.items() if value is not None}
+    return replace(config_of(wfp8_afp8__default={"also": ["w_per_tensor"]}), speeds=node)
+
+
+def test_speeds_are_read_and_found_under_every_name_of_a_recipe() -> None:
+    target = Target.from_config(with_speeds())
+    assert target.speeds is not None
+    assert (target.speeds.card, target.speeds.runtime, target.speeds.date) == ("one card", "a runtime 1", "today")
+    fp8 = Speed(gb=4, decode_1=200, decode_32=5000, prefill=70000)
+    assert [target.speed("wfp8_afp8", name) for name in ("default", "w_per_tensor", "w_group64")] == [fp8, fp8, None]
+
+
+def test_one_target_has_measured_speeds_of_recipes_that_it_runs_as_themselves() -> None:
+    assert [name for name, target in TARGETS.items() if target.speeds is not None] == ["vllm_sm90"]
+    speeds = TARGETS["vllm_sm90"].speeds
+    assert speeds is not None
+    assert {status("vllm_sm90", name) for name in speeds.recipes if name != "unquantized"} == {"native"}
+    assert speeds.recipes["wfp4_afp16/default"] == Speed(gb=2.94, decode_1=271, decode_32=6830, prefill=37500)
+
+
+def test_a_target_without_speeds_has_none_of_any_recipe() -> None:
+    target = Target.from_config(config_of(wfp8_afp8__default={}))
+    assert (target.speeds, target.speed("wfp8_afp8", "default")) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"recipes": {"unquantized": SPEED, "wfp8_afp8/defualt": SPEED}},
+            r"recipe in speeds of target 'own' 'wfp8_afp8/defualt'\. Did you mean 'wfp8_afp8/default'",
+        ),
+        ({"cart": "one card"}, "Did you mean 'card'"),
+        ({"recipes": {"unquantized": {**SPEED, "prefil": 1}}}, "Did you mean 'prefill'"),
+        ({"recipes": {"wfp8_afp8/default": SPEED}}, "lack 'unquantized'"),
+        ({"recipes": {"unquantized": {**SPEED, "decode_1": 0}}}, "numbers above 0: gb, decode_1, decode_32, prefill"),
+        ({"recipes": {"unquantized": {"gb": 8}}}, "missing required field `decode_1`"),
+        ({"recipes": "fast"}, "Type texts, and for each recipe numbers"),
+        ({"recipes": None}, "missing required field `recipes`"),
+        ({"card": None}, "missing required field `card`"),
+    ],
+)
+def test_speeds_that_cannot_be_read_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(SweepError, match=message):
+        Target.from_config(with_speeds(**changed))
