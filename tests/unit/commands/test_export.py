@@ -172,7 +172,8 @@ def test_a_group_that_the_targets_kernels_do_not_take_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("target", "words"), [("vllm_sm90 tp=2", "--tensor-parallel-size 2"), ("trtllm_sm90 tp=4", "--tp_size 4")]
+    ("target", "words"),
+    [("vllm_sm90 tp=2", "--tensor-parallel-size 2 --max-logprobs 20"), ("trtllm_sm90 tp=4", "--tp_size 4")],
 )
 def test_the_line_that_serves_says_the_number_of_ranks(tmp_path: Path, target: str, words: str) -> None:
     (tmp_path / "config.json").write_text("{}")

@@ -18,7 +18,8 @@ from tests.exports import FORMATS, recipe_of
 from tests.formats import group_format
 from workers.data.batches import make_plan
 from workers.data.samples import Sample
-from workers.export.checkpoint import schemes_of, write_checkpoint
+from workers.export.checkpoint import write_checkpoint
+from workers.export.compressed import schemes_of
 from workers.export.readback import check_export
 from workers.export.weights import unpacked
 from workers.model.forward import batch_to, labels_of
