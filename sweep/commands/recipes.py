@@ -27,11 +27,11 @@ class RecipeCount(msgspec.Struct, frozen=True):
 def by_recipe(trials: Iterable[tuple[TrialRow, str]]) -> list[RecipeCount]:
     """Count trials by recipe and by the word that is given with each, in the order of the first of each recipe."""
     trials = list(trials)
-    others = [name for name in ATTRIBUTES if name not in (*RECIPE, "size") and _differs(trials, name)]
+    others = [name for name in (*ATTRIBUTES, "tp") if name not in (*RECIPE, "size") and _differs(trials, name)]
     names = [*others, *RECIPE]
     counts: dict[tuple[str, ...], Counter[str]] = {}
     for row, word in trials:
-        counts.setdefault(tuple(getattr(row, name) or UNKNOWN for name in names), Counter())[word] += 1
+        counts.setdefault(tuple(str(getattr(row, name) or UNKNOWN) for name in names), Counter())[word] += 1
     return [RecipeCount(dict(zip(names, key, strict=True)), dict(each)) for key, each in counts.items()]
 
 

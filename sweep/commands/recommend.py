@@ -28,7 +28,7 @@ from sweep.mixed_precision.knapsack import Problem, cost_range
 from sweep.mixed_precision.measured import Measured, held_out, markdown_table, uniform_recipes, validate
 from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe_of_choice, rules_of, solved
 from sweep.mixed_precision.recipe_context import RecipeContext, context_of
-from sweep.mixed_precision.shapes import candidate_misfits, misfit_lines, token_scale_line
+from sweep.mixed_precision.shapes import candidate_misfits, misfit_lines
 from sweep.mixed_precision.summary import Figures, figures_of, front_points, uniform_points
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.plan.trials import SweepPlan
@@ -268,10 +268,8 @@ def _is_served(uniform: MixedRecipe, rules: Rules) -> bool:
 
 
 def _shapes(target: Target, candidates: Candidates) -> list[str]:
-    """Layer groups that a format is left out for, a line a kernel, and what several ranks compute otherwise."""
-    formats = [candidate.format for candidate in candidates.formats]
-    line = token_scale_line(target, formats, candidates.groups)
-    return [*misfit_lines(target, candidate_misfits(target, candidates)), *([] if line is None else [line])]
+    """Layer groups that a format is left out for, a line a kernel."""
+    return [*misfit_lines(target, candidate_misfits(target, candidates))]
 
 
 def _results_at(out: Path) -> OutputDirectory:

@@ -16,7 +16,7 @@ from sweep.formats.mixed import RECIPE_BEGINS
 from sweep.mixed_precision.candidates import Candidates, read_candidates, sized
 from sweep.mixed_precision.knapsack import Problem, cost_range
 from sweep.mixed_precision.recipe import SIXTEEN, Budget, problem_of, recipe_of_choice, rules_of, solved
-from sweep.mixed_precision.shapes import candidate_misfits, misfit_lines, token_scale_line
+from sweep.mixed_precision.shapes import candidate_misfits, misfit_lines, other_ranks_line
 from sweep.mixed_precision.summary import Figures, Ranked, figures_of, front_points, ranked, uniform_points
 from sweep.report.plots import FRONT_BEGINS, Point, front_picture
 from sweep.run.resources import own_device
@@ -58,7 +58,7 @@ class Tables(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     recipe: str  # the file
     scored: Scored
-    shapes: list[str] = []  # layer groups that a format is left out for, a line a kernel of the target
+    shapes: list[str] = []  # formats that are left out, a line a reason: the target's kernels, its number of ranks
     rank: list[Ranked] | None = None
     front: list[Point] | None = None
     uniform: list[Point] | None = None
@@ -104,7 +104,7 @@ def solve_command(request: Request) -> int:
     labels, trial = {each.label for each in usable}, candidates.trial
     scored = Scored(recipes=len(candidates.formats), usable=len(usable), dataset=trial.dataset, size=trial.size)
     shapes = [*misfit_lines(target, [each for each in left_out if each.label in labels])]
-    if (line := token_scale_line(target, made.formats.values(), candidates.groups)) is not None:
+    if (line := other_ranks_line(target, candidates)) is not None:
         shapes.append(line)
     tables = Tables(recipe=str(out), scored=scored, shapes=shapes)
     if request.rank:

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from rich.console import Console
 
-from sweep.config.targets import LIKELIEST
+from sweep.config.targets import LIKELIEST, target_called
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
 from sweep.core.screen import say, show_table
@@ -164,12 +164,13 @@ def render(recipe: MixedRecipe, rows: Sequence[Measured], dtype: str, served: Se
 
 def _candidates_of(context: RecipeContext) -> Candidates:
     """The store's candidates for the recipe's model and samples. Raises: SweepError: there are none."""
-    config, recipe = context.config, context.recipe
+    config, recipe, target = context.config, context.recipe, target_called(context.recipe.target)
     typed = [
         f"store.uri={config.store.uri}",
         f"dataset={recipe.dataset}",
         f"dataset.size={recipe.size}",
         f"sensitivity.coverage={recipe.coverage}",
+        f"target.tp={target.tp if target is not None else 1}",
     ]
     candidates = read_candidates(Store(config.store.uri), typed)
     if candidates.trial.model_revision != recipe.model_revision:

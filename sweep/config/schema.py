@@ -106,7 +106,10 @@ class SensitivityConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetConfig(Section):
-    """The recipes that one runtime on one kind of hardware runs; see `sweep.config.targets`. No score depends on it."""
+    """The recipes that one runtime on one kind of hardware runs; see `sweep.config.targets`.
+
+    Of it scores depend on `tp` alone, and only those of inputs with a range a token: see `Format.on_ranks`.
+    """
 
     name: str  # [a-z0-9_]+
     runtime: str  # its name and hardware, for people
@@ -229,7 +232,10 @@ def to_plain(config: SweepConfig) -> dict[str, Json]:
 
 
 def to_record(config: SweepConfig) -> dict[str, Json]:
-    """The plain config for a trial's record: without target and validation, on which no score depends."""
+    """The plain config for a trial's record: without validation, on which no score depends, and target.
+
+    What a score depends on of the target is a column of the row, `tp`.
+    """
     return {section: node for section, node in to_plain(config).items() if section not in ("target", "validation")}
 
 

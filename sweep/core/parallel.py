@@ -33,6 +33,11 @@ def is_row_parallel(module: str) -> bool:
     return _ROW.fullmatch(module) is not None
 
 
+def rank_inputs(module: str, n_inputs: int, tp: int) -> int:
+    """Inputs of a linear that each of `tp` ranks has. Raises: SweepError: `tp` does not divide what has to be split."""
+    return _divided(n_inputs, tp, f"inputs of {module}") if is_row_parallel(module) else n_inputs
+
+
 def rank_part(linear: Linear, tp: int, kv_heads: int | None) -> RankPart:
     """The part of a linear that each of `tp` ranks has.
 
@@ -45,10 +50,8 @@ def rank_part(linear: Linear, tp: int, kv_heads: int | None) -> RankPart:
     """
     leaf = linear.name.rpartition(".")[2]
     n_parts = _JOINED.get(leaf, 1)
-    n_inputs, n_outputs = linear.n_inputs, linear.n_outputs // n_parts
-    if is_row_parallel(linear.name):
-        n_inputs = _divided(n_inputs, tp, f"inputs of {linear.name}")
-    elif _KEYS_VALUES.fullmatch(linear.name) and kv_heads is not None and tp > kv_heads:
+    n_inputs, n_outputs = rank_inputs(linear.name, linear.n_inputs, tp), linear.n_outputs // n_parts
+    if _KEYS_VALUES.fullmatch(linear.name) and kv_heads is not None and tp > kv_heads:
         _divided(tp, kv_heads, "ranks among the key-value heads", tp)
         n_outputs = _divided(n_outputs, kv_heads, f"outputs of {linear.name}")
     elif _COLUMN.fullmatch(linear.name):

@@ -1,11 +1,12 @@
 """A number format of linears: both quantizers, the calibration algorithm, and whose scales linears share."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final
+from typing import Final, Self
 
 from sweep.core.pairs import Algorithm, Scales
+from sweep.core.parallel import rank_inputs
 from sweep.formats.quantizer import UNQUANTIZED_BITS, Canonical, Quantizer
 
 # Algorithms that multiply the inputs by a pre-quantization scale, found on samples.
@@ -21,11 +22,36 @@ class Format:
     inputs: Quantizer | None
     algorithm: Algorithm  # ModelOpt's, which finds calibration ranges (amax) and pre-quantization scales
     scales: Scales  # whether the linears of a group share the ranges of whole tensors and the pre-quantization scale
+    tp: int = 1  # ranks that each find the inputs' range of a token over their own inputs; see `on_ranks`
 
     @property
     def quantizers(self) -> tuple[Quantizer, ...]:
         """Those of weights and inputs that are quantized."""
         return tuple(each for each in (self.weight, self.inputs) if each is not None)
+
+    def on_ranks(self, tp: int) -> Self:
+        """The format on a target of `tp` ranks; the same one but for inputs with a dynamic range a token.
+
+        Each rank finds that range over the inputs that it has: of a row-parallel linear a part of them. Calibrated
+        ranges are the checkpoint's on every rank, and shorter blocks lie in one rank.
+        """
+        return replace(self, tp=tp if self.inputs is not None and self.inputs.is_per_token else 1)
+
+    def of_linear(self, module: str, n_inputs: int) -> Self:
+        """The format as one linear computes it: a range a token and rank is one a block of the linear's inputs.
+
+        Args:
+            module: the linear's name, which tells whether its inputs are split.
+            n_inputs: of the whole linear.
+
+        Returns: a format of `tp` 1.
+
+        Raises: SweepError: the ranks do not divide the linear's inputs.
+        """
+        if self.tp == 1 or self.inputs is None:
+            return self
+        length = rank_inputs(module, n_inputs, self.tp)
+        return replace(self, tp=1, inputs=self.inputs if length == n_inputs else self.inputs.with_blocks(length))
 
     @property
     def calibrates_inputs(self) -> bool:
@@ -93,7 +119,8 @@ class Format:
     @property
     def input_id(self) -> str:
         """Equal for formats that quantize inputs alike."""
-        return self.inputs.id if self.inputs is not None else ""
+        ranks = f" tp={self.tp}" if self.tp > 1 else ""
+        return f"{self.inputs.id}{ranks}" if self.inputs is not None else ""
 
     @cached_property
     def id(self) -> str:

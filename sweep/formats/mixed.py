@@ -24,12 +24,13 @@ from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, Attributes, Qua
 
 RECIPE_VERSION: Final = 1  # of the file's layout
 RECIPE_BEGINS: Final = re.compile(rb"recipe_version: \d+\nname: ")  # by which such a file is known again
+# Keys that may be missing: `tp` is left out where it is 1, files of earlier programs lack the others.
+_OPTIONAL: Final = frozenset({"tp", "samples", "dtype", "store"})
 _NESTED: Final = frozenset({"formats", "groups"})  # keys whose values are looked at one by one
 Value = str | int | float | bool | None  # of a key that a user may type
-_LATER: Final = frozenset({"samples", "dtype", "store"})  # keys that files of earlier programs lack
 
 
-class _FormatNode(msgspec.Struct, kw_only=True):
+class _FormatNode(msgspec.Struct, kw_only=True, omit_defaults=True):
     """A format in the file."""
 
     quant_pair: str
@@ -38,6 +39,7 @@ class _FormatNode(msgspec.Struct, kw_only=True):
     scales: Scales
     weight: Attributes | None  # of ModelOpt's QuantizerAttributeConfig
     inputs: Attributes | None
+    tp: int = 1
 
 
 class _GroupNode(msgspec.Struct, kw_only=True):
@@ -202,6 +204,7 @@ def _format_node(chosen: GroupFormat) -> _FormatNode:
         scales=chosen.scales,
         weight=weight,
         inputs=inputs,
+        tp=chosen.tp,
     )
 
 
@@ -225,7 +228,7 @@ def _format(node: _FormatNode) -> GroupFormat:
         scales=node.scales,
         weight=None if node.weight is None else Quantizer(node.weight),
         inputs=None if node.inputs is None else Quantizer(node.inputs),
-    )
+    ).on_ranks(node.tp)
 
 
 def _choice(node: _GroupNode, formats: Mapping[str, GroupFormat], where: str) -> GroupChoice:
@@ -252,6 +255,8 @@ def _read(document: dict[str, Any], where: str) -> _RecipeNode:
         if isinstance(algorithm := _mapping(node, place).get("algorithm"), str):
             require_known(f"calibration algorithm of {place}", algorithm, ALGORITHMS)
         _check_keys(node, _FormatNode, place)
+        if node.get("tp", 1) < 1:
+            raise SweepError(f"{place}: tp is {node['tp']}, no number of ranks. Have `sweep solve` write it again.")
         for name, quantizer in zip(("weight", "inputs"), QUANTIZERS, strict=True):
             fields = {key: value for key, value in (node[name] or {}).items() if key != COST_HINT}
             check_fields(quantizer, fields, place)
@@ -271,7 +276,7 @@ def _check_keys(node: Any, kind: type, where: str) -> None:
     hints = hints_of(kind)
     for key in _mapping(node, where):
         require_known(f"key in {where}", str(key), hints)
-    if missing := [name for name in hints if name not in node and name not in _LATER]:
+    if missing := [name for name in hints if name not in node and name not in _OPTIONAL]:
         raise SweepError(f"{where} lacks {missing[0]!r}. Have `sweep solve` write it again.")
     for key, value in node.items():
         if key not in _NESTED and not fits(value, hints[key]):

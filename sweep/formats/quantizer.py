@@ -106,6 +106,15 @@ class Quantizer:
         return elements
 
     @property
+    def is_per_token(self) -> bool:
+        """Whether each row has a dynamic range over all of its elements."""
+        return self.is_dynamic and self.block_lengths == {-1: None}
+
+    def with_blocks(self, length: int) -> "Quantizer":
+        """The same with blocks of that length along a linear's inputs."""
+        return Quantizer({**self.attributes, "block_sizes": {**self.block_sizes, -1: length}})
+
+    @property
     def scale_bits(self) -> BlockValue:
         """Exponent and mantissa bits of the blocks' scales; None: float32."""
         return self.block_sizes.get("scale_bits")

@@ -83,6 +83,7 @@ def resolve(
     lm_head: bool,
     algorithm: str,
     scales: Scales = "private",
+    tp: int = 1,
 ) -> Recipe:
     """The recipe of one pair under one granularity.
 
@@ -94,6 +95,7 @@ def resolve(
         lm_head: drops the entries that disable lm_head.
         algorithm: how ranges are found.
         scales: whether linears of a group share ranges.
+        tp: ranks that linears are split over.
 
     Raises:
         InvalidRecipe: the two make no recipe that ModelOpt can run.
@@ -122,7 +124,7 @@ def resolve(
         dropped |= _LM_HEAD_PATTERNS
     entries = [entry for entry in entries if entry.quantizer_name not in dropped]
     weight, inputs = (_quantizer(entries, name) for name in QUANTIZERS)
-    found = Format(weight=weight, inputs=inputs, algorithm=algorithm, scales=scales)
+    found = Format(weight=weight, inputs=inputs, algorithm=algorithm, scales=scales).on_ranks(tp)
     _check_formats(found)
     _check_algorithm(found)
     _check_labels(pair, found)

@@ -12,6 +12,7 @@ from sweep.config.schema import StoreConfig, SweepConfig, from_record, to_plain
 from sweep.core.errors import SweepError
 from sweep.core.groups import LayerGroup
 from sweep.core.sizes import SIZES
+from sweep.core.text import count
 from sweep.formats.format import GroupFormat
 from sweep.formats.quantizer import UNQUANTIZED_BITS
 from sweep.plan.subject import Model, checkpoint_dir
@@ -41,6 +42,7 @@ class Candidates:
     groups: tuple[LayerGroup, ...]  # in the model's order
     formats: tuple[Candidate, ...]
     elements: Mapping[str, int] | None  # of the model: see SweepPlan.models; None: the store does not know them
+    other_ranks: tuple[str, ...] = ()  # labels of formats that were scored on other numbers of ranks than the target's
 
     @property
     def weights(self) -> FloatArray:
@@ -111,6 +113,7 @@ def read_candidates(store: Store, overrides: Sequence[str], points: Sequence[Swe
     asked = points[0]
     rows = finished_trials(store, overrides, [to_plain(point) for point in points])
     configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
+    rows, others = _of_target(rows, configs)
     _check_one_kind(rows, configs)
     largest = max((row.size for row in rows), key=SIZES.__getitem__)
     rows = _of_one_revision([row for row in rows if row.size == largest], configs)
@@ -141,7 +144,34 @@ def read_candidates(store: Store, overrides: Sequence[str], points: Sequence[Swe
         groups=groups,
         formats=tuple(candidates.values()),
         elements=elements,
+        other_ranks=tuple(sorted({format_of(configs[row.trial_id]).label for row in others} - candidates.keys())),
     )
+
+
+def _of_target(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]) -> tuple[list[TrialRow], list[TrialRow]]:
+    """Trials whose inputs' ranges a token were found as the target's ranks find them, and the others.
+
+    Args:
+        rows: to part; those of formats without such ranges are every target's.
+        configs: their composed configs, by trial, with the target.
+
+    Raises: SweepError: there are no trials of the first kind.
+    """
+    found: list[TrialRow] = []
+    for row in rows:
+        config = configs[row.trial_id]
+        if row.tp == config.target.tp or row.tp == recipe_of(config).format.tp:
+            found.append(row)
+    if not found:
+        tp = configs[rows[0].trial_id].target.tp
+        there = ", ".join(sorted({f"target.tp={row.tp}" for row in rows}))
+        raise SweepError(
+            f"Every trial of that kind in the store was scored for {there}: its inputs have a range a token and rank, "
+            f"and other ones on {count(tp, 'rank')}. Type the same `sweep run` with target.tp={tp}, or solve for "
+            f"{there}."
+        )
+    ids = {row.trial_id for row in found}
+    return found, [row for row in rows if row.trial_id not in ids]
 
 
 def _groups(table: pa.Table) -> tuple[LayerGroup, ...]:
@@ -171,6 +201,7 @@ def format_of(config: SweepConfig) -> GroupFormat:
         inputs=recipe.format.inputs,
         algorithm=recipe.format.algorithm,
         scales=recipe.format.scales,
+        tp=recipe.format.tp,
     )
 
 

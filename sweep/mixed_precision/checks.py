@@ -1,5 +1,7 @@
 """Checks of a recipe file, which may have been edited by hand: its model, layer groups, formats and cells."""
 
+from dataclasses import replace
+
 import msgspec
 
 from sweep.config.compose import expand
@@ -90,7 +92,8 @@ def check_cells(recipe: MixedRecipe, config: SweepConfig, store: Store) -> None:
             )
         if cell_id not in scored:
             record = msgspec.json.decode(row.config)
-            scored[cell_id] = recipe_of(from_record(record, config.target, config.validation)).format
+            target = replace(config.target, tp=row.tp)
+            scored[cell_id] = recipe_of(from_record(record, target, config.validation)).format
         chosen = recipe.format_of(choice)
         if chosen is not None and chosen.id != scored[cell_id].id:
             raise SweepError(
@@ -115,6 +118,7 @@ def _named(chosen: GroupFormat, recipe: MixedRecipe) -> Format | None:
         f"sensitivity.quant_algorithm={chosen.algorithm}",
         f"sensitivity.scales={chosen.scales}",
         f"sensitivity.coverage={recipe.coverage}",
+        f"target.tp={chosen.tp}",
     ]
     try:
         return recipe_of(expand(typed, multirun=False).points[0]).format
@@ -123,7 +127,8 @@ def _named(chosen: GroupFormat, recipe: MixedRecipe) -> Format | None:
 
 
 def _check_blocks(chosen: GroupFormat, linear: Linear) -> None:
-    for lengths in (each.block_lengths for each in chosen.quantizers):
+    on_rank = chosen.of_linear(linear.name, linear.n_inputs)  # refuses parts that are not equal
+    for lengths in (each.block_lengths for each in on_rank.quantizers):
         for axis, size, word in ((-1, linear.n_inputs, "inputs"), (-2, linear.n_outputs, "outputs")):
             length = lengths.get(axis)
             if length is not None and size % length:

@@ -257,4 +257,6 @@ def _content(recipe: MixedRecipe) -> str:
             words.append([modules, chosen.algorithm, chosen.scales, written(chosen.weight), written(chosen.inputs)])
         if chosen is not None and chosen.rounds_scales:  # validations of before measured scales in float32
             words.append("bfloat16 scales")
+        if chosen is not None and chosen.tp > 1:
+            words.append(f"tp={chosen.tp}")
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()

@@ -283,6 +283,7 @@ def rules_of(
         raise SweepError(
             f"target={target.name} runs none of {count(len(formats), 'scored recipe')} as it is ({found}). "
             f"Score what it runs: sweep run -m grid=deployable target={target.name}"
+            + (f" target.tp={target.tp}" if target.tp > 1 else "")
         )
     return Rules(
         pins=pins, excludes=excludes, uniform_layer=uniform_layer, allowed=lambda each: runs_natively(target, each)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from sweep.config.targets import Target
 from sweep.core.errors import SweepError
-from sweep.core.groups import LayerGroup, Linear, short_group
-from sweep.core.parallel import RankPart, is_row_parallel, rank_part
+from sweep.core.groups import LayerGroup, Linear
+from sweep.core.parallel import RankPart, rank_part
 from sweep.core.text import count
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
@@ -112,22 +112,13 @@ def misfit_lines(target: Target, found: Sequence[Misfit]) -> Iterator[str]:
         yield f"no {', '.join(labels)} for {n} ({example}); {_rule(target, first)}"
 
 
-def token_scale_line(target: Target, formats: Iterable[GroupFormat], groups: Collection[LayerGroup]) -> str | None:
-    """What was scored otherwise than several ranks compute it; None: nothing.
-
-    Scales of inputs a token are found on each rank, over its part of a row-parallel linear's inputs, and were scored
-    over all of them: finer than what was scored.
-    """
-    per_token = [
-        each.label for each in formats if each.inputs is not None and None in each.inputs.block_lengths.values()
-    ]
-    split = [group for group in groups if is_row_parallel(group.name)]
-    if target.tp == 1 or not per_token or not split:
+def other_ranks_line(target: Target, candidates: Candidates) -> str | None:
+    """The formats that are no candidates for want of scores on the target's number of ranks; None: there are none."""
+    if not candidates.other_ranks:
         return None
-    names = ", ".join(sorted({short_group(group.name, group.modules).rpartition(".")[2] for group in split}))
     return (
-        f"{', '.join(per_token)}: scored with one scale a token; {names} have one a token and rank on "
-        f"{target.tp} ranks, over fewer inputs"
+        f"no {', '.join(candidates.other_ranks)}: their inputs have a range a token and rank, and were scored on other "
+        f"numbers of ranks than {target.tp} alone; the same sweep run with target.tp={target.tp} scores them"
     )
 
 

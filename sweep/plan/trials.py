@@ -48,6 +48,7 @@ class PlannedTrial:
     model_revision: str
     dataset_revision: str
     dtype: str  # that the model computes in: float32, bfloat16
+    tp: int  # of its format: see Format.on_ranks
     cell_id: str | None  # None: no valid recipe, see reason
     task_id: str | None
     reason: str | None
@@ -183,16 +184,18 @@ class _Planner:
         ]
         asked += _variant(point)
         name = f"{point.quant_pair.name}-{point.quant_granularity.name}-{point.dataset.size}"
+        format_ = None if task_id is None else self.tasks[task_id].format
         return PlannedTrial(
             trial_id=f"{name}-{_hash(asked)[:10]}",
             config=point,
             model_revision=model.revision,
             dataset_revision=digest,
             dtype=point.model.dtype_on(self.device),
+            tp=1 if format_ is None else format_.tp,
             cell_id=cell_id,
             task_id=task_id,
             reason=reason,
-            score_version=str(SCORE_VERSION) if task_id is None else score_version(self.tasks[task_id].format),
+            score_version=str(SCORE_VERSION) if format_ is None else score_version(format_),
         )
 
     def elements(self) -> dict[str, dict[str, int]]:
@@ -202,6 +205,7 @@ class _Planner:
     def _enter(self, point: SweepConfig, model: Model, plan_id: str, digest: str) -> tuple[str, str]:
         recipe = recipe_of(point)
         groups = self._covered(model, recipe)
+        _check_ranks(point, recipe.format, model, groups)
         _check_block_size(recipe.format, model, groups)
         dtype = point.model.dtype_on(self.device)
         common = {
@@ -219,6 +223,8 @@ class _Planner:
             common["scales"] = "fused"
         if recipe.format.rounds_scales:
             common["score_version"] = score_version(recipe.format)
+        if recipe.format.tp > 1:
+            common["tp"] = recipe.format.tp
         cell_id = _hash(common | {"data": digest})[:20]
         task_id = _hash(common | {"plan": plan_id})[:20]
         task = self.tasks.get(task_id)
@@ -351,6 +357,7 @@ def recipe_of(point: SweepConfig) -> Recipe:
         lm_head=point.sensitivity.lm_head,
         algorithm=point.sensitivity.quant_algorithm,
         scales=point.sensitivity.scales,
+        tp=point.target.tp,
     )
 
 
@@ -384,6 +391,22 @@ def _covered_groups(model: Model, recipe: Recipe) -> tuple[ShapedGroup, ...]:
             "Choose sensitivity.coverage=all_layers, or another model."
         )
     return groups
+
+
+def _check_ranks(point: SweepConfig, format_: Format, model: Model, groups: Sequence[ShapedGroup]) -> None:
+    """Refuse ranges a token and rank that are not scored.
+
+    Raises:
+        InvalidRecipe: engine=modelopt, which has one format for all linears.
+        SweepError: the ranks do not divide the inputs of a linear.
+    """
+    if format_.tp > 1 and point.sensitivity.engine == "modelopt":
+        raise InvalidRecipe(
+            f"sensitivity.engine=modelopt has one range a token for all inputs of a linear; target.tp={format_.tp} "
+            "has one a token and rank. Type target.tp=1, or sensitivity.engine=layerwise."
+        )
+    for module in (module for group in groups for module in group.modules):
+        format_.of_linear(module, model.linears[module].n_inputs)
 
 
 def _check_block_size(format_: Format, model: Model, groups: Sequence[ShapedGroup]) -> None:

@@ -159,6 +159,7 @@ def row_of(trial: PlannedTrial, state: TrialState, reason: str | None, run_id: s
     attributes = {name: attrgetter(key)(trial.config) for name, key in ATTRIBUTES.items()} | {"dtype": trial.dtype}
     return TrialRow(
         **attributes,
+        tp=trial.tp,
         trial_id=trial.trial_id,
         cell_id=trial.cell_id,
         model_revision=trial.model_revision,

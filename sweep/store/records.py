@@ -10,7 +10,8 @@ import pyarrow as pa
 # Each schema names its version. A reader refuses a newer one and upgrades an older one.
 SCHEMA_VERSION = 1  # of scores and validations; 1: first layout
 # 2: algorithm, scales and dtype are columns; before, the config named the first two, and the trial id hid the third.
-TRIALS_VERSION = 2
+# 3: tp is a column; before, all ranges a token were found over all inputs.
+TRIALS_VERSION = 3
 
 UNKNOWN: Final = "unknown"  # shown for an attribute that an older program has not recorded
 
@@ -99,6 +100,7 @@ class TrialRow:
     algorithm: str  # ModelOpt's calibration algorithm
     scales: str  # whether the linears of a layer group share their per-tensor scales: fused, private
     dtype: str | None  # that the model computed in: float32, bfloat16; None: an older program has not recorded it
+    tp: int = 1  # ranks that each find the inputs' range of a token; 1 for formats without one: see Format.on_ranks
     state: TrialState
     reason: str | None  # why it failed or was skipped
     config: str  # composed config, JSON
@@ -113,15 +115,16 @@ class TrialRow:
 
     @property
     def variant(self) -> list[str]:
-        """Values that do not go without saying: ``["mse", "fused"]``."""
-        return [value for name, usual in USUAL.items() if (value := getattr(self, name)) != usual]
+        """Values that do not go without saying: ``["mse", "fused", "tp8"]``."""
+        found = [value for name, usual in USUAL.items() if (value := getattr(self, name)) != usual]
+        return [*found, *([f"tp{self.tp}"] if self.tp > 1 else [])]
 
     @property
     def title(self) -> str:
-        """``tiny, wfp8_afp8, default, algorithm max, scales private, dtype float32``."""
+        """``tiny, wfp8_afp8, default, algorithm max, scales private, dtype float32``, and ``tp 8`` if it is not 1."""
         pair, granularity, *others = self.recipe
         named = (f"{name} {value}" for name, value in zip(VARIANT, others, strict=True))
-        return ", ".join([self.model, pair, granularity, *named])
+        return ", ".join([self.model, pair, granularity, *named, *([f"tp {self.tp}"] if self.tp > 1 else [])])
 
     @property
     def setting(self) -> str:
@@ -134,11 +137,12 @@ class TrialRow:
         return f"scales {self.scales}, dtype {self.dtype or UNKNOWN}"
 
 
+_COLUMNS: Final[dict[type, pa.DataType]] = {datetime: pa.timestamp("us", tz="UTC"), int: pa.int32()}
 TRIALS_SCHEMA = pa.schema(
     [
         pa.field(
             name,
-            pa.timestamp("us", tz="UTC") if hint is datetime else pa.string(),
+            _COLUMNS.get(hint, pa.string()),
             nullable=type(None) in get_args(hint),
         )
         for name, hint in get_type_hints(TrialRow).items()

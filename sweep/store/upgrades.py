@@ -60,7 +60,13 @@ def _trials_2(table: pa.Table) -> pa.Table:
     added = [unrecorded(row, msgspec.json.decode(row["config"])) for row in rows]
     for name in ("algorithm", "scales", "dtype"):
         table = table.append_column(TRIALS_SCHEMA.field(name), _texts([row[name] for row in added]))
-    return table.select(TRIALS_SCHEMA.names)
+    return table.select([name for name in TRIALS_SCHEMA.names if name != "tp"])
+
+
+def _trials_3(table: pa.Table) -> pa.Table:
+    """Trials of version 2 with a column for their ranks: one."""
+    ones = pa.repeat(pa.scalar(1, pa.int32()), len(table))
+    return table.append_column(TRIALS_SCHEMA.field("tp"), ones).select(TRIALS_SCHEMA.names)
 
 
 def _texts(values: Sequence[str | None]) -> pa.Array:
@@ -73,4 +79,4 @@ def _texts(values: Sequence[str | None]) -> pa.Array:
 
 # By version: the function that makes a file's rows those of the next version. A table's columns tell which it is:
 # version 1 of scores and of validations is today's.
-UPGRADES: Final[dict[int, Callable[[pa.Table], pa.Table]]] = {1: _trials_2}
+UPGRADES: Final[dict[int, Callable[[pa.Table], pa.Table]]] = {1: _trials_2, 2: _trials_3}

@@ -48,8 +48,11 @@ def calibrated_linears(
             empty where neither the algorithm nor a static range of the inputs needs them.
         chosen: the format, one that its algorithm can calibrate (sweep.formats.recipe.resolve). Linears share the range
             of the whole tensor and the pre-quantization scale if its scales are "fused", and scales of packed
-            integers are values of bfloat16 then (Format.rounds_scales).
+            integers are values of bfloat16 then (Format.rounds_scales). On several ranks the inputs' quantizer is the
+            one that these linears have there (Format.of_linear).
     """
+    (name, first_OI), *_ = weights.items()
+    chosen = chosen.of_linear(name, first_OI.shape[1])
     linears: Any = _quant_linears(weights, chosen)
     _run(chosen.algorithm, linears, x_batches)
     found = {

@@ -46,6 +46,10 @@ class Job:
     format: Format
     sizes: Mapping[str, int]  # number of leading segments, by size
 
+    def of_linear(self, module: str, weight_OI: Tensor) -> "Job":
+        """The same with the format as a linear computes it; see Format.of_linear."""
+        return replace(self, format=self.format.of_linear(module, weight_OI.shape[1]))
+
 
 @dataclass(frozen=True, slots=True)
 class _Column:
@@ -118,6 +122,7 @@ class Engine:
         called = [module for module in weights if module in rows]
         if not called:
             return lambda: None
+        jobs = [job.of_linear(name, weights[name]) for job in jobs]
         with torch.cuda.device_of(weights[name]):  # nothing on a CPU
             reason = self._weights.not_finite(weights) or _not_finite_input([rows[module] for module in called])
             if reason is not None:

@@ -63,7 +63,8 @@ class KlEngine:
             reason = f"the unquantized model's output for sample {sample} is NaN or infinite."
         if reason is not None:
             return lambda: [NotFinite.of(modules[0], job.name, reason) for job in jobs]
-        started = [self._start(modules[0], weights, job) for job in jobs]
+        (name, weight), *_ = weights.items()
+        started = [self._start(modules[0], weights, job.of_linear(name, weight)) for job in jobs]
         return lambda: [finish() for finish in started]
 
     def _start(self, group: str, weights: Mapping[str, Tensor], job: Job) -> Callable[[], Scores]:

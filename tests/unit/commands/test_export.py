@@ -501,6 +501,21 @@ def test_a_format_that_was_edited_after_it_was_scored_is_refused(
     assert run("csv", "out.csv", other=replace(recipe, formats={**recipe.formats, chosen.label: same})) == 0
 
 
+def test_a_score_on_other_ranks_than_the_recipes_is_refused(
+    tmp_path: Path, run: Callable[..., int], recipe: MixedRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = ["quant_pair=wint8_aint8", "quant_granularity=a_per_token_dynamic"]
+    point = expand(typed, multirun=False).points[0]
+    row = replace(scored_row(recipe, config=json.dumps(to_record(point))), tp=2)
+    Store(str(tmp_path / "store")).write_trials("r", [row])
+    chosen, scored = recipe.formats[recipe.groups[0].format or ""], recipe_of_point(point).format
+    whole = replace(chosen, weight=scored.weight, inputs=scored.inputs, algorithm="max")
+    assert run("csv", "out.csv", other=replace(recipe, formats={**recipe.formats, chosen.label: whole})) == 2
+    assert f"is of another format than {chosen.label!r} of the recipe" in capsys.readouterr().err
+    split = whole.on_ranks(2)
+    assert run("csv", "out.csv", other=replace(recipe, formats={**recipe.formats, chosen.label: split})) == 0
+
+
 @pytest.mark.parametrize(
     ("config", "files", "options"),
     [

@@ -195,6 +195,14 @@ def test_a_validation_in_other_arithmetic_is_not_the_recipes(recipe: MixedRecipe
     assert [one == other for one, other in zip(*ids.values(), strict=True)] == [False, True]
 
 
+def test_a_validation_on_another_number_of_ranks_is_another(recipe: MixedRecipe) -> None:
+    ids: list[set[str]] = []
+    for name in ("int8_channel_token", "int8_channel_static"):
+        formats = [group_format(name, *FORMATS[name]).on_ranks(tp) for tp in (1, 2, 4)]
+        ids.append({_identity(recipe_of([each]), "held out", "float32", "cpu") for each in formats})
+    assert list(map(len, ids)) == [3, 1]
+
+
 def test_samples_that_calibrated_are_refused(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ from workers.export.layout import Inexpressible
 from workers.export.readback import check_export
 from workers.model.checkpoint import checkpoint_names
 from workers.model.loading import load
+from workers.quant.applied import calibrated_model
 from workers.quant.linear import LinearQuant
 
 SOURCE = bundled_model_dir()
@@ -92,6 +93,24 @@ def test_each_linear_reads_in_transformers_what_it_reads_in_our_model(
     assert max(strays.values()) < SUMS
     torch.testing.assert_close(found, expected, rtol=SUMS, atol=SUMS)
     assert kl(base(input_ids=token_ids, use_cache=False).logits, expected) > KL  # the quantization is there at all
+
+
+@torch.no_grad()
+def test_a_range_a_token_and_rank_is_one_a_token_in_the_checkpoint(tmp_path: Path, base: Any) -> None:
+    """Each rank that loads its part of it finds its own."""
+    whole = group_format("int8_channel_token", *FORMATS["int8_channel_token"])
+    configs: list[str] = []
+    for chosen in (whole, whole.on_ranks(2)):
+        recipe, directory = recipe_of([chosen]), tmp_path / str(chosen.tp)
+        directory.mkdir()
+        quants = calibrated_model(base, [], recipe)
+        lengths = {name: quant.inputs and quant.inputs.block_lengths[-1] for name, quant in quants.items()}
+        down_proj = next(name for name in lengths if name.endswith("down_proj"))
+        assert lengths[down_proj] == {1: None, 2: 192}[chosen.tp]
+        write_checkpoint(SOURCE, directory, recipe, quants, LINEARS)
+        check_export(directory, SOURCE, recipe, quants, LINEARS)
+        configs.append((directory / "config.json").read_text())
+    assert configs[0] == configs[1]
 
 
 @pytest.mark.parametrize("names", OF_MODELOPTS_RANGES, ids=name_of)

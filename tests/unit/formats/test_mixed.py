@@ -59,6 +59,16 @@ def test_a_recipe_comes_back(recipe: MixedRecipe) -> None:
     assert read(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+def test_a_format_for_several_ranks_says_so_and_others_say_nothing() -> None:
+    each = [group_format(name, *FORMATS[name]).on_ranks(2) for name in ("int8_channel_token", "fp8_tensor_static")]
+    made = recipe_of(each)
+    document = yaml.safe_load(made.to_yaml())
+    assert [node.get("tp") for node in document["formats"].values()] == [2, None]
+    assert read(document) == made
+    with pytest.raises(SweepError, match="tp is 0, no number of ranks"):
+        read(put(document, ("formats", each[0].label, "tp"), 0))
+
+
 def test_any_value_in_any_place_gives_a_recipe_or_one_message(document: dict[str, Any]) -> None:
     """A recipe that is read can be written again and has a size; anything but a SweepError fails the test."""
     refused = 0

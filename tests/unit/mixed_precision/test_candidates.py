@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from sweep.config.compose import expand
+from sweep.config.targets import Target
 from sweep.core.errors import SweepError
 from sweep.formats.format import Format
 from sweep.mixed_precision.candidates import Candidates, read_candidates, sized
+from sweep.mixed_precision.shapes import other_ranks_line
 from sweep.plan.trials import recipe_of, score_version
 from sweep.store.store import Store
 from tests.scored import FP8, GROUPS, INT4, INT8, PREDICTED_KL, add, store_at
@@ -76,6 +78,25 @@ def test_a_recipe_scored_again_by_another_version_has_the_latest_predicted_kl(tm
     assert predicted_kl_of(found(tmp_path))[INT8] == [0.5] * 5
     add(store, FP8, [0.7] * 5, minute=2, versions='{"score": "2"}')
     assert predicted_kl_of(found(tmp_path)) == {FP8: [0.7] * 5}  # the others are scores of another kind
+
+
+def test_a_target_has_the_scores_of_its_number_of_ranks(tmp_path: Path) -> None:
+    """INT8 has a range a token; the other formats are every target's."""
+    store, others = store_at(tmp_path), {INT4: list(PREDICTED_KL[INT4]), FP8: list(PREDICTED_KL[FP8])}
+    without = found(tmp_path, "target.tp=2")
+    assert (predicted_kl_of(without), without.other_ranks) == (others, (INT8,))
+    line = other_ranks_line(Target.from_config(without.config.target), without)
+    assert line is not None
+    assert line.startswith(f"no {INT8}: ")
+    assert line.endswith("the same sweep run with target.tp=2 scores them")
+    split = [0.1, 0.2, 0.3, 0.4, 0.5]
+    add(store, INT8, split, minute=1, tp=2)
+    assert predicted_kl_of(found(tmp_path, "target.tp=2")) == {**others, INT8: split}
+    assert {each.format.label: each.format.tp for each in found(tmp_path, "target.tp=2").formats}[INT8] == 2
+    assert predicted_kl_of(found(tmp_path)) == {label: list(each) for label, each in PREDICTED_KL.items()}
+    assert found(tmp_path).other_ranks == found(tmp_path, "target.tp=2").other_ranks == ()
+    with pytest.raises(SweepError, match=r"scored for target\.tp=1, target\.tp=2: .*other ones on 4 ranks"):
+        found(tmp_path, "target.tp=4", "quant_pair=wint8_aint8")
 
 
 def test_only_formats_with_rounded_scales_must_be_of_todays_rounding(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidate, Candidates, read_candidates
 from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe_of_choice, rules_of, solved
-from sweep.mixed_precision.shapes import check_shapes, misfit_lines, misfits, token_scale_line
+from sweep.mixed_precision.shapes import check_shapes, misfit_lines, misfits
 from sweep.plan.subject import Model
 from tests.exports import recipe_of
 from tests.scored import store_at
@@ -163,14 +163,6 @@ def test_a_line_a_kernel_says_how_many_and_why() -> None:
         "inputs a multiple of 128, outputs of each sub-projection of 128: vllm-project/vllm"
     )
     assert lines[1].startswith(f"no {INT4} for 2 layer groups (layers.0.mlp.down_proj: 1216 inputs a rank")
-
-
-def test_scales_a_token_are_said_to_be_a_ranks() -> None:
-    formats = [format_called(FP8), format_called(INT4)]
-    assert token_scale_line(target(1), formats, groups()) is None
-    line = token_scale_line(target(8), formats, groups())
-    said = "scored with one scale a token; down_proj, o_proj have one a token and rank on 8 ranks, over fewer inputs"
-    assert line == f"{FP8}: {said}"
 
 
 def test_a_recipe_that_does_not_fit_is_refused_for_its_target() -> None:

@@ -280,6 +280,37 @@ def test_a_score_does_not_depend_on_the_target(own: list[str]) -> None:
     assert identities("vllm_sm90") == identities("trtllm_sm100")
 
 
+def test_ranges_a_token_and_rank_are_cells_of_their_own_and_all_else_is_shared(own: list[str]) -> None:
+    granularities = "quant_granularity=default,a_per_tensor_static,a_per_token_dynamic"
+    alone, split = (
+        plan(*own, "quant_pair=wint8_afp16,wint8_aint8", granularities, *tp) for tp in ([], ["target.tp=2"])
+    )
+    others = {
+        one.name: other.tp
+        for one, other in zip(alone.trials, split.trials, strict=True)
+        if (one.trial_id, one.cell_id, one.task_id) != (other.trial_id, other.cell_id, other.task_id)
+    }
+    assert others == {"wint8_aint8/a_per_token_dynamic/small": 2}
+    assert {one.tp for one in alone.trials} == {1}
+    assert plan(*own, "quant_pair=wint8_aint8", "quant_granularity=a_per_token_dynamic", "target.tp=1").trials == tuple(
+        one for one in alone.trials if one.name in others
+    )
+
+
+def test_ranks_that_cannot_share_inputs_are_refused_where_a_score_depends_on_them(own: list[str]) -> None:
+    typed = [*own, "quant_pair=wint8_aint8", "target.tp=3"]
+    assert plan(*typed, "quant_granularity=default").trials[0].cell_id is not None
+    with pytest.raises(SweepError, match=r"target\.tp=3: 3 do not divide the 128 inputs of .*o_proj"):
+        plan(*typed, "quant_granularity=a_per_token_dynamic")
+
+
+def test_stock_modelopt_does_not_score_ranges_a_token_and_rank(own: list[str]) -> None:
+    typed = [*own, "quant_pair=wint8_aint8", "quant_granularity=a_per_token_dynamic", "sensitivity.engine=modelopt"]
+    assert plan(*typed).trials[0].cell_id is not None
+    with pytest.raises(SweepError, match=r"sensitivity\.engine=modelopt has one range.*Type target\.tp=1, or"):
+        plan(*typed, "target.tp=2")
+
+
 def test_groups_that_do_not_divide_a_layers_inputs_are_refused_by_layer(tmp_path: Path, captions: Path) -> None:
     odd = save_checkpoint(tmp_path / "odd", "qwen3", hidden_size=96, intermediate_size=160)
     own = ["model=hf_causal_lm", f"model.path={odd}", "dataset=coco2017_captions", f"dataset.captions_path={captions}"]

@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from sweep.commands.recipes import by_recipe
 from sweep.config.targets import all_targets
-from sweep.report.files import manifest_identity
+from sweep.report.files import folder_of, manifest_identity
 from sweep.report.index import Manifest, render_index
 from sweep.report.render import largest, render_json, render_markdown, summary_table
 from sweep.report.rows import analyse, portable_config
@@ -254,6 +255,18 @@ def test_every_title_and_table_tells_algorithms_scales_and_dtypes_apart() -> Non
     lines = render_index(base, documents).splitlines()
     cells = [line.split(" | ")[1:4] for line in lines if line.startswith("| [")]
     assert cells == [list(variant.values()) for variant in VARIANTS]
+
+
+def test_titles_paths_and_tables_tell_numbers_of_ranks_apart_where_there_are_several() -> None:
+    alone, split = SMALL, replace(SMALL, trial=replace(SMALL.trial, tp=8))
+    assert largest([alone, split, split]) == [alone, split]
+    assert split.trial.title == f"{alone.trial.title}, tp 8"
+    assert folder_of(split.trial) == (*folder_of(alone.trial)[:-1], f"{folder_of(alone.trial)[-1]}-tp8")
+    schemes = [json.loads(render_json(analyse(one)))["scheme"] for one in (alone, split)]
+    assert schemes[1] == schemes[0] | {"name": f"{schemes[0]['name']}_tp8", "tp": 8}
+    counted = by_recipe((one.trial, "done") for one in (alone, split))
+    assert [each.attributes["tp"] for each in counted] == ["1", "8"]
+    assert "tp" not in by_recipe([(alone.trial, "done")])[0].attributes
 
 
 def manifest(kl: float, **more: Any) -> Manifest:
