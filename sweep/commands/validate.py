@@ -167,9 +167,11 @@ def _candidates_of(context: RecipeContext) -> Candidates:
     config, recipe, target = context.config, context.recipe, target_called(context.recipe.target)
     typed = [
         f"store.uri={config.store.uri}",
+        f"model.name={recipe.model}",
         f"dataset={recipe.dataset}",
         f"dataset.size={recipe.size}",
         f"sensitivity.coverage={recipe.coverage}",
+        *{f"sensitivity.scales={each.scales}" for each in recipe.formats.values()},  # of one kind: one store's cells
         f"target.tp={target.tp if target is not None else 1}",
     ]
     candidates = read_candidates(Store(config.store.uri), typed)

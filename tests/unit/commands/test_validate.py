@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from sweep.cli import main
+from sweep.commands.validate import wanted
 from sweep.config.compose import expand
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.format import Format
@@ -21,12 +23,13 @@ from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidate, Candidates
 from sweep.mixed_precision.measured import _identity, random_mixes, uniform_recipes, validate
 from sweep.mixed_precision.recapture import recaptured_kl
-from sweep.mixed_precision.recipe_context import RecipeContext, context_of
+from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of
 from sweep.plan.subject import Model, samples_of
 from sweep.store.records import TrialRow
 from tests.exports import FORMATS, apply, recipe_of
 from tests.floors import sample_logits
 from tests.formats import group_format
+from tests.scored import FP8, INT8, add, store_at
 from workers.data.batches import make_plan
 from workers.model.loading import load
 from workers.quant.applied import calibrated_model
@@ -302,3 +305,22 @@ def test_recaptured_kl_has_the_shape_of_the_options(
     assert np.isinf(kl).sum() == np.isinf(kl[0, 1]) == 1
     assert (kl[np.isfinite(kl)] > 0).all()
     assert np.median(kl[1:, 1]) > np.median(kl[1:, 0])  # four bits hurt more than eight
+
+
+def test_uniform_recipes_are_those_of_the_recipes_own_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One store has private and fused scales, and another model."""
+    monkeypatch.chdir(tmp_path)
+    store = store_at(tmp_path / "store")
+    for recipe, kl in ((FP8, 0.02), (INT8, 0.004)):
+        add(store, recipe, [kl] * 5, "sensitivity.scales=fused", minute=1, scales="fused")
+    add(store, FP8, [0.5] * 5, "sensitivity.scales=fused", "model.name=other", minute=2, model="other")
+    typed = [f"store.uri={tmp_path / 'store'}", "sensitivity.scales=fused", "model.name=qwen3_vl_tiny"]
+    assert main(["solve", "--bits", "8", *typed, "--out", "mix.yaml"]) == 0
+    capsys.readouterr()
+    recipe = MixedRecipe.from_yaml(Path("mix.yaml").read_text(), "mix.yaml")
+    context: Any = SimpleNamespace(recipe=recipe, config=config_of(recipe, []))
+    request: Any = SimpleNamespace(n_random=0, uniform=True, groups=None)
+    found = [each.predicted_kl for kind, each in wanted(context, request) if kind == "uniform"]
+    assert sorted(found) == pytest.approx([0.02, 0.1])  # not those of private scales, 0.012 and 0.0155
