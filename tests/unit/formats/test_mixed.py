@@ -60,13 +60,14 @@ def test_a_recipe_comes_back(recipe: MixedRecipe) -> None:
 
 
 def test_a_format_for_several_ranks_says_so_and_others_say_nothing() -> None:
-    each = [group_format(name, *FORMATS[name]).on_ranks(2) for name in ("int8_channel_token", "fp8_tensor_static")]
+    each = [group_format(name, *FORMATS[name]).on_ranks(2) for name in ("fp8_tensor_static", "int8_channel_token")]
     made = recipe_of(each)
     document = yaml.safe_load(made.to_yaml())
-    assert [node.get("tp") for node in document["formats"].values()] == [2, None]
+    assert [node.get("tp") for node in document["formats"].values()] == [None, 2]
     assert read(document) == made
-    with pytest.raises(SweepError, match="tp is 0, no number of ranks"):
-        read(put(document, ("formats", each[0].label, "tp"), 0))
+    for tp, said in ((0, "tp is 0, no number of ranks"), (5, r"target\.tp=5: 5 do not divide the")):
+        with pytest.raises(SweepError, match=said):
+            read(put(document, ("formats", each[1].label, "tp"), tp))
 
 
 def test_any_value_in_any_place_gives_a_recipe_or_one_message(document: dict[str, Any]) -> None:

@@ -292,9 +292,8 @@ def test_ranges_a_token_and_rank_are_cells_of_their_own_and_all_else_is_shared(o
     }
     assert others == {"wint8_aint8/a_per_token_dynamic/small": 2}
     assert {one.tp for one in alone.trials} == {1}
-    assert plan(*own, "quant_pair=wint8_aint8", "quant_granularity=a_per_token_dynamic", "target.tp=1").trials == tuple(
-        one for one in alone.trials if one.name in others
-    )
+    typed = ["quant_pair=wint8_aint8", "quant_granularity=a_per_token_dynamic", "target.tp=1"]
+    assert plan(*own, *typed).trials == tuple(one for one in alone.trials if one.name in others)
 
 
 def test_ranks_that_cannot_share_inputs_are_refused_where_a_score_depends_on_them(own: list[str]) -> None:
