@@ -35,8 +35,8 @@ from sweep.core.groups import LayerGroup
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import GroupChoice, MixedRecipe
+from sweep.mixed_precision import candidates
 from sweep.plan.subject import Model, samples_of
-from sweep.plan.trials import recipe_of
 from tests.bench.setup import TEXT_4B, VISION_4B, random_4b, report, seconds
 from workers.export.calibrated import calibrated
 from workers.export.checkpoint import write_checkpoint
@@ -95,15 +95,7 @@ def format_of(name: str) -> GroupFormat:
     """A recipe of the target as it is served: scales shared inside fused groups."""
     pair, granularity = name.split("/")
     words = [f"quant_pair={pair}", f"quant_granularity={granularity}", "sensitivity.scales=fused"]
-    found = recipe_of(expand(words, multirun=False).points[0]).format
-    return GroupFormat(
-        quant_pair=pair,
-        quant_granularity=granularity,
-        weight=found.weight,
-        inputs=found.inputs,
-        algorithm=found.algorithm,
-        scales=found.scales,
-    )
+    return candidates.format_of(expand(words, multirun=False).points[0])
 
 
 def uniform(model: Model, name: str) -> MixedRecipe:

@@ -19,8 +19,8 @@ from sweep.core.errors import InvalidRecipe
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
+from sweep.mixed_precision import candidates
 from sweep.plan.subject import Model
-from sweep.plan.trials import recipe_of as recipe_of_point
 from tests.exports import recipe_of
 from workers.export.calibrated import calibrated
 from workers.export.checkpoint import write_checkpoint
@@ -72,15 +72,7 @@ def format_of(point: Point) -> GroupFormat:
     """The format as it is served: scales shared inside fused groups."""
     pair, granularity, algorithm = point
     words = [f"quant_pair={pair}", f"quant_granularity={granularity}", f"sensitivity.quant_algorithm={algorithm}"]
-    found = recipe_of_point(expand([*words, "sensitivity.scales=fused"], multirun=False).points[0]).format
-    return GroupFormat(
-        quant_pair=pair,
-        quant_granularity=granularity,
-        weight=found.weight,
-        inputs=found.inputs,
-        algorithm=found.algorithm,
-        scales=found.scales,
-    )
+    return candidates.format_of(expand([*words, "sensitivity.scales=fused"], multirun=False).points[0])
 
 
 @dataclass(frozen=True)

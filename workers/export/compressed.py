@@ -21,7 +21,7 @@ from sweep.core.groups import Linear
 from sweep.core.json import Json
 from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import Quantizer
-from workers.export.layout import Inexpressible, Packing
+from workers.export.layout import Packing, by_label
 from workers.export.schemes import quantizer_of, scheme_of
 from workers.export.weights import input_scales, packed, unpacked
 from workers.quant.linear import LinearQuant
@@ -136,14 +136,7 @@ def schemes_of(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:
 
     Raises: Inexpressible: a format that compressed-tensors cannot express, with the first group that has it.
     """
-    schemes: dict[str, QuantizationScheme] = {}
-    for choice in recipe.groups:
-        if choice.format is not None and choice.format not in schemes:
-            try:
-                schemes[choice.format] = scheme_of(choice.format, recipe.formats[choice.format])
-            except Inexpressible as error:
-                raise Inexpressible(f"{choice.group.name}: {error}") from None
-    return schemes
+    return by_label(recipe, scheme_of)
 
 
 def read_schemes(directory: Path, linears: Sequence[Linear]) -> dict[str, QuantizationScheme]:

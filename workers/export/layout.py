@@ -1,8 +1,8 @@
 """Checkpoint formats, as the writer and the check of an export see them: how linears and their format are held."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,13 +10,35 @@ from torch import Tensor
 from sweep.core.errors import SweepError
 from sweep.core.groups import Linear
 from sweep.core.json import Json
+from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import Quantizer
 from workers.quant.linear import LinearQuant
 
+Expressed = TypeVar("Expressed")
+
 
 class Inexpressible(SweepError):
     """A recipe that a file format cannot express."""
+
+
+def by_label(recipe: MixedRecipe, express: Callable[[str, GroupFormat], Expressed]) -> dict[str, Expressed]:
+    """What a checkpoint format makes of each format that a group has, by the format's label.
+
+    Args:
+        recipe: the format of each layer group.
+        express: of a label and its format.
+
+    Raises: Inexpressible: a format that it cannot express, with the first group that has it.
+    """
+    found: dict[str, Expressed] = {}
+    for choice in recipe.groups:
+        if choice.format is not None and choice.format not in found:
+            try:
+                found[choice.format] = express(choice.format, recipe.formats[choice.format])
+            except Inexpressible as error:
+                raise Inexpressible(f"{choice.group.name}: {error}") from None
+    return found
 
 
 class Packing(Protocol):

@@ -36,7 +36,7 @@ from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import ATTRIBUTE_DEFAULTS, Attributes, BlockValue, Quantizer
 from workers.export.folding import scaled_rows
-from workers.export.layout import Inexpressible, Packing
+from workers.export.layout import Inexpressible, Packing, by_label
 from workers.quant.block_formats import mx_exponents, nvfp4_scales
 from workers.quant.calibration import fake_quantized, smoothed_weight
 from workers.quant.linear import LinearQuant
@@ -292,14 +292,7 @@ def _refuse(label: str, field: str, found: object, allowed: str) -> Inexpressibl
 
 def _formats_of(recipe: MixedRecipe) -> dict[str, tuple[str, int]]:
     """ModelOpt's name and block length of each format of a recipe, by label."""
-    found: dict[str, tuple[str, int]] = {}
-    for choice in recipe.groups:
-        if choice.format is not None and choice.format not in found:
-            try:
-                found[choice.format] = format_of(choice.format, recipe.formats[choice.format])
-            except Inexpressible as error:
-                raise Inexpressible(f"{choice.group.name}: {error}") from None
-    return found
+    return by_label(recipe, format_of)
 
 
 @cache
