@@ -7,7 +7,6 @@ from torch import nn
 
 from sweep.core.groups import LayerGroup
 from sweep.core.pairs import Algorithm, Scales
-from sweep.core.sizes import Size
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import GroupChoice, MixedRecipe
 from tests.formats import group_format
@@ -33,7 +32,7 @@ def format_of(name: str, algorithm: Algorithm = "max", scales: Scales = "private
 
 
 def recipe_of(
-    model: nn.Module, formats: Sequence[GroupFormat | None], size: Size = "small", covered: str = ""
+    model: nn.Module, formats: Sequence[GroupFormat | None], size: str = "small", covered: str = ""
 ) -> MixedRecipe:
     """The groups of the linears whose name contains `covered` get the formats in turn; None: left in 16 bits."""
     linears = {

@@ -19,7 +19,7 @@ from sweep.config.compose import expand
 from sweep.config.targets import Target
 from sweep.core.exits import EXIT_DONE
 from sweep.core.screen import say
-from sweep.core.sizes import SIZES
+from sweep.core.sizes import n_samples_of
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision import speeds
@@ -293,7 +293,7 @@ def planned_candidates(plan: SweepPlan) -> Candidates:
         plan: of one model and one data set.
     """
     trials = [trial for trial in plan.trials if trial.cell_id is not None and trial.task_id is not None]
-    first = max(trials, key=lambda trial: SIZES[trial.config.dataset.size])
+    first = max(trials, key=lambda trial: n_samples_of(trial.config.dataset.size))
     groups = plan.tasks[first.task_id or ""].groups
     formats = {found.label: (found, trial.cell_id or "") for trial in trials for found in [format_of(trial.config)]}
     return Candidates(

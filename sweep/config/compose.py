@@ -28,6 +28,7 @@ from sweep.config.targets import Target
 from sweep.core import cache
 from sweep.core.errors import SweepError, require_known
 from sweep.core.paths import bundled_model_dir, conf_dir
+from sweep.core.sizes import n_samples_of, size_name
 from sweep.core.typed import Plain, Section
 
 _Nodes: TypeAlias = dict[str, dict[str, Plain]]  # composed, by group
@@ -92,6 +93,11 @@ def expand(overrides: Sequence[str], *, multirun: bool, default_grid: str = "non
 def to_yaml(config: SweepConfig) -> str:
     """The composed config for people to read."""
     return yaml.safe_dump(to_plain(config), sort_keys=False)
+
+
+def quoted(value: str) -> str:
+    """A text as the value of an override, whatever characters it has."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _expand(overrides: Sequence[str], multirun: bool, default_grid: str) -> Grid:
@@ -283,12 +289,21 @@ def _point(
 
 
 def _fill_in(nodes: _Nodes) -> None:
-    """Fill in values that follow from others: the model's name from its path, the store's absolute path."""
-    model, store = nodes["model"], nodes["store"]
-    path, uri = model.get("path"), store.get("uri")
-    if model.get("name") is None and path is None:
+    """Fill in values that follow from others: names from paths, a size's name, the store's absolute path."""
+    model, dataset, uri = nodes["model"], nodes["dataset"], nodes["store"].get("uri")
+    if model.get("path") is None and model.get("name") is None:
         model["name"] = bundled_model_dir().name
-    elif model.get("name") is None and isinstance(path, str) and path != "???":
-        model["name"] = re.sub(r"[^a-z0-9]+", "_", Path(path).name.lower()).strip("_") or None
+    for named in (model, dataset):
+        path = named.get("path")
+        if named.get("name") is None and isinstance(path, str) and path != "???":
+            named["name"] = _slug(path)
+    if isinstance(size := dataset.get("size"), int | str):
+        dataset["size"] = size_name(n_samples_of(str(size)))
     if isinstance(uri, str) and "://" not in uri:
-        store["uri"] = str(Path(uri).expanduser().absolute())
+        nodes["store"]["uri"] = str(Path(uri).expanduser().absolute())
+
+
+def _slug(path: str) -> str | None:
+    """A name for what lies at a path: ``chats_2`` for ``/data/Chats-2.jsonl``; None: nothing is left of it."""
+    name = re.sub(r"\.(jsonl?|parquet|arrow|txt)$", "", Path(path).name.lower())
+    return re.sub(r"[^a-z0-9]+", "_", name).strip("_") or None

@@ -14,14 +14,25 @@ from sweep.core.groups import Coverage
 from sweep.core.json import Json
 from sweep.core.machine import Device
 from sweep.core.pairs import GranularityConfig, PairConfig, Scales
-from sweep.core.sizes import Size
+from sweep.core.sizes import n_samples_of
 from sweep.core.typed import Plain, Section
 
 _NAME = re.compile(r"[a-z0-9_]+")
-_SINCE: Mapping[str, Mapping[str, str]] = {  # of keys that earlier configs lack
+_SINCE: Mapping[str, Mapping[str, Plain]] = {  # of keys that earlier configs lack
+    "dataset": {
+        "path": None,
+        "split": None,
+        "column": None,
+        "loss": "all",
+        "answers": "file",
+        "answer_tokens": 256,
+        "max_pixels": None,
+    },
+    "calibration": {"n_samples": None},
     "sensitivity": {"scales": "private"},
     "cluster": {"address": "local", "dashboard": "auto"},
 }
+OWN_KINDS = ("text", "images", "chat")  # of data sets that users bring
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +54,27 @@ class ModelConfig(Section):
 class DatasetConfig(Section):
     """The samples that calibrate and score."""
 
-    name: str  # [a-z0-9_]+, in published paths
-    # Texts shipped with the bundled model; drawn images; a file or hub data set.
-    kind: Literal["bundled", "scenes", "captions"]
-    size: Size  # 16, 128, 512 samples; each a prefix of the next
+    name: str | None  # [a-z0-9_]+, in published paths; None: a slug of the path
+    # Texts shipped with the bundled model; drawn pictures, with captions or with questions and answers; captions of a
+    # file or a hub data set; texts, pictures with captions, or conversations of her own.
+    kind: Literal["bundled", "scenes", "scenes_chat", "captions", "text", "images", "chat"]
+    size: str  # small, medium, large: 16, 128, 512 samples; or a number of them; each a prefix of the next
     max_tokens: int  # tokens; longer samples are cut
-    captions_path: str | None  # text file, one caption a line; wins over the hub
-    hub_id: str | None  # Hugging Face data set
+    captions_path: str | None  # of captions: text file, one caption a line; wins over the hub
+    hub_id: str | None  # of captions: Hugging Face data set
     hub_split: str | None
     hub_column: str | None  # text, or list of texts of which the first counts
+    path: str | None  # of text, images, chat: file, directory or hub id
+    split: str | None  # of a hub id
+    column: str | None  # of text, images: that holds the text; of chat: the messages; None: the usual names
+    loss: Literal["all", "answers"]  # tokens that are predicted: all, or the assistant's
+    # Of chat: the file's own, or the last of each conversation written by the unquantized model, drawn or greedy.
+    answers: Literal["file", "model", "model_greedy"]
+    answer_tokens: int  # tokens; the longest answer that the model writes
+    max_pixels: int | None  # of a picture, which is scaled down to them; None: as the model's processor has it
 
     def __post_init__(self) -> None:
+        n_samples_of(self.size)
         if self.max_tokens < 2:
             raise SweepError(
                 f"dataset.max_tokens={self.max_tokens} leaves no token to predict. Type at least 2; 512 is the default."
@@ -64,6 +85,34 @@ class DatasetConfig(Section):
                 f"Data set {self.name!r} names no source. "
                 "Type dataset.captions_path=FILE, or dataset.hub_id, hub_split and hub_column."
             )
+        if self.kind in OWN_KINDS and self.path is None:
+            raise SweepError(f"dataset={self.kind} reads files of yours. Type dataset.path=PATH.")
+        if self.kind not in OWN_KINDS and self.path is not None:
+            raise SweepError(
+                f"dataset.path={self.path} is no key of data set {self.name!r}. "
+                f"Type dataset={', dataset='.join(OWN_KINDS)}, whichever it holds."
+            )
+        is_chat = self.kind in ("chat", "scenes_chat")
+        for key, value, usual in (("loss", self.loss, "all"), ("answers", self.answers, "file")):
+            if not is_chat and value != usual:
+                raise SweepError(
+                    f"dataset.{key}={value} is about conversations; data set {self.name!r} has none. "
+                    f"Type dataset.{key}={usual}, or dataset=chat."
+                )
+        for key, number in (("answer_tokens", self.answer_tokens), ("max_pixels", self.max_pixels)):
+            if number is not None and number < 1:
+                raise SweepError(f"dataset.{key}={number} is not allowed. Type a number above 0.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationConfig(Section):
+    """The samples that find calibration ranges, where they are others than those that are scored."""
+
+    n_samples: int | None  # leading ones of the data set, at least as many as are scored; None: those of dataset.size
+
+    def __post_init__(self) -> None:
+        if self.n_samples is not None and self.n_samples < 2:
+            raise SweepError(f"calibration.n_samples={self.n_samples} is not allowed. Type at least 2, or null.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +185,9 @@ class ValidationConfig(Section):
 
     n_samples: int  # after those of the data set that calibrated and scored
     captions_path: str | None  # or the first of this text file, one caption a line
+    # Or the first of other data sets: options of the group `dataset`, with their paths, place by place.
+    dataset: str | list[str] | None
+    path: str | list[str | None] | None
 
     def __post_init__(self) -> None:
         if not 2 <= self.n_samples <= 512:
@@ -197,6 +249,7 @@ class SweepConfig:
 
     model: ModelConfig
     dataset: DatasetConfig
+    calibration: CalibrationConfig
     quant_pair: PairConfig
     quant_granularity: GranularityConfig
     sensitivity: SensitivityConfig
@@ -214,6 +267,12 @@ class SweepConfig:
                     f"{section}.name={node.name!r} is no name. It becomes part of paths: "
                     "use lower-case letters, digits and _ only."
                 )
+        n_samples = self.calibration.n_samples
+        if n_samples is not None and n_samples < n_samples_of(self.dataset.size):
+            raise SweepError(
+                f"calibration.n_samples={n_samples} are fewer than dataset.size={self.dataset.size} scores "
+                f"({n_samples_of(self.dataset.size)}). Type at least that many, or null."
+            )
         for key, value, other in (("method", "kl_div", "gradient"), ("engine", "modelopt", "layerwise")):
             if self.cluster.gpus_per_worker > 1 and getattr(self.sensitivity, key) == value:
                 raise SweepError(

@@ -16,7 +16,6 @@ import yaml
 from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import Coverage, LayerGroup
 from sweep.core.pairs import ALGORITHMS, Algorithm, Scales
-from sweep.core.sizes import Size
 from sweep.core.typed import Plain, describe, fits, hints_of
 from sweep.formats.fields import QUANTIZERS, check_fields
 from sweep.formats.format import GroupFormat
@@ -63,7 +62,7 @@ class _RecipeNode(msgspec.Struct, kw_only=True):
     model_path: str | None
     dataset: str
     dataset_revision: str
-    size: Size
+    size: str
     coverage: Coverage
     target: str | None
     samples: dict[str, Value] | None = None
@@ -104,7 +103,7 @@ class MixedRecipe:
     model_path: str | None  # None: the bundled model
     dataset: str  # that calibrated and scored
     dataset_revision: str  # of it, in the size used
-    size: Size
+    size: str
     coverage: Coverage
     target: str | None  # runtime and hardware that it was made for
     # Where it came from; None: an earlier program has not recorded it.

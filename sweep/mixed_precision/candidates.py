@@ -11,7 +11,7 @@ from sweep.config.compose import expand
 from sweep.config.schema import StoreConfig, SweepConfig, from_record, to_plain
 from sweep.core.errors import SweepError
 from sweep.core.groups import LayerGroup
-from sweep.core.sizes import SIZES
+from sweep.core.sizes import n_samples_of
 from sweep.core.text import count
 from sweep.formats.format import GroupFormat
 from sweep.formats.quantizer import UNQUANTIZED_BITS
@@ -115,7 +115,7 @@ def read_candidates(store: Store, overrides: Sequence[str], points: Sequence[Swe
     configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
     rows, others = _of_target(rows, configs)
     _check_one_kind(rows, configs)
-    largest = max((row.size for row in rows), key=SIZES.__getitem__)
+    largest = max((row.size for row in rows), key=n_samples_of)
     rows = _of_one_revision([row for row in rows if row.size == largest], configs)
     tables = {row.cell_id: store.scores(row.cell_id) for row in rows if row.cell_id is not None}
     first = next(iter(tables.values()))

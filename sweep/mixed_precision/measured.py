@@ -13,7 +13,7 @@ import pyarrow as pa
 from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
 from sweep.core.json import Json
-from sweep.core.sizes import SIZES
+from sweep.core.sizes import n_samples_of
 from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import Quantizer
 from sweep.mixed_precision.candidates import Candidates
@@ -118,7 +118,7 @@ def validate(
 def held_out(context: RecipeContext) -> tuple[Plan, str]:
     """Batches of the samples to validate on, and their digest. Raises: SweepError: as `held_out_samples`."""
     plan = context.model.plan(held_out_samples(context))
-    return plan, plan.digest(list(SIZES)[len(plan.segments) - 1])
+    return plan, plan.digest(plan.size)
 
 
 def held_out_samples(context: RecipeContext) -> list[Sample]:
@@ -127,7 +127,7 @@ def held_out_samples(context: RecipeContext) -> list[Sample]:
     Raises: SweepError: too few, or one of them calibrated.
     """
     config, recipe, model = context.config, context.recipe, context.model
-    n_seen, n_wanted = SIZES[recipe.size], config.validation.n_samples
+    n_seen, n_wanted = n_samples_of(recipe.size), config.validation.n_samples
     if config.validation.captions_path is not None:
         own = replace(config.dataset, kind="captions", captions_path=config.validation.captions_path)
         samples = samples_of(own, model, n_wanted)
@@ -144,7 +144,7 @@ def held_out_samples(context: RecipeContext) -> list[Sample]:
     if again := [
         number
         for number, sample in enumerate(samples)
-        if sample.token_ids.tobytes() in seen and sample.pixel_values is None
+        if sample.token_ids.tobytes() in seen and not sample.pictures
     ]:
         raise SweepError(
             f"{len(again)} of the {len(samples)} samples to validate on calibrated the recipe, the first is number "
@@ -183,7 +183,7 @@ def _measurer(
         [choice.group for choice in context.recipe.groups],
         recipes,
         calibration,
-        list(plan.batches(list(SIZES)[len(plan.segments) - 1])),
+        list(plan.batches(plan.size)),
     )
 
 

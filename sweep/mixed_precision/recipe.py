@@ -217,8 +217,9 @@ def recipe_of_choice(
 def _samples(dataset: DatasetConfig) -> dict[str, Value]:
     """What a recipe records of its data set's configuration beside name and size; a file by its absolute path."""
     found = {key: value for key, value in asdict(dataset).items() if key not in ("name", "size")}
-    if dataset.captions_path is not None:
-        found["captions_path"] = str(Path(dataset.captions_path).expanduser().absolute())
+    for key, path in (("captions_path", dataset.captions_path), ("path", dataset.path)):
+        if path is not None and (local := Path(path).expanduser()).exists():  # else a hub id
+            found[key] = str(local.absolute())
     return found
 
 

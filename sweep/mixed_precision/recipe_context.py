@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweep.config.compose import expand
-from sweep.config.schema import DatasetConfig, ModelConfig, StoreConfig, SweepConfig
+from sweep.config.compose import expand, quoted
+from sweep.config.schema import OWN_KINDS, DatasetConfig, ModelConfig, StoreConfig, SweepConfig
 from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
-from sweep.core.sizes import SIZES
+from sweep.core.sizes import n_samples_of
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_recipe
 from sweep.plan.subject import Model, checkpoint_dir, samples_of
@@ -70,10 +70,11 @@ def config_of(recipe: MixedRecipe, overrides: Sequence[str]) -> SweepConfig:
     Raises: SweepError: the recipe records keys of the data set that do not exist.
     """
     keys = {override.split("=")[0].lstrip("+~") for override in overrides}
-    given = [] if "dataset" in keys else [f"dataset={recipe.dataset}"]
+    given = [] if "dataset" in keys else _dataset_overrides(recipe)
     config = expand([*given, f"dataset.size={recipe.size}", *overrides], multirun=False).points[0]
     if recipe.samples is not None and "dataset" not in keys:
         recorded = {key: value for key, value in recipe.samples.items() if f"dataset.{key}" not in keys}
+        recorded |= {} if "dataset.name" in keys else {"name": recipe.dataset}
         config = replace(config, dataset=DatasetConfig.from_node("dataset", asdict(config.dataset) | recorded))
     if recipe.store is not None and keys.isdisjoint({"store", "store.uri"}):
         config = replace(config, store=StoreConfig(uri=recipe.store))
@@ -83,6 +84,14 @@ def config_of(recipe: MixedRecipe, overrides: Sequence[str]) -> SweepConfig:
     if recipe.dtype is not None and "model.dtype" not in keys:
         model = ModelConfig.from_node("model", asdict(model) | {"dtype": recipe.dtype})
     return replace(config, model=model)
+
+
+def _dataset_overrides(recipe: MixedRecipe) -> list[str]:
+    """The option of the group `dataset` that a recipe's samples are of, with their path if that needs one."""
+    samples = recipe.samples or {}
+    if samples.get("kind") not in OWN_KINDS:
+        return [f"dataset={recipe.dataset}"]
+    return [f"dataset={samples['kind']}", f"dataset.path={quoted(str(samples['path']))}"]
 
 
 def load_context(recipe_path: str, overrides: Sequence[str]) -> RecipeContext:
@@ -102,7 +111,7 @@ def context_of(recipe: MixedRecipe, config: SweepConfig) -> RecipeContext:
     """
     model = Model(checkpoint_dir(config.model))
     check_recipe(recipe, model)
-    samples = samples_of(config.dataset, model, SIZES[recipe.size])
+    samples = samples_of(config.dataset, model, n_samples_of(recipe.size))
     plan = model.plan(samples)
     if plan.digest(recipe.size) != recipe.dataset_revision:
         raise SweepError(

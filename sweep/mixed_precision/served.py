@@ -274,7 +274,7 @@ class _Meter:
         for start in range(0, len(texts), _MOST):
             some = texts[start : start + _MOST]
             plan = self._context.model.plan([Sample(token_ids=text) for text in some])
-            batches = list(plan.batches(list(SIZES)[len(plan.segments) - 1]))
+            batches = list(plan.batches(plan.size))
             these, listed = np.split(listed, [sum(map(len, some)) - len(some)])
             found.append(score_tokens(self._model, self._quants, batches, these))
         return concatenated(found)
@@ -354,7 +354,7 @@ class _Job:
 def _texts(context: RecipeContext) -> list[Int64Array]:
     """Token ids of the validation samples. Raises: SweepError: they have pictures."""
     samples = held_out_samples(context)
-    if any(sample.pixel_values is not None for sample in samples):
+    if any(sample.pictures for sample in samples):
         raise SweepError(
             "The validation samples have pictures, and a prompt of token ids carries none. "
             "Give texts to validate on: validation.captions_path=FILE."

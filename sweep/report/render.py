@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from sweep.config.targets import Target
 from sweep.core.groups import short_group
-from sweep.core.sizes import SIZES
+from sweep.core.sizes import n_samples_of
 from sweep.report.analysis import summarize
 from sweep.report.markdown import columns_text, facts_table, groups_table, kinds_table, sentences
 from sweep.report.rows import Report
@@ -117,7 +117,7 @@ def largest(finished: Iterable[FinishedTrial]) -> list[FinishedTrial]:
     best: dict[tuple[str, ...], FinishedTrial] = {}
     for one in finished:
         key = tuple(str(getattr(one.trial, name) or UNKNOWN) for name in (*ATTRIBUTES, "tp") if name != "size")
-        if key not in best or SIZES[best[key].trial.size] < SIZES[one.trial.size]:
+        if key not in best or n_samples_of(best[key].trial.size) < n_samples_of(one.trial.size):
             best[key] = one
     return [*best.values()]
 

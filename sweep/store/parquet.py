@@ -47,11 +47,13 @@ def encode(table: pa.Table, path: str, *, short_lived: bool = False) -> bytes:
 
 
 def _dictionaries(table: pa.Table) -> bool | list[str]:
-    """Columns that get a dictionary: of scores the texts alone.
+    """Columns that get a dictionary: of scores the texts, and the samples' predictions, equal in all rows.
 
     Of per-sample scores, all different, one makes the file larger, and takes three quarters of the time.
     """
-    return ["cell_id", "group", "modules.list.element"] if "sample_scores" in table.column_names else True
+    if "sample_scores" not in table.column_names:
+        return True
+    return ["cell_id", "group", "modules.list.element", "sample_predictions.list.element"]
 
 
 def decode(data: bytes, path: str, where: str, schema: pa.Schema) -> pa.Table:
@@ -79,11 +81,11 @@ def decode(data: bytes, path: str, where: str, schema: pa.Schema) -> pa.Table:
         if digest is not None and digest != _digest(table, path):
             raise Damaged(f"{where} is damaged: its rows were changed, or belong elsewhere, after they were written.")
         for step in range(version, known):
-            if step not in UPGRADES:
+            if (upgrade := UPGRADES.get((schema.names[0], step))) is None:
                 raise Damaged(
                     f"{where} is damaged: schema version {version} is older than any that this program upgrades."
                 )
-            table = UPGRADES[step](table)
+            table = upgrade(table)
         return table.cast(schema)  # pyarrow calls a list's items otherwise once they have been in a file
     except (pa.ArrowException, ValueError, OSError) as error:
         raise Damaged(f"{where} is damaged: {str(error).splitlines()[0]}") from error

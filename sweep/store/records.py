@@ -7,8 +7,12 @@ from typing import Final, Literal, get_args, get_type_hints
 import msgspec
 import pyarrow as pa
 
+from sweep.core.batches import TOKEN_KINDS
+
 # Each schema names its version. A reader refuses a newer one and upgrades an older one.
-SCHEMA_VERSION = 1  # of scores and validations; 1: first layout
+SCHEMA_VERSION = 1  # of validations; 1: first layout
+# 2: scores by kind of token, and predictions a sample; before, a row had its score and that of each sample.
+SCORES_VERSION = 2
 # 2: algorithm, scales and dtype are columns; before, the config named the first two, and the trial id hid the third.
 # 3: tp is a column; before, all ranges a token were found over all inputs.
 TRIALS_VERSION = 3
@@ -36,8 +40,15 @@ SCORES_SCHEMA = pa.schema(
         pa.field("weight_rel_error", pa.float64()),  # sqrt(sum dW^2 / sum W^2)
         pa.field("input_amax", pa.float64()),  # largest |x| over the calibration tokens
         pa.field("sample_scores", pa.list_(pa.float32())),  # one a sample, in data set order; sums to `score`
+        pa.field("sample_predictions", pa.list_(pa.int32())),  # one a sample; sums to `n_predictions`
+        # The score by kind of the input token at whose position g and dy are taken, see sweep.core.batches.TOKEN_KINDS;
+        # they sum to `score`. NULL: scored by ModelOpt, or by an older program.
+        *(pa.field(f"score_{kind}", pa.float64()) for kind in TOKEN_KINDS),
+        pa.field("score_top_token", pa.float64()),  # largest of a single position; NULL as well where it is not known
+        # The samples' scores by kind, as `sample_scores`; NULL: all 0. What is left of those is the prompt's.
+        *(pa.field(f"sample_scores_{kind}", pa.list_(pa.float32())) for kind in TOKEN_KINDS if kind != "prompt"),
     ],
-    metadata={"schema_version": str(SCHEMA_VERSION)},
+    metadata={"schema_version": str(SCORES_VERSION)},
 )
 
 # One row a sample of one validation: `<store>/validations/<id>.parquet`.

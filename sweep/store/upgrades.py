@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from sweep.core.json import Json
-from sweep.store.records import TRIALS_SCHEMA
+from sweep.store.records import SCORES_SCHEMA, TRIALS_SCHEMA
 
 
 class _Model(msgspec.Struct):
@@ -77,6 +77,17 @@ def _texts(values: Sequence[str | None]) -> pa.Array:
     return pa.StringArray.from_buffers(len(values), *map(pa.py_buffer, (ends, b"".join(content), known)))
 
 
-# By version: the function that makes a file's rows those of the next version. A table's columns tell which it is:
-# version 1 of scores and of validations is today's.
-UPGRADES: Final[dict[int, Callable[[pa.Table], pa.Table]]] = {1: _trials_2, 2: _trials_3}
+def _scores_2(table: pa.Table) -> pa.Table:
+    """Scores of version 1 with columns for kinds of tokens, and for the samples' predictions: not known."""
+    for field in SCORES_SCHEMA:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(SCORES_SCHEMA.names)
+
+
+# By a table's first column and version: the function that makes its rows those of the next version.
+UPGRADES: Final[dict[tuple[str, int], Callable[[pa.Table], pa.Table]]] = {
+    ("trial_id", 1): _trials_2,
+    ("trial_id", 2): _trials_3,
+    ("cell_id", 1): _scores_2,
+}

@@ -1,12 +1,11 @@
 """Samples: captions of a file or of a data set of the hub, tokenized, with drawn scenes before them if configured."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from sweep.core.batches import Sample
+from sweep.core.batches import IMAGE, PROMPT, Picture, Sample
 from sweep.core.errors import SweepError
 from sweep.core.sizes import SIZES
 from workers.data.scenes import patches, scene
@@ -107,13 +106,21 @@ def with_scenes(
         pixel_values, grid = patches(scene(index).pixels)
         n_image_tokens = int(np.prod(grid)) // merge**2
         image = np.array([vision_start, *[image_token] * n_image_tokens, vision_end], dtype=np.int64)
+        token_ids = np.concatenate([image, caption.token_ids])
+        is_image = token_ids == image_token
+        picture = Picture(
+            content=f"scene {index}",
+            shape=pixel_values.shape,
+            n_rows=len(pixel_values),
+            tensors={"image_grid_thw": np.array([grid], dtype=np.int64)},
+            values=pixel_values,
+        )
         samples.append(
-            replace(
-                caption,
-                token_ids=np.concatenate([image, caption.token_ids]),
-                pixel_values=pixel_values,
-                image_grid_thw=grid,
-                image_token=image_token,
+            Sample(
+                token_ids=token_ids,
+                kinds=np.where(is_image, IMAGE, PROMPT).astype(np.uint8),
+                arrays={"mm_token_type_ids": is_image.astype(np.int64)},
+                pictures=(picture,),
             )
         )
     return samples

@@ -5,19 +5,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sweep.core.batches import Batch
+from workers.data.pictures import pixel_values
 
 
 def batch_to(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The batch's tensors as forward's keyword arguments."""
-    tensors = {key: torch.from_numpy(value).to(device) for key, value in batch.tensors.items()}
-    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
+    """The batch as forward's keyword arguments; the pixels of its pictures are read for it, and not kept.
+
+    Raises: OSError: the file of a picture is not on this machine.
+    """
+    arrays = {**batch.tensors, **batch.picture_tensors}
+    tensors = {key: torch.from_numpy(value).to(device) for key, value in arrays.items()}
+    if pixels := [torch.from_numpy(pixel_values(picture)) for picture in batch.all_pictures]:
+        tensors["pixel_values"] = torch.cat(pixels).to(device, dtype)
+    return tensors
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """Next-token labels [batch, tokens] in which a sample's last token predicts nothing (-100)."""
+    """Next-token labels [batch, tokens], -100 where none is predicted."""
     tokens = torch.from_numpy(batch.tensors["input_ids"]).flatten()
     labels = tokens.roll(-1)
-    labels[torch.tensor(batch.lengths).cumsum(0) - 1] = -100
+    labels[torch.from_numpy(~batch.predicts)] = -100
     return labels.view(batch.tensors["input_ids"].shape)
 
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from sweep.core.groups import Part, ShapedGroup
-from sweep.core.sizes import SIZES
+from sweep.core.sizes import n_samples_of
 from sweep.store.records import SCORES_SCHEMA
 from sweep.store.store import Store
 from workers.scoring.scores import GroupScore, PartScores
