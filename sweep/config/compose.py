@@ -97,7 +97,8 @@ def to_yaml(config: SweepConfig) -> str:
 
 def quoted(value: str) -> str:
     """A text as the value of an override, whatever characters it has."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"'{escaped}'"
 
 
 def _expand(overrides: Sequence[str], multirun: bool, default_grid: str) -> Grid:
