@@ -1,9 +1,10 @@
 """Formats from plain mappings of ModelOpt's attributes, and the engines' jobs with them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sweep.core.pairs import Algorithm, Scales
+from sweep.core.sizes import n_samples_of
 from sweep.formats.format import Format, GroupFormat
 from sweep.formats.quantizer import Quantizer
 
@@ -45,11 +46,15 @@ def job_of(
     name: str,
     weight: Fields | None,
     inputs: Fields | None,
-    sizes: Mapping[str, int],
+    sizes: Iterable[str],
     algorithm: Algorithm = "max",
     scales: Scales = "private",
 ) -> "Job":
-    """What an engine scores. Args: sizes: number of leading segments, by size."""
+    """What an engine scores."""
     from workers.scoring.gradient import Job  # it imports torch, which tests of formats do without
 
-    return Job(name=name, format=format_of(weight, inputs, algorithm, scales), sizes=sizes)
+    return Job(
+        name=name,
+        format=format_of(weight, inputs, algorithm, scales),
+        sizes={size: n_samples_of(size) for size in sizes},
+    )

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from sweep.core.groups import ShapedGroup
 from sweep.core.machine import Needs
-from sweep.core.sizes import SIZES
+from sweep.core.sizes import SIZES, n_samples_of
 from sweep.formats.format import Format
 from sweep.formats.recipe import Entry
 
@@ -37,6 +37,7 @@ class Task:
     format: Format  # of the groups' linears
     groups: tuple[ShapedGroup, ...]  # in the model's order
     cells: Mapping[str, str]  # cell id by size
+    calibration: str | None = None  # size that finds the inputs' ranges; None: each size its own
     needs: Needs  # of the GPU that scores it
 
     @property
@@ -45,10 +46,20 @@ class Task:
         return len(self.groups) * len(self.cells)
 
     @property
+    def samples(self) -> tuple[str, ...]:
+        """Sizes whose samples it needs, those that calibrate included."""
+        return (*self.cells, *([self.calibration] if self.calibration is not None else []))
+
+    @property
+    def has_ranges_by_size(self) -> bool:
+        """Whether each size has ranges of the inputs of its own."""
+        return self.format.calibrates_inputs and self.calibration is None
+
+    @property
     def cost(self) -> float:
         """Roughly its time on a part, scored together with other tasks, in products of all rows of the largest size."""
-        sizes = [SIZES[size] / max(SIZES.values()) for size in self.cells]
-        products = 0.0 if self.format.inputs is None else sum(sizes) if self.format.calibrates_inputs else max(sizes)
+        sizes = [n_samples_of(size) / max(SIZES.values()) for size in self.cells]
+        products = 0.0 if self.format.inputs is None else sum(sizes) if self.has_ranges_by_size else max(sizes)
         return _VISIT_COST + products
 
     @property
@@ -64,7 +75,7 @@ class Task:
         """Identities of the quantized inputs that scoring keeps, with their size where each has ranges of its own."""
         if self.format.inputs is None:
             return frozenset()
-        sizes = self.cells if self.format.calibrates_inputs else (None,)
+        sizes = self.cells if self.has_ranges_by_size else (None,)
         return frozenset((self.format.input_id, size) for size in sizes)
 
     def shares_capture_with(self, other: "Task") -> bool:

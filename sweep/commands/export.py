@@ -161,7 +161,7 @@ def export_checkpoint(
     linears = model.structure.linears
     layout = ModelOptLayout() if file_format == "modelopt-checkpoint" else COMPRESSED_TENSORS
     check_expressible(model.path, recipe, linears, layout)
-    batches = list(context.plan.batches(recipe.size))
+    batches = context.calibration
     loaded = load_model(context, own_device(context.config.cluster))  # as `validate` does, whose ranges these must be
     quants, compute = calibrated(loaded, recipe, linears, batches), Compute.of(loaded)
     with directory.filled() as partial:

@@ -23,6 +23,7 @@ from sweep.core.machine import Workers
 from sweep.core.screen import say, show_table
 from sweep.core.text import count, duration
 from sweep.core.threads import every
+from sweep.plan.prefixes import take_prefixes
 from sweep.plan.trials import SweepPlan, plan_sweep
 from sweep.report.files import folder_of
 from sweep.report.publish import check_ahead, publish
@@ -92,6 +93,8 @@ def run_prepared(prepared: Prepared, console: Console, started: float) -> int:
     store.drop_leftovers()
     root = _output_root(base, plan)
     set_aside = set(store.files.names("quarantine"))
+    if n_taken := take_prefixes(plan, store, workers.device):
+        say(console, f"{count(n_taken, 'cell')} taken from the samples' scores of larger sizes")
     session = Session(grid, plan, store)
     _say_set_aside(store, set_aside, console)
     if session.tasks:

@@ -273,6 +273,11 @@ class SweepConfig:
                 f"calibration.n_samples={n_samples} are fewer than dataset.size={self.dataset.size} scores "
                 f"({n_samples_of(self.dataset.size)}). Type at least that many, or null."
             )
+        if n_samples is not None and self.sensitivity.engine == "modelopt":
+            raise SweepError(
+                f"sensitivity.engine=modelopt calibrates on what it scores, not on calibration.n_samples={n_samples}. "
+                "Type calibration.n_samples=null, or sensitivity.engine=layerwise."
+            )
         for key, value, other in (("method", "kl_div", "gradient"), ("engine", "modelopt", "layerwise")):
             if self.cluster.gpus_per_worker > 1 and getattr(self.sensitivity, key) == value:
                 raise SweepError(

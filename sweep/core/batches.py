@@ -1,10 +1,10 @@
 """Batches: the samples that one forward pass sees, and the plan of them, as the driver sends it to workers."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 KindArray = npt.NDArray[np.uint8]  # places in TOKEN_KINDS
 BoolArray = npt.NDArray[np.bool_]
+T = TypeVar("T", bound=np.generic)
 
 # Kinds of input tokens, by which a score is split. An answer is what the model writes in a conversation, its
 # end-of-turn token included; a prompt is all other text, that of texts and captions too. A sample's first token is a
@@ -92,7 +93,7 @@ class Batch:
         names = pictures[0].tensors if pictures else ()
         return {name: np.concatenate([picture.tensors[name] for picture in pictures]) for name in names}
 
-    def by_sample(self, by_row: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
+    def by_sample(self, by_row: npt.NDArray[T]) -> list[npt.NDArray[T]]:
         """Values of rows, sample by sample."""
         return np.split(by_row, np.cumsum(self.lengths)[:-1])
 

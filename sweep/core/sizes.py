@@ -18,8 +18,8 @@ def n_samples_of(size: str) -> int:
         return SIZES[size]
     if not (size.isascii() and size.isdigit() and 2 <= int(size) <= _MOST):
         raise SweepError(
-            f"dataset.size={size} is no size. Type {', '.join(f'{name} ({n})' for name, n in SIZES.items())}, "
-            f"or a number of samples from 2 to {_MOST:,}."
+            f"dataset.size={size!r} is no size. Type {', '.join(SIZES)} "
+            f"({', '.join(map(str, SIZES.values()))} samples), or a number of samples from 2 to {_MOST:,}."
         )
     return int(size)
 

@@ -24,7 +24,7 @@ from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, Attributes, Qua
 RECIPE_VERSION: Final = 1  # of the file's layout
 RECIPE_BEGINS: Final = re.compile(rb"recipe_version: \d+\nname: ")  # by which such a file is known again
 # Keys that may be missing: `tp` is left out where it is 1, files of earlier programs lack the others.
-_OPTIONAL: Final = frozenset({"tp", "samples", "dtype", "store"})
+_OPTIONAL: Final = frozenset({"tp", "samples", "calibration_samples", "dtype", "store"})
 _NESTED: Final = frozenset({"formats", "groups"})  # keys whose values are looked at one by one
 Value = str | int | float | bool | None  # of a key that a user may type
 
@@ -66,6 +66,7 @@ class _RecipeNode(msgspec.Struct, kw_only=True):
     coverage: Coverage
     target: str | None
     samples: dict[str, Value] | None = None
+    calibration_samples: int | None = None
     dtype: str | None = None
     store: str | None = None
     formats: dict[str, _FormatNode]
@@ -108,6 +109,7 @@ class MixedRecipe:
     target: str | None  # runtime and hardware that it was made for
     # Where it came from; None: an earlier program has not recorded it.
     samples: Mapping[str, Value] | None = None  # the other keys of the data set's configuration
+    calibration_samples: int | None = None  # that found the ranges of the inputs; None: those of `size`
     dtype: str | None = None  # that the scores were computed in: float32, bfloat16
     store: str | None = None  # URI of the store that has them
     formats: Mapping[str, GroupFormat]  # by label, those that are used

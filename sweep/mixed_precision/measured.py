@@ -142,9 +142,7 @@ def held_out_samples(context: RecipeContext) -> list[Sample]:
             ) from error
     seen = {sample.token_ids.tobytes() for sample in context.samples}
     if again := [
-        number
-        for number, sample in enumerate(samples)
-        if sample.token_ids.tobytes() in seen and not sample.pictures
+        number for number, sample in enumerate(samples) if sample.token_ids.tobytes() in seen and not sample.pictures
     ]:
         raise SweepError(
             f"{len(again)} of the {len(samples)} samples to validate on calibrated the recipe, the first is number "
@@ -177,12 +175,11 @@ def _measurer(
 ) -> "Callable[[MixedRecipe], MeasuredKl]":
     from workers.scoring.validation import measurer
 
-    calibration = list(context.plan.batches(context.recipe.size))
     return measurer(
         load_model(context, device),
         [choice.group for choice in context.recipe.groups],
         recipes,
-        calibration,
+        context.calibration,
         list(plan.batches(plan.size)),
     )
 

@@ -207,6 +207,7 @@ def recipe_of_choice(
         coverage=config.sensitivity.coverage,
         target=target,
         samples=_samples(config.dataset),
+        calibration_samples=config.calibration.n_samples,
         dtype=row.dtype,
         store=config.store.uri,
         formats={candidates.formats[index].format.label: candidates.formats[index].format for index in used},

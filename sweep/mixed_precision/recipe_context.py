@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from sweep.config.compose import expand, quoted
 from sweep.config.schema import OWN_KINDS, DatasetConfig, ModelConfig, StoreConfig, SweepConfig
-from sweep.core.batches import Plan, Sample
+from sweep.core.batches import Batch, Plan, Sample
 from sweep.core.errors import SweepError
-from sweep.core.sizes import n_samples_of
+from sweep.core.sizes import n_samples_of, size_name
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_recipe
 from sweep.plan.subject import Model, checkpoint_dir, samples_of
@@ -29,6 +29,12 @@ class RecipeContext:
     model: Model
     samples: Sequence[Sample]  # that calibrated and scored
     plan: Plan  # batches of these samples
+
+    @property
+    def calibration(self) -> list[Batch]:
+        """Batches of the samples that calibrate."""
+        n_samples = self.recipe.calibration_samples
+        return list(self.plan.batches(self.recipe.size if n_samples is None else size_name(n_samples)))
 
 
 def load_model(context: RecipeContext, device: Device) -> "PreTrainedModel":
@@ -111,7 +117,8 @@ def context_of(recipe: MixedRecipe, config: SweepConfig) -> RecipeContext:
     """
     model = Model(checkpoint_dir(config.model))
     check_recipe(recipe, model)
-    samples = samples_of(config.dataset, model, n_samples_of(recipe.size))
+    n_samples = max(n_samples_of(recipe.size), recipe.calibration_samples or 0)
+    samples = samples_of(config.dataset, model, n_samples)
     plan = model.plan(samples)
     if plan.digest(recipe.size) != recipe.dataset_revision:
         raise SweepError(

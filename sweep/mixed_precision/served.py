@@ -195,7 +195,7 @@ class _Meter:
 
         self._context, self._server = context, server
         self._model = load_model(context, device)
-        calibration = list(context.plan.batches(context.recipe.size))
+        calibration = context.calibration
         self._quants = calibrated_model(self._model, calibration, context.recipe)
         self._samples = _texts(context)
         self._n_prefix = min(_PREFIX, min(map(len, self._samples)) - 1)

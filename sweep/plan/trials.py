@@ -20,7 +20,7 @@ from sweep.core.errors import InvalidRecipe, SweepError
 from sweep.core.groups import ShapedGroup, parts_of
 from sweep.core.json import Json
 from sweep.core.machine import Device, Hardware, Needs
-from sweep.core.sizes import SIZES
+from sweep.core.sizes import n_samples_of, size_name
 from sweep.formats.format import Format
 from sweep.formats.recipe import Recipe, quantizer_for, resolve
 from sweep.plan.subject import Model, checkpoint_dir, samples_of
@@ -148,7 +148,8 @@ class _Planner:
         self._largest: dict[_DataKey, int] = {}
         for point in points:
             key = _data_key(point)
-            self._largest[key] = max(self._largest.get(key, 0), SIZES[point.dataset.size])
+            needed = max(n_samples_of(point.dataset.size), point.calibration.n_samples or 0)
+            self._largest[key] = max(self._largest.get(key, 0), needed)
         self._models: dict[str | None, Model] = {}
         self._data: dict[_DataKey, tuple[str, Plan]] = {}
         self._digests: dict[tuple[str, str], str] = {}
@@ -183,6 +184,8 @@ class _Planner:
             cell_id,
         ]
         asked += _variant(point)
+        if task_id is not None and (calibration := self.tasks[task_id].calibration) is not None:
+            asked.append(f"calibrated on {calibration}")
         name = f"{point.quant_pair.name}-{point.quant_granularity.name}-{point.dataset.size}"
         format_ = None if task_id is None else self.tasks[task_id].format
         return PlannedTrial(
@@ -225,6 +228,9 @@ class _Planner:
             common["score_version"] = score_version(recipe.format)
         if recipe.format.tp > 1:
             common["tp"] = recipe.format.tp
+        calibration = calibration_of(point, recipe.format)
+        if calibration is not None:
+            common["calibration"] = self._digest(plan_id, self.plans[plan_id], calibration)
         cell_id = _hash(common | {"data": digest})[:20]
         task_id = _hash(common | {"plan": plan_id})[:20]
         task = self.tasks.get(task_id)
@@ -240,13 +246,14 @@ class _Planner:
                 format=recipe.format,
                 groups=groups,
                 cells={},
+                calibration=calibration,
                 needs=Needs(),
             )
         needs = self._needs(point, replace(task, cells={point.dataset.size: cell_id}), model)
         needs = replace(needs, gpu_gb=max(needs.gpu_gb, task.needs.gpu_gb))  # of the other sizes
         self._check_nodes(needs)
         cells = {**task.cells, point.dataset.size: cell_id}
-        ordered = {size: cells[size] for size in SIZES if size in cells}
+        ordered = {size: cells[size] for size in sorted(cells, key=n_samples_of)}
         self.tasks[task_id] = replace(task, cells=ordered, needs=needs)
         return cell_id, task_id
 
@@ -275,7 +282,7 @@ class _Planner:
         model_bytes = model.structure.parameters * (2 if task.model.dtype == "bfloat16" else 4)
         work = memory.workload(
             plan,
-            plan.segments_of(point.dataset.size),
+            max(map(plan.segments_of, task.samples)),
             n_inputs=len(task.inputs),
             dtype=task.model.dtype,
             model_bytes=model_bytes,
@@ -318,8 +325,7 @@ class _Planner:
             packable = model.structure.packable
             samples = samples_of(point.dataset, model, self._largest[key])
             plan = make_plan(samples, packed=packable)
-            largest = next(size for size, n in SIZES.items() if n == self._largest[key])
-            plan_id = plan.digest(largest)
+            plan_id = plan.digest(plan.size)
             self._data[key] = plan_id, plan
             self.plans[plan_id] = plan
         return self._data[key]
@@ -338,6 +344,14 @@ class _Planner:
         if key not in self._coverage:
             self._coverage[key] = _covered_groups(model, recipe)
         return self._coverage[key]
+
+
+def calibration_of(point: SweepConfig, format_: Format) -> str | None:
+    """The size that finds a format's ranges of the inputs; None: it has none, or they are of the samples scored."""
+    n_samples = point.calibration.n_samples
+    if n_samples in (None, n_samples_of(point.dataset.size)) or not format_.calibrates_inputs:
+        return None
+    return size_name(n_samples)
 
 
 def recipe_of(point: SweepConfig) -> Recipe:

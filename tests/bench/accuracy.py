@@ -31,7 +31,7 @@ def reference_score(
         seen = rows[name]
         w, x, g = weight.float(), seen.x_TI.float(), seen.g_TO.float()
         wq = quantizers.weight(name, task.format.weight, w)(w) if task.format.weight else w
-        xq = quantizers.inputs(task.format.inputs, x, seen.input_amaxes)(x) if task.format.inputs else x
+        xq = quantizers.inputs(task.format.inputs, x, float(seen.input_amaxes.max()))(x) if task.format.inputs else x
         exact += (g * (x @ (wq - w).T + (xq - x) @ wq.T)).double().square().sum().item()
         difference = xq.bfloat16() @ wq.bfloat16().T - seen.x_TI @ weight.T
         stock += (g * difference.float()).double().square().sum().item()
@@ -49,7 +49,7 @@ def worst_against_fp32(bench: Subject, engine: Engine, rows: dict[str, Rows]) ->
         exact: list[float] = []
         for group in task.groups:
             weights = {name: bench.model.get_submodule(name).weight for name in group.modules}
-            found = engine.score_group(weights, rows, [job(task, bench.plan, "large")])()
+            found = engine.score_group(weights, rows, [job(task, "large")])()
             assert found is not None
             ours.append(found[0]["large"].score)  # type: ignore[index]
             reference, stock = reference_score(task, weights, rows, quantizers)

@@ -41,7 +41,7 @@ def score(
     bench: Subject, engine: Engine, rows: dict[str, Rows], tasks: Sequence[Task], *sizes: str
 ) -> dict[str, list[Scores] | None]:
     """Score every layer group under the tasks' recipes, waiting for one once the next few are started, as a worker."""
-    jobs: list[Job] = [job(task, bench.plan, *sizes) for task in tasks]
+    jobs: list[Job] = [job(task, *sizes) for task in tasks]
     waiting: deque[tuple[str, Callable[[], list[Scores] | None]]] = deque()
     found: dict[str, list[Scores] | None] = {}
     for group in tasks[0].groups:

@@ -28,7 +28,7 @@ def main() -> None:
     bench = subject(args.model, args.device)
     task = next(task for task in bench.tasks if task.label == _ALONE)
     modules = [name for group in task.groups for name in group.modules]
-    jobs = [job(task, bench.plan, "large")]
+    jobs = [job(task, "large")]
     found: dict[str, list[Scores] | None] = {}
 
     def trial(engine: KlEngine) -> None:

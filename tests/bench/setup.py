@@ -145,14 +145,10 @@ def grid_tasks(network: Any, device: str, overrides: tuple[str, ...] = ("dataset
     return [replace(task, groups=tuple(groups)) for task in tasks]
 
 
-def job(task: Task, plan: Plan, *sizes: str) -> Job:
+def job(task: Task, *sizes: str) -> Job:
     """The engine's job of a task."""
-    wanted = {size: plan.segments_of(size) for size in sizes or SIZES}
-    return Job(
-        name=task.label,
-        format=task.format,
-        sizes=wanted,
-    )
+    wanted = {size: SIZES[size] for size in sizes or SIZES}
+    return Job(name=task.label, format=task.format, sizes=wanted)
 
 
 def seconds(function: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:

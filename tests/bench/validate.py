@@ -52,7 +52,7 @@ def one_group(
     n_predictions = bench.plan.n_predictions(size)
     segments = bench.plan.segments[: bench.plan.segments_of(size)]
     modules = [name for group in groups for name in group.modules]
-    jobs = [job(task, bench.plan, size) for task in tasks]
+    jobs = [job(task, size) for task in tasks]
     rows, scorer, measurer = (
         capture(bench.model, segments, modules),
         Engine(bench.device),

@@ -66,7 +66,7 @@ def apart(found: Scores, expected: Scores) -> float:
 @pytest.mark.parametrize("inputs", [None, {"num_bits": 8, "axis": None}], ids=["weight_only", "static"])
 def test_scores_in_float32_are_the_cpu_s(inputs: dict[str, Any] | None) -> None:
     """To 1e-5; where inputs round, to twice what the CPU's own scores move by with the last bit of its embeddings."""
-    recipe = job_of("int8", INT8, inputs, {"small": 1, "medium": 2})
+    recipe = job_of("int8", INT8, inputs, ["small", "medium"])
     model = random_model("qwen3_vl")
     expected = scores(model, recipe, "small", "medium")
     tolerance = 1e-5
@@ -77,7 +77,7 @@ def test_scores_in_float32_are_the_cpu_s(inputs: dict[str, Any] | None) -> None:
 
 def test_bfloat16_rows_repeat_bit_for_bit() -> None:
     model = random_model("qwen3_vl").to("cuda", torch.bfloat16)
-    both, small = ({"small": 1, "medium": 2}, {"small": 1})
+    both, small = ["small", "medium"], ["small"]
     first, second = (scores(model, job_of("int8", INT8, None, sizes), "small") for sizes in (both, small))
     for group, by_size in first.items():
         assert np.array_equal(by_size["small"], second[group]["small"])

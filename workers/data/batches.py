@@ -40,8 +40,7 @@ def _chunks(samples: Sequence[Sample], indices: Sequence[int], *, packed: bool) 
     for i in indices:
         length = len(samples[i].token_ids)
         if chunk and (
-            n_tokens + length > MAX_BATCH_TOKENS
-            or (not packed and _shape(samples[i]) != _shape(samples[chunk[0]]))
+            n_tokens + length > MAX_BATCH_TOKENS or (not packed and _shape(samples[i]) != _shape(samples[chunk[0]]))
         ):
             yield chunk
             chunk, n_tokens = [], 0

@@ -138,21 +138,21 @@ class Quantizers:
         self,
         quantizer: Quantizer,
         x_TI: Tensor,
-        amaxes: Sequence[float],
+        largest: float,
         known: MutableMapping[tuple[str, int], Tensor] | None = None,
     ) -> TensorQuantizer:
         """A quantizer with the range of calibration inputs, set by ModelOpt's own `max` calibrator or known.
 
         Args:
             quantizer: of the inputs.
-            x_TI: the inputs, [rows, in]: leading rows of one tensor.
-            amaxes: largest magnitudes of parts of `x_TI`: they suffice to calibrate one range for the whole tensor.
+            x_TI: the inputs, [rows, in]: those of leading samples of one tensor.
+            largest: largest magnitude of `x_TI`, which suffices to calibrate one range for the whole tensor.
             known: ranges of that tensor, by axis and blocks and by number of rows; receives this one.
         """
         known, key = {} if known is None else known, (_range_key(quantizer), len(x_TI))
         if (amax := known.get(key)) is not None:
             return self._calibrated(quantizer, (x_TI.shape[1],), x_TI, amax)
-        seen = torch.tensor(amaxes, device=x_TI.device) if quantizer.axis is None else x_TI.float()
+        seen = torch.tensor([largest], device=x_TI.device) if quantizer.axis is None else x_TI.float()
         made = self._calibrated(quantizer, (x_TI.shape[1],), seen, None)
         if (amax := _amax(made)) is not None:
             known[key] = amax.clone()

@@ -1,10 +1,12 @@
 """The unquantized model's outputs on calibration data: what KL divergence compares with. Any layer can be rerun."""
 
-from collections.abc import Callable, Generator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,8 +17,8 @@ from workers.model.forward import batch_to, labels_of
 from workers.model.graphs import LayerGraphs
 from workers.model.hooks import inputs_seen
 from workers.model.memory import HEAD_ROWS
-from workers.scoring.capture import Segments, layout_of
 from workers.scoring.divergence import divergence
+from workers.scoring.layout import Segments, layout_of, prediction_kinds
 
 _CPU_BYTES: Final = 2 << 30  # for the log-probabilities; on a GPU half of the free memory
 
@@ -40,23 +42,23 @@ class Baseline:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, segments: Segments, modules: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, segments: Segments, modules: Sequence[str], sizes: Iterable[int] = ()) -> None:
         """Run the model.
 
         Args:
             model: evaluation mode, no parameter requiring a gradient (workers.model.loading.load).
             segments: leading segments of the plan.
             modules: names of the linears whose calibration ranges (amax) of the inputs are recorded.
+            sizes: numbers of leading samples that have ranges, besides the segments' ends.
         """
         parameter = next(model.parameters())
         self.decoder = decoder_of(model)
-        self.inputs = _InputRanges(len(segments))
-        # Its rows are predictions: one fewer a sample than tokens.
-        self.layout = layout_of(segments, lambda batch: [length - 1 for length in batch.lengths], parameter.device)
+        self.layout = layout_of(segments, prediction_kinds, parameter.device)  # its rows are predictions
+        self.inputs = _InputRanges({*self.layout.sample_ends, *sizes})
         self._model, self._device, self._dtype = model, parameter.device, parameter.dtype
         self._batch_ends = [sum(map(len, segments[: index + 1])) for index in range(len(segments))]
         with self.inputs.recorded(model, modules):
-            self._runs = [self._run(segment, batch) for segment, batches in enumerate(segments) for batch in batches]
+            self._runs = [self._run(batch) for batches in segments for batch in batches]
         self._layer, self._hidden = 0, self._embedded()
         self._log_probs: dict[int, Tensor] = {}
         self._graphs: LayerGraphs | None = None
@@ -138,8 +140,8 @@ class Baseline:
             self._log_probs[number] = made
         return made
 
-    def _run(self, segment: int, batch: Batch) -> _Run:
-        self.inputs.segment = segment
+    def _run(self, batch: Batch) -> _Run:
+        self.inputs.batch = batch
         predictions = (labels_of(batch).flatten() != -100).nonzero().flatten().to(self._device)
         if self.decoder is None:
             return _Run(batch, predictions, self._logits(batch)[predictions], None)
@@ -155,10 +157,11 @@ class Baseline:
         return [run.trace.hidden[0] for run in self._runs if run.trace is not None]
 
     def _first_broken_sample(self) -> int | None:
-        unseen = self.decoder is None  # then outputs lack each sample's last row, which predicts nothing
+        unseen = self.decoder is None  # then outputs lack the rows that predict nothing
         broken: list[int] = []
         for run in self._runs:
-            finite = torch.isfinite(run.output_TH).all(1).cpu().split([length - unseen for length in run.batch.lengths])
+            counts = run.batch.n_predictions if unseen else run.batch.lengths
+            finite = torch.isfinite(run.output_TH).all(1).cpu().split(list(counts))
             broken += [sample for sample, rows in zip(run.batch.order, finite, strict=True) if not rows.all()]
         return min(broken, default=None)
 
@@ -166,12 +169,14 @@ class Baseline:
 class _InputRanges:
     """Calibration ranges (amax) of linears' inputs, recorded by forward hooks."""
 
-    def __init__(self, n_segments: int) -> None:
-        self.segment = 0
-        # By module, [segments, in] float32: largest |x| of each channel, NaN if there is one.
+    def __init__(self, sizes: Collection[int]) -> None:
+        """Start with no range. Args: sizes: numbers of leading samples that will have ranges."""
+        # By module, [intervals, in] float32: largest |x| of each channel over the samples between one size and the
+        # next, NaN if there is one.
         self.amaxes: dict[str, Tensor] = {}
         self.source: dict[str, str] = {}  # by module: the first module with the same input tensor
-        self._n_segments = n_segments
+        self.batch: Batch | None = None  # that the model runs
+        self._sizes = sorted(sizes)
         self._last: tuple[Tensor, str] | None = None
 
     @contextmanager
@@ -189,10 +194,29 @@ class _InputRanges:
             return
         self._last, self.source[name] = (x, name), name
         if name not in self.amaxes:
-            self.amaxes[name] = torch.zeros(self._n_segments, x.shape[-1], device=x.device)
-        low, high = torch.aminmax(x.flatten(0, -2), dim=0)
-        known = self.amaxes[name][self.segment]
-        torch.maximum(known, torch.maximum(-low, high).float(), out=known)
+            self.amaxes[name] = torch.zeros(len(self._sizes), x.shape[-1], device=x.device)
+        x_TI = x.flatten(0, -2)
+        for interval, rows in self._intervals(len(x_TI)):
+            low, high = torch.aminmax(x_TI if rows is None else x_TI[rows.to(x.device)], dim=0)
+            known = self.amaxes[name][interval]
+            torch.maximum(known, torch.maximum(-low, high).float(), out=known)
+
+    def intervals_of(self, n_samples: int) -> int:
+        """Number of leading intervals that hold that many leading samples, which is one of the sizes."""
+        return bisect_left(self._sizes, n_samples) + 1
+
+    def _intervals(self, n_rows: int) -> Iterator[tuple[int, Tensor | None]]:
+        """The intervals that samples of the batch are in, with their rows; None: all of them."""
+        assert self.batch is not None
+        intervals = np.searchsorted(self._sizes, self.batch.order, side="right")
+        if len(set(intervals)) == 1:
+            yield int(intervals[0]), None
+            return
+        patches = self.batch.patch_counts
+        counts = np.array(self.batch.lengths if n_rows == sum(self.batch.lengths) else patches)
+        by_row = np.repeat(intervals, counts * n_rows // max(1, counts.sum()))
+        for interval in sorted({*by_row.tolist()}):
+            yield interval, torch.from_numpy(np.flatnonzero(by_row == interval))
 
 
 def float_logits(head: nn.Linear, x_TH: Tensor) -> Tensor:

@@ -7,10 +7,9 @@ That is all that any recipe's score needs, so the model runs once, not once a re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from fractions import Fraction
+from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -21,41 +20,7 @@ from workers.model.decoder import decoder_of
 from workers.model.forward import batch_to, labels_of, summed_loss
 from workers.model.hooks import removed_after
 from workers.model.memory import HEAD_ROWS
-
-Segments = Sequence[Sequence[Batch]]  # of a plan, up to the largest size wanted
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """Which rows of a captured tensor belong to which sample: its tokens, or its patches, sample after sample."""
-
-    ends: tuple[int, ...]  # row at which each segment ends
-    samples: tuple[int, ...]  # data set index of each sample, in row order
-    sample_ends: tuple[int, ...]  # number of samples up to the end of each segment
-    batch_ends: tuple[int, ...]  # row at which each batch ends, after a leading 0
-    lengths: Tensor  # [samples] int64 on the device: rows of each sample
-
-    def sample_of(self, row: int) -> int:
-        """Data set index of the sample that a row belongs to."""
-        return self.samples[int(torch.searchsorted(self.lengths.cumsum(0), row, right=True))]
-
-    def sample_sums(self, by_row: Tensor, n_segments: int = 0) -> Tensor:
-        """Sums over the rows of each sample, [samples, ...] in the order of the rows.
-
-        Args:
-            by_row: [rows, ...].
-            n_segments: leading segments whose rows these are; 0: all.
-        """
-        lengths = self.lengths[: self.sample_ends[n_segments - 1]].to(by_row.device)
-        # unsafe: a check of the lengths would wait for the GPU.
-        return torch.segment_reduce(by_row, "sum", lengths=lengths, axis=0, unsafe=True)
-
-    def in_order(self, by_sample: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Values of leading samples, [..., samples] in the order of the rows, in data set order."""
-        samples = list(self.samples[: by_sample.shape[-1]])
-        found = np.zeros((*by_sample.shape[:-1], max(samples) + 1))
-        found[..., samples] = by_sample
-        return found
+from workers.scoring.layout import FloatArray, Layout, Segments, layout_of, patch_kinds, token_kinds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +29,8 @@ class Rows:
 
     x_TI: Tensor  # [rows, in], model dtype; linears with the same input tensor share it
     g_TO: Tensor  # [rows, out], dLoss/dy, model dtype
-    y_square_sums: tuple[float, ...]  # by segment: sum of squares of the unquantized output
-    input_amaxes: tuple[float, ...]  # by segment: largest |x|; NaN if there is one
+    y_square_sums: FloatArray  # [samples], in data set order: sum of squares of the unquantized output
+    input_amaxes: FloatArray  # [samples], in data set order: largest |x|; NaN if there is one
     layout: Layout
     # Calibration ranges found so far, see workers.quant.modelopt.Quantizers.inputs; shared as x is.
     input_ranges: dict[tuple[str, int], Tensor]
@@ -123,31 +88,6 @@ def _backward(loss: Tensor) -> None:
         loss.backward()
 
 
-def layout_of(segments: Segments, rows_of: Callable[[Batch], Sequence[int]], device: torch.device) -> Layout:
-    """The layout of captured rows.
-
-    Args:
-        segments: in canonical order.
-        rows_of: from a batch to the number of rows of each of its samples.
-        device: where the layout's `lengths` are needed.
-    """
-    ends, sample_ends, batch_ends, samples, lengths = list[int](), list[int](), [0], list[int](), list[int]()
-    for batches in segments:
-        for batch in batches:
-            samples += batch.order
-            lengths += rows_of(batch)
-            batch_ends.append(sum(lengths))
-        ends.append(batch_ends[-1])
-        sample_ends.append(len(samples))
-    return Layout(
-        ends=tuple(ends),
-        samples=tuple(samples),
-        sample_ends=tuple(sample_ends),
-        batch_ends=tuple(batch_ends),
-        lengths=torch.tensor(lengths, device=device),
-    )
-
-
 class _Buffer:
     """Memory for all rows of one module; rows that no call fills stay 0 and add nothing to any score."""
 
@@ -157,7 +97,7 @@ class _Buffer:
         # On the module's device: its input may come from another GPU.
         self.x_TI = y_TO.new_zeros(n_rows, in_features) if shares is None else shares.x_TI
         self.g_TO = y_TO.new_zeros(n_rows, y_TO.shape[1])
-        self.y_square_sums = torch.zeros(len(layout.ends), dtype=torch.float64, device=y_TO.device)
+        self.y_squares_T = torch.zeros(n_rows, device=y_TO.device)  # sum of squares of each row of the output
         self.batch, self.end = -1, 0  # the last batch that called it, and the rows filled then
 
 
@@ -166,7 +106,7 @@ class Recorder:
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
         self._segments, self._device = segments, device
-        self._layouts: dict[int, Layout] = {}  # by patches a row; 0: rows are tokens
+        self._layouts: dict[Fraction, Layout] = {}  # by rows a patch; 0: rows are tokens
         self._buffers: dict[str, _Buffer] = {}
         self._n_batch = -1
         # Inputs of this batch by address; the tensors are held, so that no address is used twice.
@@ -181,9 +121,9 @@ class Recorder:
 
     def batches(self) -> Generator[Batch]:
         """Every batch in canonical order; each is to be run before the next is taken."""
-        for segment, batches in enumerate(self._segments):
+        for batches in self._segments:
             for batch in batches:
-                self._segment, self._batch = segment, batch
+                self._batch = batch
                 self._n_batch += 1
                 self._seen.clear()
                 yield batch
@@ -205,7 +145,7 @@ class Recorder:
                 raise RuntimeError(
                     f"{name} shared its input with another linear in the first batch, but not in a later one."
                 )
-            buffer.y_square_sums[self._segment] += square_sum(y_TO)
+            buffer.y_squares_T[rows] = row_square_sums(y_TO)
 
             def keep_gradient(gradient: Tensor) -> None:
                 buffer.g_TO[rows] = gradient.detach().flatten(0, -2)
@@ -217,32 +157,29 @@ class Recorder:
     def rows(self) -> dict[str, Rows]:
         """The recorded rows, by module name."""
         found: dict[str, Rows] = {}
-        shared: dict[_Buffer, tuple[tuple[float, ...], dict[tuple[str, int], Tensor]]] = {}  # ranges, by owner of x
+        shared: dict[_Buffer, tuple[FloatArray, dict[tuple[str, int], Tensor]]] = {}  # ranges, by owner of x
         for name, buffer in self._buffers.items():
+            layout = buffer.layout
             if buffer.shares is None:
-                parts = buffer.x_TI.split([end - start for start, end in pairwise((0, *buffer.layout.ends))])
-                shared[buffer] = tuple(torch.stack([_amax(part) for part in parts]).tolist()), {}
+                shared[buffer] = layout.by_sample(_row_amaxes(buffer.x_TI), "max"), {}
             input_amaxes, input_ranges = shared[buffer.shares or buffer]
             found[name] = Rows(
                 x_TI=buffer.x_TI,
                 g_TO=buffer.g_TO,
-                y_square_sums=tuple(buffer.y_square_sums.tolist()),
+                y_square_sums=layout.by_sample(buffer.y_squares_T.double(), "sum"),
                 input_amaxes=input_amaxes,
-                layout=buffer.layout,
+                layout=layout,
                 input_ranges=input_ranges,
             )
         return found
 
     def _layout(self, name: str, n_rows: int) -> Layout:
         n_patches = sum(self._batch.patch_counts) if is_vision(name) else 0
-        patches_a_row = n_patches // n_rows
-        if patches_a_row not in self._layouts:
-
-            def rows_of(batch: Batch) -> Sequence[int]:
-                return [count // patches_a_row for count in batch.patch_counts] if patches_a_row else batch.lengths
-
-            self._layouts[patches_a_row] = layout_of(self._segments, rows_of, self._device)
-        return self._layouts[patches_a_row]
+        rows_a_patch = Fraction(n_rows, n_patches) if n_patches else Fraction(0)
+        if rows_a_patch not in self._layouts:
+            kinds_of = partial(patch_kinds, rows_a_patch=rows_a_patch) if rows_a_patch else token_kinds
+            self._layouts[rows_a_patch] = layout_of(self._segments, kinds_of, self._device)
+        return self._layouts[rows_a_patch]
 
     def _rows(self, name: str, buffer: _Buffer, n_rows: int) -> slice:
         """The place of a call's rows in the buffer.
@@ -274,9 +211,9 @@ def square_sum(tensor_TO: Tensor) -> Tensor:
     return row_square_sums(tensor_TO).double().sum()
 
 
-def _amax(tensor: Tensor) -> Tensor:
-    """Largest magnitude, NaN if there is one, without a copy of the tensor; 0 of nothing."""
-    if not tensor.numel():
-        return tensor.new_zeros((), dtype=torch.float32)
-    low, high = torch.aminmax(tensor)
+def _row_amaxes(x_TI: Tensor) -> Tensor:
+    """Largest magnitude of each row, NaN if there is one, without a copy of the tensor: [rows] float32."""
+    if not x_TI.numel():
+        return x_TI.new_zeros(len(x_TI), dtype=torch.float32)
+    low, high = torch.aminmax(x_TI, dim=1)
     return torch.maximum(-low, high).float()

@@ -8,7 +8,7 @@ A GEMM's shape depends on the cell alone, so the bits of a score do not depend o
 segment by segment; so does dx Q(W)^T where the inputs' range is dynamic, and as one piece where each size has its own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from sweep.core.errors import SweepError
-from sweep.core.sizes import SIZES
 from sweep.formats.format import Format
 from sweep.formats.quantizer import Quantizer
 from workers.quant import kernels
@@ -30,8 +29,9 @@ from workers.quant.calibration import (
 )
 from workers.quant.linear import LinearQuant
 from workers.quant.modelopt import quantized
-from workers.scoring.capture import Layout, Rows, square_sum
+from workers.scoring.capture import Rows, square_sum
 from workers.scoring.host_copy import start_host_copy
+from workers.scoring.layout import Layout
 from workers.scoring.scores import GroupScore, NotFinite, Scores, first_not_finite
 from workers.scoring.weights import QuantizedWeight, Weights
 
@@ -44,7 +44,19 @@ class Job:
 
     name: str  # for error messages
     format: Format
-    sizes: Mapping[str, int]  # number of leading segments, by size
+    sizes: Mapping[str, int]  # number of leading samples, by size
+    calibration: int | None = None  # number of leading samples that find the inputs' ranges; None: those of each size
+
+    @property
+    def has_ranges_by_size(self) -> bool:
+        """Whether each size has ranges of the inputs of its own."""
+        return self.format.calibrates_inputs and self.calibration is None
+
+    def calibration_of(self, size: str | None) -> int:
+        """Number of leading samples that find the inputs' ranges. Args: size: None: all sizes have one range."""
+        if self.calibration is not None:
+            return self.calibration
+        return max(self.sizes.values()) if size is None else self.sizes[size]
 
     def of_linear(self, module: str, weight_OI: Tensor) -> "Job":
         """The same with the format as a linear computes it; see Format.of_linear."""
@@ -61,6 +73,7 @@ class _Column:
     index: int
     job: int
     size: str | None
+    calibration: int  # number of leading samples that find the ranges of the inputs
     pieces: tuple[tuple[int, int], ...]  # of rows, first and past the last; one GEMM each
 
     @property
@@ -89,7 +102,7 @@ class _Visit:
     name: str
     weight: QuantizedWeight
     jobs: tuple[int, ...]
-    inputs: Mapping[tuple[str, str | None], Tensor]  # dx [rows, in] by recipe of the inputs and size
+    inputs: Mapping[tuple[str, int], Tensor]  # dx [rows, in] by recipe of the inputs and calibration samples
 
 
 class Engine:
@@ -155,7 +168,7 @@ class Engine:
                 by_weight.setdefault(job.format.weight_id, []).append(index)
         if not by_weight:
             return
-        inputs: dict[tuple[str, str | None], Tensor] = {}
+        inputs: dict[tuple[str, int], Tensor] = {}
         fresh: list[Tensor] = []
         x_TI: Tensor | None = None
         for name, weight in group.weights.items():
@@ -175,41 +188,41 @@ class Engine:
     def _score_calibrated(self, column: _Column, group: _Group, total: "_GroupSums") -> None:
         """Score one column of a recipe whose ranges or scales are found by another algorithm than `max`.
 
-        Each size is calibrated on its own inputs, and scored on these times the pre-quantization scale, where there is
-        one.
+        It is calibrated on its samples' inputs, and scored on the inputs times the pre-quantization scale, where there
+        is one.
         """
         chosen = group.jobs[column.job].format
         largest = max((other for other in group.columns if other.job == column.job), key=lambda other: other.end)
         for _, members in groupby(group.weights, key=lambda name: id(group.rows[name].x_TI)):
             names = list(members)
-            x_TI, layout = group.rows[names[0]].x_TI[: column.end], group.rows[names[0]].layout
-            ends = [end for end in layout.batch_ends if end <= column.end]
-            batches = [x_TI[start:end] for start, end in pairwise(ends) if end > start]
+            first = group.rows[names[0]]
+            x_TI, batches = first.x_TI[: column.end], first.layout.leading_batches(first.x_TI, column.calibration)
             weights = {name: group.weights[name] for name in names}
             found = calibrated_linears(weights, batches, chosen)
             for name, weight in weights.items():
                 quant, dtype = found[name], weight.dtype
                 x = smoothed_inputs(quant, x_TI)
-                inputs: dict[tuple[str, str | None], Tensor] = {}
+                inputs: dict[tuple[str, int], Tensor] = {}
                 if chosen.inputs is not None:
-                    inputs[chosen.input_id, column.size] = (quantized_inputs(quant, x_TI) - x).to(dtype)
+                    inputs[chosen.input_id, column.calibration] = (quantized_inputs(quant, x_TI) - x).to(dtype)
                 visit = _Visit(name, _smoothed(quant, weight), (column.job,), inputs)
                 square = self._weights.square(name, weight) if column is largest else None
                 total.add(visit, replace(group.rows[name], x_TI=x.to(dtype)), [column], square)
 
-    def _input_deltas(self, rows: Rows, group: _Group) -> dict[tuple[str, str | None], Tensor]:
-        """The dx of every distinct recipe of the inputs, by its key and size, over the rows of its longest column."""
-        wanted: dict[tuple[str, str | None], tuple[Quantizer, int]] = {}
+    def _input_deltas(self, rows: Rows, group: _Group) -> dict[tuple[str, int], Tensor]:
+        """The dx of every distinct recipe of the inputs, by its key, over the rows of its longest column."""
+        wanted: dict[tuple[str, int], tuple[Quantizer, int]] = {}
         for column in group.columns:
             chosen = group.jobs[column.job].format
             if chosen.inputs is not None and chosen.algorithm == "max":
-                key = (chosen.input_id, column.size)
+                key = (chosen.input_id, column.calibration)
                 wanted[key] = chosen.inputs, max(column.end, wanted.get(key, (chosen.inputs, 0))[1])
-        deltas: dict[tuple[str, str | None], Tensor] = {}
+        deltas: dict[tuple[str, int], Tensor] = {}
         for key, (quantizer, end) in wanted.items():
-            x_TI = rows.x_TI[:end]
-            amaxes = rows.input_amaxes[: rows.layout.ends.index(end) + 1]
-            made = self._weights.quantizers.inputs(quantizer, x_TI, amaxes, rows.input_ranges)
+            x_TI, n_samples = rows.x_TI[:end], key[1]
+            seen_TI = rows.layout.leading(n_samples).of(rows.x_TI) if quantizer.is_calibrated else x_TI
+            amax = float(rows.input_amaxes[:n_samples].max())
+            made = self._weights.quantizers.inputs(quantizer, seen_TI, amax, rows.input_ranges)
             deltas[key] = kernels.deltas(quantized(made, x_TI), x_TI)[1]
         return deltas
 
@@ -226,7 +239,7 @@ class Engine:
 def _not_finite_input(rows: Sequence[Rows]) -> str | None:
     """The reason why no recipe can be scored: a NaN or an infinity in a captured input, None if there is none."""
     for seen in rows:
-        if not all(amax < float("inf") for amax in seen.input_amaxes):
+        if not np.isfinite(seen.input_amaxes).all():
             bad_row = int((~torch.isfinite(seen.x_TI)).any(dim=1).nonzero()[0])
             return f"the input of sample {seen.layout.sample_of(bad_row)} is NaN or infinite."
     return None
@@ -281,7 +294,7 @@ class _GroupSums:
             by_inputs = rows.g_TO.new_empty(len(together), max(input_ends), n_out, dtype=dtype)  # dx Q(W)^T
             for place, column in enumerate(together):
                 if input_ends[place]:
-                    deltas = visit.inputs[self._jobs[column.job].format.input_id, column.size]
+                    deltas = visit.inputs[self._jobs[column.job].format.input_id, column.calibration]
                     for start, end in column.pieces:
                         _matmul(deltas[start:end], weight, by_inputs[place, start:end])
             scores, squares = self._sums[self._place[visit.name], :, together[0].index : together[-1].index + 1]
@@ -290,20 +303,25 @@ class _GroupSums:
     def close(self) -> None:
         """Sum rows to samples and start the copy of all sums to the host, without waiting for the GPU."""
         by_row = self._sums.flatten(0, 2).T.to(torch.float64, memory_format=torch.contiguous_format)
-        modules = self._layout.sample_sums(by_row).unflatten(1, (len(self._amaxes), -1)).unbind(1)
+        n_modules, _, n_columns, _ = self._sums.shape
+        modules = self._layout.sample_sums(by_row).unflatten(1, (n_modules, -1)).unbind(1)
         samples = sum(modules[1:], start=modules[0])
+        scores_TC = by_row.unflatten(1, (n_modules, 2, n_columns))[:, :, 0].sum(1)
+        runs = self._layout.run_figures(scores_TC)
         squares = [*self._w_squares.values(), *(square for _, square in self._weights if isinstance(square, Tensor))]
-        self._on_host = start_host_copy(torch.cat([torch.stack(squares), samples.flatten()]))
+        self._on_host = start_host_copy(torch.cat([torch.stack(squares), runs.flatten(), samples.flatten()]))
 
     def results(self) -> list[Scores]:
         """Each job's scores. Waits for the copy that `close` has started, not for kernels launched since."""
         assert self._on_host is not None
         jobs, n_columns = self._jobs, len(self._columns)
-        values = self._on_host().numpy()
-        in_rows = values[-len(self._layout.samples) * 2 * n_columns :].reshape(-1, 2 * n_columns)
+        layout, values = self._layout, self._on_host().numpy()
+        parts = np.cumsum([2 * len(layout.run_samples) * n_columns, 2 * len(layout.samples) * n_columns][::-1])
+        in_rows = values[-parts[0] :].reshape(-1, 2 * n_columns)
+        run_sums, run_maxes = values[-parts[1] : -parts[0]].reshape(2, -1, n_columns).transpose(0, 2, 1)
         # One row for each column, so that the order of its sum doesn't depend on the others.
-        samples = self._layout.in_order(in_rows.T)
-        squares = iter(values[: len(values) - in_rows.size].tolist())
+        samples, by_kind = layout.in_order(in_rows.T), layout.by_kind(run_sums)
+        squares = iter(values[: -parts[1]].tolist())
         w_square = sum(next(squares) for _ in self._w_squares)
         dw_squares = [0.0] * len(jobs)
         for indices, square in self._weights:
@@ -311,23 +329,27 @@ class _GroupSums:
             for index in indices:
                 dw_squares[index] += value
         all_finite = bool(np.isfinite(samples).all())
-        sizes = {size: n_segments for job in jobs for size, n_segments in job.sizes.items()}
-        sums = {size: samples[:, : SIZES[size]].sum(axis=1) for size in sizes}
-        y_squares = {size: _over_modules(sum, self._y_squares, n) for size, n in sizes.items()}
-        amaxes = {size: _over_modules(max, self._amaxes, n) for size, n in sizes.items()}
+        sizes = {size: n_samples for job in jobs for size, n_samples in job.sizes.items()}
+        sums = {size: samples[:, :n].sum(axis=1) for size, n in sizes.items()}
+        tops = {size: layout.largest(run_maxes, n) for size, n in sizes.items()}
+        y_squares = {size: sum(float(each[:n].sum()) for each in self._y_squares) for size, n in sizes.items()}
+        amaxes = {size: max(float(each[:n].max()) for each in self._amaxes) for size, n in sizes.items()}
         found: list[dict[str, GroupScore] | NotFinite] = [{} for _ in jobs]
         for column in self._columns:
             job, by_size = jobs[column.job], found[column.job]
             for size in job.sizes if column.size is None else (column.size,):
                 if isinstance(by_size, NotFinite):
                     continue
-                scores = samples[column.index, : SIZES[size]]
+                n_samples = job.sizes[size]
+                scores = samples[column.index, :n_samples]
                 if not all_finite and (reason := first_not_finite(scores, "score")) is not None:
                     by_size = found[column.job] = NotFinite.of(self._name, job.name, reason)
                     continue
                 by_size[size] = GroupScore(
                     score=float(sums[size][column.index]),
                     sample_scores=scores,
+                    kind_scores=by_kind[column.index, :, :n_samples],
+                    top_token_score=float(tops[size][column.index]),
                     dy_square_sum=float(sums[size][n_columns + column.index]),
                     y_square_sum=y_squares[size],
                     dw_square_sum=dw_squares[column.job],
@@ -335,13 +357,6 @@ class _GroupSums:
                     input_amax=amaxes[size],
                 )
         return list(found)
-
-
-def _over_modules(
-    reduce: Callable[[Iterable[float]], float], by_module: Sequence[Sequence[float]], n_segments: int
-) -> float:
-    """The sum or largest of the modules' values, each of which is the sum or largest over leading segments."""
-    return reduce([reduce(values[:n_segments]) for values in by_module])
 
 
 def _smoothed(quant: LinearQuant, weight: Tensor) -> QuantizedWeight:
@@ -365,11 +380,10 @@ def _columns(jobs: Sequence[Job], layout: Layout) -> list[_Column]:
     columns: list[_Column] = []
     for index in sorted(range(len(jobs)), key=lambda index: order[jobs[index].format.weight_id]):
         job = jobs[index]
-        if job.format.calibrates_inputs:
-            for size, n_segments in job.sizes.items():
-                columns.append(_Column(len(columns), index, size, ((0, layout.ends[n_segments - 1]),)))
-        else:
-            columns.append(_Column(len(columns), index, None, tuple(_pieces(layout)[: max(job.sizes.values())])))
+        for size, n_samples in job.sizes.items() if job.has_ranges_by_size else [(None, max(job.sizes.values()))]:
+            leading = layout.leading(n_samples)
+            pieces = ((0, leading.end),) if size is not None else tuple(_pieces(layout)[: leading.n_segments])
+            columns.append(_Column(len(columns), index, size, job.calibration_of(size), pieces))
     return columns
 
 

@@ -6,6 +6,7 @@ state: the difference of two outputs of the head would cancel, and bf16 logits w
 effect.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -16,9 +17,9 @@ from workers.model.hooks import replaced_forwards
 from workers.quant import kernels
 from workers.quant.modelopt import Quantizers, TensorQuantizer, quantized
 from workers.scoring.baseline import Baseline
-from workers.scoring.capture import Segments
 from workers.scoring.gradient import Job
 from workers.scoring.host_copy import start_host_copy
+from workers.scoring.layout import Segments
 from workers.scoring.scores import GroupScore, NotFinite, Scores, first_not_finite
 from workers.scoring.weights import QuantizedWeight, Weights
 
@@ -26,16 +27,17 @@ from workers.scoring.weights import QuantizedWeight, Weights
 class KlEngine:
     """Scores layer groups by KL divergence on one model and data set; keeps quantizers and ranges between calls."""
 
-    def __init__(self, model: nn.Module, segments: Segments, modules: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, segments: Segments, modules: Sequence[str], sizes: Iterable[int] = ()) -> None:
         """Run the unquantized model once.
 
         Args:
             model: evaluation mode, no parameter requiring a gradient (workers.model.loading.load).
             segments: leading segments of the plan, up to the largest size of any job.
             modules: names of all linears that a group may hold.
+            sizes: numbers of leading samples of any job, those that calibrate included; besides the segments' ends.
         """
         self._model = model
-        self._base = Baseline(model, segments, modules)
+        self._base = Baseline(model, segments, modules, sizes)
         self._weights, self._input_quantizers = Weights(), dict[int, Quantizers]()
 
     @torch.no_grad()
@@ -69,47 +71,66 @@ class KlEngine:
 
     def _start(self, group: str, weights: Mapping[str, Tensor], job: Job) -> Callable[[], Scores]:
         linears = {name: self._weights.quantized(name, job.format, weight, weights) for name, weight in weights.items()}
-        by_size: dict[str, Tensor] = {}  # [samples] float64, in the order of the rows
-        if job.format.calibrates_inputs:
-            by_size |= {size: self._samples(linears, job, n_segments) for size, n_segments in job.sizes.items()}
+        by_size: dict[str, Tensor] = {}  # [predictions] float64 of leading segments
+        if job.has_ranges_by_size:
+            by_size |= {size: self._predictions(linears, job, n, n) for size, n in job.sizes.items()}
         else:
-            by_size |= dict.fromkeys(job.sizes, self._samples(linears, job, max(job.sizes.values())))
+            n_samples, n_calibration = max(job.sizes.values()), job.calibration_of(None)
+            by_size |= dict.fromkeys(job.sizes, self._predictions(linears, job, n_samples, n_calibration))
         amaxes = torch.stack([self._base.inputs.amaxes[name].amax(1) for name in linears]).amax(0).double()
         squares = amaxes.new_zeros(2)
         for name, linear in linears.items():
             squares[0] += linear.dw_square_sum
             squares[1] += self._weights.square(name, weights[name])
-        samples_on_host = {size: start_host_copy(samples) for size, samples in by_size.items()}
+        figures_on_host = {size: start_host_copy(self._figures(by_row)) for size, by_row in by_size.items()}
         rest_on_host = start_host_copy(torch.cat([squares, amaxes]))
 
         def finish() -> Scores:
             dw_square, w_square, *input_amaxes = rest_on_host().tolist()
             found: dict[str, GroupScore] = {}
-            for size, n_segments in job.sizes.items():
-                n_samples = self._base.layout.sample_ends[n_segments - 1]
-                scores = self._base.layout.in_order(samples_on_host[size]()[:n_samples].numpy())
+            for size, n_samples in job.sizes.items():
+                layout, figures = self._base.layout, figures_on_host[size]().numpy()
+                n_runs = layout.run_ends[bisect_left(layout.ends, len(by_size[size]))]
+                run_sums, run_maxes = figures[: 2 * n_runs].reshape(2, -1)
+                scores = layout.in_order(figures[2 * n_runs :])[:n_samples]
                 if (reason := first_not_finite(scores, "KL divergence")) is not None:
                     return NotFinite.of(group, job.name, reason)
                 found[size] = GroupScore(
                     score=float(scores.sum()),
                     sample_scores=scores,
+                    kind_scores=layout.by_kind(run_sums)[:, :n_samples],
+                    top_token_score=float(layout.largest(run_maxes, n_samples)),
                     dy_square_sum=0.0,
                     y_square_sum=0.0,
                     dw_square_sum=dw_square,
                     w_square_sum=w_square,
-                    input_amax=max(input_amaxes[:n_segments]),
+                    input_amax=max(input_amaxes[: self._base.inputs.intervals_of(n_samples)]),
                 )
             return found
 
         return finish
 
-    def _samples(self, weights: Mapping[str, QuantizedWeight], job: Job, n_segments: int) -> Tensor:
-        """KL divergence of each sample of leading segments, [samples] in the order of the rows.
+    def _figures(self, by_row: Tensor) -> Tensor:
+        """Sums and largest values of runs, and sums of samples, one after another. Args: by_row: [predictions]."""
+        layout = self._base.layout
+        n_segments = bisect_left(layout.ends, len(by_row)) + 1
+        runs, samples = layout.run_figures(by_row, n_segments), layout.sample_sums(by_row, n_segments)
+        return torch.cat([runs.flatten(), samples])
 
-        The ranges of the inputs are set by the same segments.
+    def _predictions(
+        self, weights: Mapping[str, QuantizedWeight], job: Job, n_samples: int, n_calibration: int
+    ) -> Tensor:
+        """KL divergence at each prediction of the segments that hold leading samples, [predictions] float64.
+
+        Args:
+            weights: of the group, quantized, by module.
+            job: recipe.
+            n_samples: number of leading samples that are scored.
+            n_calibration: number of those that find the ranges of the inputs.
         """
-        base, batches = self._base, self._base.batches(n_segments)
-        inputs = self._shared_inputs(weights, job, n_segments)
+        base = self._base
+        batches = base.batches(base.layout.leading(n_samples).n_segments)
+        inputs = self._shared_inputs(weights, job, n_calibration)
         if base.decoder is not None and base.decoder.head_name in weights:
             ((name, weight),) = weights.items()
             rows = [base.divergence_in_head(number, _change(weight, inputs.get(name))) for number in batches]
@@ -120,7 +141,7 @@ class KlEngine:
             forwards = {name: self._forward(name, weight, inputs.get(name)) for name, weight in weights.items()}
             with replaced_forwards(self._model, forwards):  # Q(x) Q(W)^T
                 rows = [base.divergence_after(number, layer) for number in batches]
-        return base.layout.sample_sums(torch.cat(rows), n_segments)
+        return torch.cat(rows)
 
     def _first_layer(self, modules: Iterable[str]) -> int | None:
         """The decoder layer that a group is in; None: the whole model must run."""
@@ -129,7 +150,7 @@ class KlEngine:
         layers = [self._base.decoder.layer_of(name) for name in modules]
         return None if None in layers else min(layer for layer in layers if layer is not None)
 
-    def _shared_inputs(self, modules: Iterable[str], job: Job, n_segments: int) -> dict[str, "_SharedInput"]:
+    def _shared_inputs(self, modules: Iterable[str], job: Job, n_calibration: int) -> dict[str, "_SharedInput"]:
         """By module, one quantizer for each distinct input tensor; none if the job leaves inputs unquantized."""
         shared: dict[str, _SharedInput] = {}  # by the first module with the same input
         if job.format.inputs is None:
@@ -139,8 +160,8 @@ class KlEngine:
             # `Quantizers` keeps one object for a recipe, but the input tensors of a group have a range each at the
             # same time. A range is remembered as a weight's is: finding one makes the host wait for the GPU.
             quantizers = self._input_quantizers.setdefault(len(shared), Quantizers())
-            amaxes = self._base.inputs.amaxes[source][:n_segments]
-            shared[source] = _SharedInput(quantizers.weight(f"{source} {n_segments}", job.format.inputs, amaxes))
+            amaxes = self._base.inputs.amaxes[source][: self._base.inputs.intervals_of(n_calibration)]
+            shared[source] = _SharedInput(quantizers.weight(f"{source} {n_calibration}", job.format.inputs, amaxes))
         return {name: shared[source] for name, source in sources.items()}
 
     def _forward(self, name: str, weight: QuantizedWeight, inputs: "_SharedInput | None") -> Callable[[Tensor], Tensor]:

@@ -26,13 +26,15 @@ from torch import Tensor, nn
 from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
 from sweep.core.groups import LayerGroup
+from sweep.core.sizes import n_samples_of, size_name
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from workers.model import memory
 from workers.quant.applied import applied, calibrated_model, output_error
 from workers.quant.calibration import calibrated_linears
 from workers.quant.linear import LinearQuant
-from workers.scoring.capture import Rows, Segments
+from workers.scoring.capture import Rows
+from workers.scoring.layout import Segments
 from workers.scoring.windows import captures
 
 _CPU_BYTES = 4e9  # for x and g; on a GPU half of the free memory
@@ -72,34 +74,45 @@ def recaptured_scores(
 
     Raises: SweepError: a score is NaN or infinite; names the group and the format.
     """
-    segments = plan.segments[: plan.segments_of(recipe.size)]
-    quants = calibrated_model(model, list(plan.batches(recipe.size)), recipe)
+    calibration = recipe.size if recipe.calibration_samples is None else size_name(recipe.calibration_samples)
+    segments = plan.segments[: max(plan.segments_of(recipe.size), plan.segments_of(calibration))]
+    quants = calibrated_model(model, list(plan.batches(calibration)), recipe)
     wanted = [choice.group for choice in recipe.groups if formats.get(choice.group.name)]
     if not wanted:
         return []
     found: dict[str, list[RecapturedScore]] = {}
     windows = _windows(model, wanted, segments, room)
-    n_predictions = plan.n_predictions(recipe.size)
+    scored = _Scored(plan.n_predictions(recipe.size), n_samples_of(recipe.size), n_samples_of(calibration))
     with applied(model, quants):
         for index, rows in captures(model, segments, [_modules(window) for window in windows]):
             for group in windows[index]:
-                found[group.name] = list(_scored(model, group, formats[group.name], rows, n_predictions))
+                found[group.name] = list(_scores(model, group, formats[group.name], rows, scored))
     return [row for group in wanted for row in found[group.name]]
 
 
-def _scored(
-    model: nn.Module, group: LayerGroup, formats: Sequence[GroupFormat], rows: Mapping[str, Rows], n_predictions: int
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """The leading samples that are scored, and those that calibrate."""
+
+    n_predictions: int
+    n_samples: int
+    n_calibration: int
+
+
+def _scores(
+    model: nn.Module, group: LayerGroup, formats: Sequence[GroupFormat], rows: Mapping[str, Rows], scored: _Scored
 ) -> Iterator[RecapturedScore]:
     called = [name for name in group.modules if name in rows]
     if not called:
         return
     weights = {name: model.get_parameter(f"{name}.weight").detach() for name in called}
     first = rows[called[0]]
-    batches = [part for part in first.x_TI.split(np.diff(first.layout.batch_ends).tolist()) if len(part)]
+    batches = first.layout.leading_batches(first.x_TI, scored.n_calibration)
     for chosen in formats:
         quants = calibrated_linears(weights, batches, chosen)
         samples = sum(_sample_scores(quants[name], weights[name], rows[name]) for name in called)
         assert isinstance(samples, np.ndarray)
+        samples = samples[: scored.n_samples]
         if not np.isfinite(samples).all():
             raise SweepError(
                 f"Layer group {group.name} under {chosen.label}: "
@@ -110,7 +123,7 @@ def _scored(
             group=group.name,
             format=chosen.label,
             score=score,
-            predicted_kl=score / (2 * n_predictions),
+            predicted_kl=score / (2 * scored.n_predictions),
             sample_scores=samples,
         )
 

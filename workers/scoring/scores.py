@@ -25,6 +25,8 @@ class GroupScore:
     score: float  # the sum of `sample_scores`
     # [n_samples], in data set order; 0 for a sample that never reached the group
     sample_scores: npt.NDArray[np.float64]
+    kind_scores: npt.NDArray[np.float64]  # [kinds of tokens, n_samples], see TOKEN_KINDS; they sum to `score`
+    top_token_score: float  # the largest of a single row
     dy_square_sum: float  # of the errors of the outputs
     y_square_sum: float  # of the unquantized outputs
     dw_square_sum: float  # of the errors of the weights

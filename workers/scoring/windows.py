@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from workers.model.decoder import Decoder, Trace, decoder_of
 from workers.model.forward import batch_to, labels_of
-from workers.scoring.capture import Recorder, Rows, Segments, backward_from, capture
+from workers.scoring.capture import Recorder, Rows, backward_from, capture
+from workers.scoring.layout import Segments
 
 
 @dataclass(frozen=True, slots=True)

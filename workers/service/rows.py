@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sweep.core.batches import TOKEN_KINDS
 from sweep.core.groups import Part, ShapedGroup
 from sweep.core.sizes import n_samples_of
 from sweep.store.records import SCORES_SCHEMA
@@ -13,23 +14,27 @@ from sweep.store.store import Store
 from workers.scoring.scores import GroupScore, PartScores
 from workers.task import Task
 
-_Cell = str | int | float | list[str] | npt.NDArray[np.float32] | None  # of a row of SCORES_SCHEMA
+# Of a row of SCORES_SCHEMA.
+_Cell = str | int | float | list[str] | npt.NDArray[np.float32 | np.int32] | None
 
 
 class TaskWriter:
     """Writes a task's parts, and turns them into cells when all are there."""
 
-    def __init__(self, task: Task, n_predictions: Mapping[str, int], parts: Sequence[Part], store_uri: str) -> None:
+    def __init__(
+        self, task: Task, sample_predictions: Mapping[str, Sequence[int]], parts: Sequence[Part], store_uri: str
+    ) -> None:
         """Start with no part written.
 
         Args:
             task: of the rows.
-            n_predictions: by size.
+            sample_predictions: predictions of each sample, by size.
             parts: all parts of the model, in its order.
             store_uri: of the store for parts and cells.
         """
         self.task = task
-        self._n_predictions, self._store = n_predictions, Store(store_uri)
+        self._sample_predictions = {size: np.array(n, dtype=np.int32) for size, n in sample_predictions.items()}
+        self._store = Store(store_uri)
         self._parts = {part.name: part for part in parts}
         self._tables: dict[str, dict[str, pa.Table]] = {size: {} for size in task.cells}  # written by this worker
 
@@ -56,7 +61,8 @@ class TaskWriter:
 
     def _row(self, size: str, group: ShapedGroup, found: GroupScore | float | None) -> dict[str, _Cell]:
         """A row of SCORES_SCHEMA; the measured columns are NULL for a group that was never called."""
-        n_predictions, score = self._n_predictions[size], found.score if isinstance(found, GroupScore) else found
+        n_predictions = int(self._sample_predictions[size].sum())
+        score = found.score if isinstance(found, GroupScore) else found
         divisor = n_predictions if self.task.method == "kl_div" else 2 * n_predictions
         row: dict[str, _Cell] = {
             "cell_id": self.task.cells[size],
@@ -67,7 +73,8 @@ class TaskWriter:
             "sensitivity": None if score is None else score / n_predictions,
             "predicted_kl": None if score is None else score / divisor,
             "n_predictions": n_predictions,
-            "n_samples": SIZES[size],
+            "n_samples": n_samples_of(size),
+            "sample_predictions": self._sample_predictions[size],
             "weight_elements": group.weight_elements,
             "effective_bits": self.task.format.effective_bits,
         }
@@ -78,5 +85,10 @@ class TaskWriter:
                 "weight_rel_error": found.weight_rel_error,
                 "input_amax": found.input_amax,
                 "sample_scores": found.sample_scores.astype(np.float32),
+                "score_top_token": found.top_token_score,
             }
+            for kind, samples in zip(TOKEN_KINDS, found.kind_scores, strict=True):
+                row[f"score_{kind}"] = float(samples.sum())
+                if kind != "prompt" and samples.any():
+                    row[f"sample_scores_{kind}"] = samples.astype(np.float32)
         return row

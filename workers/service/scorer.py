@@ -17,6 +17,7 @@ from sweep.core.batches import Plan
 from sweep.core.errors import SweepError, Unfit
 from sweep.core.groups import Part, ShapedGroup, parts_of
 from sweep.core.machine import Gpu, Hardware, has_compiler, memory_gb, n_cores
+from sweep.core.sizes import n_samples_of
 from sweep.store.store import Store
 from workers.model import loading, memory
 from workers.model.hooks import inputs_seen
@@ -93,7 +94,7 @@ class Scorer:
         self._vocabulary = 0
         self._engines: dict[torch.device, Engine] = {}  # one for each device that holds layers
         self._captured: _Captured | None = None
-        self._divergence: tuple[tuple[str, int, tuple[str, ...]], KlEngine] | None = None
+        self._divergence: tuple[tuple[str, int, tuple[str, ...], frozenset[int]], KlEngine] | None = None
         # Beside a GPU, threads would wait for Python's lock as long as the GPU scores, and it for them.
         self._writers = Writers(max(1, min(_MAX_WRITERS, n_cores() // n_workers - 1)), processes=device == "cuda")
 
@@ -173,8 +174,8 @@ class Scorer:
         self.load(tasks[0].model)
         assigned = _Assignment(tasks, plan, names, self.store)
         for state in assigned.states:
-            n_predictions = {size: plan.n_predictions(size) for size in state.task.cells}
-            self._writers.open(TaskWriter(state.task, n_predictions, assigned.whole, self.store.uri))
+            sample_predictions = {size: plan.sample_predictions(size) for size in state.task.cells}
+            self._writers.open(TaskWriter(state.task, sample_predictions, assigned.whole, self.store.uri))
             yield state.progress()
         while True:
             try:
@@ -258,13 +259,14 @@ class Scorer:
 
     def _divergences(self, assigned: "_Assignment") -> Iterator[tuple[Part, _Start]]:
         """method=kl_div: the same, from one pass of the unquantized model, which is kept for later tasks."""
-        key = (assigned.states[0].task.plan_id, len(assigned.segments), modules_of(assigned.whole))
+        sizes = frozenset(n_samples_of(size) for state in assigned.states for size in state.task.samples)
+        key = (assigned.states[0].task.plan_id, len(assigned.segments), modules_of(assigned.whole), sizes)
         for part in assigned.wanted():
             self._captured = None
             if self._divergence is None or self._divergence[0] != key:
                 self._divergence = None  # frees its memory first
                 with self._clock.timed("capture_seconds"):
-                    self._divergence = key, KlEngine(self._model, assigned.segments, key[2])
+                    self._divergence = key, KlEngine(self._model, assigned.segments, key[2], sizes)
             engine = self._divergence[1]
             yield part, lambda group, jobs, engine=engine: engine.score_group(group.modules, jobs)
 

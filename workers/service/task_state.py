@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from sweep.core.batches import Plan
 from sweep.core.groups import Part
+from sweep.core.sizes import n_samples_of
 from sweep.store.store import Store
 from workers.scoring.gradient import Job
 from workers.task import Progress, Task
@@ -36,7 +37,7 @@ class TaskState:
     @property
     def n_segments(self) -> int:
         """Leading segments of the plan that the task needs."""
-        return max(self._plan.segments_of(size) for size in self.task.cells)
+        return max(self._plan.segments_of(size) for size in self.task.samples)
 
     def lacks(self, part: Part) -> bool:
         """Whether a cell has no file of a part yet, which this worker or another will write; the file is not read."""
@@ -62,7 +63,8 @@ class TaskState:
         return Job(
             name=task.label,
             format=task.format,
-            sizes={size: self._plan.segments_of(size) for size, done in self.done.items() if part.name not in done},
+            sizes={size: n_samples_of(size) for size, done in self.done.items() if part.name not in done},
+            calibration=None if task.calibration is None else n_samples_of(task.calibration),
         )
 
     def progress(self) -> Progress:

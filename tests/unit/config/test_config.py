@@ -13,7 +13,7 @@ import yaml
 
 from sweep.config import compose
 from sweep.config.compose import expand, to_yaml
-from sweep.config.schema import SECTIONS, SweepConfig, from_record, to_plain, to_record
+from sweep.config.schema import OWN_KINDS, SECTIONS, SweepConfig, from_record, to_plain, to_record
 from sweep.core.errors import SweepError
 from sweep.core.pairs import PairConfig
 from sweep.core.paths import conf_dir
@@ -46,7 +46,9 @@ def node(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_file_of_the_config_tree_composes(option: str) -> None:
     group, _, name = option.partition("=")
-    path = ["model.path=/models/any"] if option == "model=hf_causal_lm" else []
+    own = {"model=hf_causal_lm": "model.path=/models/any"}
+    own |= {f"dataset={kind}": "dataset.path=/data/any.jsonl" for kind in OWN_KINDS}
+    path = [own[option]] if option in own else []
     composed = points(option, *path)
     assert composed
     if hasattr(composed[0], group) and "name" in to_plain(composed[0])[group] and not path:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sweep.core.batches import Batch, Plan, Sample
+from sweep.core.batches import ANSWER, FIRST_TOKEN, IMAGE, PROMPT, Batch, Picture, Plan, Sample
 from sweep.core.errors import SweepError
-from sweep.core.sizes import SIZES
+from sweep.core.sizes import SIZES, boundaries, n_samples_of, size_name
 from workers.data.batches import MAX_BATCH_TOKENS, make_plan
+from workers.data.pictures import pixel_values
 from workers.data.samples import (
     first_texts,
     read_captions,
@@ -46,7 +47,8 @@ def same(one: Batch, other: Batch) -> bool:
     tensors = one.tensors.keys() == other.tensors.keys() and all(
         np.array_equal(one.tensors[key], other.tensors[key]) for key in one.tensors
     )
-    return tensors and replace(one, tensors={}) == replace(other, tensors={})
+    rows = np.array_equal(one.kinds, other.kinds) and np.array_equal(one.predicts, other.predicts)
+    return tensors and rows and (one.order, one.lengths) == (other.order, other.lengths)
 
 
 def n_tokens(batch: Batch) -> int:
@@ -116,19 +118,55 @@ def test_what_follows_a_size_does_not_change_it() -> None:
     assert [one.digest(size) == changed.digest(size) for size in SIZES] == [True, True, False]
 
 
+def changed_batch(batch: Batch, key: str) -> Batch:
+    """The same with one value of a tensor of its last sample changed."""
+    if key in batch.tensors:
+        array = batch.tensors[key].copy()
+        array.flat[-1] += 1
+        return replace(batch, tensors=batch.tensors | {key: array})
+    *before, (picture,) = batch.pictures
+    if key in picture.tensors:
+        return replace(batch, pictures=(*before, (replace(picture, tensors={key: picture.tensors[key] + 1}),)))
+    assert picture.values is not None
+    return replace(batch, pictures=(*before, (replace(picture, values=picture.values + 1),)))
+
+
 @pytest.mark.parametrize("key", ["input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids"])
 def test_the_digest_covers_every_tensor(key: str) -> None:
     plan = make_plan(scenes(16), packed=True)
     (*before, last), *_ = plan.segments
-    array = last.tensors[key].copy()
-    array.flat[-1] += np.asarray(1, dtype=array.dtype)
-    changed = replace(last, tensors=last.tensors | {key: array})
-    assert Plan(segments=((*before, changed),)).digest("small") != plan.digest("small")
+    assert Plan(segments=((*before, changed_batch(last, key)),)).digest("small") != plan.digest("small")
+
+
+def test_the_digest_covers_kinds_and_predictions_of_conversations_and_pictures_in_files() -> None:
+    """Of plain texts they follow from the tokens, and stores of earlier programs have no word for them."""
+    text = Sample(token_ids=np.arange(5))
+    kinds = np.array([PROMPT, PROMPT, ANSWER, ANSWER, PROMPT], dtype=np.uint8)
+    answered = replace(text, kinds=kinds, predicts=np.array([False, True, True, False, False]))
+    picture = Picture(content="a", shape=(4, 8), n_rows=4, tensors={})
+    variants = [
+        text,
+        answered,
+        replace(answered, predicts=np.array([False, True, False, False, False])),
+        replace(answered, kinds=kinds[::-1]),
+        replace(text, pictures=(picture,)),
+        replace(text, pictures=(replace(picture, content="b"),)),
+    ]
+    assert len({make_plan([each, text], packed=False).digest("2") for each in variants}) == len(variants)
+    same_as_text = replace(text, kinds=np.full(5, PROMPT, dtype=np.uint8), predicts=np.arange(5) < 4)
+    assert make_plan([same_as_text], packed=True).digest("2") == make_plan([text], packed=True).digest("2")
 
 
 def test_the_digest_tells_shapes_types_and_orders_apart() -> None:
     def digest(**changed: object) -> str:
-        batch = Batch(order=(0, 1), lengths=(2, 2), patch_counts=(0, 0), tensors={"input_ids": np.arange(4)[None]})
+        batch = Batch(
+            order=(0, 1),
+            lengths=(2, 2),
+            tensors={"input_ids": np.arange(4)[None]},
+            kinds=np.full(4, PROMPT, dtype=np.uint8),
+            predicts=np.array([True, False, True, False]),
+            pictures=((), ()),
+        )
         return Plan(segments=((replace(batch, **changed),),)).digest("small")  # pyright: ignore[reportArgumentType]
 
     tensors = [np.arange(4)[None], np.arange(4).reshape(2, 2), np.arange(4, dtype=np.int32)[None]]
@@ -154,8 +192,10 @@ def test_an_image_stands_before_its_caption_one_token_a_merged_patch() -> None:
     )
     for index, (sample, caption) in enumerate(zip((first, second), captions, strict=True)):
         assert sample.token_ids.tolist() == [1, 3, 3, 3, 3, 2, *caption]  # 64 x 64 pixels: 4 x 4 patches, merged 2 x 2
-        assert sample.image_grid_thw == (1, 4, 4)
-        np.testing.assert_array_equal(sample.pixel_values, patches(scene(index).pixels)[0])
+        (picture,) = sample.pictures
+        assert picture.tensors["image_grid_thw"].tolist() == [[1, 4, 4]]
+        np.testing.assert_array_equal(pixel_values(picture), patches(scene(index).pixels)[0])
+        assert sample.token_kinds.tolist() == [FIRST_TOKEN, *[IMAGE] * 4, *[PROMPT] * (1 + len(caption))]
     assert scene_captions(2) == [scene(0).caption, scene(1).caption]
 
 
@@ -164,12 +204,43 @@ def test_batches_of_images_are_stacked_and_keep_pixels_in_the_order_of_rows() ->
     for batch in make_plan(drawn, packed=True).batches("small"):
         assert len(set(batch.lengths)) == 1
         assert batch.patch_counts == (16,) * len(batch.order)
-        np.testing.assert_array_equal(
-            batch.tensors["pixel_values"], np.concatenate([drawn[i].pixel_values for i in batch.order])
-        )
-        assert batch.tensors["image_grid_thw"].tolist() == [[1, 4, 4]] * len(batch.order)
+        assert batch.all_pictures == [drawn[i].pictures[0] for i in batch.order]
+        assert batch.picture_tensors["image_grid_thw"].tolist() == [[1, 4, 4]] * len(batch.order)
         assert batch.tensors["mm_token_type_ids"].sum(axis=1).tolist() == [4] * len(batch.order)
         assert "position_ids" not in batch.tensors  # three coordinates, which the model finds itself
+
+
+@LAYOUTS
+@pytest.mark.parametrize("n", [2, 20, 64, 300])
+def test_a_size_inside_a_segment_is_its_leading_samples_and_changes_no_other(n: int, packed: bool) -> None:
+    plan, size = make_plan(SAMPLES, packed=packed), str(n)
+    batches = list(plan.batches(size))
+    assert plan.is_inside(size)
+    assert sorted(i for batch in batches for i in batch.order) == list(range(n))
+    for batch in batches:
+        rows = np.concatenate([SAMPLES[i].token_ids for i in batch.order])
+        np.testing.assert_array_equal(batch.tensors["input_ids"].ravel(), rows)
+    assert plan.sample_predictions(size) == [len(sample.token_ids) - 1 for sample in SAMPLES[:n]]
+    assert plan.n_predictions(size) == sum(plan.sample_predictions(size))
+    whole = {n: plan.digest(size) for n, size in zip(SIZES.values(), SIZES, strict=True)}
+    assert plan.digest(size) not in whole.values()
+    assert plan.digest(size) != plan.digest(str(n + 1))
+    assert [plan.digest(name) for name in SIZES] == list(whole.values())
+
+
+def test_sizes_that_have_a_name_are_called_by_it_and_boundaries_go_on_in_steps_of_the_largest() -> None:
+    assert [size_name(n) for n in (16, 128, 512, 64)] == ["small", "medium", "large", "64"]
+    assert [boundaries(n) for n in (2, 16, 17, 512, 513, 1025)] == [
+        [16],
+        [16],
+        [16, 128],
+        [16, 128, 512],
+        [16, 128, 512, 1024],
+        [16, 128, 512, 1024, 1536],
+    ]
+    for wrong in ("1", "0", "-4", "1.5", "huge", "", "\N{FULLWIDTH DIGIT NINE}"):
+        with pytest.raises(SweepError, match="is no size"):
+            n_samples_of(wrong)
 
 
 def captions(n: int) -> list[str]:

@@ -46,7 +46,7 @@ EACH: list[tuple[str, Scales]] = [*((name, "private") for name in FORMATS), ("in
 
 
 def job(name: str, scales: Scales = "private") -> Job:
-    return job_of(name, *FORMATS[name], {"small": 1}, scales=scales)
+    return job_of(name, *FORMATS[name], ["small"], scales=scales)
 
 
 def modules_of(model: nn.Module, group: str) -> tuple[str, ...]:

@@ -56,8 +56,8 @@ def linears(model: Any) -> list[str]:
     ]
 
 
-def job(recipe: str, sizes: dict[str, int]) -> Job:
-    return job_of(recipe, *RECIPES[recipe], sizes)
+def job(recipe: str, size: str) -> Job:
+    return job_of(recipe, *RECIPES[recipe], [size])
 
 
 def ours(model: Any, linears: list[str], plan: Plan, recipe: str, size: str) -> dict[str, float]:
@@ -67,7 +67,7 @@ def ours(model: Any, linears: list[str], plan: Plan, recipe: str, size: str) -> 
     scores: dict[str, float] = {}
     for group, modules in layer_groups(linears).items():
         found = engine.score_group(
-            {name: model.get_submodule(name).weight for name in modules}, rows, [job(recipe, {size: n_segments})]
+            {name: model.get_submodule(name).weight for name in modules}, rows, [job(recipe, size)]
         )()
         assert found is not None
         assert not isinstance(found[0], NotFinite)

@@ -60,7 +60,7 @@ def algorithm_of(name: str) -> Algorithm:
 
 
 def job(name: str, scales: Scales = "private") -> Job:
-    return job_of(name, *RECIPES[name], {"small": 1, "medium": 2}, algorithm_of(name), scales)
+    return job_of(name, *RECIPES[name], ("small", "medium"), algorithm_of(name), scales)
 
 
 def stock(model: Any, plan: Plan, name: str, size: str, *, fused: bool = False) -> Any:
@@ -121,7 +121,7 @@ def test_bf16_models_score_as_in_float64(name: str, captured: Any) -> None:
             module: replace(rows[module], x_TI=x, g_TO=rows[module].g_TO.bfloat16(), input_ranges={})
             for module in group.modules
         }
-        found: Any = Engine(torch.device("cpu")).score_group(weights, own, [replace(job(name), sizes={"small": 1})])()
+        found: Any = Engine(torch.device("cpu")).score_group(weights, own, [replace(job(name), sizes={"small": 16})])()
         ends = [row for row in rows[group.name].layout.batch_ends if row <= end]
         chosen = format_of(*RECIPES[name], algorithm_of(name))
         quants = calibrated_linears(weights, [x[a:b] for a, b in pairwise(ends)], chosen)
@@ -148,7 +148,7 @@ def test_recipes_of_several_algorithms_score_alike_alone_and_together(captured: 
     group = groups[0]
     weights = {module: model.get_submodule(module).weight.detach() for module in group.modules}
     own = {module: rows[module] for module in group.modules}
-    plain = job_of("max", INT8, {"num_bits": 8, "axis": None}, {"small": 1, "medium": 2})
+    plain = job_of("max", INT8, {"num_bits": 8, "axis": None}, ("small", "medium"))
     jobs = [
         job("mse"),
         plain,
@@ -182,7 +182,7 @@ def test_fused_scales_are_the_largest_of_the_group_where_a_range_covers_a_tensor
     first = next(iter(weights))
     weights[first] *= 3.0
     own = {module: rows[module] for module in group.modules}
-    jobs = [job_of("x", weight, None, {"small": 1}, scales=scales) for scales in ("private", "fused")]
+    jobs = [job_of("x", weight, None, ["small"], scales=scales) for scales in ("private", "fused")]
     assert [each.format.is_fused for each in jobs] == [False, shares]
     found: Any = Engine(torch.device("cpu")).score_group(weights, own, jobs)()
     private, fused = (scores["small"].score for scores in found)

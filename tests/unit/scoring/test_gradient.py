@@ -55,7 +55,7 @@ def random_bigrams(dtype: torch.dtype, n_words: int = 512, n_inputs: int = 256, 
     return Bigrams(embedding.to(dtype), *(weight.to(dtype) for weight in weights))
 
 
-def job(weight: dict[str, Any] | None, inputs: dict[str, Any] | None, **sizes: int) -> Job:
+def job(weight: dict[str, Any] | None, inputs: dict[str, Any] | None, *sizes: str) -> Job:
     return job_of("recipe", weight, inputs, sizes)
 
 
@@ -67,7 +67,7 @@ def score(
     names = [f"linears.{i}" for i in range(len(model.linears))]
     rows = capture(model, plan.segments[:n_segments], names)
     found = Engine(torch.device("cpu")).score_group(
-        {name: model.get_submodule(name).weight for name in names}, rows, [job(weight, inputs, **{size: n_segments})]
+        {name: model.get_submodule(name).weight for name in names}, rows, [job(weight, inputs, size)]
     )()
     assert found is not None
     assert isinstance(found[0], dict)
@@ -190,7 +190,7 @@ def test_a_static_range_is_set_by_the_samples_of_its_own_size() -> None:
     names = ["linears.0", "linears.1"]
     rows = capture(model, plan.segments, names)
     found = Engine(torch.device("cpu")).score_group(
-        {name: model.get_submodule(name).weight for name in names}, rows, [job(None, INT8, small=1, medium=2)]
+        {name: model.get_submodule(name).weight for name in names}, rows, [job(None, INT8, "small", "medium")]
     )()
     assert found is not None
     assert isinstance(found[0], dict)

@@ -19,9 +19,9 @@ from workers.data.samples import with_scenes
 from workers.model.forward import batch_to
 from workers.quant.modelopt import Quantizers, layer_groups
 from workers.scoring import baseline
-from workers.scoring.capture import Segments
 from workers.scoring.gradient import Job
 from workers.scoring.kl import KlEngine
+from workers.scoring.layout import Segments
 from workers.scoring.scores import GroupScore, NotFinite
 
 N_LAYERS = 3
@@ -43,7 +43,7 @@ DATA = [("llama", False), ("qwen3_vl", False), ("qwen3_vl", True)]
 
 
 def job(recipe: str, *sizes: str) -> Job:
-    return job_of(recipe, *RECIPES[recipe], {size: list(SIZES).index(size) + 1 for size in sizes})
+    return job_of(recipe, *RECIPES[recipe], sizes)
 
 
 def segments_of(*, images: bool, n: int = 128) -> Segments:
@@ -112,7 +112,7 @@ class Reference:
         )
 
     def scores(self, modules: Sequence[str], recipe: Job, size: str) -> np.ndarray[Any, Any]:
-        n_segments = recipe.sizes[size]
+        n_segments = list(SIZES).index(size) + 1
         quantized = copy.deepcopy(self.model)
         for name in modules:
             amax = torch.stack(self.amaxes[name][:n_segments])

@@ -102,7 +102,7 @@ def score_of(scores: Scores) -> float:
     return scores["small"].score
 
 
-JOBS: Final = [Job(name="int8", format=each, sizes={"small": 1}) for each in (WHOLE, SPLIT)]
+JOBS: Final = [Job(name="int8", format=each, sizes={"small": 16}) for each in (WHOLE, SPLIT)]
 
 
 @pytest.mark.parametrize(("group", "n_parts"), GROUPS.items())

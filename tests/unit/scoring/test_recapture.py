@@ -42,7 +42,7 @@ def test_around_the_unquantized_model_the_scores_are_the_sweeps(model: Any) -> N
     assert [(row.group, row.format) for row in found] == [
         (choice.group.name, format_of(name).label) for choice in recipe.groups for name in FORMATS
     ]
-    jobs = [Job(name=name, format=format_of(name), sizes={"small": 1}) for name in FORMATS]
+    jobs = [Job(name=name, format=format_of(name), sizes={"small": 16}) for name in FORMATS]
     expected: list[Any] = []
     for choice in recipe.groups:
         scores = Engine(torch.device("cpu")).score_group(

@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,8 @@ from sweep.core.batches import Sample
 from tests.models import random_model, random_samples
 from workers.data.batches import make_plan
 from workers.data.samples import with_scenes
-from workers.scoring.capture import Rows, Segments, capture
+from workers.scoring.capture import Rows, capture
+from workers.scoring.layout import Segments
 from workers.scoring.windows import captures
 
 N_LAYERS = 4
@@ -47,8 +49,8 @@ def assert_equal(found: dict[str, Rows], expected: dict[str, Rows], modules: Seq
         assert rows.g_TO.any()
         assert torch.equal(rows.x_TI, expected[name].x_TI), name
         assert torch.equal(rows.g_TO, expected[name].g_TO), name
-        assert rows.y_square_sums == expected[name].y_square_sums
-        assert rows.input_amaxes == expected[name].input_amaxes
+        assert np.array_equal(rows.y_square_sums, expected[name].y_square_sums)
+        assert np.array_equal(rows.input_amaxes, expected[name].input_amaxes)
         assert rows.layout.samples == expected[name].layout.samples
         assert torch.equal(rows.layout.lengths, expected[name].layout.lengths)
 

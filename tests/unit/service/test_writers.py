@@ -24,8 +24,10 @@ ROOT = Path(__file__).resolve().parents[3]
 GROUPS = [replace(GROUP, name=f"layers.{i}.a", modules=(f"layers.{i}.a",)) for i in range(3)]
 PARTS = [Part(group.part, (group,)) for group in GROUPS]
 SCORE = GroupScore(
-    score=6.0,
-    sample_scores=np.ones(16),
+    score=32.0,
+    sample_scores=np.full(16, 2.0),
+    kind_scores=np.outer([0.5, 0.0, 1.5, 0.0], np.ones(16)),
+    top_token_score=0.25,
     dy_square_sum=1.0,
     y_square_sum=100.0,
     dw_square_sum=1.0,
@@ -40,7 +42,7 @@ def task(name: str) -> Task:
 
 def opened(writers: Writers, store: Path, names: Sequence[str]) -> None:
     for name in names:
-        writers.open(TaskWriter(task(name), {"small": 3}, PARTS, str(store)))
+        writers.open(TaskWriter(task(name), {"small": [1] * 16}, PARTS, str(store)))
 
 
 @pytest.mark.parametrize("processes", [False, True])
@@ -62,6 +64,12 @@ def test_parts_become_cells(tmp_path: Path, processes: bool) -> None:
             [2.0, None, 2.0],
             [1.0, None, 1.0],
         )
+        kinds = [table[f"score_{kind}"].to_pylist() for kind in ("first_token", "image", "prompt", "answer")]
+        assert kinds == [[8.0, None, 8.0], [0.0, None, 0.0], [24.0, None, 24.0], [0.0, None, 0.0]]
+        assert table["score_top_token"].to_pylist() == [0.25, None, 0.25]
+        assert table["sample_predictions"].to_pylist() == [[1] * 16] * 3
+        assert table["sample_scores_first_token"].to_pylist() == [[0.5] * 16, None, [0.5] * 16]
+        assert table["sample_scores_image"].null_count == table["sample_scores_answer"].null_count == 3
         assert table["output_rel_error"].to_pylist()[0] == pytest.approx(0.1)
         assert table["output_sqnr_db"].to_pylist()[0] == pytest.approx(20)
     assert not store.is_finished("cell-c")

@@ -23,6 +23,7 @@ from sweep.store.parquet import encode
 from sweep.store.records import (
     SCHEMA_VERSION,
     SCORES_SCHEMA,
+    SCORES_VERSION,
     TRIALS_SCHEMA,
     TRIALS_VERSION,
     VALIDATIONS_SCHEMA,
@@ -260,7 +261,7 @@ def test_a_directory_in_a_files_place_is_no_file(damage: Callable[[Path], None],
 
 
 def test_a_newer_programs_file_is_left_alone_and_an_error(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    newer = of_version(SCHEMA_VERSION + 1, SCORES_SCHEMA)
+    newer = of_version(SCORES_VERSION + 1, SCORES_SCHEMA)
     (root / OTHER_SCORES).write_bytes(newer)
     assert main(["doctor", "--store", f"store.uri={root}"]) == 2
     assert "Use the program that wrote it" in capsys.readouterr().out
@@ -336,11 +337,22 @@ def test_an_older_programs_rows_are_upgraded_step_by_step(root: Path, monkeypatc
     ).replace_schema_metadata({"schema_version": "0"})
     data = encode(old, SCORES)
     (root / SCORES).write_bytes(data)
-    monkeypatch.setitem(UPGRADES, 0, lambda table: table.rename_columns(SCORES_SCHEMA.names))
+    monkeypatch.setitem(UPGRADES, ("cell_id", 0), lambda table: table.rename_columns(SCORES_SCHEMA.names))
     found = Store(str(root)).scores(CELL)
     assert found.equals(now)
     assert found.schema.equals(SCORES_SCHEMA, check_metadata=True)
     assert (root / SCORES).read_bytes() == data  # readers of other versions may be about
+
+
+def test_scores_of_version_1_know_no_kinds_of_tokens(root: Path) -> None:
+    now = rows(PARTS[0])
+    added = [name for name in now.column_names if name.startswith(("score_", "sample_scores_", "sample_predictions"))]
+    old = now.drop_columns(added).replace_schema_metadata({"schema_version": "1"})
+    (root / SCORES).write_bytes(encode(old, SCORES))
+    found = Store(str(root)).scores(CELL)
+    assert found.schema.equals(SCORES_SCHEMA, check_metadata=True)
+    assert found.drop_columns(added).equals(now.drop_columns(added))
+    assert all(found[name].null_count == len(found) for name in added)
 
 
 def test_what_killed_writers_left_goes_and_what_is_being_written_stays(root: Path) -> None:

@@ -22,8 +22,8 @@ from sweep.core.errors import SweepError
 from sweep.store.parquet import decode, encode
 from sweep.store.records import (
     ATTRIBUTES,
-    SCHEMA_VERSION,
     SCORES_SCHEMA,
+    SCORES_VERSION,
     TRIALS_SCHEMA,
     TRIALS_VERSION,
     USUAL,
@@ -222,14 +222,14 @@ def test_damage_is_never_read_as_scores(damage: Callable[[bytes], bytes], store:
 
 
 def test_a_file_of_a_newer_schema_version_is_refused_and_kept(store: Store) -> None:
-    scores, trials = of_version(SCHEMA_VERSION + 1, SCORES_SCHEMA), of_version(TRIALS_VERSION + 1, TRIALS_SCHEMA)
+    scores, trials = of_version(SCORES_VERSION + 1, SCORES_SCHEMA), of_version(TRIALS_VERSION + 1, TRIALS_SCHEMA)
     contents = {SCORES: scores, PART: scores, "trials/run-r.parquet": trials}
     for path, content in contents.items():
         store.files.write(path, content)
     for known, read in (
-        (SCHEMA_VERSION, lambda: store.scores(CELL)),
-        (SCHEMA_VERSION, lambda: whole_parts(store, CELL)),
-        (SCHEMA_VERSION, lambda: store.complete(CELL, {PARTS[1]: None})),
+        (SCORES_VERSION, lambda: store.scores(CELL)),
+        (SCORES_VERSION, lambda: whole_parts(store, CELL)),
+        (SCORES_VERSION, lambda: store.complete(CELL, {PARTS[1]: None})),
         (TRIALS_VERSION, store.trials),
     ):
         with pytest.raises(SweepError, match=f"has schema version {known + 1}; this program reads {known}"):
