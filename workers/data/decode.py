@@ -1,0 +1,49 @@
+"""Pictures decoded: upright, in RGB, or refused with the place where they stand."""
+
+from io import BytesIO
+from typing import TYPE_CHECKING, Final
+
+from sweep.core.errors import SweepError
+from workers.data.conversations import PictureSource
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Pixels of the largest picture that is decoded: where Pillow warns of a decompression bomb (Image.MAX_IMAGE_PIXELS,
+# 1 GB as RGB with alpha at four bytes a channel). A file of a few KB can claim more.
+MAX_PIXELS: Final = 89_478_485
+
+
+def decoded(source: PictureSource) -> "Image":
+    """The picture as processors take it: RGB, transparent parts black, turned as its EXIF says.
+
+    Raises: SweepError: it is missing, no picture, broken, or larger than MAX_PIXELS; names its place in the data.
+
+    Source: transformers' load_image turns pictures and converts them to RGB.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    name = "The picture" if source.path is None else f"The picture {source.path}"
+    try:
+        with Image.open(source.path or BytesIO(source.content or b"")) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise SweepError(
+                    f"{name} ({source.origin}) has {picture.width} x {picture.height} pixels; up to {MAX_PIXELS:,} are "
+                    "decoded, as a larger one may be a decompression bomb. Scale it down, or take it out."
+                )
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise SweepError(
+            f"{name} ({source.origin}) cannot be read: {error.strerror}. "
+            "Paths of pictures start at the directory of the data file: put it there, or correct the path."
+        ) from error
+    except UnidentifiedImageError as error:
+        raise SweepError(
+            f"{name} ({source.origin}) is no picture that Pillow knows. Give a JPEG, PNG, WebP, GIF, BMP or TIFF file."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise SweepError(
+            f"{name} ({source.origin}) is too large: {error} Scale it down to {MAX_PIXELS:,} pixels, or take it out."
+        ) from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise of a file cut short
+        raise SweepError(f"{name} ({source.origin}) is broken: {error}. Copy it again, or take it out.") from error
