@@ -1,10 +1,13 @@
 """Train the bundled model: a tiny Qwen3-VL that knows WordNet's glosses and drawn scenes, from nothing, in minutes.
 
+It learns glosses, captions of scenes, and chats about them in its own chat template, of which it learns the answers.
+
     apt-get install wordnet-base
     python models/qwen3_vl_tiny/train.py --wordnet /usr/share/wordnet --out models/qwen3_vl_tiny --device cuda
 
-Writes the tokenizer, the chat template, what prepares pictures, the weights (bfloat16 safetensors),
-`wordnet_glosses.txt` (640 glosses that were not trained on) and `results.json`; the model card quotes the latter.
+`--wordnet` takes any directory with WordNet's data.noun, data.verb, data.adj and data.adv. Writes the tokenizer, the
+chat template, what prepares pictures, the weights (bfloat16 safetensors), `wordnet_glosses.txt` (640 glosses that were
+not trained on) and `results.json`; the model card quotes the latter.
 Losses are those of the stored weights, computed in float32.
 
     python models/qwen3_vl_tiny/train.py --processor --out models/qwen3_vl_tiny
@@ -16,6 +19,7 @@ import argparse
 import json
 import math
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from workers.data.scene_chats import scene_turns
 from workers.data.scenes import TRAINING_BASE, patches, scene
 
 SPECIAL = (
@@ -48,9 +53,9 @@ LONGEST = 96  # tokens; 99.9 % of the glosses are shorter
 IMAGE_TOKENS = 4
 ROW = 512  # tokens a training row: attention costs its square
 SCENES = 40_000  # distinct training scenes
-PICTURES = 24  # scenes a step
+PICTURES = 24  # scenes a step with captions, and as many with chats
 
-# Qwen's form, without a system prompt of its own: the model was trained on glosses and captions, and chats badly.
+# Qwen's form, without a system prompt of its own.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\n' -}}
@@ -73,6 +78,7 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\n' -}}
 {%- endif -%}
 """
+ANSWER = re.compile(r"(?<=<\|im_start\|>assistant\n).*?<\|im_end\|>", re.DOTALL)  # in a rendered chat: what is learned
 # Pictures as `workers.data.scenes.patches` cuts them; edges are of the area in pixels: 4 to 1,024 tokens a picture.
 PICTURE = {
     "image_mean": [0.5, 0.5, 0.5],
@@ -119,7 +125,11 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=4096
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        model_max_length=4096,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -185,15 +195,46 @@ def pack(texts: list[list[int]], device: str, row: int = 0) -> dict[str, Tensor]
     }
 
 
-def picture_batch(
-    indices: list[int], captions: list[list[int]], images: list[int], ids: dict[str, int], device: str
-) -> dict[str, Tensor]:
-    """Scenes with captions of one length; `images` says whose picture goes with which caption."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A caption or a chat behind the tokens of its scene's picture."""
+
+    tokens: list[int]
+    learned: list[bool]  # whether each token is predicted
+
+
+def captioned(caption: list[int], ids: dict[str, int]) -> Seen:
+    """A tokenized caption, all of it learned."""
     head = [ids["<|vision_start|>"], *[ids["<|image_pad|>"]] * IMAGE_TOKENS, ids["<|vision_end|>"]]
-    tokens = torch.tensor([head + caption for caption in captions])
-    labels = tokens.roll(-1, dims=1)
-    labels[:, -1] = -100
-    labels[:, : len(head) - 1] = -100  # only the caption is predicted
+    return Seen(tokens=head + caption, learned=[False] * len(head) + [True] * len(caption))
+
+
+def chatted(index: int, tokenizer: PreTrainedTokenizerFast) -> Seen:
+    """The chat about a scene in the model's chat template; answers are learned, with the end of their turns."""
+    messages: list[dict[str, Any]] = []
+    for question, answer in scene_turns(index):
+        picture = [] if messages else [{"type": "image"}]
+        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": answer})
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * IMAGE_TOKENS)
+    answers = [match.span() for match in ANSWER.finditer(text)]
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    learned = [any(start <= at < end for start, end in answers) for at, _ in encoded["offset_mapping"]]
+    return Seen(tokens=encoded["input_ids"], learned=learned)
+
+
+def picture_batch(seen: list[Seen], images: list[int], ids: dict[str, int], device: str) -> dict[str, Tensor]:
+    """Captions and chats, each with the picture of a scene in `images`.
+
+    Shorter ones are padded at their end, where no token that is learned sees it.
+    """
+    shape = len(seen), max(len(each.tokens) for each in seen)
+    tokens, labels = torch.full(shape, ids["<|endoftext|>"]), torch.full(shape, -100)
+    for row, each in enumerate(seen):
+        tokens[row, : len(each.tokens)] = torch.tensor(each.tokens)
+        learned = torch.tensor(each.tokens).masked_fill(~torch.tensor(each.learned), -100)
+        labels[row, : len(each.tokens) - 1] = learned[1:]
     drawn = [patches(scene(index).pixels) for index in images]
     return {
         "input_ids": tokens.to(device),
@@ -213,38 +254,32 @@ def loss_of(model: Qwen3VLForConditionalGeneration, batch: dict[str, Tensor]) ->
     return loss, int((labels != -100).sum())
 
 
-def scene_lengths(captions: dict[int, list[int]]) -> dict[int, list[int]]:
-    """Scene indices by the length of their caption: a batch holds one length."""
-    by_length: dict[int, list[int]] = {}
-    for index, caption in captions.items():
-        by_length.setdefault(len(caption), []).append(index)
-    return {length: indices for length, indices in by_length.items() if len(indices) >= 2}
-
-
 @torch.no_grad()
 def evaluate(
     model: Qwen3VLForConditionalGeneration,
     texts: list[list[int]],
-    captions: dict[int, list[int]],
+    scenes: dict[str, dict[int, Seen]],
     ids: dict[str, int],
     device: str,
 ) -> dict[str, float]:
-    """Nats per token on held-out glosses and scenes, and on scenes whose pictures were swapped around."""
+    """Nats per token on held-out glosses, captions and answers, and on these with pictures swapped around."""
     model.eval()
-    sums = {"text": [0.0, 0], "scenes": [0.0, 0], "scenes_wrong_picture": [0.0, 0]}
+    sums: dict[str, tuple[float, int]] = {}
 
     def add(name: str, batch: dict[str, Tensor]) -> None:
-        loss, n = loss_of(model, batch)
-        sums[name][0] += loss.item()
-        sums[name][1] += n
+        (loss, n), (total, count) = loss_of(model, batch), sums.get(name, (0.0, 0))
+        sums[name] = total + loss.item(), count + n
 
     for start in range(0, len(texts), 32):
         add("text", pack(texts[start : start + 32], device))
-    for indices in scene_lengths(captions).values():
-        chosen = [captions[index] for index in indices]
-        add("scenes", picture_batch(indices, chosen, indices, ids, device))
-        add("scenes_wrong_picture", picture_batch(indices, chosen, indices[1:] + indices[:1], ids, device))
-    return {name: total / n for name, (total, n) in sums.items() if n}
+    for name, all_seen in scenes.items():
+        indices = list(all_seen)
+        for start in range(0, len(indices), 32):
+            chosen = indices[start : start + 32]
+            seen = [all_seen[index] for index in chosen]
+            add(name, picture_batch(seen, chosen, ids, device))
+            add(f"{name}_wrong_picture", picture_batch(seen, chosen[1:] + chosen[:1], ids, device))
+    return {name: total / n for name, (total, n) in sums.items()}
 
 
 def unigram_loss(training: list[list[int]], texts: list[list[int]]) -> float:
@@ -257,7 +292,7 @@ def unigram_loss(training: list[list[int]], texts: list[list[int]]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """Tokenizer, and the tokenized glosses and captions to train and to evaluate on."""
+    """Tokenizer, and the tokenized glosses, captions and chats to train and to evaluate on."""
 
     tokenizer: PreTrainedTokenizerFast
     ids: dict[str, int]  # of the special tokens
@@ -265,8 +300,8 @@ class Corpus:
     held_out: list[list[int]]  # glosses not trained on, each with its end token
     shipped: list[list[int]]  # glosses for calibration, without end tokens
     bundled: list[str]  # lines of wordnet_glosses.txt: the shipped glosses, then those for validation
-    captions: dict[int, list[int]]  # by training scene
-    test_captions: dict[int, list[int]]  # by scene not trained on
+    scenes: dict[str, dict[int, Seen]]  # "captions" and "chats", by training scene
+    test_scenes: dict[str, dict[int, Seen]]  # the same of scenes not trained on
 
 
 def read_corpus(wordnet: Path, n_scenes: int) -> Corpus:
@@ -277,16 +312,24 @@ def read_corpus(wordnet: Path, n_scenes: int) -> Corpus:
     tokenized: list[list[int]] = tokenizer(glosses)["input_ids"]
     keep = [i for i, tokens in enumerate(tokenized) if 6 <= len(tokens) < LONGEST]
     shipped, held_out, training = keep[:SHIPPED], keep[SHIPPED : 2 * SHIPPED], keep[2 * SHIPPED :]
-    scenes = range(TRAINING_BASE, TRAINING_BASE + n_scenes)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+
+    def seen(scenes: range) -> dict[str, dict[int, Seen]]:
+        captions: list[list[int]] = tokenizer([scene(i).caption for i in scenes])["input_ids"]
+        return {
+            "captions": {i: captioned(caption, ids) for i, caption in zip(scenes, captions, strict=True)},
+            "chats": {i: chatted(i, tokenizer) for i in scenes},
+        }
+
     return Corpus(
         tokenizer=tokenizer,
-        ids={token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL},
+        ids=ids,
         texts=[tokenized[i] + [end] for i in training],
         held_out=[tokenized[i] + [end] for i in held_out],
         shipped=[tokenized[i] for i in shipped],
         bundled=[glosses[i] for i in [*shipped, *held_out[:VALIDATION]]],
-        captions={i: tokenizer(scene(i).caption)["input_ids"] for i in scenes},
-        test_captions={i: tokenizer(scene(i).caption)["input_ids"] for i in range(SHIPPED)},
+        scenes=seen(range(TRAINING_BASE, TRAINING_BASE + n_scenes)),
+        test_scenes=seen(range(SHIPPED)),
     )
 
 
@@ -316,24 +359,30 @@ def text_batches(texts: list[list[int]], n_tokens: int) -> Iterator[list[list[in
         yield chosen
 
 
+def picture_batches(
+    scenes: dict[str, dict[int, Seen]], ids: dict[str, int], device: str
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of captions and as many chats without end, with their pictures."""
+    while True:
+        chosen = [(index, seen[index]) for seen in scenes.values() for index in random.sample(list(seen), PICTURES)]
+        yield picture_batch([each for _, each in chosen], [index for index, _ in chosen], ids, device)
+
+
 def fit(model: Qwen3VLForConditionalGeneration, corpus: Corpus, args: argparse.Namespace) -> int:
     """Train the model. Returns the number of text tokens that it has seen."""
     started = time.time()
     optimizer, schedule = optimizer_of(model, args)
-    lengths = scene_lengths(corpus.captions)
-    batches = text_batches(corpus.texts, args.tokens)
-    seen = 0
+    texts = text_batches(corpus.texts, args.tokens)
+    pictures = picture_batches(corpus.scenes, corpus.ids, args.device)
+    total = 0
     for step in range(args.steps):
-        chosen = next(batches)
-        seen += sum(map(len, chosen))
-        length = random.choices(list(lengths), weights=[len(indices) for indices in lengths.values()])[0]
-        pictures = random.sample(lengths[length], min(len(lengths[length]), PICTURES))
-        captions = [corpus.captions[i] for i in pictures]
+        chosen = next(texts)
+        total += sum(map(len, chosen))
         model.train()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             text_loss, n_text = loss_of(model, pack(chosen, args.device, ROW))
-            scene_loss, n_scene = loss_of(model, picture_batch(pictures, captions, pictures, corpus.ids, args.device))
-        (text_loss / n_text + 0.5 * scene_loss / n_scene).backward()
+            scene_loss, n_scene = loss_of(model, next(pictures))
+        (text_loss / n_text + scene_loss / n_scene).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -343,7 +392,7 @@ def fit(model: Qwen3VLForConditionalGeneration, corpus: Corpus, args: argparse.N
             text, scenes = text_loss.item() / n_text, scene_loss.item() / n_scene
             seconds = time.time() - started
             print(f"step {step} text {text:.3f} held out {held:.3f} scenes {scenes:.3f} {seconds:.0f} s", flush=True)
-    return seen
+    return total
 
 
 def write_processor(out: Path) -> None:
@@ -374,7 +423,7 @@ def train(args: argparse.Namespace) -> None:
 
     stored = Qwen3VLForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32).to(args.device)
     sample = random.Random(1).sample(corpus.texts, 2000)
-    ids, test_captions = corpus.ids, corpus.test_captions
+    ids, test_scenes = corpus.ids, corpus.test_scenes
     results = {
         "parameters": sum(p.numel() for p in stored.parameters()),
         "steps": args.steps,
@@ -383,8 +432,8 @@ def train(args: argparse.Namespace) -> None:
         "epochs": round(seen / sum(map(len, corpus.texts)), 2),
         "training_glosses": len(corpus.texts),
         "training_loss": evaluate(stored, sample, {}, ids, args.device)["text"],
-        "held_out_loss": evaluate(stored, corpus.held_out, test_captions, ids, args.device),
-        "shipped_loss": evaluate(stored, corpus.shipped, test_captions, ids, args.device)["text"],
+        "held_out_loss": evaluate(stored, corpus.held_out, test_scenes, ids, args.device),
+        "shipped_loss": evaluate(stored, corpus.shipped, {}, ids, args.device)["text"],
         "unigram_loss": unigram_loss(corpus.texts, corpus.held_out),
         "seconds": round(time.time() - started),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",

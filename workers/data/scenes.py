@@ -28,7 +28,7 @@ COLOURS: Final = {
 }
 BACKGROUNDS: Final = {"grey": (128, 128, 128), "pink": (240, 170, 190), "brown": (110, 75, 45)}
 SHAPES: Final = ("circle", "square", "triangle", "cross", "ring")
-# Where the second shape's centre lies, seen from the first; quarters of the image, (column, row).
+# Centres of both shapes where the first is `left of` the second and so on, in parts of the side: (column, row).
 PLACES: Final = {
     "left of": ((0.27, 0.5), (0.73, 0.5)),
     "right of": ((0.73, 0.5), (0.27, 0.5)),
@@ -42,10 +42,19 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """An image and a caption that describes it."""
+    """An image of two shapes, and a caption that describes it."""
 
     pixels: Pixels  # [SIDE, SIDE, 3]
     caption: str
+    colours: tuple[str, ...]  # of the first shape and of the second: different ones
+    shapes: tuple[str, ...]  # may be equal
+    relation: str  # of PLACES: where the first lies, seen from the second
+    background: str
+
+    @property
+    def things(self) -> tuple[str, ...]:
+        """Both shapes by colour: "red circle"."""
+        return tuple(f"{colour} {shape}" for colour, shape in zip(self.colours, self.shapes, strict=True))
 
 
 def scene(index: int) -> Scene:
@@ -61,9 +70,20 @@ def scene(index: int) -> Scene:
     for i in range(2):
         column, row = (round(place * SIDE) + int(jitter[i, axis]) for axis, place in enumerate(PLACES[relation][i]))
         pixels[_mask(shapes[i], column, row, int(radii[i]))] = COLOURS[colours[i]]
-    things = [f"{_article(colour)} {shape}" for colour, shape in zip(colours, shapes, strict=True)]
-    caption = f"{things[0]} {relation} {things[1]} on {_article(background)} background"
-    return Scene(pixels=pixels, caption=caption)
+    things = [f"{with_article(colour)} {shape}" for colour, shape in zip(colours, shapes, strict=True)]
+    return Scene(
+        pixels=pixels,
+        caption=f"{things[0]} {relation} {things[1]} on {with_article(background)} background",
+        colours=tuple(colours),
+        shapes=tuple(shapes),
+        relation=relation,
+        background=background,
+    )
+
+
+def with_article(words: str) -> str:
+    """The words after "a" or "an"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def patches(pixels: Pixels) -> tuple[npt.NDArray[np.float32], tuple[int, int, int]]:
@@ -97,7 +117,3 @@ def _mask(shape: str, column: int, row: int, radius: int) -> Mask:
     if shape == "cross":
         return (np.minimum(abs(dx), abs(dy)) <= radius * 0.3) & (np.maximum(abs(dx), abs(dy)) <= radius)
     return (distance <= radius**2) & (distance >= (radius * 0.55) ** 2)
-
-
-def _article(word: str) -> str:
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
