@@ -19,6 +19,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def questions() -> list[Conversation]:
 
 
 @torch.no_grad()
-def answered(model: loading.PreTrainedModel, processor: Processor, asked: list[Conversation]) -> list[Sample]:
+def answered(model: Any, processor: Processor, asked: list[Conversation]) -> list[Sample]:
     """The chats with the model's own answers, of which the tokens are predicted."""
     torch.manual_seed(0)
     ends = np.ravel(model.generation_config.eos_token_id)
