@@ -10,10 +10,11 @@ from rich.console import Console
 
 from sweep.config.compose import expand
 from sweep.config.targets import Target
+from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
 from sweep.core.screen import say, show_table
-from sweep.formats.mixed import RECIPE_BEGINS
-from sweep.mixed_precision.candidates import Candidates, read_candidates, sized
+from sweep.formats.mixed import RECIPE_BEGINS, counted
+from sweep.mixed_precision.candidates import Candidates, kinds_typed, read_candidates, sized
 from sweep.mixed_precision.knapsack import Problem, cost_range
 from sweep.mixed_precision.recipe import SIXTEEN, Budget, problem_of, recipe_of_choice, rules_of, solved
 from sweep.mixed_precision.shapes import candidate_misfits, misfit_lines, other_ranks_line
@@ -41,6 +42,7 @@ class Request:
     recapture: int  # how often the model is captured again with the recipe applied
     n_front: int | None
     rank: bool
+    tokens: str | None  # kinds of token whose scores alone count, "answer,image"
     as_json: bool
 
 
@@ -68,12 +70,18 @@ class Tables(msgspec.Struct, kw_only=True, omit_defaults=True):
 def solve_command(request: Request) -> int:
     """Solve, write the recipe, and print its figures. Returns the exit code.
 
-    Raises: SweepError: nothing to choose from, or a budget or rules that nothing fits.
+    Raises: SweepError: nothing to choose from, a budget or rules that nothing fits, or kinds of token that are not
+        known.
     """
+    tokens = kinds_typed(request.tokens)
+    if tokens and request.recapture:
+        raise SweepError(
+            "--recapture scores again by all tokens, --tokens decides by some. Type one of the two without the other."
+        )
     config = expand(request.overrides, multirun=True).points[0]
     target = Target.from_config(config.target)
     with opened(config.store.uri) as store:
-        candidates = read_candidates(store, request.overrides)
+        candidates = read_candidates(store, request.overrides, tokens=tokens)
     if request.gb is not None:
         candidates = sized(candidates)
     rules = rules_of(request.pins, request.excludes, request.uniform_layer, target, candidates)
@@ -82,7 +90,7 @@ def solve_command(request: Request) -> int:
     problem = problem_of(candidates, rules)
     budget = budget_of(request, candidates, problem)
     choice = solved(candidates, problem, budget, rules)
-    name = f"{candidates.trial.model}-{target.slug}-{budget.slug}"
+    name = "-".join([candidates.trial.model, target.slug, budget.slug, *tokens])
     out = typed_path(request.out or f"outputs/recipes/{name}.yaml")
     file = OutputFile(path=out, begins=RECIPE_BEGINS)
     file.check()
@@ -157,6 +165,8 @@ def _lines(figures: Figures, scored: Scored) -> Iterator[str]:
     spread = figures.predicted_kl_interval
     interval = "" if spread is None else f" (90 % interval over samples: {spread[0]:.3g} to {spread[1]:.3g})"
     yield f"predicted KL {figures.predicted_kl:.4g} nats per prediction{interval}"
+    if figures.tokens:
+        yield f"  counting {counted(figures.tokens)}"
     for label, n in figures.formats.items():
         yield f"  {n:4d} layer groups: {label if label != SIXTEEN else '16 bits'}"
     most = figures.most_bits

@@ -210,16 +210,16 @@ def _row(table: pa.Table, kind: str, recipe: MixedRecipe) -> Measured:
         effective_bits=recipe.effective_bits,
         predicted_kl=recipe.predicted_kl,
         measured_kl=float(kl.sum() / n_predictions),
-        measured_kl_interval=_interval(kl, n_predictions, recipe),
+        measured_kl_interval=_interval(kl, counts, recipe),
         loss_change=float(change.sum() / n_predictions),
-        loss_change_interval=_interval(change, n_predictions, recipe),
+        loss_change_interval=_interval(change, counts, recipe),
         n_samples=len(kl),
         n_predictions=n_predictions,
         recipe=_content(recipe)[:20],
     )
 
 
-def _interval(samples: FloatArray, n_predictions: int, recipe: MixedRecipe) -> tuple[float, float]:
+def _interval(samples: FloatArray, n_predictions: FloatArray, recipe: MixedRecipe) -> tuple[float, float]:
     low, high = bootstrap_interval(samples[None], n_predictions, recipe.model_revision)[:, 0]
     return float(low), float(high)
 

@@ -29,7 +29,7 @@ from sweep.mixed_precision.openai_server import Server, check_prompt_log_probs, 
 from sweep.mixed_precision.recipe_context import RecipeContext, load_model
 from sweep.plan.subject import Model
 from sweep.plan.trials import Device
-from sweep.report.analysis import FloatArray, bootstrap_interval, ratio_interval
+from sweep.report.analysis import FloatArray, bootstrap_interval
 
 if TYPE_CHECKING:
     from workers.scoring.texts import TokenScores
@@ -303,7 +303,7 @@ class _Meter:
         sums = np.zeros((3, n_samples))
         for number, each in enumerate((served, exact, measured)):
             np.add.at(sums[number], owners, each)
-        low, high = bootstrap_interval(sums, n_tokens, seed).tolist()
+        low, high = bootstrap_interval(sums, np.bincount(owners, minlength=n_samples).astype(np.float64), seed).tolist()
         quantizes = bool((sums[2] > 0).all())
         return ServedKl(
             way=way,
@@ -312,7 +312,7 @@ class _Meter:
             measured_kl=float(exact.mean()),
             measured_kl_interval=(low[1], high[1]),
             ratio=float(served.sum() / measured.sum()) if quantizes else None,
-            ratio_interval=ratio_interval(sums[0], sums[2], seed) if quantizes else None,
+            ratio_interval=_ratio_interval(sums[0], sums[2], seed) if quantizes else None,
             n_samples=n_samples,
             n_tokens=n_tokens,
         )
@@ -385,6 +385,11 @@ def _seed(text: Int64Array, turn: int) -> int:
     """Follows from a sample's content, so that the same command gives the same texts; 31 bits."""
     digest = hashlib.sha256(f"{turn}:".encode() + text.tobytes()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
+
+
+def _ratio_interval(served: FloatArray, measured: FloatArray, seed: str) -> tuple[float, float]:
+    low, high = bootstrap_interval(served[None], measured, seed)[:, 0]
+    return float(low), float(high)
 
 
 def _figure(value: float, interval: tuple[float, float]) -> str:

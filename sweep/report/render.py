@@ -11,7 +11,15 @@ from sweep.config.targets import Target
 from sweep.core.groups import short_group
 from sweep.core.sizes import n_samples_of
 from sweep.report.analysis import summarize
-from sweep.report.markdown import columns_text, facts_table, groups_table, kinds_table, sentences
+from sweep.report.markdown import (
+    columns_text,
+    facts_table,
+    groups_table,
+    kinds_table,
+    sentences,
+    tokens_table,
+    tokens_text,
+)
 from sweep.report.rows import Report
 from sweep.store.records import ATTRIBUTES, RECIPE, UNKNOWN, FinishedTrial
 
@@ -35,6 +43,8 @@ def render_markdown(report: Report) -> str:
             columns_text(trial.method),
             groups_table(report),
         ]
+    if report.token_shares is not None:
+        parts += ["## By kind of token", tokens_text(report), tokens_table(report)]
     if report.not_measured:
         names = "\n".join(f"- `{row.name}`" for row in report.not_measured)
         parts += [
@@ -90,6 +100,7 @@ def render_json(report: Report) -> str:
             "sensitivity": "score per prediction",
             "predicted_kl": "nats per prediction",
             "intervals": "90% bootstrap over samples, 6 digits" if report.total_interval else None,
+            "token_shares": "parts of the score by kind of the token at whose position the error arises",
             "size_cost": "weights of the group in 16-bit units",
         },
         "totals": {
@@ -97,6 +108,7 @@ def render_json(report: Report) -> str:
             "predicted_kl_interval": report.total_interval,
             "effective_bits": summary.effective_bits,
             "n_groups_carrying_half": summary.n_groups_half,
+            "token_shares": report.token_shares,
         },
         "rank_stability": {
             "spearman": stability.spearman,
