@@ -1,6 +1,7 @@
 """`sweep solve`: the mixed-precision recipe of least predicted KL under a budget, from the store alone."""
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -128,7 +129,11 @@ def solve_command(request: Request) -> int:
         document = msgspec.to_builtins(figures) | msgspec.to_builtins(tables)
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
-        next_steps = f"Next: sweep validate {out}, then sweep export {out} --format {target.checkpoint} --out DIR"
+        on = [override for override in request.overrides if override.startswith("validation.")]
+        next_steps = (
+            f"Next: {shlex.join(['sweep', 'validate', str(out), *on])}, "
+            f"then sweep export {out} --format {target.checkpoint} --out DIR"
+        )
         console = Console()
         show(console, figures, tables)
         say(console, f"Written: {out}\n{next_steps}")

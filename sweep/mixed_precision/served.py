@@ -24,7 +24,7 @@ import numpy.typing as npt
 from sweep.core.batches import Int64Array, Sample
 from sweep.core.errors import SweepError
 from sweep.core.sizes import SIZES
-from sweep.mixed_precision.measured import held_out_samples
+from sweep.mixed_precision.measured import held_out
 from sweep.mixed_precision.openai_server import Server, check_prompt_log_probs, connect, in_parallel
 from sweep.mixed_precision.recipe_context import RecipeContext, load_model
 from sweep.plan.subject import Model
@@ -352,8 +352,8 @@ class _Job:
 
 
 def _texts(context: RecipeContext) -> list[Int64Array]:
-    """Token ids of the validation samples. Raises: SweepError: they have pictures."""
-    samples = held_out_samples(context)
+    """Token ids of the first data set's validation samples. Raises: SweepError: they have pictures."""
+    samples = held_out(context)[0].samples
     if any(sample.pictures for sample in samples):
         raise SweepError(
             "The validation samples have pictures, and a prompt of token ids carries none. "

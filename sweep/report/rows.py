@@ -191,8 +191,8 @@ def ratio(part: float, whole: float) -> float:
 
 def _token_shares(by_kind: FloatArray, kinds: Sequence[str]) -> dict[str, float]:
     """Args: by_kind: scores, one a kind of TOKEN_KINDS. kinds: those to name."""
-    parts = dict(zip(TOKEN_KINDS, (by_kind / by_kind.sum()).tolist(), strict=True))
-    return {kind: parts[kind] for kind in kinds}
+    parts = zip(TOKEN_KINDS, (by_kind / by_kind.sum()).tolist(), strict=True)
+    return {kind: part for kind, part in parts if kind in kinds}
 
 
 def _rounded(values: FloatArray) -> list[float]:
