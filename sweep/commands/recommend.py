@@ -134,15 +134,16 @@ def recommend(request: Request, console: Console) -> int:
         own |= {"page": str(out / "index.html"), "export": str(exported)}
         print(json.dumps(own, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
-    balanced = [row for row in rows if row.name == "balanced"]
-    on = ", ".join(f"{row.measured_kl:.3g} measured on {row.dataset}" for row in balanced)
-    kl = f"KL {on}, {balanced[0].predicted_kl:.3g} predicted"
-    bits = f"{made['balanced'].effective_bits:.3f} bits a weight"
-    say(console, f"\nRecommended: balanced, {bits}, {kl}.\nPage: {out / 'index.html'}")
-    for line in remarks(context.recipe, rows):
-        say(console, line)
+    said = _recommended(made["balanced"], rows)
+    say(console, "\n".join(["", said, f"Page: {out / 'index.html'}", *remarks(context.recipe, rows)]))
     console.print(serve_line(exported, target), markup=False, highlight=False, soft_wrap=True)  # a line to copy
     return EXIT_DONE
+
+
+def _recommended(balanced: MixedRecipe, rows: Sequence[Measured]) -> str:
+    on = [f"{row.measured_kl:.3g} measured on {row.dataset}" for row in rows if row.name == balanced.name]
+    kl = f"KL {', '.join(on)}, {balanced.predicted_kl:.3g} predicted"
+    return f"Recommended: balanced, {balanced.effective_bits:.3f} bits a weight, {kl}."
 
 
 def _with_measured(figures: Figures, row: Measured) -> Figures:

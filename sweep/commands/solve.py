@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -17,8 +18,8 @@ from sweep.core.screen import say, show_table
 from sweep.formats.mixed import RECIPE_BEGINS, counted
 from sweep.mixed_precision.candidates import Candidates, kinds_typed, read_candidates, sized
 from sweep.mixed_precision.knapsack import Problem, cost_range
-from sweep.mixed_precision.recipe import SIXTEEN, Budget, problem_of, recipe_of_choice, rules_of, solved
-from sweep.mixed_precision.shapes import candidate_misfits, misfit_lines, other_ranks_line
+from sweep.mixed_precision.recipe import SIXTEEN, Budget, Rules, problem_of, recipe_of_choice, rules_of, solved
+from sweep.mixed_precision.shapes import Misfit, candidate_misfits, misfit_lines, other_ranks_line
 from sweep.mixed_precision.summary import Figures, Ranked, figures_of, front_points, ranked, uniform_points
 from sweep.report.plots import FRONT_BEGINS, Point, front_picture
 from sweep.run.resources import own_device
@@ -109,13 +110,7 @@ def solve_command(request: Request) -> int:
         choice = solved(candidates, problem, budget, rules)
         made = recipe_of_choice(candidates, choice, name, target.label, kl)
     figures = figures_of(candidates, problem, choice, made)
-    usable = [candidate.format for candidate in candidates.formats if rules.allowed(candidate.format)]
-    labels, trial = {each.label for each in usable}, candidates.trial
-    scored = Scored(recipes=len(candidates.formats), usable=len(usable), dataset=trial.dataset, size=trial.size)
-    shapes = [*misfit_lines(target, [each for each in left_out if each.label in labels])]
-    if (line := other_ranks_line(target, candidates)) is not None:
-        shapes.append(line)
-    tables = Tables(recipe=str(out), scored=scored, shapes=shapes)
+    tables = _tables(candidates, rules, target, left_out, out)
     if request.rank:
         tables.rank = ranked(candidates, problem, choice)
     if request.n_front is not None:
@@ -124,20 +119,33 @@ def solve_command(request: Request) -> int:
         tables.picture = str(picture.path)
     file.put(made.to_yaml().encode())
     if tables.front is not None:
-        picture.put(front_picture(tables.front, tables.uniform or [], [figures.point], trial.setting))
+        picture.put(front_picture(tables.front, tables.uniform or [], [figures.point], candidates.trial.setting))
     if request.as_json:
         document = msgspec.to_builtins(figures) | msgspec.to_builtins(tables)
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
-        on = [override for override in request.overrides if override.startswith("validation.")]
-        next_steps = (
-            f"Next: {shlex.join(['sweep', 'validate', str(out), *on])}, "
-            f"then sweep export {out} --format {target.checkpoint} --out DIR"
-        )
         console = Console()
         show(console, figures, tables)
-        say(console, f"Written: {out}\n{next_steps}")
+        say(console, f"Written: {out}\n{_next_steps(request, out, target)}")
     return EXIT_DONE
+
+
+def _next_steps(request: Request, out: Path, target: Target) -> str:
+    """What to type next, on the data sets of `validation` that were typed."""
+    on = [override for override in request.overrides if override.startswith("validation.")]
+    validated = shlex.join(["sweep", "validate", str(out), *on])
+    return f"Next: {validated}, then sweep export {out} --format {target.checkpoint} --out DIR"
+
+
+def _tables(candidates: Candidates, rules: Rules, target: Target, left_out: Sequence[Misfit], out: Path) -> Tables:
+    """Where the recipe lies, and what it was chosen from."""
+    usable = [candidate.format for candidate in candidates.formats if rules.allowed(candidate.format)]
+    labels, trial = {each.label for each in usable}, candidates.trial
+    shapes = [*misfit_lines(target, [each for each in left_out if each.label in labels])]
+    if (line := other_ranks_line(target, candidates)) is not None:
+        shapes.append(line)
+    scored = Scored(recipes=len(candidates.formats), usable=len(usable), dataset=trial.dataset, size=trial.size)
+    return Tables(recipe=str(out), scored=scored, shapes=shapes)
 
 
 def budget_of(request: Request, candidates: Candidates, problem: Problem) -> Budget:

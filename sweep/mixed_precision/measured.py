@@ -16,7 +16,6 @@ from sweep.config.schema import DatasetConfig, SweepConfig
 from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
 from sweep.core.json import Json
-from sweep.core.sizes import n_samples_of
 from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import Quantizer
 from sweep.mixed_precision.candidates import Candidates
@@ -113,11 +112,10 @@ def validate(context: RecipeContext, recipes: Sequence[tuple[str, MixedRecipe]],
         digest = plan.digest(plan.size)
         on_each.append((held, plan, digest, [_identity(recipe, digest, dtype, device) for _, recipe in recipes]))
     known = {key: store.validation(key) for *_, keys in on_each for key in keys}
-    fresh = {
-        number: recipe
-        for number, (_, recipe) in enumerate(recipes)
-        if any(known[keys[number]] is None for *_, keys in on_each)
-    }
+    fresh: dict[int, MixedRecipe] = {}
+    for number, (_, recipe) in enumerate(recipes):
+        if None in [known[keys[number]] for *_, keys in on_each]:
+            fresh[number] = recipe
     for recipe in fresh.values():
         check_recipe(recipe, context.model)
     measure = _measurer(context, list(fresh.values()), device) if fresh else None

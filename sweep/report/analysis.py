@@ -161,13 +161,16 @@ def kind_samples(scores: pa.Table, kinds: Collection[str]) -> FloatArray | None:
     whole = sample_matrix(scores)
     if whole is None:
         return None
-    parts = {
-        kind: np.array([samples or [0.0] * whole.shape[1] for samples in scores[f"sample_scores_{kind}"].to_pylist()])
-        for kind in TOKEN_KINDS
-        if kind != "prompt"
-    }
-    parts["prompt"] = np.maximum(whole - sum(parts.values()), 0)  # the parts are rounded to float32
-    return whole * 0 + sum(parts[kind] for kind in kinds)
+    found, none = np.zeros(whole.shape), [0.0] * whole.shape[1]
+    prompt = whole.copy()
+    for kind in TOKEN_KINDS:
+        if kind == "prompt":
+            continue
+        part = np.array([samples or none for samples in scores[f"sample_scores_{kind}"].to_pylist()])
+        prompt -= part
+        found += part * (kind in kinds)
+    # What is left is rounded to float32 as the parts are; NaN where nothing was measured.
+    return found + np.maximum(prompt, 0) if "prompt" in kinds else found + 0 * whole
 
 
 def sample_predictions(scores: pa.Table) -> FloatArray | None:

@@ -95,14 +95,7 @@ def render_json(report: Report) -> str:
             "n_predictions": summary.n_predictions,
         },
         "trial": {"trial_id": trial.trial_id, "cell_id": trial.cell_id, "versions": report.versions},
-        "units": {
-            "score": _SCORE_UNITS[trial.method],
-            "sensitivity": "score per prediction",
-            "predicted_kl": "nats per prediction",
-            "intervals": "90% bootstrap over samples, 6 digits" if report.total_interval else None,
-            "token_shares": "parts of the score by kind of the token at whose position the error arises",
-            "size_cost": "weights of the group in 16-bit units",
-        },
+        "units": _units(report),
         "totals": {
             "predicted_kl": summary.total_predicted_kl,
             "predicted_kl_interval": report.total_interval,
@@ -122,6 +115,17 @@ def render_json(report: Report) -> str:
         "not_measured": report.not_measured,
     }
     return json.dumps(msgspec.to_builtins(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _units(report: Report) -> dict[str, str | None]:
+    return {
+        "score": _SCORE_UNITS[report.trial.method],
+        "sensitivity": "score per prediction",
+        "predicted_kl": "nats per prediction",
+        "intervals": "90% bootstrap over samples, 6 digits" if report.total_interval else None,
+        "token_shares": "parts of the score by kind of the token at whose position the error arises",
+        "size_cost": "weights of the group in 16-bit units",
+    }
 
 
 def largest(finished: Iterable[FinishedTrial]) -> list[FinishedTrial]:

@@ -101,6 +101,14 @@ def test_the_kinds_of_token_that_are_named_decide_and_are_said(
     assert made.to_yaml() == text
 
 
+def test_the_next_command_validates_on_the_data_sets_that_were_typed(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert solve(store, "--bits", "5", "validation.dataset=[chat,scenes]", "validation.path=[my chats.jsonl,null]") == 0
+    words = "'validation.dataset=[chat,scenes]' 'validation.path=[my chats.jsonl,null]', then sweep export"
+    assert words in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
