@@ -229,6 +229,7 @@ def _solve_options(solve: argparse.ArgumentParser) -> None:
     ranks = "layer groups by predicted KL, and by predicted KL per GB saved"
     solve.add_argument("--rank", action="store_true", help=ranks)
     solve.add_argument("--out", metavar="FILE", help="the recipe file; default outputs/recipes/NAME.yaml")
+    _add_tokens(solve)
     _add_budget(solve)
     _add_json(solve)
 
@@ -254,6 +255,7 @@ def _validate_options(validate: argparse.ArgumentParser) -> None:
 def _recommend_options(recommend: argparse.ArgumentParser) -> None:
     place = "where everything goes, beside files of others; default outputs/recommended/NAME"
     recommend.add_argument("--out", metavar="DIR", help=place)
+    _add_tokens(recommend)
     _add_budget(recommend)
     _add_json(recommend)
 
@@ -267,6 +269,11 @@ def _add_budget(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--bits", type=float, metavar="B", help=bits)
     gb = "GB (1e9 bytes) of all weights, embeddings and lm_head included"
     verb.add_argument("--gb", type=float, metavar="G", help=gb)
+
+
+def _add_tokens(verb: argparse.ArgumentParser) -> None:
+    kinds = "decide by the scores at these kinds of token alone: first_token, image, prompt, answer"
+    verb.add_argument("--tokens", metavar="KIND,KIND", help=kinds)
 
 
 def _add_json(verb: argparse.ArgumentParser) -> None:

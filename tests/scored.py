@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from sweep.config.compose import expand
 from sweep.config.schema import to_record
+from sweep.core.batches import TOKEN_KINDS
 from sweep.store.records import SCORES_SCHEMA, RunRecord, TrialRow
 from sweep.store.store import Store
 
@@ -30,11 +31,24 @@ PREDICTED_KL: Final[Mapping[str, Sequence[float | None]]] = {  # nats per predic
     INT8: (0.004, 0.002, 0.003, 0.002, 0.001),
     FP8: (0.005, 0.003, 0.004, 0.003, 0.0005),
 }
+NO_PART: Final = (0.0,) * len(GROUPS)
 ELEMENTS: Final = {"parameters": 25_000, "embeddings": 8_000, "lm_head": 0}
 
 
-def scores(cell_id: str, predicted_kl: Sequence[float | None], bits: float = 8.0) -> pa.Table:
-    """Rows of one cell; None: never called. Two samples, of which the first has a quarter of the score."""
+def scores(
+    cell_id: str,
+    predicted_kl: Sequence[float | None],
+    bits: float = 8.0,
+    by_kind: Mapping[str, Sequence[float]] | None = None,
+) -> pa.Table:
+    """Rows of one cell; None: never called. Two samples, of which the first has a quarter of the score.
+
+    Args:
+        cell_id: of all rows.
+        predicted_kl: of each group.
+        bits: a weight.
+        by_kind: part of each group's score, by kind of token; then the samples' predictions are known, too: 10 and 40.
+    """
     rows: list[dict[str, Any]] = []
     for (group, modules, layer, elements), kl in zip(GROUPS, predicted_kl, strict=True):
         score = None if kl is None else kl * 2 * N_PREDICTIONS
@@ -49,18 +63,32 @@ def scores(cell_id: str, predicted_kl: Sequence[float | None], bits: float = 8.0
         }
         row["sensitivity"] = None if score is None else score / N_PREDICTIONS
         row |= {"n_predictions": N_PREDICTIONS, "n_samples": 2, "effective_bits": bits}
-        rows.append(row | {"sample_scores": None if score is None else [score / 4, score * 3 / 4]})
+        row |= {"sample_scores": None if score is None else [score / 4, score * 3 / 4]}
+        if by_kind is not None:
+            row |= {"sample_predictions": [10, N_PREDICTIONS - 10]}
+        if by_kind is not None and score is not None:
+            parts = {kind: score * by_kind.get(kind, NO_PART)[len(rows)] for kind in TOKEN_KINDS}
+            row |= {f"score_{kind}": part for kind, part in parts.items()} | {"score_top_token": score / 8}
+            lists = {kind: [part / 4, part * 3 / 4] if part else None for kind, part in parts.items()}
+            row |= {f"sample_scores_{kind}": each for kind, each in lists.items() if kind != "prompt"}
+        rows.append(row)
     return pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)
 
 
 def add(
-    store: Store, recipe: str, predicted_kl: Sequence[float | None], *overrides: str, minute: int = 0, **changed: Any
+    store: Store,
+    recipe: str,
+    predicted_kl: Sequence[float | None],
+    *overrides: str,
+    minute: int = 0,
+    by_kind: Mapping[str, Sequence[float]] | None = None,
+    **changed: Any,
 ) -> str:
     """Enter one finished trial; returns its cell. `changed` are columns of its row."""
     pair, granularity = recipe.split("/")
     config = expand([f"quant_pair={pair}", f"quant_granularity={granularity}", *overrides], multirun=False).points[0]
     cell_id = f"{pair}-{granularity}-{config.dataset.size}-{minute}"
-    store.write_part(cell_id, "m", scores(cell_id, predicted_kl))
+    store.write_part(cell_id, "m", scores(cell_id, predicted_kl, by_kind=by_kind))
     store.complete(cell_id, {"m": None})
     row: dict[str, Any] = {
         "trial_id": cell_id,
@@ -93,10 +121,11 @@ def store_at(
     path: Any,
     predicted_kl: Mapping[str, Sequence[float | None]] = PREDICTED_KL,
     elements: Mapping[str, int] | None = ELEMENTS,
+    by_kind: Mapping[str, Sequence[float]] | None = None,
 ) -> Store:
     """The store of these recipes, in size `small`."""
     store = Store(str(path))
     for recipe, each in predicted_kl.items():
-        add(store, recipe, each)
+        add(store, recipe, each, by_kind=by_kind)
     store.write_run("r", RunRecord(run_id="r", models={} if elements is None else {"r1": dict(elements)}))
     return store

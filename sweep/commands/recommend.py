@@ -15,6 +15,7 @@ from rich.console import Console
 from sweep.commands.doctor import examine_prepared
 from sweep.commands.export import checkpoint_at, export_checkpoint, is_exported, serve_line
 from sweep.commands.run import Prepared, prepare, run_prepared
+from sweep.commands.validate import remarks
 from sweep.config.compose import expand
 from sweep.config.targets import Target
 from sweep.core.exits import EXIT_DONE
@@ -23,9 +24,24 @@ from sweep.core.sizes import n_samples_of
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision import speeds
-from sweep.mixed_precision.candidates import Candidate, Candidates, format_of, read_candidates, sized
+from sweep.mixed_precision.candidates import (
+    Candidate,
+    Candidates,
+    format_of,
+    kinds_typed,
+    read_candidates,
+    sized,
+)
 from sweep.mixed_precision.knapsack import Problem, cost_range
-from sweep.mixed_precision.measured import Measured, held_out, markdown_table, uniform_recipes, validate
+from sweep.mixed_precision.measured import (
+    Measured,
+    counts,
+    held_out,
+    markdown_table,
+    uniform_recipes,
+    validate,
+    warning,
+)
 from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe_of_choice, rules_of, solved
 from sweep.mixed_precision.recipe_context import RecipeContext, context_of
 from sweep.mixed_precision.shapes import candidate_misfits, misfit_lines
@@ -60,6 +76,7 @@ class Request:
     bits: float | None
     gb: float | None
     out: str | None
+    tokens: str | None  # kinds of token whose scores alone count, "answer,image"
     as_json: bool
 
 
@@ -68,11 +85,12 @@ def recommend(request: Request, console: Console) -> int:
 
     Raises: SweepError: wrong input, a budget that nothing fits, or an export that cannot hold the recipe.
     """
-    asked, started = Budget(bits=request.bits, gb=request.gb), time.monotonic()
+    asked, started, tokens = Budget(bits=request.bits, gb=request.gb), time.monotonic(), kinds_typed(request.tokens)
     grid = expand(["grid=deployable", *request.overrides], multirun=True)
     config = grid.points[0]
     target = Target.from_config(config.target)
-    out = typed_path(request.out or f"outputs/recommended/{config.model.name}-{target.slug}-{asked.slug}").absolute()
+    name = "-".join([config.model.name or "", target.slug, asked.slug, *tokens])
+    out = typed_path(request.out or f"outputs/recommended/{name}").absolute()
     prepared = prepare(grid)
     _refuse_ahead(prepared, asked, target)
     results = _results_at(out)
@@ -83,7 +101,7 @@ def recommend(request: Request, console: Console) -> int:
     if code := (0 if request.as_json else examine_prepared(prepared)) or run_prepared(prepared, console, started):
         return code
     typed = [*request.overrides, f"dataset.size={config.dataset.size}", "sensitivity.scales=fused"]
-    candidates = sized(read_candidates(Store(config.store.uri), _without_repeats(typed), grid.points))
+    candidates = sized(read_candidates(Store(config.store.uri), _without_repeats(typed), grid.points, tokens))
     rules = _rules(target, candidates)
     problem = problem_of(candidates, rules)
     choices = _choices(candidates, problem, asked, rules)
@@ -92,7 +110,7 @@ def recommend(request: Request, console: Console) -> int:
     uniform = [each for each in uniform_recipes(candidates) if _is_served(each, rules)]
     recipes = [*(("recipe", each) for each in made.values()), *(("uniform", each) for each in uniform)]
     rows = validate(context, recipes, own_device(config.cluster))
-    measured = {row.name: row for row in rows}
+    measured = {row.name: row for row in reversed(rows)}  # on the first data set
     predicted = {name: figures_of(candidates, problem, choices[name], each) for name, each in made.items()}
     figures = [_with_measured(each, measured[name]) for name, each in predicted.items()]
     files = {f"{name}.yaml": each.to_yaml().encode() for name, each in made.items()}
@@ -111,15 +129,21 @@ def recommend(request: Request, console: Console) -> int:
     if request.as_json:
         own = {"recipes": msgspec.to_builtins(figures), "measured": [asdict(row) for row in rows]}
         own["speeds"] = speeds.document(target, used)
+        if (warned := warning(rows)) is not None:
+            own["warning"] = warned
         own |= {"page": str(out / "index.html"), "export": str(exported)}
         print(json.dumps(own, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
-    balanced = measured["balanced"]
-    kl = f"KL {balanced.measured_kl:.3g} measured, {balanced.predicted_kl:.3g} predicted"
-    bits = f"{made['balanced'].effective_bits:.3f} bits a weight"
-    say(console, f"\nRecommended: balanced, {bits}, {kl}.\nPage: {out / 'index.html'}")
+    said = _recommended(made["balanced"], rows)
+    say(console, "\n".join(["", said, f"Page: {out / 'index.html'}", *remarks(context.recipe, rows)]))
     console.print(serve_line(exported, target), markup=False, highlight=False, soft_wrap=True)  # a line to copy
     return EXIT_DONE
+
+
+def _recommended(balanced: MixedRecipe, rows: Sequence[Measured]) -> str:
+    on = [f"{row.measured_kl:.3g} measured on {row.dataset}" for row in rows if row.name == balanced.name]
+    kl = f"KL {', '.join(on)}, {balanced.predicted_kl:.3g} predicted"
+    return f"Recommended: balanced, {balanced.effective_bits:.3f} bits a weight, {kl}."
 
 
 def _with_measured(figures: Figures, row: Measured) -> Figures:
@@ -174,16 +198,17 @@ def render(
         shared: scales and dtype of all formats, in words.
         shapes: lines of `_shapes`.
     """
-    made, first = context.recipe, rows[0]
+    made = context.recipe
     parts = [
         f"# {made.model} on {target.runtime}: mixed precision under {asked}, {shared}",
         f"Scored on {made.dataset}, {made.size} (revision {made.dataset_revision[:12]}); "
         f"the model is revision {made.model_revision[:12]}. "
-        f"KL was measured on {first.n_samples} samples that neither calibrated nor scored "
-        f"({first.n_predictions} predictions), in nats per prediction, with 90 % bootstrap intervals.",
+        f"KL was measured on samples that neither calibrated nor scored ({counts(rows)}), "
+        "in nats per prediction, with 90 % bootstrap intervals.",
+        *remarks(made, rows),
         "![KL over size: the best mixes, one format for all, and the recommended recipes](front.svg)",
         "## Recipes",
-        "\n".join(_recipe_lines(figures)),
+        "\n".join(_recipe_lines(figures, rows)),
         "## Predicted and measured",
         markdown_table(rows),
         "## Speed, measured",
@@ -206,17 +231,20 @@ def to_html(page: str, title: str) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
-def _recipe_lines(figures: Sequence[Figures]) -> list[str]:
-    kl_columns = "predicted KL (90 %) | measured KL (90 %)"
+def _recipe_lines(figures: Sequence[Figures], rows: Sequence[Measured]) -> list[str]:
+    datasets = list(dict.fromkeys(row.dataset for row in rows))
+    on = [f" on {dataset}" if len(datasets) > 1 else "" for dataset in datasets]
+    kl_columns = " | ".join(["predicted KL (90 %)", *(f"measured KL{name} (90 %)" for name in on)])
     lines = [
         f"| recipe | bits a weight | GB of weights | {kl_columns} | layer groups by format |",
-        "|---|---:|---:|---:|---:|---|",
+        f"|---|---:|---:|---:|{'---:|' * len(datasets)}---|",
     ]
     for each in figures:
         formats = ", ".join(f"{n} {label if label != '16' else 'in 16 bits'}" for label, n in each.formats.items())
         gb = "-" if each.gb is None else f"{each.gb:.4g}"
         predicted = f"{each.predicted_kl:.3g}{_spread(each.predicted_kl_interval)}"
-        measured = f"{each.measured_kl:.3g}{_spread(each.measured_kl_interval or None)}"
+        own = [row for row in rows if row.name == each.name]
+        measured = " | ".join(f"{row.measured_kl:.3g}{_spread(row.measured_kl_interval)}" for row in own)
         sizes = f"{each.effective_bits:.3f} | {gb}"
         lines.append(f"| [{each.name}]({each.name}.yaml) | {sizes} | {predicted} | {measured} | {formats} |")
     return lines

@@ -1,8 +1,10 @@
 """`sweep solve`: the mixed-precision recipe of least predicted KL under a budget, from the store alone."""
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -10,13 +12,14 @@ from rich.console import Console
 
 from sweep.config.compose import expand
 from sweep.config.targets import Target
+from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
 from sweep.core.screen import say, show_table
-from sweep.formats.mixed import RECIPE_BEGINS
-from sweep.mixed_precision.candidates import Candidates, read_candidates, sized
+from sweep.formats.mixed import RECIPE_BEGINS, counted
+from sweep.mixed_precision.candidates import Candidates, kinds_typed, read_candidates, sized
 from sweep.mixed_precision.knapsack import Problem, cost_range
-from sweep.mixed_precision.recipe import SIXTEEN, Budget, problem_of, recipe_of_choice, rules_of, solved
-from sweep.mixed_precision.shapes import candidate_misfits, misfit_lines, other_ranks_line
+from sweep.mixed_precision.recipe import SIXTEEN, Budget, Rules, problem_of, recipe_of_choice, rules_of, solved
+from sweep.mixed_precision.shapes import Misfit, candidate_misfits, misfit_lines, other_ranks_line
 from sweep.mixed_precision.summary import Figures, Ranked, figures_of, front_points, ranked, uniform_points
 from sweep.report.plots import FRONT_BEGINS, Point, front_picture
 from sweep.run.resources import own_device
@@ -41,6 +44,7 @@ class Request:
     recapture: int  # how often the model is captured again with the recipe applied
     n_front: int | None
     rank: bool
+    tokens: str | None  # kinds of token whose scores alone count, "answer,image"
     as_json: bool
 
 
@@ -68,12 +72,18 @@ class Tables(msgspec.Struct, kw_only=True, omit_defaults=True):
 def solve_command(request: Request) -> int:
     """Solve, write the recipe, and print its figures. Returns the exit code.
 
-    Raises: SweepError: nothing to choose from, or a budget or rules that nothing fits.
+    Raises: SweepError: nothing to choose from, a budget or rules that nothing fits, or kinds of token that are not
+        known.
     """
+    tokens = kinds_typed(request.tokens)
+    if tokens and request.recapture:
+        raise SweepError(
+            "--recapture scores again by all tokens, --tokens decides by some. Type one of the two without the other."
+        )
     config = expand(request.overrides, multirun=True).points[0]
     target = Target.from_config(config.target)
     with opened(config.store.uri) as store:
-        candidates = read_candidates(store, request.overrides)
+        candidates = read_candidates(store, request.overrides, tokens=tokens)
     if request.gb is not None:
         candidates = sized(candidates)
     rules = rules_of(request.pins, request.excludes, request.uniform_layer, target, candidates)
@@ -82,7 +92,7 @@ def solve_command(request: Request) -> int:
     problem = problem_of(candidates, rules)
     budget = budget_of(request, candidates, problem)
     choice = solved(candidates, problem, budget, rules)
-    name = f"{candidates.trial.model}-{target.slug}-{budget.slug}"
+    name = "-".join([candidates.trial.model, target.slug, budget.slug, *tokens])
     out = typed_path(request.out or f"outputs/recipes/{name}.yaml")
     file = OutputFile(path=out, begins=RECIPE_BEGINS)
     file.check()
@@ -100,13 +110,7 @@ def solve_command(request: Request) -> int:
         choice = solved(candidates, problem, budget, rules)
         made = recipe_of_choice(candidates, choice, name, target.label, kl)
     figures = figures_of(candidates, problem, choice, made)
-    usable = [candidate.format for candidate in candidates.formats if rules.allowed(candidate.format)]
-    labels, trial = {each.label for each in usable}, candidates.trial
-    scored = Scored(recipes=len(candidates.formats), usable=len(usable), dataset=trial.dataset, size=trial.size)
-    shapes = [*misfit_lines(target, [each for each in left_out if each.label in labels])]
-    if (line := other_ranks_line(target, candidates)) is not None:
-        shapes.append(line)
-    tables = Tables(recipe=str(out), scored=scored, shapes=shapes)
+    tables = _tables(candidates, rules, target, left_out, out)
     if request.rank:
         tables.rank = ranked(candidates, problem, choice)
     if request.n_front is not None:
@@ -115,16 +119,33 @@ def solve_command(request: Request) -> int:
         tables.picture = str(picture.path)
     file.put(made.to_yaml().encode())
     if tables.front is not None:
-        picture.put(front_picture(tables.front, tables.uniform or [], [figures.point], trial.setting))
+        picture.put(front_picture(tables.front, tables.uniform or [], [figures.point], candidates.trial.setting))
     if request.as_json:
         document = msgspec.to_builtins(figures) | msgspec.to_builtins(tables)
         print(json.dumps(document, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
     else:
-        next_steps = f"Next: sweep validate {out}, then sweep export {out} --format {target.checkpoint} --out DIR"
         console = Console()
         show(console, figures, tables)
-        say(console, f"Written: {out}\n{next_steps}")
+        say(console, f"Written: {out}\n{_next_steps(request, out, target)}")
     return EXIT_DONE
+
+
+def _next_steps(request: Request, out: Path, target: Target) -> str:
+    """What to type next, on the data sets of `validation` that were typed."""
+    on = [override for override in request.overrides if override.startswith("validation.")]
+    validated = shlex.join(["sweep", "validate", str(out), *on])
+    return f"Next: {validated}, then sweep export {out} --format {target.checkpoint} --out DIR"
+
+
+def _tables(candidates: Candidates, rules: Rules, target: Target, left_out: Sequence[Misfit], out: Path) -> Tables:
+    """Where the recipe lies, and what it was chosen from."""
+    usable = [candidate.format for candidate in candidates.formats if rules.allowed(candidate.format)]
+    labels, trial = {each.label for each in usable}, candidates.trial
+    shapes = [*misfit_lines(target, [each for each in left_out if each.label in labels])]
+    if (line := other_ranks_line(target, candidates)) is not None:
+        shapes.append(line)
+    scored = Scored(recipes=len(candidates.formats), usable=len(usable), dataset=trial.dataset, size=trial.size)
+    return Tables(recipe=str(out), scored=scored, shapes=shapes)
 
 
 def budget_of(request: Request, candidates: Candidates, problem: Problem) -> Budget:
@@ -157,6 +178,8 @@ def _lines(figures: Figures, scored: Scored) -> Iterator[str]:
     spread = figures.predicted_kl_interval
     interval = "" if spread is None else f" (90 % interval over samples: {spread[0]:.3g} to {spread[1]:.3g})"
     yield f"predicted KL {figures.predicted_kl:.4g} nats per prediction{interval}"
+    if figures.tokens:
+        yield f"  counting {counted(figures.tokens)}"
     for label, n in figures.formats.items():
         yield f"  {n:4d} layer groups: {label if label != SIXTEEN else '16 bits'}"
     most = figures.most_bits

@@ -14,9 +14,18 @@ from sweep.config.targets import LIKELIEST, target_called
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
 from sweep.core.screen import say, show_table
-from sweep.formats.mixed import MixedRecipe, is_called
+from sweep.formats.mixed import MixedRecipe, counted, is_called
 from sweep.mixed_precision.candidates import Candidates, read_candidates
-from sweep.mixed_precision.measured import Measured, markdown_table, random_mixes, table, uniform_recipes, validate
+from sweep.mixed_precision.measured import (
+    Measured,
+    counts,
+    markdown_table,
+    random_mixes,
+    table,
+    uniform_recipes,
+    validate,
+    warning,
+)
 from sweep.mixed_precision.recipe import recipe_of_choice
 from sweep.mixed_precision.recipe_context import RecipeContext, load_context
 from sweep.mixed_precision.served import (
@@ -87,6 +96,8 @@ def validate_command(request: Request) -> int:
     records = [asdict(row) for row in rows]
     if served is not None:
         records[0]["served"] = asdict(served)  # the first row is the recipe's
+    if (warned := warning(rows)) is not None:
+        records[0]["warning"] = warned
     text = json.dumps(records, indent=1)
     document.put(f"{text}\n".encode())
     page.put(render(context.recipe, rows, context.config.model.dtype_on(device), served).encode())
@@ -94,9 +105,10 @@ def validate_command(request: Request) -> int:
         print(text)  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
     console, (heading, *cells) = Console(), table(rows)
-    show_table(console, heading, cells, figures=heading[1:])
-    counts = f"{rows[0].n_samples} samples, {rows[0].n_predictions} predictions"
-    say(console, f"{counts} that neither calibrated nor scored; nats per prediction. Page: {page.path}")
+    show_table(console, heading, cells, figures=[name for name in heading if name not in ("recipe", "measured on")])
+    say(console, f"Neither calibrated nor scored: {counts(rows)}. Nats per prediction. Page: {page.path}")
+    for line in remarks(context.recipe, rows):
+        say(console, line)
     if served is not None:
         say(console, describe(served))
         heading, *cells = served_table(served)
@@ -155,11 +167,19 @@ def render(recipe: MixedRecipe, rows: Sequence[Measured], dtype: str, served: Se
         f"{_TITLE}{recipe.name}, scales {scales}, dtype {dtype}\n\n"
         f"Model {recipe.model} ({recipe.model_revision[:12]}), "
         f"calibrated and scored on {recipe.dataset}, {recipe.size}; "
-        f"measured on {rows[0].n_samples} other samples ({rows[0].n_predictions} predictions). "
+        f"measured on samples that did neither ({counts(rows)}). "
         "KL(unquantized || quantized) and change of the loss in nats per prediction, "
         "with 90 % bootstrap intervals over samples.\n\n"
     )
+    head += "".join(f"{line}\n\n" for line in remarks(recipe, rows))
     return head + markdown_table(rows) + "\n" + ("" if served is None else served_page(served))
+
+
+def remarks(recipe: MixedRecipe, rows: Sequence[Measured]) -> list[str]:
+    """What to know of the figures: predicted ones that are of some tokens, measured ones of what calibrated."""
+    of_some = [f"Predicted KL counts {counted(recipe.tokens)}; measured KL counts all."] if recipe.tokens else []
+    warned = warning(rows)
+    return [*of_some, *([] if warned is None else [warned])]
 
 
 def _candidates_of(context: RecipeContext) -> Candidates:
@@ -174,7 +194,7 @@ def _candidates_of(context: RecipeContext) -> Candidates:
         *{f"sensitivity.scales={each.scales}" for each in recipe.formats.values()},  # of one kind: one store's cells
         f"target.tp={target.tp if target is not None else 1}",
     ]
-    candidates = read_candidates(Store(config.store.uri), typed)
+    candidates = read_candidates(Store(config.store.uri), typed, tokens=recipe.tokens)
     if candidates.trial.model_revision != recipe.model_revision:
         raise SweepError(
             f"The store {config.store.uri} holds cells of another revision of {recipe.model} than the recipe's. "

@@ -7,7 +7,8 @@ distinct choice is composed once, and the product is ours.
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from operator import itemgetter
@@ -23,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sweep.config.schema import SECTIONS, SweepConfig, TargetConfig, from_nodes, to_plain
+from sweep.config.schema import OWN_KINDS, SECTIONS, DatasetConfig, SweepConfig, TargetConfig, from_nodes, to_plain
 from sweep.config.targets import Target
 from sweep.core import cache
 from sweep.core.errors import SweepError, require_known
@@ -35,6 +36,8 @@ _Nodes: TypeAlias = dict[str, dict[str, Plain]]  # composed, by group
 
 # Groups and keys of the run, not of a trial: they cannot be axes.
 _OF_THE_RUN = frozenset({"store", "output_layout", "cluster", "grid", "target", "validation", "sensitivity.memory_gb"})
+# Keys that take a list, which may be typed as one of a grid, too: a,b is [a,b].
+_LISTS = frozenset({"validation.dataset", "validation.path"})
 DEFAULT_GRID = "deployable"  # of a multirun that says neither what to span nor which recipe
 # The keys of a point of a target's grid.
 _RECIPE_KEYS: tuple[str, ...] = ("quant_pair", "quant_granularity", "sensitivity.quant_algorithm")
@@ -78,9 +81,38 @@ def expand(overrides: Sequence[str], *, multirun: bool, default_grid: str = "non
 
     Raises: SweepError: an unknown group, option or key (with the nearest spelling), or a value that is not allowed.
     """
+    with _composing():
+        return _expand(overrides, multirun, default_grid)
+
+
+def dataset_of(option: str, path: str | None) -> DatasetConfig:
+    """An option of the group ``dataset``, which reads a file, directory or hub id if it is of a kind that needs one.
+
+    Raises: SweepError: no such option, one that needs a path and has none, or one that has samples of its own.
+    """
+    with _composing():
+        require_known("data set in validation.dataset", option, _group_options()["dataset"])
+        nodes = {section: dict(node) for section, node in _composed({"dataset": option}).items()}
+    node = nodes["dataset"]
+    kind = node["kind"]
+    if kind in OWN_KINDS and path is None:
+        raise SweepError(f"validation.dataset={option} reads files of yours. Type validation.path=PATH in its place.")
+    if kind not in (*OWN_KINDS, "captions") and path is not None:
+        raise SweepError(
+            f"validation.path={path} is nothing that data set {option!r} reads: it brings its own samples. "
+            "Type null in its place."
+        )
+    node["captions_path" if kind == "captions" else "path"] = path
+    _fill_in(nodes)
+    return DatasetConfig.from_node("dataset", node)
+
+
+@contextmanager
+def _composing() -> Generator[None]:
+    """Hydra at work on the config tree. Raises: SweepError: what it refuses."""
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            return _expand(overrides, multirun, default_grid)
+            yield
     except (HydraException, OmegaConfBaseException) as error:
         if isinstance(error.__cause__, SweepError):
             raise error.__cause__ from None
@@ -166,7 +198,7 @@ def _target_points(base: _Nodes, given: Mapping[str, tuple[str, ...]]) -> list[d
 
 def _parsed(override: str) -> Override:
     # A shell leaves ~ in key=~/path, and Hydra's grammar has no ~.
-    with_home = re.sub(r"([=,])~(?=/)", lambda found: f"{found[1]}{Path.home()}", override)
+    with_home = re.sub(r"([=,\[])~(?=/)", lambda found: f"{found[1]}{Path.home()}", override)
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     try:
         return parser.parse_overrides([with_home])[0]
@@ -191,6 +223,8 @@ def _check_form(override: Override, multirun: bool) -> None:
             f"{override.input_line!r} adds or removes a key; the keys are fixed. Type key=value. "
             "All of them: sweep run --cfg job"
         )
+    if _is_list(override):
+        return
     if override.is_sweep_override() and not multirun:
         raise SweepError(
             f"{override.input_line!r} names several values. Add -m for a grid: sweep run -m {override.input_line}"
@@ -201,8 +235,14 @@ def _check_form(override: Override, multirun: bool) -> None:
         )
 
 
+def _is_list(override: Override) -> bool:
+    return override.get_key_element() in _LISTS and override.is_choice_sweep()
+
+
 def _values(override: Override) -> Iterator[str]:
-    if override.is_sweep_override():
+    if _is_list(override):
+        yield f"[{','.join(override.sweep_string_iterator())}]"
+    elif override.is_sweep_override():
         yield from override.sweep_string_iterator()
     else:
         yield override.get_value_element_as_str()

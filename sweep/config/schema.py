@@ -5,7 +5,7 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -15,6 +15,7 @@ from sweep.core.json import Json
 from sweep.core.machine import Device
 from sweep.core.pairs import GranularityConfig, PairConfig, Scales
 from sweep.core.sizes import n_samples_of
+from sweep.core.text import count
 from sweep.core.typed import Plain, Section
 
 _NAME = re.compile(r"[a-z0-9_]+")
@@ -32,6 +33,7 @@ _SINCE: Mapping[str, Mapping[str, Plain]] = {  # of keys that earlier configs la
     "sensitivity": {"scales": "private"},
     "cluster": {"address": "local", "dashboard": "auto"},
 }
+_Item = TypeVar("_Item", str, str | None)
 OWN_KINDS = ("text", "images", "chat")  # of data sets that users bring
 
 
@@ -192,6 +194,28 @@ class ValidationConfig(Section):
     def __post_init__(self) -> None:
         if not 2 <= self.n_samples <= 512:
             raise SweepError(f"validation.n_samples={self.n_samples} is not allowed. Type a number from 2 to 512.")
+        sources = self.sources
+        if self.captions_path is not None and sources:
+            raise SweepError(
+                "validation.captions_path and validation.dataset both say what to validate on. Type the file as one "
+                f"of the latter: validation.dataset=coco2017_captions validation.path={self.captions_path}"
+            )
+
+    @property
+    def sources(self) -> list[tuple[str, str | None]]:
+        """Options of the group `dataset`, each with its path; none: other samples of the data set that calibrated.
+
+        Raises: SweepError: not one path for each.
+        """
+        names = _listed(self.dataset)
+        paths = [None] * len(names) if self.path is None else _listed(self.path)
+        if len(names) != len(paths):
+            raise SweepError(
+                f"validation.dataset names {count(len(names), 'data set')}, "
+                f"validation.path {count(len(paths), 'path')}. Type one path for each, null where a data set has none: "
+                "validation.dataset=[chat,wordnet_glosses] validation.path=[chats.jsonl,null]"
+            )
+        return list(zip(names, paths, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,6 +312,12 @@ class SweepConfig:
 
 
 SECTIONS: Mapping[str, type[Section]] = typing.get_type_hints(SweepConfig)
+
+
+def _listed(value: _Item | list[_Item] | None) -> list[_Item]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def to_plain(config: SweepConfig) -> dict[str, Json]:

@@ -5,7 +5,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, Final, Self
@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 import msgspec
 import yaml
 
+from sweep.core.batches import TOKEN_KINDS
 from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import Coverage, LayerGroup
 from sweep.core.pairs import ALGORITHMS, Algorithm, Scales
@@ -23,8 +24,9 @@ from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, Attributes, Qua
 
 RECIPE_VERSION: Final = 1  # of the file's layout
 RECIPE_BEGINS: Final = re.compile(rb"recipe_version: \d+\nname: ")  # by which such a file is known again
-# Keys that may be missing: `tp` is left out where it is 1, files of earlier programs lack the others.
-_OPTIONAL: Final = frozenset({"tp", "samples", "calibration_samples", "dtype", "store"})
+# Keys that may be missing: `tp` is left out where it is 1, `tokens` where all count; files of earlier programs lack the
+# others.
+_OPTIONAL: Final = frozenset({"tp", "tokens", "samples", "calibration_samples", "dtype", "store"})
 _NESTED: Final = frozenset({"formats", "groups"})  # keys whose values are looked at one by one
 Value = str | int | float | bool | None  # of a key that a user may type
 
@@ -65,6 +67,7 @@ class _RecipeNode(msgspec.Struct, kw_only=True):
     size: str
     coverage: Coverage
     target: str | None
+    tokens: tuple[str, ...] = ()
     samples: dict[str, Value] | None = None
     calibration_samples: int | None = None
     dtype: str | None = None
@@ -107,6 +110,8 @@ class MixedRecipe:
     size: str
     coverage: Coverage
     target: str | None  # runtime and hardware that it was made for
+    # Kinds of token (TOKEN_KINDS) whose scores alone decided and make up its predicted KL; empty: all.
+    tokens: tuple[str, ...] = ()
     # Where it came from; None: an earlier program has not recorded it.
     samples: Mapping[str, Value] | None = None  # the other keys of the data set's configuration
     calibration_samples: int | None = None  # that found the ranges of the inputs; None: those of `size`
@@ -143,6 +148,8 @@ class MixedRecipe:
             groups=tuple(map(_group_node, self.groups)),
         )
         document = {"recipe_version": RECIPE_VERSION, **msgspec.to_builtins(node)}
+        if not self.tokens:
+            del document["tokens"]
         document["totals"] = {"effective_bits": self.effective_bits, "predicted_kl": self.predicted_kl}
         return yaml_text(document)
 
@@ -182,6 +189,8 @@ class MixedRecipe:
         counts = Counter(module for choice in groups for module in choice.group.modules)
         if doubled := sorted(module for module, n in counts.items() if n > 1):
             raise SweepError(f"{where}: {doubled[0]} is in two layer groups. A linear has one format.")
+        for kind in node.tokens:
+            require_known(f"kind of token in {where}", kind, TOKEN_KINDS)
         own = {name: getattr(node, name) for name in node.__struct_fields__ if name not in _NESTED}
         return cls(**own, formats=formats, groups=groups)
 
@@ -189,6 +198,11 @@ class MixedRecipe:
 def yaml_text(document: Mapping[str, Plain]) -> str:
     """A file's text: keys in the order given, tuples as lists, nothing wrapped."""
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000)
+
+
+def counted(tokens: Sequence[str]) -> str:
+    """What a predicted KL is of, by kinds of token: ``errors at image, answer tokens alone``; empty: at all tokens."""
+    return f"errors at {', '.join(tokens)} tokens alone" if tokens else ""
 
 
 def is_called(names: Iterable[str], pattern: str) -> bool:

@@ -1,7 +1,7 @@
 """Candidate formats of each layer group, with their size and predicted KL, read from a store's finished cells."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from sweep.config.compose import expand
 from sweep.config.schema import StoreConfig, SweepConfig, from_record, to_plain
-from sweep.core.errors import SweepError
+from sweep.core.batches import TOKEN_KINDS
+from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import LayerGroup
 from sweep.core.sizes import n_samples_of
 from sweep.core.text import count
@@ -17,7 +18,15 @@ from sweep.formats.format import GroupFormat
 from sweep.formats.quantizer import UNQUANTIZED_BITS
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.plan.trials import elements_of, recipe_of, score_version
-from sweep.report.analysis import FloatArray, float_column, sample_matrix
+from sweep.report.analysis import (
+    FloatArray,
+    float_column,
+    kind_samples,
+    kind_scores,
+    occurring,
+    sample_matrix,
+    sample_predictions,
+)
 from sweep.store.records import TrialRow
 from sweep.store.select import finished_trials
 from sweep.store.store import Store
@@ -31,6 +40,8 @@ class Candidate:
     cell_id: str
     predicted_kl: FloatArray  # [groups], nats per prediction; infinite where nothing was measured
     sample_kl: FloatArray | None = field(repr=False)  # [groups, samples], adds up to predicted_kl
+    # [samples], predictions of each; None: not known.
+    sample_predictions: FloatArray | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +53,8 @@ class Candidates:
     groups: tuple[LayerGroup, ...]  # in the model's order
     formats: tuple[Candidate, ...]
     elements: Mapping[str, int] | None  # of the model: see SweepPlan.models; None: the store does not know them
+    # Kinds of token whose scores alone are in predicted_kl; empty: all are.
+    tokens: tuple[str, ...] = ()
     other_ranks: tuple[str, ...] = ()  # labels of formats that were scored on other numbers of ranks than the target's
 
     @property
@@ -99,15 +112,35 @@ def sized(candidates: Candidates) -> Candidates:
         return candidates
 
 
-def read_candidates(store: Store, overrides: Sequence[str], points: Sequence[SweepConfig] | None = None) -> Candidates:
+def kinds_typed(text: str | None) -> tuple[str, ...]:
+    """Kinds of token as they are typed, ``answer,image``, in the order of TOKEN_KINDS.
+
+    Raises: SweepError: one of them is no kind.
+    """
+    if text is None:
+        return ()
+    typed = [word.strip() for word in text.split(",")]
+    for word in typed:
+        require_known("kind of token in --tokens", word, TOKEN_KINDS)
+    return tuple(kind for kind in TOKEN_KINDS if kind in typed)
+
+
+def read_candidates(
+    store: Store,
+    overrides: Sequence[str],
+    points: Sequence[SweepConfig] | None = None,
+    tokens: tuple[str, ...] = (),
+) -> Candidates:
     """Read the candidates that a store's finished trials give, of the largest size that was scored.
 
     Args:
         store: read only.
         overrides: Hydra's; those that name a property of trials select them.
         points: what they compose to, if that is known.
+        tokens: kinds of token whose scores alone count, see TOKEN_KINDS; none: all of them.
 
-    Raises: SweepError: no finished trials, or of several models, data sets, coverages or methods: one must be typed.
+    Raises: SweepError: no finished trials, or of several models, data sets, coverages or methods: one must be typed;
+        or their scores are not known by kind of token, or no token is of the kinds.
     """
     points = points or expand(overrides, multirun=True).points
     asked = points[0]
@@ -131,10 +164,12 @@ def read_candidates(store: Store, overrides: Sequence[str], points: Sequence[Swe
                 f"Cells of {row.model} cover different layer groups: {row.trial_id}, {rows[0].trial_id}. "
                 "Type quant_pair=... or quant_granularity=..."
             )
-        candidate = _candidate(row.cell_id, configs[row.trial_id], table)
+        candidate = _candidate(row, configs[row.trial_id], table, tokens)
         candidates[candidate.format.label] = (
             candidate  # the latest, where another version of something scored it before
         )
+    if tokens:
+        _check_occurring(tokens, rows[0], tables.values())
     revision = rows[0].model_revision
     known = (record.models for record in store.runs().values() if revision in record.models)
     elements = next((models[revision] for models in known), None)
@@ -144,6 +179,7 @@ def read_candidates(store: Store, overrides: Sequence[str], points: Sequence[Swe
         groups=groups,
         formats=tuple(candidates.values()),
         elements=elements,
+        tokens=tokens,
         other_ranks=tuple(sorted({format_of(configs[row.trial_id]).label for row in others} - candidates.keys())),
     )
 
@@ -180,15 +216,49 @@ def _groups(table: pa.Table) -> tuple[LayerGroup, ...]:
     return tuple(LayerGroup(name=name, modules=tuple(modules), weight_elements=n) for name, modules, n in columns)
 
 
-def _candidate(cell_id: str, config: SweepConfig, table: pa.Table) -> Candidate:
-    kl = float_column(table, "predicted_kl")
-    score, samples = float_column(table, "score"), sample_matrix(table)
-    if samples is not None:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            samples = np.nan_to_num(samples * np.where(score > 0, kl / score, 0.0)[:, None])
+def _candidate(row: TrialRow, config: SweepConfig, table: pa.Table, tokens: tuple[str, ...]) -> Candidate:
+    kl, score = float_column(table, "predicted_kl"), float_column(table, "score")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        kl_per_score = np.where(score > 0, kl / score, 0.0)
+    if tokens:
+        by_kind = kind_scores(table)
+        if by_kind is None:
+            raise _without_kinds(row, config.store.uri)
+        kl = np.where(
+            np.isfinite(kl), by_kind[:, [TOKEN_KINDS.index(kind) for kind in tokens]].sum(1) * kl_per_score, kl
+        )
+    samples = kind_samples(table, tokens) if tokens else sample_matrix(table)
     return Candidate(
-        format=format_of(config), cell_id=cell_id, predicted_kl=np.where(np.isfinite(kl), kl, np.inf), sample_kl=samples
+        format=format_of(config),
+        cell_id=row.cell_id or "",
+        predicted_kl=np.where(np.isfinite(kl), kl, np.inf),
+        sample_kl=None if samples is None else np.nan_to_num(samples * kl_per_score[:, None]),
+        sample_predictions=sample_predictions(table),
     )
+
+
+def _without_kinds(row: TrialRow, uri: str) -> SweepError:
+    """The refusal of a trial whose scores are not known by kind of token."""
+    why, way_out = "an older program scored it", f"store.uri=DIR, another directory than {uri}"
+    if row.engine == "modelopt":
+        why, way_out = "sensitivity.engine=modelopt does not tell tokens apart", "sensitivity.engine=layerwise"
+    elif row.method == "kl_div":
+        why, way_out = "sensitivity.method=kl_div does not tell tokens apart", "sensitivity.method=gradient"
+    return SweepError(
+        f"Scores of {row.quant_pair}/{row.quant_granularity} are not known by kind of token: {why}. "
+        f"Type the same `sweep run` with {way_out}, then --tokens again; or leave --tokens out."
+    )
+
+
+def _check_occurring(tokens: Collection[str], row: TrialRow, tables: Iterable[pa.Table]) -> None:
+    """Refuse kinds that no token of the data set is of. Raises: SweepError: names those that there are."""
+    present = {kind for table in tables for kind in occurring(table)}
+    if missing := [kind for kind in tokens if kind not in present]:
+        there = ", ".join(kind for kind in TOKEN_KINDS if kind in present)
+        raise SweepError(
+            f"{row.dataset}/{row.size} has no token of kind {', '.join(missing)}. Kinds there: {there}. "
+            "Type --tokens with some of those, or dataset=NAME of another data set that was scored."
+        )
 
 
 def format_of(config: SweepConfig) -> GroupFormat:

@@ -5,15 +5,17 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pyarrow as pa
 
+from sweep.config.compose import dataset_of
+from sweep.config.schema import DatasetConfig, SweepConfig
 from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
 from sweep.core.json import Json
-from sweep.core.sizes import n_samples_of
 from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import Quantizer
 from sweep.mixed_precision.candidates import Candidates
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from workers.scoring.validation import MeasuredKl
 
 VALIDATION_VERSION: Final = 1
+_MEASURED: Final[tuple[str, ...]] = ("measured KL", "measured / predicted", "loss change")  # columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,8 @@ class Measured:
     name: str
     kind: str  # recipe, uniform, random, group
     effective_bits: float  # mean bits a weight of the covered groups
+    dataset: str  # measured on: its file's name, or its own
+    calibrated: bool  # whether other samples of that data set calibrated
     predicted_kl: float
     measured_kl: float
     measured_kl_interval: tuple[float, float]  # 90 % bootstrap over samples
@@ -48,6 +53,15 @@ class Measured:
     n_samples: int
     n_predictions: int
     recipe: str = field(repr=False)  # hash of its content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """Samples of one data set to measure on."""
+
+    name: str  # of the file, or of the data set
+    samples: Sequence[Sample]
+    calibrated: bool  # whether other samples of the data set calibrated
 
 
 def uniform_recipes(candidates: Candidates) -> list[MixedRecipe]:
@@ -80,12 +94,7 @@ def random_mixes(candidates: Candidates, n_mixes: int) -> list[MixedRecipe]:
     return mixes
 
 
-def validate(
-    context: RecipeContext,
-    recipes: Sequence[tuple[str, MixedRecipe]],
-    device: Device,
-    on_measured: Callable[[Measured], None] = lambda _: None,
-) -> list[Measured]:
+def validate(context: RecipeContext, recipes: Sequence[tuple[str, MixedRecipe]], device: Device) -> list[Measured]:
     """Measure recipes of one model on samples that none of them has seen.
 
     Rows that the store has from an earlier validation are read from there.
@@ -94,95 +103,173 @@ def validate(
         context: the model, its samples and the store.
         recipes: with their kinds; all of the context's model, data set and size.
         device: that the model runs on.
-        on_measured: called with each recipe's row.
+
+    Returns: a row for each data set of the first recipe, then of the second...
     """
-    plan, digest = held_out(context)
-    store, config = Store(context.config.store.uri), context.config
-    dtype = config.model.dtype_on(device)
-    ids = [_identity(recipe, digest, dtype, device) for _, recipe in recipes]
-    known = {key: found for key in ids if (found := store.validation(key)) is not None}
-    fresh = {key: recipe for key, (_, recipe) in zip(ids, recipes, strict=True) if key not in known}
+    store, dtype = Store(context.config.store.uri), context.config.model.dtype_on(device)
+    on_each: list[tuple[HeldOut, Plan, str, list[str]]] = []
+    for held in held_out(context):
+        plan = context.model.plan(held.samples)
+        digest = plan.digest(plan.size)
+        on_each.append((held, plan, digest, [_identity(recipe, digest, dtype, device) for _, recipe in recipes]))
+    known = {key: store.validation(key) for *_, keys in on_each for key in keys}
+    fresh: dict[int, MixedRecipe] = {}
+    for number, (_, recipe) in enumerate(recipes):
+        if None in [known[keys[number]] for *_, keys in on_each]:
+            fresh[number] = recipe
     for recipe in fresh.values():
         check_recipe(recipe, context.model)
-    measure = _measurer(context, list(fresh.values()), plan, device) if fresh else None
-    rows: list[Measured] = []
-    for key, (kind, recipe) in zip(ids, recipes, strict=True):
-        if key not in known:
-            assert measure is not None
-            known[key] = _table(measure(recipe), recipe, digest, dtype)
-            store.write_validation(key, known[key])
-        rows.append(_row(known[key], kind, recipe))
-        on_measured(rows[-1])
-    return rows
+    measure = _measurer(context, list(fresh.values()), device) if fresh else None
+    found: list[list[Measured]] = []
+    for held, plan, digest, keys in on_each:
+        if measure is not None and (missing := [number for number in fresh if known[keys[number]] is None]):
+            on_these = measure(plan)
+            for number in missing:
+                table = _table(on_these(fresh[number]), fresh[number], digest, dtype)
+                store.write_validation(keys[number], table)
+                known[keys[number]] = table
+        tables = [table for key in keys if (table := known[key]) is not None]
+        found.append([_row(table, *of, held) for table, of in zip(tables, recipes, strict=True)])
+    return [row for rows in zip(*found, strict=True) for row in rows]
 
 
-def held_out(context: RecipeContext) -> tuple[Plan, str]:
-    """Batches of the samples to validate on, and their digest. Raises: SweepError: as `held_out_samples`."""
-    plan = context.model.plan(held_out_samples(context))
-    return plan, plan.digest(plan.size)
-
-
-def held_out_samples(context: RecipeContext) -> list[Sample]:
-    """Samples after those that calibrated and scored, or those of `validation.captions_path`.
+def held_out(context: RecipeContext) -> list[HeldOut]:
+    """The samples of each data set of `validation`, or others of the data set that calibrated and scored.
 
     Raises: SweepError: too few, or one of them calibrated.
     """
-    config, recipe, model = context.config, context.recipe, context.model
-    n_seen, n_wanted = n_samples_of(recipe.size), config.validation.n_samples
-    if config.validation.captions_path is not None:
-        own = replace(config.dataset, kind="captions", captions_path=config.validation.captions_path)
-        samples = samples_of(own, model, n_wanted)
-    else:
-        try:
-            samples = samples_of(config.dataset, model, n_seen + n_wanted, Writing.of(config))[n_seen:]
-        except SweepError as error:
-            raise SweepError(
-                f"{config.dataset.name} has too few samples for {n_wanted} after the {n_seen} that calibrated and "
-                f"scored ({error}). Type validation.captions_path=FILE, a smaller validation.n_samples=N, "
-                "or validate a recipe of a smaller dataset.size."
-            ) from error
-    seen = {sample.token_ids.tobytes() for sample in context.samples}
-    if again := [
-        number for number, sample in enumerate(samples) if sample.token_ids.tobytes() in seen and not sample.pictures
-    ]:
+    config = context.config
+    found: list[HeldOut] = []
+    for name, dataset in _data_sets(config):
+        is_own = _source(dataset) == _source(config.dataset)
+        samples = _other_samples(context) if is_own else _samples_of(name, dataset, context)
+        _check_unseen(samples, name, context)
+        found.append(HeldOut(name=name, samples=samples, calibrated=is_own))
+    return found
+
+
+def _data_sets(config: SweepConfig) -> list[tuple[str, DatasetConfig]]:
+    """What to validate on, each with the name that tables give it: its file's, or its own."""
+    validation, own = config.validation, config.dataset
+    if validation.captions_path is not None:
+        captions = replace(dataset_of("coco2017_captions", validation.captions_path), max_tokens=own.max_tokens)
+        return [(Path(validation.captions_path).name, captions)]
+    if not validation.sources:
+        return [(own.name or own.kind, own)]
+    names = [option if path is None else Path(path).name for option, path in validation.sources]
+    found: list[tuple[str, DatasetConfig]] = []
+    for (option, path), name in zip(validation.sources, names, strict=True):
+        called = name if names.count(name) == 1 else f"{option} {path}"
+        found.append((called, replace(dataset_of(option, path), max_pixels=own.max_pixels)))
+    return found
+
+
+def _source(dataset: DatasetConfig) -> tuple[str, str]:
+    """The kind of a data set, and where its samples come from."""
+    where = dataset.path or dataset.captions_path
+    if where is None:
+        return dataset.kind, dataset.hub_id or dataset.name or ""
+    local = Path(where).expanduser()
+    return dataset.kind, str(local.resolve()) if local.exists() else where
+
+
+def _other_samples(context: RecipeContext) -> list[Sample]:
+    """Samples of the data set that calibrated and scored, after those that did. Raises: SweepError: too few."""
+    config = context.config
+    n_seen = len(context.samples)
+    try:
+        n_samples = n_seen + config.validation.n_samples
+        return samples_of(config.dataset, context.model, n_samples, Writing.of(config))[n_seen:]
+    except SweepError as error:
+        raise SweepError(
+            f"{config.dataset.name} has too few samples for {config.validation.n_samples} after the {n_seen} that "
+            f"calibrated and scored ({error}). Type validation.dataset=NAME "
+            "validation.path=PATH, a smaller validation.n_samples=N, or validate a recipe of a smaller dataset.size."
+        ) from error
+
+
+def _samples_of(name: str, dataset: DatasetConfig, context: RecipeContext) -> list[Sample]:
+    n_samples = context.config.validation.n_samples
+    try:
+        return samples_of(dataset, context.model, n_samples, Writing.of(context.config))
+    except SweepError as error:
+        raise SweepError(
+            f"No {n_samples} samples of {name} to validate on: {error} "
+            "Where there are fewer, type a smaller validation.n_samples=N."
+        ) from error
+
+
+def _check_unseen(samples: Sequence[Sample], name: str, context: RecipeContext) -> None:
+    """Refuse samples that calibrated: equal tokens, and equal pictures. Raises: SweepError: names the first of them."""
+
+    def content(sample: Sample) -> tuple[bytes, tuple[str, ...]]:
+        return sample.token_ids.tobytes(), tuple(picture.content for picture in sample.pictures)
+
+    seen = set(map(content, context.samples))
+    if again := [number for number, sample in enumerate(samples, start=1) if content(sample) in seen]:
         raise SweepError(
             f"{len(again)} of the {len(samples)} samples to validate on calibrated the recipe, the first is number "
-            f"{again[0] + 1}: measured there, the KL would look smaller than it is. "
-            "Give samples of their own: validation.captions_path=FILE."
+            f"{again[0]} of {name}: measured there, the KL would look smaller than it is. "
+            "Give samples of their own: validation.dataset=NAME validation.path=PATH."
         )
-    return samples
+
+
+def counts(rows: Sequence[Measured]) -> str:
+    """The samples that were measured on: ``chats.jsonl: 16 samples, 300 predictions; ...``."""
+    each = {row.dataset: f"{row.dataset}: {row.n_samples} samples, {row.n_predictions} predictions" for row in rows}
+    return "; ".join(each.values())
+
+
+def warning(rows: Sequence[Measured]) -> str | None:
+    """What to know of samples that are all of the data set that calibrated."""
+    if not all(row.calibrated for row in rows):
+        return None
+    return (
+        f"Measured on other samples of what calibrated it, {rows[0].dataset}: on other data KL may differ. "
+        "Type validation.dataset=chat validation.path=PATH (or text, images) to measure on data as it will be used on."
+    )
 
 
 def table(rows: Sequence[Measured]) -> list[tuple[str, ...]]:
     """Predicted beside measured KL, with 90 % intervals: a heading, then one row a recipe."""
-    found = [("recipe", "bits a weight", "predicted KL", "measured KL", "measured / predicted", "loss change")]
+    found: list[tuple[str, ...]] = [("recipe", "measured on", "bits a weight", "predicted KL", *_MEASURED)]
     for row in rows:
         low, high = row.measured_kl_interval
         ratio = f"{row.measured_kl / row.predicted_kl:.2f}" if row.predicted_kl else "-"
         change = f"{row.loss_change:+.4f} ({row.loss_change_interval[0]:+.4f} to {row.loss_change_interval[1]:+.4f})"
         measured = f"{row.measured_kl:.4g} ({low:.3g} to {high:.3g})"
-        found.append((row.name, f"{row.effective_bits:.3f}", f"{row.predicted_kl:.4g}", measured, ratio, change))
+        bits, predicted = f"{row.effective_bits:.3f}", f"{row.predicted_kl:.4g}"
+        found.append((row.name, row.dataset, bits, predicted, measured, ratio, change))
+    if len({row.dataset for row in rows}) == 1:
+        return [(name, *others) for name, _, *others in found]
     return found
 
 
 def markdown_table(rows: Sequence[Measured]) -> str:
     """The table as Markdown."""
-    heading, *lines = (f"| {' | '.join(cells)} |" for cells in table(rows))
-    return "\n".join([heading, "|---|---:|---:|---:|---:|---:|", *lines])
+    heading, *lines = table(rows)
+    sides = ["---" if name in ("recipe", "measured on") else "---:" for name in heading]
+    return "\n".join([_line(heading), f"|{'|'.join(sides)}|", *map(_line, lines)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _measurer(
-    context: RecipeContext, recipes: Sequence[MixedRecipe], plan: Plan, device: Device
-) -> "Callable[[MixedRecipe], MeasuredKl]":
-    from workers.scoring.validation import measurer
+    context: RecipeContext, recipes: Sequence[MixedRecipe], device: Device
+) -> "Callable[[Plan], Callable[[MixedRecipe], MeasuredKl]]":
+    """A function that measures any of the recipes on samples, whose formats are calibrated here, once."""
+    from workers.scoring.validation import Validator, measurer
 
-    return measurer(
-        load_model(context, device),
-        [choice.group for choice in context.recipe.groups],
-        recipes,
-        context.calibration,
-        list(plan.batches(plan.size)),
-    )
+    model = load_model(context, device)
+    measure = measurer(model, [choice.group for choice in context.recipe.groups], recipes, context.calibration)
+
+    def on(plan: Plan) -> "Callable[[MixedRecipe], MeasuredKl]":
+        validator = Validator(model, list(plan.batches(plan.size)))
+        return lambda recipe: measure(recipe, validator)
+
+    return on
 
 
 def _table(measured: "MeasuredKl", recipe: MixedRecipe, held_out: str, dtype: str) -> pa.Table:
@@ -202,25 +289,27 @@ def _table(measured: "MeasuredKl", recipe: MixedRecipe, held_out: str, dtype: st
     return pa.table(columns, schema=VALIDATIONS_SCHEMA)
 
 
-def _row(table: pa.Table, kind: str, recipe: MixedRecipe) -> Measured:
+def _row(table: pa.Table, kind: str, recipe: MixedRecipe, held: HeldOut) -> Measured:
     kl, change, counts = (table[name].to_numpy().astype(np.float64) for name in ("kl", "loss_change", "n_predictions"))
     n_predictions = int(counts.sum())
     return Measured(
         name=recipe.name,
         kind=kind,
         effective_bits=recipe.effective_bits,
+        dataset=held.name,
+        calibrated=held.calibrated,
         predicted_kl=recipe.predicted_kl,
         measured_kl=float(kl.sum() / n_predictions),
-        measured_kl_interval=_interval(kl, n_predictions, recipe),
+        measured_kl_interval=_interval(kl, counts, recipe),
         loss_change=float(change.sum() / n_predictions),
-        loss_change_interval=_interval(change, n_predictions, recipe),
+        loss_change_interval=_interval(change, counts, recipe),
         n_samples=len(kl),
         n_predictions=n_predictions,
         recipe=_content(recipe)[:20],
     )
 
 
-def _interval(samples: FloatArray, n_predictions: int, recipe: MixedRecipe) -> tuple[float, float]:
+def _interval(samples: FloatArray, n_predictions: FloatArray, recipe: MixedRecipe) -> tuple[float, float]:
     low, high = bootstrap_interval(samples[None], n_predictions, recipe.model_revision)[:, 0]
     return float(low), float(high)
 

@@ -206,6 +206,7 @@ def recipe_of_choice(
         size=config.dataset.size,
         coverage=config.sensitivity.coverage,
         target=target,
+        tokens=candidates.tokens,
         samples=_samples(config.dataset),
         calibration_samples=config.calibration.n_samples,
         dtype=row.dtype,
@@ -235,15 +236,18 @@ def interval(candidates: Candidates, choice: IntArray) -> tuple[float, float] | 
     Returns: low and high, nats per prediction; None if some cell kept no scores of single samples.
     """
     samples: list[FloatArray] = []
+    counts: FloatArray | None = None  # of all formats, as they were scored on the same samples
     for index, chosen in enumerate(choice.tolist()):
         if chosen < len(candidates.formats):
             own = candidates.formats[chosen].sample_kl
             if own is None:
                 return None
             samples.append(own[index])
+            counts = candidates.formats[chosen].sample_predictions
     if not samples:
         return 0.0, 0.0
-    low, high = bootstrap_interval(np.sum(samples, axis=0)[None], 1, candidates.trial.dataset_revision)[:, 0]
+    drawn = 1 if counts is None else counts / counts.sum()  # sample_kl is per prediction of all samples
+    low, high = bootstrap_interval(np.sum(samples, axis=0)[None], drawn, candidates.trial.dataset_revision)[:, 0]
     return float(low), float(high)
 
 

@@ -24,12 +24,12 @@ import numpy.typing as npt
 from sweep.core.batches import Int64Array, Sample
 from sweep.core.errors import SweepError
 from sweep.core.sizes import SIZES
-from sweep.mixed_precision.measured import held_out_samples
+from sweep.mixed_precision.measured import held_out
 from sweep.mixed_precision.openai_server import Server, check_prompt_log_probs, connect, in_parallel
 from sweep.mixed_precision.recipe_context import RecipeContext, load_model
 from sweep.plan.subject import Model
 from sweep.plan.trials import Device
-from sweep.report.analysis import FloatArray, bootstrap_interval, ratio_interval
+from sweep.report.analysis import FloatArray, bootstrap_interval
 
 if TYPE_CHECKING:
     from workers.scoring.texts import TokenScores
@@ -303,7 +303,7 @@ class _Meter:
         sums = np.zeros((3, n_samples))
         for number, each in enumerate((served, exact, measured)):
             np.add.at(sums[number], owners, each)
-        low, high = bootstrap_interval(sums, n_tokens, seed).tolist()
+        low, high = bootstrap_interval(sums, np.bincount(owners, minlength=n_samples).astype(np.float64), seed).tolist()
         quantizes = bool((sums[2] > 0).all())
         return ServedKl(
             way=way,
@@ -312,7 +312,7 @@ class _Meter:
             measured_kl=float(exact.mean()),
             measured_kl_interval=(low[1], high[1]),
             ratio=float(served.sum() / measured.sum()) if quantizes else None,
-            ratio_interval=ratio_interval(sums[0], sums[2], seed) if quantizes else None,
+            ratio_interval=_ratio_interval(sums[0], sums[2], seed) if quantizes else None,
             n_samples=n_samples,
             n_tokens=n_tokens,
         )
@@ -352,8 +352,8 @@ class _Job:
 
 
 def _texts(context: RecipeContext) -> list[Int64Array]:
-    """Token ids of the validation samples. Raises: SweepError: they have pictures."""
-    samples = held_out_samples(context)
+    """Token ids of the first data set's validation samples. Raises: SweepError: they have pictures."""
+    samples = held_out(context)[0].samples
     if any(sample.pictures for sample in samples):
         raise SweepError(
             "The validation samples have pictures, and a prompt of token ids carries none. "
@@ -385,6 +385,11 @@ def _seed(text: Int64Array, turn: int) -> int:
     """Follows from a sample's content, so that the same command gives the same texts; 31 bits."""
     digest = hashlib.sha256(f"{turn}:".encode() + text.tobytes()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
+
+
+def _ratio_interval(served: FloatArray, measured: FloatArray, seed: str) -> tuple[float, float]:
+    low, high = bootstrap_interval(served[None], measured, seed)[:, 0]
+    return float(low), float(high)
 
 
 def _figure(value: float, interval: tuple[float, float]) -> str:

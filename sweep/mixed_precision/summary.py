@@ -34,6 +34,7 @@ class Figures(Sizes, frozen=True, kw_only=True):
     predicted_kl_interval: tuple[float, float] | None  # 90 %, over samples
     formats: dict[str, int]  # number of layer groups, by label
     most_bits: list[str]  # names of the groups in the most bits
+    tokens: tuple[str, ...]  # kinds that predicted_kl counts; empty: all
     measured_kl: float | msgspec.UnsetType = msgspec.UNSET
     measured_kl_interval: tuple[float, float] | msgspec.UnsetType = msgspec.UNSET
 
@@ -83,6 +84,7 @@ def figures_of(candidates: Candidates, problem: Problem, choice: IntArray, made:
         predicted_kl=total(problem.predicted_kl, choice),
         predicted_kl_interval=interval(candidates, choice),
         formats=dict(sorted(counts.items(), key=lambda item: -item[1])),
+        tokens=made.tokens,
         most_bits=[each.group.short_name for each in made.groups if made.bits_of(each) == highest],
     )
 

@@ -22,8 +22,9 @@ from sweep.report.rows import analyse, pair_of, portable_config, served_as_of
 from sweep.store.records import ATTRIBUTES, SCHEMA_VERSION, SCORES_SCHEMA, FinishedTrial, TrialRow
 
 # Raise it when the text of a report or the set of files changes, so that folders published before are written anew.
-# 2: what every target makes of the recipe. 3: algorithm, scales and dtype.
-LAYOUT_VERSION = 3
+# 2: what every target makes of the recipe. 3: algorithm, scales and dtype. 4: scores by kind of token, intervals of
+# ratios.
+LAYOUT_VERSION = 4
 MANIFEST = "quant-manifest.json"
 STATE = "autoquant-state.pt"  # the only file that git ignores
 FILES = (
@@ -36,7 +37,7 @@ FILES = (
 )
 _IDENTITY = ("trial_id", "cell_id", "model_revision", "dataset_revision", *ATTRIBUTES)
 _PUBLISHED_SCHEMA = pa.schema(
-    [field for field in SCORES_SCHEMA if field.name != "sample_scores"], metadata=SCORES_SCHEMA.metadata
+    [field for field in SCORES_SCHEMA if not field.name.startswith("sample_")], metadata=SCORES_SCHEMA.metadata
 )
 
 

@@ -8,6 +8,8 @@ from sweep.store.records import UNKNOWN
 
 _FORMATS = {"fp16": "not quantized"}
 _BAR = 12  # characters of the longest bar
+_MOST = 0.5  # of a score: more is most of it
+_NAMED = 8  # layer groups that a line names
 _LEVELS = "▁▂▃▄▅▆▇█"
 _MISSING = "–"  # noqa: RUF001 -- a dash in print
 _UNITS = ((1.0, "nat"), (1e-3, "mnat"), (1e-6, "µnat"), (1e-9, "nnat"))
@@ -119,6 +121,50 @@ def kinds_table(report: Report) -> str:
 | kind | groups | share | sensitivity over depth | most sensitive |
 |---|---:|---:|---|---|
 {table}"""
+
+
+def tokens_table(report: Report) -> str:
+    """Shares of the score by kind of token: of the trial, of each group, and of the one token with the largest."""
+    shares = report.token_shares or {}
+    heading = ["#", "layer group", *(kind.replace("_", " ") for kind in shares), "largest token"]
+    lines = [f"| {' | '.join(heading)} |", f"|---:|---|{'---:|' * (len(shares) + 1)}"]
+    lines.append(_shares_line("", "**all**", shares, None))
+    lines += [
+        _shares_line(str(row.rank), f"`{row.name}`", row.token_shares, row.top_token_share)
+        for row in report.rows
+        if row.token_shares is not None
+    ]
+    return "\n".join(lines)
+
+
+def _shares_line(rank: str, name: str, shares: Mapping[str, float], top: float | None) -> str:
+    cells = [rank, name, *(f"{share:.1%}" for share in shares.values()), _MISSING if top is None else f"{top:.1%}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def tokens_text(report: Report) -> str:
+    """The meaning of `tokens_table`, and the groups that stand out in it.
+
+    These have more than half of their score from one kind that has less than half of the trial's, or from one token.
+    """
+    parts = [
+        "Shares of the score by the kind of token at whose position an error arises, not of the token whose prediction "
+        "suffers from it: an error at an image is felt in the answers that look at it.",
+    ]
+    standing: dict[str, list[str]] = {}
+    for row in report.rows:
+        for kind, share in (row.token_shares or {}).items():
+            if share > _MOST >= (report.token_shares or {})[kind]:
+                standing.setdefault(f"Mostly at {kind.replace('_', ' ')} tokens", []).append(
+                    f"`{row.name}` {share:.0%}"
+                )
+        if (row.top_token_share or 0) > _MOST:
+            line = "Mostly at one token, as massive activations and attention sinks have it"
+            standing.setdefault(line, []).append(f"`{row.name}` {row.top_token_share:.0%}")
+    for line, names in standing.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        parts.append(f"- **{line}**: {', '.join(names[:_NAMED])}{more}.")
+    return "\n".join([parts[0], "", *parts[1:]]).strip()
 
 
 def groups_table(report: Report) -> str:

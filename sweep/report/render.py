@@ -11,7 +11,15 @@ from sweep.config.targets import Target
 from sweep.core.groups import short_group
 from sweep.core.sizes import n_samples_of
 from sweep.report.analysis import summarize
-from sweep.report.markdown import columns_text, facts_table, groups_table, kinds_table, sentences
+from sweep.report.markdown import (
+    columns_text,
+    facts_table,
+    groups_table,
+    kinds_table,
+    sentences,
+    tokens_table,
+    tokens_text,
+)
 from sweep.report.rows import Report
 from sweep.store.records import ATTRIBUTES, RECIPE, UNKNOWN, FinishedTrial
 
@@ -35,6 +43,8 @@ def render_markdown(report: Report) -> str:
             columns_text(trial.method),
             groups_table(report),
         ]
+    if report.token_shares is not None:
+        parts += ["## By kind of token", tokens_text(report), tokens_table(report)]
     if report.not_measured:
         names = "\n".join(f"- `{row.name}`" for row in report.not_measured)
         parts += [
@@ -85,18 +95,13 @@ def render_json(report: Report) -> str:
             "n_predictions": summary.n_predictions,
         },
         "trial": {"trial_id": trial.trial_id, "cell_id": trial.cell_id, "versions": report.versions},
-        "units": {
-            "score": _SCORE_UNITS[trial.method],
-            "sensitivity": "score per prediction",
-            "predicted_kl": "nats per prediction",
-            "intervals": "90% bootstrap over samples, 6 digits" if report.total_interval else None,
-            "size_cost": "weights of the group in 16-bit units",
-        },
+        "units": _units(report),
         "totals": {
             "predicted_kl": summary.total_predicted_kl,
             "predicted_kl_interval": report.total_interval,
             "effective_bits": summary.effective_bits,
             "n_groups_carrying_half": summary.n_groups_half,
+            "token_shares": report.token_shares,
         },
         "rank_stability": {
             "spearman": stability.spearman,
@@ -110,6 +115,17 @@ def render_json(report: Report) -> str:
         "not_measured": report.not_measured,
     }
     return json.dumps(msgspec.to_builtins(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _units(report: Report) -> dict[str, str | None]:
+    return {
+        "score": _SCORE_UNITS[report.trial.method],
+        "sensitivity": "score per prediction",
+        "predicted_kl": "nats per prediction",
+        "intervals": "90% bootstrap over samples, 6 digits" if report.total_interval else None,
+        "token_shares": "parts of the score by kind of the token at whose position the error arises",
+        "size_cost": "weights of the group in 16-bit units",
+    }
 
 
 def largest(finished: Iterable[FinishedTrial]) -> list[FinishedTrial]:

@@ -1,13 +1,14 @@
 """The content of one trial's report, before it is text."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
 
 from sweep.config.targets import served_as
+from sweep.core.batches import TOKEN_KINDS
 from sweep.core.groups import short_group
 from sweep.core.json import Json
 from sweep.report.analysis import (
@@ -16,8 +17,11 @@ from sweep.report.analysis import (
     Summary,
     bootstrap_interval,
     float_column,
+    kind_scores,
+    occurring,
     ranking,
     sample_matrix,
+    sample_predictions,
     score_shares,
     split_half_stability,
     summarize,
@@ -57,6 +61,9 @@ class ScoredGroup(CoveredGroup):
     weight_elements: int
     num_bits: float  # effective bits a weight
     size_cost: float  # weights of the group in 16-bit units
+    # Parts of the score by kind of token, 0..1, of kinds that the samples have; None: not known.
+    token_shares: dict[str, float] | None = None
+    top_token_share: float | None = None  # of the single position with the largest part
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -84,6 +91,7 @@ class Report:
     not_measured: list[CoveredGroup]
     summary: Summary
     total_interval: list[float] | None
+    token_shares: dict[str, float] | None  # of the trial's total score, as of each group's
     stability: RankStability | None
 
     def section(self, name: str) -> Mapping[str, Json]:
@@ -101,15 +109,19 @@ def analyse(finished: FinishedTrial) -> Report:
     interval, total_interval = None, None
     if samples is not None and summary.n_predictions > 0:
         with_total = np.vstack([samples, np.nansum(samples, axis=0)])
-        interval = bootstrap_interval(with_total, summary.n_predictions, trial.cell_id or "")
+        counts = sample_predictions(scores)
+        interval = bootstrap_interval(
+            with_total, summary.n_predictions if counts is None else counts, trial.cell_id or ""
+        )
         kl_per_sensitivity = ratio(
             np.nansum(float_column(scores, "predicted_kl")), np.nansum(float_column(scores, "sensitivity"))
         )
         total_interval = _rounded(interval[:, -1] * kl_per_sensitivity)
     shares = score_shares(score)
+    kinds, by_kind = occurring(scores), kind_scores(scores)
     rows: list[ScoredGroup] = []
     not_measured: list[CoveredGroup] = []
-    table = scores.select([name for name in scores.column_names if name != "sample_scores"]).to_pylist()
+    table = scores.select([name for name in scores.column_names if not name.startswith("sample_")]).to_pylist()
     for i in ranking(score).tolist():
         finite = {key: value for key, value in table[i].items() if not isinstance(value, float) or math.isfinite(value)}
         row = dict.fromkeys(table[i]) | finite | {"layer": table[i]["group"]}
@@ -119,6 +131,9 @@ def analyse(finished: FinishedTrial) -> Report:
         known = {"rank": len(rows) + 1, "share": float(shares[i]), "num_bits": row["effective_bits"], "size_cost": 0.0}
         group = msgspec.convert(row | known, ScoredGroup)
         group = replace(group, size_cost=group.weight_elements * group.num_bits / 16)
+        if by_kind is not None and group.score > 0:
+            top = None if row["score_top_token"] is None else row["score_top_token"] / group.score
+            group = replace(group, token_shares=_token_shares(by_kind[i], kinds), top_token_share=top)
         if interval is not None:
             to_kl = ratio(group.predicted_kl, group.sensitivity)
             ends, kl_ends = _rounded(interval[:, i]), _rounded(interval[:, i] * to_kl)
@@ -134,6 +149,7 @@ def analyse(finished: FinishedTrial) -> Report:
         not_measured=not_measured,
         summary=summary,
         total_interval=total_interval,
+        token_shares=None if by_kind is None or not kinds else _token_shares(np.nansum(by_kind, axis=0), kinds),
         stability=None if samples is None else split_half_stability(samples),
     )
 
@@ -171,6 +187,12 @@ def _portable(value: Json) -> Json:
 def ratio(part: float, whole: float) -> float:
     """Part of the whole; 0 of nothing."""
     return float(part / whole) if whole else 0.0
+
+
+def _token_shares(by_kind: FloatArray, kinds: Sequence[str]) -> dict[str, float]:
+    """Args: by_kind: scores, one a kind of TOKEN_KINDS. kinds: those to name."""
+    parts = zip(TOKEN_KINDS, (by_kind / by_kind.sum()).tolist(), strict=True)
+    return {kind: part for kind, part in parts if kind in kinds}
 
 
 def _rounded(values: FloatArray) -> list[float]:

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from workers.model.processing import Processor
 
 from sweep.config.compose import expand
 from sweep.core.batches import Plan, Sample
@@ -37,6 +36,7 @@ from workers.data.batches import make_plan
 from workers.data.conversations import Conversation, Message
 from workers.data.samples import read_captions, text_samples
 from workers.model import loading
+from workers.model.processing import Processor
 from workers.quant.modelopt import layer_groups
 from workers.scoring.capture import capture
 from workers.scoring.gradient import Engine, Job

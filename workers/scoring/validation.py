@@ -178,16 +178,16 @@ def measurer(
     groups: Sequence[LayerGroup],
     recipes: Sequence[MixedRecipe],
     calibration: Sequence[Batch],
-    held_out: Sequence[Batch],
-) -> Callable[[MixedRecipe], MeasuredKl]:
-    """A function that measures any of the recipes; each format of each layer group is calibrated once for all of them.
+) -> Callable[[MixedRecipe, Validator], MeasuredKl]:
+    """A function that measures any of the recipes on a validator's samples.
+
+    Each format of each layer group is calibrated once for all of them.
 
     Args:
         model: as for `Validator`.
         groups: of the model, in its order.
         recipes: of this model, that will be measured.
         calibration: samples that calibrate.
-        held_out: samples to measure on.
     """
     formats: dict[str, list[Format]] = {}
     for recipe in recipes:
@@ -196,9 +196,8 @@ def measurer(
             if chosen is not None and chosen not in formats.setdefault(choice.group.name, []):
                 formats[choice.group.name].append(chosen)
     quants = calibrated_groups(model, calibration, groups, formats)
-    validator = Validator(model, held_out)
 
-    def measure(recipe: MixedRecipe) -> MeasuredKl:
+    def measure(recipe: MixedRecipe, validator: Validator) -> MeasuredKl:
         by_module: dict[str, LinearQuant] = {}
         for choice in recipe.groups:
             if (chosen := recipe.format_of(choice)) is not None:

@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,15 @@ from transformers import AutoModelForImageTextToText
 from sweep.cli import main
 from sweep.config import compose
 from sweep.config.compose import expand
+from sweep.core.batches import TOKEN_KINDS
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision import recipe_context
 from sweep.plan import trials
 from sweep.plan.subject import Model, samples_of
 from sweep.plan.trials import plan_sweep
+from sweep.store.records import SCORES_SCHEMA
+from sweep.store.store import Store
 from tests.exports import SERVED_WITH
 from tests.foreign import PLACES, foreign, seen
 from workers.model import loading
@@ -121,6 +125,59 @@ def test_the_page_has_the_picture_three_recipes_uniform_ones_and_the_line_that_s
     assert all(f'<a href="{name}.yaml">{name}</a>' in html for name in NAMES)
     assert f"vllm serve {out / 'checkpoint'} {SERVED_WITH}" in markup.unescape(html)
     assert said.splitlines()[-1] == f"vllm serve {out / 'checkpoint'} {SERVED_WITH}"
+
+
+def test_every_data_set_of_validation_has_its_measured_kl(place: Path) -> None:
+    """Drawn scenes first, whose KL stands beside the recommended recipe, and other samples of what calibrated."""
+    two = [*VLLM, "validation.dataset=scenes,wordnet_glosses", "--bits", "5", "--out", str(place / "two")]
+    said = recommended(place, *two)
+    document = json.loads(recommended(place, *two, "--json"))
+    page = (place / "two" / "README.md").read_text()
+    assert [row["dataset"] for row in document["measured"]] == ["scenes", "wordnet_glosses"] * (
+        len(document["measured"]) // 2
+    )
+    assert "| measured KL on scenes (90 %) | measured KL on wordnet_glosses (90 %) | layer groups" in page
+    for each in document["recipes"]:
+        on = {row["dataset"]: row for row in document["measured"] if row["name"] == each["name"]}
+        assert each["measured_kl"] == on["scenes"]["measured_kl"] != on["wordnet_glosses"]["measured_kl"]
+        kl = " | ".join(rf"{row['measured_kl']:.3g} \([^|]*\)" for row in on.values()).replace("|", r"\|")
+        assert re.search(rf"^\| \[{each['name']}\].* \| {kl} \|", page, re.M)
+    assert " measured on scenes, " in said
+    assert "warning" not in document
+    assert "on other samples of what calibrated it" not in page + said
+
+
+def test_measured_on_nothing_but_what_calibrated_is_said(place: Path, out: Path, said: str) -> None:
+    document = json.loads(recommended(place, "--bits", "5", "--out", str(out), *VLLM, "--json"))
+    assert document["warning"].startswith("Measured on other samples of what calibrated it, wordnet_glosses: ")
+    assert document["warning"] in (out / "README.md").read_text()
+    assert document["warning"] in said
+
+
+def test_the_kinds_of_token_that_are_named_decide(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's score is all of images here, and that of the other layers all of the prompt."""
+    whole = Store.scores
+
+    def by_kind(store: Store, cell_id: str) -> pa.Table:
+        rows = whole(store, cell_id).to_pylist()
+        for row in rows:
+            kind = "image" if "self_attn" in row["group"] else "prompt"
+            row |= {f"score_{each}": row["score"] * (each == kind) for each in TOKEN_KINDS}
+            row["sample_scores_image"] = row["sample_scores"] if kind == "image" else None
+        return pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)
+
+    monkeypatch.setattr(Store, "scores", by_kind)
+    words = ["--bits", "6", "--out", str(place / "image"), *VLLM]
+    document = json.loads(recommended(place, *words, "--tokens", "image", "--json"))
+    made = recipe(place / "image" / "balanced.yaml")
+    assert made.tokens == ("image",)
+    assert {choice.predicted_kl > 0 for choice in made.groups if "self_attn" not in choice.group.name} == {False}
+    assert document["recipes"][1]["tokens"] == ["image"]
+    assert "Predicted KL counts errors at image tokens alone" in (place / "image" / "README.md").read_text()
+    attention = [made.bits_of(choice) for choice in made.groups if "self_attn" in choice.group.name]
+    others = [made.bits_of(choice) for choice in made.groups if "self_attn" not in choice.group.name]
+    assert min(attention) >= max(others)
+    assert sum(attention) / len(attention) > max(others)
 
 
 def test_recipes_keep_to_their_budgets_and_to_what_the_target_runs(out: Path) -> None:
@@ -294,6 +351,8 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
             ["--bits", "5", f"validation.captions_path={bundled_model_dir() / 'wordnet_glosses.txt'}"],
             "calibrated the recipe, the first is number 1",
         ),
+        (["--bits", "5", "--tokens", "images"], "Did you mean 'image'?"),
+        (["--bits", "5", "validation.dataset=[scenes,text]"], "Type validation.path=PATH"),
         (["--bits", "5", "--out", "/dev/null/x"], "Choose a writable place: --out"),
     ],
 )

@@ -72,6 +72,71 @@ def test_a_recipe_file_is_written_and_its_sizes_are_said(store: Store, capsys: p
     assert "most bits: m.layers.0.attn.q/k_proj, m.merger.fc\n" in out
 
 
+PARTS = {"image": (0.1, 0.1, 0.8, 0.1, 0.1), "answer": (0.0, 0.0, 0.1, 0.0, 0.0), "prompt": (0.9, 0.9, 0.1, 0.9, 0.9)}
+
+
+def test_the_kinds_of_token_that_are_named_decide_and_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By all tokens layer 0's attention gets 8 bits, see test_recipe; most of layer 1's score is at images."""
+    monkeypatch.chdir(tmp_path)
+    store = store_at(tmp_path / "store", by_kind=PARTS)
+    assert solved(store, capsys, "--bits", "4.5125")["most_bits"] == ["m.layers.0.attn.q/k_proj"]
+    document = solved(store, capsys, "--bits", "4.5125", "--tokens", "answer,image", "--rank", "--front", "3")
+    assert document["tokens"] == ["image", "answer"]
+    assert document["most_bits"] == ["m.layers.1.attn.q/k_proj"]
+    kl = 0.04 * 0.1 + 0.01 * 0.1 + 0.003 * 0.9 + 0.03 * 0.1 + 0.05 * 0.1
+    assert document["predicted_kl"] == pytest.approx(kl)
+    assert document["front"][0]["predicted_kl"] == pytest.approx(kl + 0.017 * 0.9)
+    assert document["rank"][0]["predicted_kl"] == pytest.approx(0.005)
+    low, high = document["predicted_kl_interval"]  # samples with 1/4 and 3/4 of the score, 10 and 40 predictions
+    assert (low, high) == pytest.approx((kl * 15 / 16, kl * 5 / 4))
+    assert "  counting errors at image, answer tokens alone" in shown(document)
+    path = Path("outputs/recipes/qwen3_vl_tiny-vllm_sm90-4_5125bits-image-answer.yaml")
+    assert (document["recipe"], str(path)) == (str(path), document["recipe"])
+    text = path.read_text(encoding="utf-8")
+    assert "\ntokens:\n- image\n- answer\n" in text
+    made = MixedRecipe.from_yaml(text, str(path))
+    assert made.tokens == ("image", "answer")
+    assert made.to_yaml() == text
+
+
+def test_the_next_command_validates_on_the_data_sets_that_were_typed(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert solve(store, "--bits", "5", "validation.dataset=[chat,scenes]", "validation.path=[my chats.jsonl,null]") == 0
+    words = "'validation.dataset=[chat,scenes]' 'validation.path=[my chats.jsonl,null]', then sweep export"
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tokens", "images"), "Did you mean 'image'? Choose one of: answer, first_token, image, prompt."),
+        (("--tokens", "image,"), "Unknown kind of token in --tokens ''"),
+        (("--tokens", "first_token"), "no token of kind first_token. Kinds there: image, prompt, answer."),
+        (("--tokens", "image", "--recapture", "1"), "--recapture scores again by all tokens"),
+    ],
+)
+def test_kinds_of_token_that_cannot_decide_are_refused(
+    words: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = store_at(tmp_path / "store", by_kind=PARTS)
+    assert solve(store, "--bits", "5", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("outputs").exists()
+
+
+def test_a_store_that_does_not_know_kinds_of_token_is_refused(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert solve(store, "--bits", "5", "--tokens", "image") == 2
+    assert "not known by kind of token: an older program scored it" in capsys.readouterr().err
+
+
 def test_the_front_goes_through_the_recipes_sizes_to_a_kl_of_zero(
     store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from sweep.cli import main
 from sweep.commands.validate import wanted
 from sweep.config.compose import expand
+from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.format import Format
 from sweep.formats.mixed import MixedRecipe
+from sweep.mixed_precision import measured
 from sweep.mixed_precision.candidates import Candidate, Candidates
-from sweep.mixed_precision.measured import _identity, random_mixes, uniform_recipes, validate
+from sweep.mixed_precision.measured import _identity, held_out, random_mixes, uniform_recipes, validate
 from sweep.mixed_precision.recapture import recaptured_kl
 from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of
 from sweep.plan.subject import Model, samples_of
@@ -217,6 +219,110 @@ def test_samples_that_calibrated_are_refused(
     assert run(f"validation.captions_path={tmp_path / 'own.txt'}") == 0
 
 
+def captions(place: Path, first: int) -> Path:
+    """Sixteen glosses from that number on, in a file."""
+    lines = (bundled_model_dir() / "wordnet_glosses.txt").read_text().splitlines()
+    place.write_text("\n".join(lines[first : first + 16]) + "\n")
+    return place
+
+
+def test_each_data_set_has_its_own_rows(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn scenes, a file, and other samples of the data set that calibrated: alone and together the same figures."""
+    monkeypatch.setenv("COLUMNS", "80")
+    path = captions(tmp_path / "own.txt", 100)
+    alone: list[dict[str, Any]] = []
+    for typed in (["scenes"], ["coco2017_captions", f"validation.path={path}"], ["wordnet_glosses"]):
+        assert run(f"validation.dataset={typed[0]}", *typed[1:]) == 0
+        alone += json.loads((tmp_path / "mixed.validation.json").read_text())
+    assert [row.pop("warning", "none")[:34] for row in alone] == ["none", "none", "Measured on other samples of what "]
+    assert len(list((tmp_path / "store" / "validations").iterdir())) == 3
+    capsys.readouterr()
+    monkeypatch.delattr("workers.model.loading.load")  # every row is found in the store
+    names, paths = "scenes,coco2017_captions,wordnet_glosses", f"null,{path},null"
+    for form in ("[{}]", "{}"):
+        assert run(f"validation.dataset={form.format(names)}", f"validation.path={form.format(paths)}") == 0
+        assert json.loads((tmp_path / "mixed.validation.json").read_text()) == alone
+    assert [row["dataset"] for row in alone] == ["scenes", "own.txt", "wordnet_glosses"]
+    assert [row["calibrated"] for row in alone] == [False, False, True]
+    page = (tmp_path / "mixed.validation.md").read_text()
+    assert "| recipe | measured on | bits a weight | predicted KL | measured KL |" in page
+    for row in alone:
+        assert f"| mixed | {row['dataset']} | " in page
+        assert f" | {row['measured_kl']:.4g} (" in page
+        assert f"{row['dataset']}: 16 samples, {row['n_predictions']} predictions" in page
+    out = capsys.readouterr().out
+    assert "Measured on other samples of what calibrated it" not in page + out
+    assert all(f"\n{name}  " in out for name in ("scenes", "own.txt", "wordnet_glosses"))
+    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
+
+
+def test_other_samples_of_what_calibrated_are_said_to_be_that(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run() == 0
+    words = "Measured on other samples of what calibrated it, wordnet_glosses: "
+    assert words in capsys.readouterr().out
+    assert words in (tmp_path / "mixed.validation.md").read_text()
+    (row,) = json.loads((tmp_path / "mixed.validation.json").read_text())
+    assert row["warning"].startswith(words)
+    assert run(f"validation.captions_path={captions(tmp_path / 'own.txt', 100)}") == 0
+    assert words not in capsys.readouterr().out
+
+
+def test_equal_tokens_under_other_pictures_are_other_samples(
+    tmp_path: Path, recipe: MixedRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = context_at(recipe, tmp_path)
+    scenes = samples_of(expand(["dataset=scenes"], multirun=False).points[0].dataset, MODEL, 3)
+    context = replace(context, samples=scenes[:2])
+    others = [replace(scenes[0], pictures=scenes[2].pictures), scenes[2]]
+    monkeypatch.setattr(measured, "samples_of", lambda *_: [*scenes[:2], *others] * 8)
+    with pytest.raises(SweepError, match=r"16 of the 32 samples to validate on calibrated .* number 1 of scenes"):
+        held_out(replace(context, config=replace(CONFIG, validation=replace(CONFIG.validation, dataset="scenes"))))
+    monkeypatch.setattr(measured, "samples_of", lambda *_: others)
+    (found,) = held_out(
+        replace(context, config=replace(CONFIG, validation=replace(CONFIG.validation, dataset="scenes")))
+    )
+    assert found.samples == others
+
+
+def test_a_recipe_that_counts_some_tokens_says_so(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(edited=lambda text: text.replace("target: ", "tokens: [image]\ntarget: ", 1)) == 0
+    words = "Predicted KL counts errors at image tokens alone; measured KL counts all."
+    assert words in capsys.readouterr().out
+    assert words in (tmp_path / "mixed.validation.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        (
+            ["validation.dataset=[scenes,text]"],
+            "validation.dataset=text reads files of yours. Type validation.path=PATH",
+        ),
+        (["validation.dataset=scenes", "validation.path=a.txt"], "Type null in its place"),
+        (["validation.path=a.txt"], "names 0 data sets, validation.path 1 path"),
+        (["validation.dataset=[text,chat]", "validation.path=a.txt"], "names 2 data sets, validation.path 1 path"),
+        (["validation.dataset=scene"], "Did you mean 'scenes'?"),
+        (["validation.dataset=scenes", "validation.captions_path=a.txt"], "both say what to validate on"),
+        (
+            ["validation.dataset=coco2017_captions", "validation.path=none.txt"],
+            "No 16 samples of none.txt to validate on",
+        ),
+    ],
+)
+def test_data_sets_that_cannot_be_meant_are_refused(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], rest: list[str], words: str
+) -> None:
+    assert run(*rest) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
 @pytest.mark.parametrize(
     ("rest", "edit", "words"),
     [
@@ -270,7 +376,7 @@ def test_too_few_samples_are_refused_with_what_to_type(
     )
     err = capsys.readouterr().err
     assert "too few samples for 129 after the 512 that calibrated and scored" in err
-    assert "Type validation.captions_path=FILE, a smaller validation.n_samples=N" in err
+    assert "Type validation.dataset=NAME validation.path=PATH, a smaller validation.n_samples=N" in err
 
 
 def test_mixes_are_the_same_for_the_same_options_and_uniform_ones_are_measured_everywhere(

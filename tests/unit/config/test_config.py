@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from sweep.config import compose
-from sweep.config.compose import expand, to_yaml
+from sweep.config.compose import dataset_of, expand, to_yaml
 from sweep.config.schema import OWN_KINDS, SECTIONS, SweepConfig, from_record, to_plain, to_record
 from sweep.core.errors import SweepError
 from sweep.core.pairs import PairConfig
@@ -309,6 +309,27 @@ def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_spelling() -> None
 def test_what_is_no_axis_or_no_place_is_refused(overrides: list[str], text: str) -> None:
     with pytest.raises(SweepError, match=re.escape(text)):
         points(*overrides)
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+@pytest.mark.parametrize("form", ["[{}]", "{}"])
+def test_lists_of_validation_are_values_and_no_grid(form: str, multirun: bool) -> None:
+    typed = {"dataset": "chat,wordnet_glosses,text", "path": "~/a.jsonl,null,'b c, d'"}
+    overrides = [f"validation.{key}={form.format(value)}" for key, value in typed.items()]
+    (point,) = expand([*overrides, "grid=none"], multirun=multirun).points
+    home = str(Path.home())
+    assert point.validation.sources == [
+        ("chat", f"{home}/a.jsonl"),
+        ("wordnet_glosses", None),
+        ("text", "b c, d"),
+    ]
+
+
+def test_data_sets_to_validate_on_are_options_with_their_paths() -> None:
+    chats, captions = dataset_of("chat", "a/Chats-2.jsonl"), dataset_of("coco2017_captions", "own.txt")
+    assert (chats.kind, chats.name, chats.path, chats.loss) == ("chat", "chats_2", "a/Chats-2.jsonl", "answers")
+    assert (captions.kind, captions.captions_path, captions.path) == ("captions", "own.txt", None)
+    assert dataset_of("scenes", None) == expand(["dataset=scenes"], multirun=False).points[0].dataset
 
 
 def test_a_value_of_the_environment_is_no_part_of_a_config_that_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,8 +92,8 @@ def test_an_export_whose_scales_are_rounded_as_it_is_loaded_is_what_was_measured
         if "norm" in key:
             served.get_parameter(key).data = tensors[key].float()
 
-    measure = measurer(base, [choice.group for choice in recipe.groups], [recipe], calibration, held_out)
-    measured = measure(recipe).mean_kl
+    measure = measurer(base, [choice.group for choice in recipe.groups], [recipe], calibration)
+    measured = measure(recipe, Validator(base, held_out)).mean_kl
     if FORMATS[RECIPES[name][0][0]][1] is None:
         assert kl_of(base, served, held_out) == pytest.approx(measured, rel=1e-4)
     private = recipe_of([group_format(each, *FORMATS[each], algorithm) for each, algorithm in RECIPES[name]])

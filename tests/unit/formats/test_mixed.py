@@ -111,6 +111,7 @@ def test_whatever_is_taken_away_gives_a_recipe_or_one_message(document: dict[str
     ("path", "value", "message"),
     [
         (("size",), "huge", r"mine\.yaml: size is 'huge'\. Allowed: small, medium, large\."),
+        (("tokens",), ["images"], r"Unknown kind of token in mine\.yaml 'images'\. Did you mean 'image'\?"),
         (("coverage",), "some", r"coverage is 'some'\. Allowed: lm_only, all_layers\."),
         (("model_revision",), 7, r"model_revision is 7\. Allowed: text\."),
         (

@@ -54,6 +54,37 @@ def test_samples_add_up_to_the_group(tmp_path: Path) -> None:
         np.testing.assert_allclose(candidate.sample_kl, candidate.predicted_kl[:, None] * [0.25, 0.75])
 
 
+def test_the_kinds_of_token_that_are_named_count(tmp_path: Path) -> None:
+    """Of every group's score the image has 1/2, the answer 1/8 times its number."""
+    parts = {"image": (0.5,) * 5, "answer": (0, 0.125, 0.25, 0.375, 0.5), "prompt": (0.5, 0.375, 0.25, 0.125, 0)}
+    store = store_at(tmp_path, {INT4: (0.1, None, 0.1, 0.1, 0.1)}, by_kind=parts)
+    overrides = [f"store.uri={tmp_path}"]
+    (whole,) = read_candidates(store, overrides).formats
+    candidates = read_candidates(store, overrides, tokens=("image", "answer"))
+    (some,) = candidates.formats
+    assert candidates.tokens == ("image", "answer")
+    assert some.predicted_kl == pytest.approx([0.05, np.inf, 0.075, 0.0875, 0.1])
+    assert some.sample_kl is not None
+    assert whole.sample_kl is not None
+    np.testing.assert_allclose(some.sample_kl.sum(1)[[0, 2, 3, 4]], some.predicted_kl[[0, 2, 3, 4]], rtol=1e-6)
+    np.testing.assert_allclose(some.sample_kl[0], whole.sample_kl[0] / 2, rtol=1e-6)
+    assert some.sample_predictions is not None
+    assert some.sample_predictions.tolist() == [10, 40]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "way_out"),
+    [([], "store.uri=DIR"), (["sensitivity.engine=modelopt"], "with sensitivity.engine=layerwise")],
+)
+def test_scores_without_kinds_are_refused_where_kinds_are_named(
+    tmp_path: Path, overrides: list[str], way_out: str
+) -> None:
+    store = Store(str(tmp_path))
+    add(store, INT4, [0.1] * 5, *overrides)
+    with pytest.raises(SweepError, match=rf"{INT4} are not known by kind of token: .* Type the same .*{way_out}"):
+        read_candidates(store, [f"store.uri={tmp_path}"], tokens=("image",))
+
+
 def test_a_group_never_called_cannot_get_the_format(tmp_path: Path) -> None:
     store_at(tmp_path, {INT4: (0.1, None, 0.1, 0.1, 0.1)})
     assert predicted_kl_of(found(tmp_path)) == {INT4: [0.1, np.inf, 0.1, 0.1, 0.1]}

@@ -191,6 +191,14 @@ def test_the_interval_is_that_of_the_sum_over_groups(candidates: Candidates) -> 
     assert interval(blind, choice) is None
 
 
+def test_the_interval_draws_samples_with_their_predictions(candidates: Candidates) -> None:
+    """1/4 of the sum with 10 of 50 predictions, 3/4 with 40: drawn twice, a sample's KL per prediction is its own."""
+    counts = np.array([10.0, 40.0])
+    known = replace(candidates, formats=tuple(replace(each, sample_predictions=counts) for each in candidates.formats))
+    sum_of = float(candidates.formats[0].predicted_kl.sum())
+    assert interval(known, np.zeros(len(GROUPS), dtype=np.int64)) == pytest.approx((sum_of * 15 / 16, sum_of * 5 / 4))
+
+
 def test_one_format_for_all(candidates: Candidates) -> None:
     def expected(label: str, bits: float) -> Any:
         return pytest.approx((bits * N_WEIGHTS, sum(each or 0 for each in PREDICTED_KL[label])))

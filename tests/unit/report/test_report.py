@@ -10,6 +10,7 @@ import pytest
 
 from sweep.commands.recipes import by_recipe
 from sweep.config.targets import all_targets
+from sweep.core.batches import TOKEN_KINDS
 from sweep.report.files import folder_of, manifest_identity
 from sweep.report.index import Manifest, render_index
 from sweep.report.render import largest, render_json, render_markdown, summary_table
@@ -166,6 +167,54 @@ def test_json_has_the_origins_sections_and_no_nan() -> None:
     )
     assert first["predicted_kl_interval"] == [0.06, 0.06]
     assert render_json(analyse(SMALL)) == render_json(analyse(SMALL))
+
+
+def by_kind(parts: list[dict[str, float]], top_tokens: list[float]) -> FinishedTrial:
+    """Layers whose scores are split so; the shorter sample has a tenth of the predictions."""
+    rows = finished({f"{LAYERS}.{i}.mlp.down_proj": [sum(part.values())] for i, part in enumerate(parts)})
+    table = rows.scores.to_pylist()
+    for row, part, top in zip(table, parts, top_tokens, strict=True):
+        row |= {f"score_{kind}": part.get(kind, 0.0) for kind in TOKEN_KINDS} | {"score_top_token": top}
+        row |= {"sample_scores": [row["score"] / 10, row["score"] * 9 / 10], "sample_predictions": [10, 90]}
+    return replace(rows, scores=pa.Table.from_pylist(table, schema=SCORES_SCHEMA))
+
+
+def test_shares_by_kind_of_token_name_what_stands_out() -> None:
+    """Of 20 in all the prompt has 14 (70 %), images 5, the first token 1; there are no answers."""
+    report = analyse(
+        by_kind([{"prompt": 12.0}, {"image": 4.0, "prompt": 2.0}, {"first_token": 1.0, "image": 1.0}], [1, 1, 1.5])
+    )
+    text = render_markdown(report).split("## By kind of token")[1]
+    assert "an error at an image is felt in the answers that look at it" in text
+    assert [line for line in text.splitlines() if line.startswith("|")] == [
+        "| # | layer group | first token | image | prompt | largest token |",
+        "|---:|---|---:|---:|---:|---:|",
+        "|  | **all** | 5.0% | 25.0% | 70.0% | – |",  # noqa: RUF001
+        "| 1 | `layers.0.mlp.down_proj` | 0.0% | 0.0% | 100.0% | 8.3% |",
+        "| 2 | `layers.1.mlp.down_proj` | 0.0% | 66.7% | 33.3% | 16.7% |",
+        "| 3 | `layers.2.mlp.down_proj` | 50.0% | 50.0% | 0.0% | 75.0% |",
+    ]
+    assert [line for line in text.splitlines() if line.startswith("- ")] == [
+        "- **Mostly at image tokens**: `layers.1.mlp.down_proj` 67%.",
+        "- **Mostly at one token, as massive activations and attention sinks have it**: `layers.2.mlp.down_proj` 75%.",
+    ]
+    document = json.loads(render_json(report))
+    assert document["totals"]["token_shares"] == pytest.approx({"first_token": 0.05, "image": 0.25, "prompt": 0.7})
+    assert document["layer_sensitivity"][2]["token_shares"] == {"first_token": 0.5, "image": 0.5, "prompt": 0.0}
+    assert document["layer_sensitivity"][2]["top_token_share"] == 0.75
+
+
+def test_intervals_are_of_scores_per_prediction_of_the_same_samples() -> None:
+    """Both samples have as much a prediction: no draw of them has another sensitivity."""
+    (row, *_) = analyse(by_kind([{"prompt": 12.0}], [1.0])).rows
+    assert row.sensitivity_interval == [0.12, 0.12]
+    assert row.predicted_kl_interval == [0.06, 0.06]
+
+
+def test_scores_without_kinds_have_no_section_of_them() -> None:
+    assert "By kind of token" not in render_markdown(analyse(SMALL))
+    document = json.loads(render_json(analyse(SMALL)))
+    assert (document["totals"]["token_shares"], document["layer_sensitivity"][0]["token_shares"]) == (None, None)
 
 
 def test_sparkline_keeps_the_place_of_a_group_never_called() -> None:
