@@ -20,7 +20,7 @@ HOMES = {
         "workers/export/modelopt_layout.py",
     },
     "compressed_tensors": {f"workers/export/{name}.py" for name in ("schemes", "weights", "compressed")},
-    "transformers": {"workers/model/loading.py"},
+    "transformers": {f"workers/model/{name}.py" for name in ("loading", "processing", "answers")},
     "huggingface_hub": {"workers/model/loading.py"},
     "datasets": {"workers/data/samples.py"},
     "matplotlib": {"sweep/report/plots.py"},

@@ -29,7 +29,7 @@ from workers.model.checkpoint import check_checkpoint
 PACKABLE = frozenset({"qwen3_vl", "qwen2", "qwen3", "llama", "mistral"})
 
 # The errors that transformers raises on a config.json or on weights that make no model.
-_UNREADABLE = (
+UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError),
     *(StrictDataclassError, SafetensorError),
 )
@@ -65,7 +65,7 @@ def read_config(path: Path) -> PreTrainedConfig:
     _be_quiet()
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _no_model(path, error) from error
 
 
@@ -78,7 +78,7 @@ def structure(path: Path) -> ModelStructure:
     try:
         with torch.device("meta"):
             model = _model_class(config)._from_config(config)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _no_model(path, error) from error
     modules = model.named_modules()
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
@@ -98,18 +98,23 @@ def structure(path: Path) -> ModelStructure:
     )
 
 
+def read_tokenizer(path: Path) -> Any:
+    """The checkpoint's own tokenizer. Raises: SweepError: there is none that loads."""
+    _be_quiet()
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise SweepError(
+            f"{path} has no tokenizer that loads: {first_line(error)} Copy the model's tokenizer files there."
+        ) from error
+
+
 def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, with the special tokens that the checkpoint's own tokenizer adds; nothing cut or padded.
 
     Raises: SweepError: the checkpoint has no tokenizer that loads.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except _UNREADABLE as error:
-        raise SweepError(
-            f"{path} has no tokenizer that loads: {_first_line(error)} Copy the model's tokenizer files there."
-        ) from error
-    tokens = [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
+    tokens = [list(ids) for ids in read_tokenizer(path)(list(texts))["input_ids"]]
     if not any(tokens):  # transformers makes such a tokenizer for a directory without tokenizer files
         raise SweepError(f"{path} has no tokenizer: no text gives a token. Copy the model's tokenizer files there.")
     return tokens
@@ -167,9 +172,9 @@ def load(path: Path, *, dtype: torch.dtype, device: str, n_gpus: int = 1) -> Pre
             f"Type cluster.gpus_per_worker={n_gpus + 1} for a sweep, cluster.device=cpu to validate or export, "
             "or take a larger GPU."
         ) from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         advice = "Its weights must fit its config.json: download both again."
-        raise SweepError(f"The checkpoint {path} does not load: {_first_line(error)} {advice}") from error
+        raise SweepError(f"The checkpoint {path} does not load: {first_line(error)} {advice}") from error
     if missing := sorted(info["missing_keys"]):
         raise SweepError(
             f"The checkpoint {path} lacks {len(missing)} weights, the first {missing[0]!r}: they would be random. "
@@ -193,7 +198,7 @@ def key_value_cache(model: PreTrainedModel) -> dict[str, Any]:
 def _no_model(path: Path, error: BaseException) -> SweepError:
     version = transformers.__version__
     return SweepError(
-        f"{path / 'config.json'} is no model that transformers {version} knows: {_first_line(error)} "
+        f"{path / 'config.json'} is no model that transformers {version} knows: {first_line(error)} "
         "Give another checkpoint: model.path=DIR."
     )
 
@@ -212,7 +217,7 @@ def _be_quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     first, *rest = str(error).strip().splitlines() or ["no message"]
     if rest and first.endswith(":"):
         first = f"{first} {rest[0].strip()}"

@@ -1,0 +1,201 @@
+"""Small vision-language checkpoints of every family with random weights, a tokenizer, a processor, a chat template."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from sweep.core.paths import bundled_model_dir
+from workers.data.conversations import Conversation, Message, PictureSource
+
+FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "internvl", "llava", "gemma3")
+_TEXT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 4112,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+}
+_SPECIAL = ("<img>", "</img>", "<IMG_CONTEXT>", "<image>", "<start_of_image>", "<image_soft_token>", "<end_of_image>")
+_NAMED = {
+    "internvl": {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<|video_pad|>",
+    },
+    "gemma3": {
+        "boi_token": "<start_of_image>",
+        "image_token": "<image_soft_token>",
+        "eoi_token": "<end_of_image>",
+    },
+}
+_MARKS = {"internvl": "<IMG_CONTEXT>\\n", "llava": "<image>\\n", "gemma3": "<start_of_image>"}
+_QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def template(kind: str) -> str:
+    """A chat template in ChatML, with the family's mark for pictures."""
+    return (
+        "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        "{%- if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{%- for part in message['content'] %}{% if part['type'] == 'image' %}"
+        "{{ '" + _MARKS.get(kind, _QWEN_MARK) + "' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+        "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+
+def save_vision(directory: Path, kind: str) -> Path:
+    """A checkpoint directory of a small random model of one of FAMILIES, in float32."""
+    tokenizer = save_tokenizer(directory, kind)
+    ids = dict(zip(_SPECIAL, tokenizer.convert_tokens_to_ids(list(_SPECIAL)), strict=True))
+    torch.manual_seed(0)
+    model = _MODELS[kind](ids)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.08)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(directory)
+    _IMAGE_PROCESSORS[kind]().save_pretrained(directory)
+    return directory
+
+
+def save_tokenizer(directory: Path, kind: str) -> Any:
+    """The bundled model's tokenizer with the family's special tokens and chat template; also returned."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        bundled_model_dir(), extra_special_tokens=_NAMED.get(kind, {})
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(_SPECIAL)}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = template(kind)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def _qwen(config: Any, model: Any, patch: int, **vision: Any) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}
+    rope |= {} if "fullatt_block_indexes" in vision else {"mrope_interleaved": True}
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    text = _TEXT | {"rope_parameters": rope} | (moe if "Moe" in config.__name__ else {})
+    if "fullatt_block_indexes" in vision:
+        text["hidden_size"] = 128  # heads of 32 values
+    vision |= {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 4, "patch_size": patch}
+    vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": text["hidden_size"]}
+    tokens = {"vision_start_token_id": 3, "vision_end_token_id": 4, "image_token_id": 5, "video_token_id": 6}
+    return model(config(text_config=text, vision_config=vision, **tokens, tie_word_embeddings=False))
+
+
+def _internvl(ids: dict[str, int]) -> Any:
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.InternVLConfig(
+        vision_config=vision | {"image_size": [56, 56], "patch_size": [14, 14], "norm_type": "layer_norm"},
+        text_config={"model_type": "qwen2"} | _TEXT,
+        image_token_id=ids["<IMG_CONTEXT>"],
+        image_seq_length=4,
+    )
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def _llava(ids: dict[str, int]) -> Any:
+    vision = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128, "image_size": 56}
+    config = transformers.LlavaConfig(
+        vision_config=vision
+        | {"num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14, "projection_dim": 32},
+        text_config={"model_type": "llama"} | _TEXT,
+        image_token_index=ids["<image>"],
+        image_seq_length=16,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def _gemma3(ids: dict[str, int]) -> Any:
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Gemma3Config(
+        vision_config=vision | {"image_size": 56, "patch_size": 14, "vision_use_head": False},
+        text_config=_TEXT | {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+        mm_tokens_per_image=4,
+        boi_token_index=ids["<start_of_image>"],
+        eoi_token_index=ids["<end_of_image>"],
+        image_token_index=ids["<image_soft_token>"],
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+_MODELS: dict[str, Callable[[dict[str, int]], Any]] = {
+    "qwen3_vl": lambda _: _qwen(
+        *(transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration, 16),
+        **{"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+    ),
+    "qwen3_vl_moe": lambda _: _qwen(
+        *(transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration, 16),
+        **{"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+    ),
+    "qwen2_5_vl": lambda _: _qwen(
+        *(transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration, 14),
+        **{"fullatt_block_indexes": [1], "window_size": 56},
+    ),
+    "internvl": _internvl,
+    "llava": _llava,
+    "gemma3": _gemma3,
+}
+
+
+def _qwen_pictures(patch: int, mean: float) -> Any:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    size = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}
+    return Qwen2VLImageProcessorPil(patch_size=patch, image_mean=[mean, 0.5, 0.5], image_std=[0.5] * 3, size=size)
+
+
+def _tiles() -> Any:
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    return GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, max_patches=4)
+
+
+def _clip() -> Any:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+
+
+def _siglip() -> Any:
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    return Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
+
+
+_IMAGE_PROCESSORS: dict[str, Callable[[], Any]] = {
+    "qwen3_vl": lambda: _qwen_pictures(16, 0.5),
+    "qwen3_vl_moe": lambda: _qwen_pictures(16, 0.5),
+    "qwen2_5_vl": lambda: _qwen_pictures(14, 0.48145466),
+    "internvl": _tiles,
+    "llava": _clip,
+    "gemma3": _siglip,
+}
+
+
+def picture(width: int = 120, height: int = 90, seed: int = 0) -> Image.Image:
+    """A picture of random blocks of colour."""
+    blocks = np.random.default_rng(seed).integers(0, 256, size=(9, 12, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def chat(*turns: str, n_pictures: int = 0) -> Conversation:
+    """A conversation of user and assistant by turns; its pictures come first."""
+    pictures = tuple(PictureSource(origin=f"picture {index}") for index in range(n_pictures))
+    messages = [
+        Message(role=("user", "assistant")[index % 2], parts=(*(() if index else pictures), turn))
+        for index, turn in enumerate(turns)
+    ]
+    return Conversation(messages=tuple(messages), origin="line 1 of chats.jsonl")
