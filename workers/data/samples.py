@@ -56,18 +56,22 @@ def first_texts(texts: Sequence[str], n_samples: int, source: str) -> list[str]:
     """
     while texts and not texts[-1]:
         texts = texts[:-1]
-    fitting = [f"dataset.size={size}" for size, n in SIZES.items() if n <= len(texts)]
-    if len(texts) < n_samples:
-        advice = (
-            f"Choose {' or '.join(fitting)}, or give more captions."
-            if fitting
-            else f"The smallest size needs {min(SIZES.values())}: give more captions."
-        )
-        raise SweepError(f"The {source} holds {len(texts)} captions; {n_samples} are needed. {advice}")
+    check_enough(len(texts), n_samples, source, "captions")
     for number, text in enumerate(texts[:n_samples], start=1):
         if not text:
             raise SweepError(f"Caption {number} of the {source} is empty. Remove blank lines: one caption a line.")
     return list(texts[:n_samples])
+
+
+def check_enough(n_found: int, n_needed: int, source: str, what: str) -> None:
+    """Refuse a data set of too few samples. Raises: SweepError: says which sizes it has samples for."""
+    if n_found >= n_needed:
+        return
+    fitting = [f"dataset.size={size}" for size, n in SIZES.items() if n <= n_found]
+    number = f"dataset.size={n_found}" if n_found >= 2 and n_found not in SIZES.values() else ""
+    choice = " or ".join([*fitting, number] if number else fitting)
+    advice = f"Type {choice}, or give more {what}." if choice else f"Give more {what}."
+    raise SweepError(f"The {source} holds {n_found} {what}; {n_needed} are needed. {advice}")
 
 
 def text_samples(token_ids: Sequence[Sequence[int]], max_tokens: int) -> list[Sample]:
