@@ -1,4 +1,4 @@
-"""Disk cache of facts that are slow to find (file hashes, token ids, resolved presets), as JSON files.
+"""Disk cache of what is slow to find (file hashes, token ids, resolved presets, prepared samples), a file each.
 
 Each entry is named by a hash of all that it depends on, so an entry is right or absent, never stale. Deleting the
 directory costs seconds. It is ``$SWEEP_CACHE_DIR``, or ``sweep-sensitivity`` under ``$XDG_CACHE_HOME`` (``~/.cache``).
@@ -34,17 +34,33 @@ def remember(kind: str, key: object, compute: Callable[[], T]) -> T:
         key: JSON-able; everything that the value depends on, versions of code and libraries included.
         compute: called once, when there is no readable entry.
     """
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    path = cache_dir() / kind / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError):  # absent or torn: compute again
-        return json.loads(path.read_text(encoding="utf-8"), object_hook=_unpacked)
+    with contextlib.suppress(ValueError):  # torn: compute again
+        if (found := read_entry(kind, key)) is not None:
+            return json.loads(found, object_hook=_unpacked)
     value = compute()
+    write_entry(kind, key, json.dumps(_packed(value)).encode())
+    return value
+
+
+def read_entry(kind: str, key: object) -> bytes | None:
+    """The bytes that were written for an equal key; None: there are none. Args: as `remember`."""
+    with contextlib.suppress(OSError):
+        return _entry(kind, key).read_bytes()
+    return None
+
+
+def write_entry(kind: str, key: object, content: bytes) -> None:
+    """Keep bytes for a key, if the directory can be written. Args: as `remember`."""
+    path = _entry(kind, key)
     with contextlib.suppress(OSError):  # a read-only home directory costs speed, not results
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps(_packed(value)), encoding="utf-8")
+        partial.write_bytes(content)
         partial.replace(path)
-    return value
+
+
+def _entry(kind: str, key: object) -> Path:
+    return cache_dir() / kind / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
 
 
 def _packed(value: Plain) -> Plain:

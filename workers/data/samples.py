@@ -11,8 +11,8 @@ from sweep.core.sizes import SIZES
 from workers.data.scenes import patches, scene
 
 
-def read_captions(path: Path, n_samples: int) -> list[str]:
-    """The first `n_samples` captions of a text file, one a line.
+def read_captions(path: Path, n_samples: int, n_most: int = 0) -> list[str]:
+    """The first `n_samples` captions of a text file, one a line, and more of them up to `n_most` if there are some.
 
     Raises: SweepError: unreadable, not UTF-8, an empty line among the captions, or fewer captions than asked for.
     """
@@ -23,11 +23,11 @@ def read_captions(path: Path, n_samples: int) -> list[str]:
             f"Cannot read the captions file {path}: {error}. "
             "Give a UTF-8 text file with one caption a line: dataset.captions_path=FILE."
         ) from error
-    return first_texts([line.strip() for line in lines], n_samples, f"captions file {path}")
+    return first_texts([line.strip() for line in lines], n_samples, f"captions file {path}", n_most)
 
 
-def read_hub_captions(hub_id: str, split: str, column: str, n_samples: int) -> list[str]:
-    """The first `n_samples` captions of a Hugging Face data set's text column, streamed.
+def read_hub_captions(hub_id: str, split: str, column: str, n_samples: int, n_most: int = 0) -> list[str]:
+    """The first captions of a Hugging Face data set's text column, streamed, as many as `read_captions` reads.
 
     Raises: SweepError: the data set, split or column cannot be read.
     """
@@ -36,7 +36,7 @@ def read_hub_captions(hub_id: str, split: str, column: str, n_samples: int) -> l
     try:
         stream = datasets.load_dataset(hub_id, split=split, streaming=True)
         texts: list[str] = []
-        for row in stream.take(n_samples):
+        for row in stream.take(max(n_samples, n_most)):
             value = row[column]
             first = next(iter(value), None) if isinstance(value, list) else value
             texts.append("" if first is None else str(first).strip())
@@ -46,21 +46,22 @@ def read_hub_captions(hub_id: str, split: str, column: str, n_samples: int) -> l
             f"{type(error).__name__}: {error}. "
             "Give a local file with one caption a line instead: dataset.captions_path=FILE."
         ) from error
-    return first_texts(texts, n_samples, f"data set {hub_id!r}")
+    return first_texts(texts, n_samples, f"data set {hub_id!r}", n_most)
 
 
-def first_texts(texts: Sequence[str], n_samples: int, source: str) -> list[str]:
-    """The first `n_samples` texts.
+def first_texts(texts: Sequence[str], n_samples: int, source: str, n_most: int = 0) -> list[str]:
+    """The first `n_samples` texts, and more of them up to `n_most` if there are some.
 
     Raises: SweepError: there are fewer, or one of them is blank.
     """
     while texts and not texts[-1]:
         texts = texts[:-1]
     check_enough(len(texts), n_samples, source, "captions")
-    for number, text in enumerate(texts[:n_samples], start=1):
+    taken = list(texts[: max(n_samples, n_most)])
+    for number, text in enumerate(taken, start=1):
         if not text:
             raise SweepError(f"Caption {number} of the {source} is empty. Remove blank lines: one caption a line.")
-    return list(texts[:n_samples])
+    return taken
 
 
 def check_enough(n_found: int, n_needed: int, source: str, what: str) -> None:
@@ -74,16 +75,17 @@ def check_enough(n_found: int, n_needed: int, source: str, what: str) -> None:
     raise SweepError(f"The {source} holds {n_found} {what}; {n_needed} are needed. {advice}")
 
 
-def text_samples(token_ids: Sequence[Sequence[int]], max_tokens: int) -> list[Sample]:
-    """Tokenized texts as samples, cut at `max_tokens`.
+def text_samples(token_ids: Sequence[Sequence[int]], max_tokens: int, origins: Sequence[str] = ()) -> list[Sample]:
+    """Tokenized texts as samples, cut at `max_tokens`; `origins` says where they stand.
 
     Raises: SweepError: a text of fewer than 2 tokens has no token to predict.
     """
-    for number, ids in enumerate(token_ids, start=1):
+    for index, ids in enumerate(token_ids):
         if len(ids) < 2:
+            place = f" ({origins[index]})" if origins else ""
             raise SweepError(
-                f"Sample {number} has {len(ids)} token(s); at least 2 are needed to predict one. "
-                "Remove or lengthen that caption."
+                f"Sample {index + 1}{place} has {len(ids)} token(s); at least 2 are needed to predict one. "
+                "Remove or lengthen that text."
             )
     return [Sample(token_ids=np.array(ids[:max_tokens], dtype=np.int64)) for ids in token_ids]
 
