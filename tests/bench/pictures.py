@@ -1,0 +1,71 @@
+"""Pictures a second that are read and prepared for the bundled model, and the seconds of the second run."""
+
+# pyright: basic
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sweep.config.compose import expand
+from sweep.core.machine import n_cores
+from sweep.core.paths import bundled_model_dir
+from sweep.plan.subject import Model, samples_of
+from tests.bench.setup import report
+
+
+def chats(directory: Path, n: int, side: int) -> Path:
+    """Chats of one JPEG each, as noisy as photographs are: about 2 bits a pixel."""
+    random = np.random.default_rng(0)
+    lines: list[str] = []
+    for i in range(n):
+        coarse = Image.fromarray(random.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
+        noise = random.integers(-12, 13, (side, side, 3))
+        pixels = np.clip(np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)) + noise, 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(directory / f"{i}.jpg", quality=85)
+        question = [{"type": "image", "image": f"{i}.jpg"}, {"type": "text", "text": f"Question {i}?"}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "An answer."}]
+        lines.append(json.dumps({"messages": messages}))
+    path = directory / "chats.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=int, default=1000)
+    parser.add_argument("--side", type=int, default=512, help="pixels")
+    options = parser.parse_args()
+    with TemporaryDirectory() as place:
+        os.environ["SWEEP_CACHE_DIR"] = f"{place}/cache"
+        path = chats(Path(place), options.pictures, options.side)
+        overrides = ["dataset=chat", f"dataset.path={path}", f"dataset.size={options.pictures}"]
+        dataset, model = expand(overrides, multirun=False).points[0].dataset, Model(bundled_model_dir())
+        samples_of(dataset, model, 2)  # imports
+        times: list[float] = []
+        for _ in range(2):
+            started = time.perf_counter()
+            samples = samples_of(dataset, model, options.pictures)
+            times.append(time.perf_counter() - started)
+        files = [*Path(place).glob("*.jpg")]
+        figures = {
+            "pictures": len(files),
+            "side": options.side,
+            "jpeg_kb": sum(file.stat().st_size for file in files) / len(files) / 1e3,
+            "tokens": sum(len(sample.token_ids) for sample in samples),
+            "cores": n_cores(),
+            "pictures_per_second": len(files) / times[0],
+            "first_seconds": times[0],
+            "again_seconds": times[1],
+        }
+        report("pictures", torch.device("cpu"), figures)
+
+
+if __name__ == "__main__":
+    main()
