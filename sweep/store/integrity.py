@@ -17,8 +17,9 @@ _SCORES: Final = re.compile(rf"scores/cell=({_ID})/scores\.parquet")
 _PART: Final = re.compile(rf"parts/cell=({_ID})/([A-Za-z0-9_.-]+)\.parquet")
 _TRIALS: Final = re.compile(rf"trials/((?:run|compact)-{_ID})\.parquet")
 _VALIDATION: Final = re.compile(rf"validations/({_ID})\.parquet")
+_ANSWERS: Final = re.compile(rf"answers/({_ID})\.parquet")
 _RUN: Final = re.compile(rf"runs/({_ID})\.json")
-_FOLDERS: Final = ("scores", "parts", "trials", "validations", "runs")
+_FOLDERS: Final = ("scores", "parts", "trials", "validations", "answers", "runs")
 _TEMPORARY: Final = re.compile(r"(?:.*/)?\.[^/]+\.tmp")
 _TEMPORARY_SECONDS: Final = 600.0  # a writer holds one for less than a second; on a slow network file system for longer
 _SILENT_SECONDS: Final = 600.0  # a run whose heartbeat is older is over
@@ -72,6 +73,7 @@ def _findings(store: Store) -> Iterator[Finding]:
         f"{counts['scores']} cells, {counts['parts']} parts, {len(trials)} trials, "
         f"{counts['validations']} validations, {counts['runs']} runs verified"
     )
+    text += f", and answers of the model ({count(counts['answers'], 'file')})" if counts["answers"] else ""
     aside = f"; {count(n_aside, 'file')} in {store.uri}/quarantine" if n_aside else ""
     yield Finding("store", "ok", text + aside)
 
@@ -108,6 +110,8 @@ def _read(store: Store, path: str) -> bool:
         store.read_trials(f"{found[1]}.parquet")
     elif found := _VALIDATION.fullmatch(path):
         store.validation(found[1])
+    elif found := _ANSWERS.fullmatch(path):
+        store.answers(found[1])
     elif _RUN.fullmatch(path):
         store.run_record(path)
     else:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from sweep.core.batches import TOKEN_KINDS
 
 # Each schema names its version. A reader refuses a newer one and upgrades an older one.
-SCHEMA_VERSION = 1  # of validations; 1: first layout
+SCHEMA_VERSION = 1  # of validations and answers; 1: first layout
 # 2: scores by kind of token, and predictions a sample; before, a row had its score and that of each sample.
 SCORES_VERSION = 2
 # 2: algorithm, scales and dtype are columns; before, the config named the first two, and the trial id hid the third.
@@ -52,6 +52,17 @@ SCORES_SCHEMA = pa.schema(
 )
 
 # One row a sample of one validation: `<store>/validations/<id>.parquet`.
+# Answers that the unquantized model wrote: one row a conversation of a chunk, see workers.model.answers.
+ANSWERS_SCHEMA = pa.schema(
+    [
+        pa.field("chunk_id", pa.string(), nullable=False),  # hash of the model, the prompts and how it writes
+        pa.field("conversation", pa.int32(), nullable=False),  # of the chunk, in data set order
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("is_cut", pa.bool_(), nullable=False),  # it had not ended after dataset.answer_tokens
+    ],
+    metadata={"schema_version": str(SCHEMA_VERSION)},
+)
+
 VALIDATIONS_SCHEMA = pa.schema(
     [
         pa.field("recipe", pa.string(), nullable=False),  # name

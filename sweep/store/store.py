@@ -19,7 +19,7 @@ import pyarrow as pa
 from sweep.core.errors import StoreFailed, SweepError
 from sweep.store.files import Files, Misplaced
 from sweep.store.parquet import Damaged, decode, encode
-from sweep.store.records import SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA, RunRecord, TrialRow
+from sweep.store.records import ANSWERS_SCHEMA, SCORES_SCHEMA, TRIALS_SCHEMA, VALIDATIONS_SCHEMA, RunRecord, TrialRow
 
 T = TypeVar("T")
 
@@ -255,6 +255,20 @@ class Store:
         """
         return _unless_gone(lambda: self._table(_validation_path(validation_id), VALIDATIONS_SCHEMA))
 
+    # Answers
+
+    def write_answers(self, chunk_id: str, rows: pa.Table) -> None:
+        """Keep what the unquantized model wrote to a chunk of conversations; rows as in ANSWERS_SCHEMA."""
+        path = _answers_path(chunk_id)
+        self._write(path, encode(rows, path))
+
+    def answers(self, chunk_id: str) -> pa.Table | None:
+        """A chunk's rows; None: not written yet, or damaged and set aside.
+
+        Raises: SweepError: it is of a newer schema version.
+        """
+        return _unless_gone(lambda: self._table(_answers_path(chunk_id), ANSWERS_SCHEMA))
+
     # Runs
 
     def write_run(self, run_id: str, record: RunRecord) -> None:
@@ -303,6 +317,10 @@ def _scores_path(cell_id: str) -> str:
 
 def _validation_path(validation_id: str) -> str:
     return f"validations/{validation_id}.parquet"
+
+
+def _answers_path(chunk_id: str) -> str:
+    return f"answers/{chunk_id}.parquet"
 
 
 def _part_path(cell_id: str, part: str) -> str:

@@ -218,6 +218,7 @@ def _be_quiet() -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """An error's kind and first line, with the next one if that only announces it."""
     first, *rest = str(error).strip().splitlines() or ["no message"]
     if rest and first.endswith(":"):
         first = f"{first} {rest[0].strip()}"

@@ -5,10 +5,10 @@ installed or not: ids and pixels are then the same everywhere. The text is that 
 picture's mark is written out as the model reads it, one placeholder a picture feature, before it is tokenized.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -111,7 +111,7 @@ class Processor:
         self, image: "Image.Image"
     ) -> tuple[npt.NDArray[np.generic], Mapping[str, npt.NDArray[np.generic]], FloatArray | None]:
         """A picture's values, the arrays beside them, and the value of each whole number if they are such."""
-        processor, options = self._image_processor, dict[str, Any](self._reader.options)
+        options, processor = dict[str, Any](self._reader.options), self._image_processor
         size: Mapping[str, int | None] = processor.size
         if self._max_pixels is not None and size.get("longest_edge") and self._reader.types == _QWEN_TYPES:
             most = min(self._max_pixels, size["longest_edge"] or 0)
@@ -356,9 +356,10 @@ class Processor:
             messages = list(conversation.messages)
             messages[index] = Message(role=message.role, parts=(_MARKER,))
             before, *after = self._rendered(Conversation(messages=tuple(messages), origin="")).split(_MARKER)
-            first = len(os.path.commonprefix([text, before]))
-            last = len(text) - len(os.path.commonprefix([text[::-1], after[0][::-1]])) if after else -1
-            if len(after) != 1 or last < first or message.text.strip()[-20:] not in text[first:last]:
+            first = _n_shared(text, before)
+            last = len(text) - _n_shared(text[::-1], after[0][::-1]) if after else -1
+            said = message.text.rpartition("</think>")[2].strip()  # many templates drop or move thoughts
+            if len(after) != 1 or last < first or said[-20:] not in text[first:last]:
                 raise SweepError(
                     f"The chat template of {self._path} does not show where the assistant's answer {len(found) + 1} in "
                     f"{conversation.origin} begins and ends. Give another chat_template.jinja, or type dataset=text."
@@ -379,6 +380,12 @@ class Processor:
         special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
         openers = {token for token in special if token in opening} | {self._tokenizer.bos_token}
         return sorted({*special, self._tokenizer.eos_token} - openers - {None}, key=len, reverse=True)
+
+
+def _n_shared(text: str, other: str) -> int:
+    """Leading characters that two texts share."""
+    pairs = zip(text, other, strict=False)
+    return next((index for index, (one, two) in enumerate(pairs) if one != two), min(len(text), len(other)))
 
 
 def _parts(message: Message) -> list[dict[str, str]]:
@@ -423,7 +430,8 @@ def _write_once(file: Path, values: npt.NDArray[np.generic]) -> None:
             np.save(opened, values)
         partial.replace(file)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise SweepError(
             f"Cannot keep prepared pictures in {file.parent}: {error.strerror or error}. "
             "Set SWEEP_CACHE_DIR to a directory that can be written and has room."

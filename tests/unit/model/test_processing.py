@@ -1,0 +1,380 @@
+"""Conversations and pictures as a checkpoint's own processor makes them: ids, kinds of tokens, pixels, refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from sweep.core.batches import ANSWER, IMAGE, Sample
+from sweep.core.errors import SweepError
+from tests.models import save_checkpoint
+from tests.vision import FAMILIES, chat, picture, save_tokenizer, save_vision, template
+from workers.data.batches import make_plan
+from workers.data.conversations import Conversation, Message
+from workers.data.pictures import picture_file, pixel_values
+from workers.data.scenes import patches, scene
+from workers.model.forward import batch_to
+from workers.model.loading import load
+from workers.model.processing import Processor
+
+CHAT = chat("What is it?", "A cat.", "Why?", "It meows.", n_pictures=1)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_vision(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_vision(tmp_path_factory.mktemp("qwen"), "qwen3_vl")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWEEP_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def with_template(checkpoint: Path, directory: Path, text: str, **tokens: str) -> Processor:
+    """The processor of a copy of a checkpoint's settings with another chat template."""
+    for file in checkpoint.glob("*.json"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = text
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+    tokenizer.save_pretrained(directory)
+    return Processor(directory, None)
+
+
+def answers(processor: Processor, sample: Sample) -> list[str]:
+    """The texts of a sample's runs of answer tokens."""
+    kinds = sample.token_kinds
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], kinds == ANSWER, [0]])))
+    runs = [sample.token_ids[start:stop] for start, stop in edges.reshape(-1, 2)]
+    return [processor._tokenizer.decode(run) for run in runs]
+
+
+def whole_processor(checkpoint: Path, image_processor: Any) -> Any:
+    """The family's processor of transformers with this image processor, for which video needs torchvision."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    if config.model_type == "llava":
+        return transformers.LlavaProcessor(
+            image_processor,
+            tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=tokenizer.chat_template,
+        )
+    if config.model_type == "gemma3":
+        return transformers.Gemma3Processor(
+            image_processor, tokenizer, chat_template=tokenizer.chat_template, image_seq_length=4
+        )
+    pytest.importorskip("torchvision", reason="its video processor needs torchvision", exc_type=ImportError)
+    kind = {"internvl": "InternVL", "qwen2_5_vl": "Qwen2_5_VL"}.get(config.model_type, "Qwen3VL")
+    if kind == "InternVL":
+        video = transformers.InternVLVideoProcessor()
+        return transformers.InternVLProcessor(
+            image_processor, tokenizer, video, image_seq_length=4, chat_template=tokenizer.chat_template
+        )
+    video = transformers.Qwen3VLVideoProcessor() if kind == "Qwen3VL" else transformers.Qwen2VLVideoProcessor()
+    processor = getattr(transformers, f"{kind}Processor")
+    return processor(image_processor, tokenizer, video, chat_template=tokenizer.chat_template)
+
+
+def of_transformers(checkpoint: Path, conversation: Conversation, images: list[Any], backend: str) -> dict[str, Any]:
+    """Arguments of the model as transformers' own processor makes them."""
+    image_processor = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend=backend)
+    processor = whole_processor(checkpoint, image_processor)
+    messages = [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts
+            ],
+        }
+        for message in conversation.messages
+    ]
+    text = processor.apply_chat_template(messages)
+    return dict(processor(text=[text], images=images, return_tensors="pt"))
+
+
+def test_ids_and_pixels_are_those_of_transformers(checkpoint: Path) -> None:
+    images = [picture(), picture(90, 200, seed=1)]
+    conversation = chat("Which is older?", "The second.", n_pictures=2)
+    expected = of_transformers(checkpoint, conversation, images, "pil")
+    processor = Processor(checkpoint, None)
+    sample = processor.sample(
+        conversation, [processor.prepare(image) for image in images], loss="answers", max_tokens=1024
+    )
+    batch = make_plan([sample], packed=True).segments[0][0]
+    found = batch_to(batch, torch.device("cpu"), torch.float32)
+    expected.pop("attention_mask")
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert torch.equal(found[name], values), name
+
+
+@pytest.mark.parametrize("size", [(120, 90), (300, 260), (64, 64)])
+def test_pixels_of_torchvision_are_a_rounding_away(checkpoint: Path, size: tuple[int, int]) -> None:
+    """Its antialiased resizing rounds some of the 256 levels the other way: at most two of them, seldom."""
+    pytest.importorskip("torchvision", exc_type=ImportError)
+    image = picture(*size)
+    expected = of_transformers(checkpoint, chat("What?", "It.", n_pictures=1), [image], "torchvision")["pixel_values"]
+    prepared = Processor(checkpoint, None).prepare(image)
+    found = torch.from_numpy(pixel_values(prepared))
+    assert found.shape == expected.shape
+    assert prepared.levels is not None
+    level = float(np.diff(prepared.levels).max())
+    difference = (found - expected).abs() / level
+    assert difference.max() < 2.01
+    assert (difference > 0.01).float().mean() < 0.3
+
+
+def test_the_model_takes_them_and_all_rows_of_its_tower_are_counted(checkpoint: Path) -> None:
+    processor = Processor(checkpoint, None)
+    prepared = processor.prepare(picture())
+    sample = processor.sample(CHAT, [prepared], loss="answers", max_tokens=1024)
+    model = load(checkpoint, dtype=torch.float32, device="cpu")
+    rows: set[int] = set()
+    for name, module in model.named_modules():
+        if ("vision" in name or "visual" in name) and name.endswith(("q_proj", ".qkv")):
+            module.register_forward_hook(lambda _, args, __: rows.add(args[0].flatten(0, -2).shape[0]))
+    batch = make_plan([sample], packed=True).segments[0][0]
+    with torch.no_grad():
+        logits = model(**batch_to(batch, torch.device("cpu"), torch.float32), use_cache=False).logits
+    assert torch.isfinite(logits).all()
+    assert logits.shape[1] == len(sample.token_ids)
+    assert rows == {prepared.n_rows}
+
+
+def test_kinds_and_predictions(checkpoint: Path) -> None:
+    processor = Processor(checkpoint, None)
+    prepared = processor.prepare(picture())
+    sample = processor.sample(CHAT, [prepared], loss="answers", max_tokens=1024)
+    assert answers(processor, sample) == ["A cat.<|im_end|>", "It meows.<|im_end|>"]
+    assert sample.predictions[:-1].tolist() == (sample.token_kinds[1:] == ANSWER).tolist()
+    n_features = processor._reader.n_features(prepared.shape)
+    assert (sample.token_kinds == IMAGE).sum() == n_features
+    everything = processor.sample(CHAT, [prepared], loss="all", max_tokens=1024)
+    assert everything.predictions[:-1].tolist() == (sample.token_kinds[1:] != IMAGE).tolist()
+    assert not everything.predictions[-1]
+    assert everything.predictions.sum() == len(sample.token_ids) - 1 - n_features
+
+
+def test_a_caption_follows_its_picture(checkpoint: Path) -> None:
+    processor = Processor(checkpoint, None)
+    prepared = processor.prepare(picture())
+    sample = processor.captioned(prepared, " a red circle", max_tokens=1024)
+    text = processor._tokenizer.decode(sample.token_ids[np.flatnonzero(sample.token_kinds == IMAGE)[-1] + 1 :])
+    assert text.endswith(" a red circle")
+    assert "im_start" not in processor._tokenizer.decode(sample.token_ids)
+
+
+def test_drawn_scenes_are_prepared_as_they_are_drawn(qwen: Path) -> None:
+    from PIL import Image
+
+    drawn = scene(3).pixels
+    prepared = Processor(qwen, None).prepare(Image.fromarray(drawn))
+    values, grid = patches(drawn)
+    assert prepared.shape == values.shape
+    assert prepared.tensors["image_grid_thw"].tolist() == [list(grid)]
+    np.testing.assert_array_equal(pixel_values(prepared)[:, 512:], values[:, 512:])  # the first channel's mean differs
+
+
+def test_a_picture_is_kept_once_by_its_content_as_whole_numbers(qwen: Path) -> None:
+    processor = Processor(qwen, None)
+    one, other = processor.prepare(picture()), processor.prepare(picture(seed=1))
+    assert one.content == processor.prepare(picture()).content != other.content
+    file = picture_file(one.content)
+    assert sorted(path.name for path in file.parent.iterdir()) == sorted(
+        picture_file(each.content).name for each in (one, other)
+    )
+    assert np.load(file).dtype == np.uint8
+    # A checkpoint that scales values otherwise has other pictures.
+    assert one.levels is not None
+    assert one.levels.shape == (3, 256)
+
+
+@pytest.mark.parametrize("max_pixels", [64 * 64, 40 * 40])
+def test_max_pixels_limits_a_picture(checkpoint: Path, max_pixels: int) -> None:
+    limited = Processor(checkpoint, max_pixels).prepare(picture(400, 300))
+    whole = Processor(checkpoint, None).prepare(picture(400, 300))
+    assert limited.content != whole.content
+    if "image_grid_thw" in limited.tensors:
+        side = transformers.AutoConfig.from_pretrained(checkpoint).vision_config.patch_size
+        assert limited.n_rows * side**2 <= max_pixels < whole.n_rows * side**2
+
+
+# Chat templates
+
+THINKING = """{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}
+{%- set content = message.content if message.content is string else message.content[0].text %}
+{%- if message.role == 'assistant' %}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip() if '</think>' in content else '' %}
+{%- set said = content.split('</think>')[-1].strip() %}
+{%- if loop.last %}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' + said }}{% else %}{{ said }}{% endif %}
+{%- else %}{{ content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+GENERATION = """{%- for message in messages %}{{ message.role.upper() + ': ' }}
+{%- for part in message.content %}{% if message.role == 'assistant' %}
+{%- generation %}{{ part.text + ' ' }}{% endgeneration %}{% else %}{{ part.text + ' ' }}{% endif %}{% endfor %}
+{%- endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+SPACED = """{%- for message in messages %}{% if message.role == 'user' %}
+{{- '[INST] ' + message.content[0].text + ' [/INST]' }}
+{%- else %}{{ ' ' + message.content[0].text | trim + ' ' + eos_token }}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "expected"),
+    [
+        (
+            "thinking",
+            ("Why?", "<think>so</think>No.", "And?", "<think>hm</think>Yes."),
+            ["No.<|im_end|>", "hm\n</think>\n\nYes.<|im_end|>"],
+        ),
+        ("thinking", ("Why?", "No.", "And?", "  Yes.\n"), ["No.<|im_end|>", "Yes.<|im_end|>"]),
+        ("generation", ("Why?", "No.", "And?", "Yes."), [" No.", " Yes."]),
+        ("spaced", ("Why?", " No. ", "And?", "Yes."), [" No. <|im_end|>", " Yes. <|im_end|>"]),
+    ],
+)
+def test_answers_are_found_in_every_template(
+    qwen: Path, tmp_path: Path, name: str, turns: tuple[str, ...], expected: list[str]
+) -> None:
+    processor = with_template(qwen, tmp_path, {"thinking": THINKING, "generation": GENERATION, "spaced": SPACED}[name])
+    assert answers(processor, processor.sample(chat(*turns), [], loss="answers", max_tokens=512)) == expected
+
+
+def test_equal_answers_are_told_apart(qwen: Path) -> None:
+    processor = Processor(qwen, None)
+    sample = processor.sample(chat("No.", "No.", "No.", "No."), [], loss="answers", max_tokens=512)
+    assert answers(processor, sample) == ["No.<|im_end|>", "No.<|im_end|>"]
+    assert (sample.token_kinds == ANSWER).sum() == 2 * len(processor._tokenizer("No.<|im_end|>")["input_ids"])
+
+
+def test_a_template_that_hides_answers_is_refused(qwen: Path, tmp_path: Path) -> None:
+    processor = with_template(qwen, tmp_path, template("qwen3_vl").replace("part['text']", "part['text'] | upper"))
+    with pytest.raises(SweepError, match=r"does not show where the assistant's answer 1.*chat_template.jinja"):
+        processor.sample(chat("Why?", "No."), [], loss="answers", max_tokens=512)
+
+
+def test_a_template_that_refuses_roles_is_named(qwen: Path, tmp_path: Path) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    processor = with_template(qwen, tmp_path, refusing + template("qwen3_vl"))
+    messages = (Message(role="system", parts=("Be brief.",)), *chat("Why?", "No.").messages)
+    with pytest.raises(SweepError, match=r"refuses line 1 of chats.jsonl: .*no system here"):
+        processor.sample(Conversation(messages=messages, origin="line 1 of chats.jsonl"), [], loss="all", max_tokens=9)
+
+
+def test_the_date_of_today_is_in_no_sample(qwen: Path, tmp_path: Path) -> None:
+    processor = with_template(qwen, tmp_path, "{{ strftime_now('%d %b %Y') }}" + template("qwen3_vl"))
+    sample = processor.sample(chat("Why?", "No."), [], loss="answers", max_tokens=512)
+    assert processor._tokenizer.decode(sample.token_ids).startswith("26 Jul 2024")
+
+
+def test_the_template_of_an_older_processor_is_read(qwen: Path, tmp_path: Path) -> None:
+    with_template(qwen, tmp_path, template("qwen3_vl"))
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(SweepError, match="has no chat template"):
+        Processor(tmp_path, None).sample(CHAT, [], loss="answers", max_tokens=512)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "{% for m in messages %}{{ m.role }}{% endfor %}"}')
+    assert Processor(tmp_path, None)._rendered(chat("Why?")) == "user"
+
+
+# Cuts
+
+
+def test_a_long_sample_is_cut_at_its_end(qwen: Path) -> None:
+    processor = Processor(qwen, None)
+    prepared = processor.prepare(picture())
+    whole = processor.sample(CHAT, [prepared], loss="answers", max_tokens=512)
+    cut = processor.sample(CHAT, [prepared], loss="answers", max_tokens=len(whole.token_ids) - 6)
+    assert cut.token_ids.tolist() == whole.token_ids[:-6].tolist()
+    assert cut.predictions.tolist() == [*whole.predictions[: len(cut.token_ids) - 1].tolist(), False]
+    assert len(cut.arrays["mm_token_type_ids"]) == len(cut.token_ids)
+
+
+def test_a_cut_through_a_picture_or_before_all_answers_is_refused(qwen: Path) -> None:
+    processor = Processor(qwen, None)
+    prepared = processor.prepare(picture())
+    with pytest.raises(SweepError, match=r"line 1 of chats.jsonl has 58 tokens, .*max_tokens=10 .*dataset.max_pixels"):
+        processor.sample(CHAT, [prepared], loss="answers", max_tokens=10)
+    first = int(np.flatnonzero(processor.sample(CHAT, [prepared], loss="answers", max_tokens=512).predictions)[0])
+    with pytest.raises(SweepError, match=r"would leave no answer.*dataset.max_tokens=58"):
+        processor.sample(CHAT, [prepared], loss="answers", max_tokens=first + 1)
+    kept = processor.sample(CHAT, [prepared], loss="answers", max_tokens=first + 2)
+    assert kept.predictions.sum() == 1
+
+
+def test_an_answer_that_was_cut_short_predicts_no_end(qwen: Path) -> None:
+    processor = Processor(qwen, None)
+    sample = processor.sample(chat("Why?", "No"), [], loss="answers", max_tokens=512, is_cut=True)
+    assert answers(processor, sample) == ["No"]
+    assert sample.token_kinds[-1] == ANSWER
+
+
+# Refusals
+
+
+def test_a_text_model_reads_conversations_but_no_pictures(tmp_path: Path) -> None:
+    directory = save_checkpoint(tmp_path / "model", "llama")
+    save_tokenizer(directory, "llama")
+    processor = Processor(directory, None)
+    sample = processor.sample(chat("Why?", "No."), [], loss="answers", max_tokens=512)
+    assert answers(processor, sample) == ["No.<|im_end|>"]
+    assert not sample.arrays
+    with pytest.raises(SweepError, match="model type llama, which reads no pictures"):
+        processor.prepare(picture())
+    with pytest.raises(SweepError, match="model type llama, which reads no pictures"):
+        processor.sample(CHAT, [], loss="answers", max_tokens=512)
+
+
+def test_marks_in_a_text_are_refused(qwen: Path) -> None:
+    with pytest.raises(SweepError, match=r"has 0 pictures, .* has 1 marks"):
+        Processor(qwen, None).sample(chat("<|image_pad|>?", "No."), [], loss="answers", max_tokens=512)
+
+
+def test_a_conversation_without_an_answer_is_refused(qwen: Path) -> None:
+    with pytest.raises(SweepError, match=r"no turn of the assistant.*dataset.answers=model"):
+        Processor(qwen, None).sample(chat("Why?"), [], loss="answers", max_tokens=512)
+
+
+def test_a_missing_image_processor_is_named(qwen: Path, tmp_path: Path) -> None:
+    with_template(qwen, tmp_path, template("qwen3_vl"))
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(SweepError, match="no image processor that loads"):
+        Processor(tmp_path, None).prepare(picture())
+
+
+def test_arrays_that_no_model_is_given_are_named(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = Processor(qwen, None)
+    whole = processor._image_processor
+
+    class Other:
+        size = whole.size
+
+        def __call__(self, **kwargs: Any) -> dict[str, Any]:
+            return {**whole(**kwargs), "image_sizes": np.zeros((1, 2))}
+
+    vars(processor)["_image_processor"] = Other()
+    with pytest.raises(SweepError, match=r"gives image_sizes beside pixel_values"):
+        processor.prepare(picture())
+
+
+def test_a_picture_that_the_processor_refuses_is_named(qwen: Path) -> None:
+    with pytest.raises(SweepError, match=r"refuses a picture of 2 x 900 pixels: .*aspect ratio"):
+        Processor(qwen, None).prepare(picture(2, 900))
+
+
+def test_a_cache_that_cannot_be_written_is_named(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = Processor(qwen, None)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SWEEP_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(SweepError, match="Set SWEEP_CACHE_DIR"):
+        processor.prepare(picture())
