@@ -20,6 +20,7 @@ from sweep.mixed_precision.candidates import Candidates
 from sweep.mixed_precision.checks import check_recipe
 from sweep.mixed_precision.recipe import recipe_of_choice
 from sweep.mixed_precision.recipe_context import RecipeContext, load_model
+from sweep.plan.own_samples import Writing
 from sweep.plan.subject import samples_of
 from sweep.plan.trials import Device
 from sweep.report.analysis import FloatArray, bootstrap_interval
@@ -133,7 +134,7 @@ def held_out_samples(context: RecipeContext) -> list[Sample]:
         samples = samples_of(own, model, n_wanted)
     else:
         try:
-            samples = samples_of(config.dataset, model, n_seen + n_wanted)[n_seen:]
+            samples = samples_of(config.dataset, model, n_seen + n_wanted, Writing.of(config))[n_seen:]
         except SweepError as error:
             raise SweepError(
                 f"{config.dataset.name} has too few samples for {n_wanted} after the {n_seen} that calibrated and "

@@ -13,6 +13,7 @@ from sweep.core.errors import SweepError
 from sweep.core.sizes import n_samples_of, size_name
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_recipe
+from sweep.plan.own_samples import Writing
 from sweep.plan.subject import Model, checkpoint_dir, samples_of
 from sweep.plan.trials import Device
 
@@ -118,7 +119,7 @@ def context_of(recipe: MixedRecipe, config: SweepConfig) -> RecipeContext:
     model = Model(checkpoint_dir(config.model))
     check_recipe(recipe, model)
     n_samples = max(n_samples_of(recipe.size), recipe.calibration_samples or 0)
-    samples = samples_of(config.dataset, model, n_samples)
+    samples = samples_of(config.dataset, model, n_samples, Writing.of(config))
     plan = model.plan(samples)
     if plan.digest(recipe.size) != recipe.dataset_revision:
         raise SweepError(

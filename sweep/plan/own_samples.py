@@ -8,19 +8,21 @@ from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
-from sweep.config.schema import DatasetConfig
+from sweep.config.schema import DatasetConfig, SweepConfig
 from sweep.core.batches import Picture, Sample
 from sweep.core.cache import read_entry, write_entry
 from sweep.core.errors import SweepError
-from sweep.core.machine import n_cores
+from sweep.core.machine import Device, n_cores, n_gpus
+from sweep.core.screen import say
+from sweep.store.store import Store
 from workers.data.conversations import CaptionedPicture, Conversation, PictureSource
 from workers.data.decode import decoded
 from workers.data.own import read_captioned, read_conversations, read_texts
@@ -43,6 +45,21 @@ _KEYS = ("kind", "split", "column", "max_tokens", "loss", "answers", "answer_tok
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """What the unquantized model writes answers with, where it does (dataset.answers), and where they are kept."""
+
+    store_uri: str
+    device: Device
+    dtype: Literal["float32", "bfloat16"]
+
+    @classmethod
+    def of(cls, config: SweepConfig) -> "Writing":
+        """That of a config: a GPU of this machine, unless it has none or the config says otherwise."""
+        device = "cuda" if n_gpus() and config.cluster.device != "cpu" else "cpu"
+        return cls(store_uri=config.store.uri, device=device, dtype=config.model.dtype_on(device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
     """Prepared samples as they are kept, with the keys of the picture files that they were made of."""
 
@@ -59,7 +76,9 @@ class _Entry:
         return unchanged and all(picture_file(content).is_file() for content in contents)
 
 
-def own_samples(dataset: DatasetConfig, model: "Model", n_least: int, n_most: int) -> list[Sample]:
+def own_samples(
+    dataset: DatasetConfig, model: "Model", n_least: int, n_most: int, writing: Writing | None
+) -> list[Sample]:
     """The first samples of texts, pictures with captions or conversations.
 
     Args:
@@ -67,6 +86,7 @@ def own_samples(dataset: DatasetConfig, model: "Model", n_least: int, n_most: in
         model: its tokenizer or processor reads them.
         n_least: samples that there must be.
         n_most: samples that are read if there are so many.
+        writing: needed where the model writes the answers.
 
     Raises: SweepError: they cannot be read, are too few, or the model cannot read them.
     """
@@ -79,13 +99,13 @@ def own_samples(dataset: DatasetConfig, model: "Model", n_least: int, n_most: in
         [n_least, n_most],
         source,
         [file_key(file) for file in (model.path / "config.json", *settings_files(model.path))],
-        model.revision if dataset.answers != "file" else None,
+        [model.revision, writing and writing.store_uri] if dataset.answers != "file" else None,
     ]
     kept = read_entry("samples", key)
     if kept is not None and (entry := _unpacked(kept)) is not None and entry.is_current():
         return entry.samples
     items = read()
-    samples = items.samples(dataset, model)
+    samples = items.samples(dataset, model, writing)
     paths = [picture.path for picture in items.pictures if picture.path is not None]
     entry = _Entry(samples=samples, files=[file_key(path) for path in dict.fromkeys(paths)])
     write_entry("samples", key, msgspec.msgpack.encode(entry, enc_hook=_plain))
@@ -118,7 +138,7 @@ class _Items:
         found = [each.picture for each in self.captioned]
         return found + [picture for each in self.conversations for picture in each.pictures]
 
-    def samples(self, dataset: DatasetConfig, model: "Model") -> list[Sample]:
+    def samples(self, dataset: DatasetConfig, model: "Model", writing: Writing | None) -> list[Sample]:
         """As the model reads them. Raises: SweepError: as `own_samples`."""
         if self.texts:
             texts, origins = zip(*self.texts, strict=True)
@@ -132,15 +152,54 @@ class _Items:
             pairs = zip(pictures, self.captioned, strict=True)
             return [processor.captioned(each, it.caption, max_tokens=dataset.max_tokens) for each, it in pairs]
         left = iter(pictures)
+        own = [[*islice(left, len(each.pictures))] for each in self.conversations]
+        if dataset.answers != "file":
+            assert writing is not None  # whoever reads such a data set knows its store
+            return _answered(self.conversations, own, processor, dataset, model, writing)
         return [
-            processor.sample(
-                each,
-                [*islice(left, len(each.pictures))],
-                loss=dataset.loss,
-                max_tokens=dataset.max_tokens,
-            )
-            for each in self.conversations
+            processor.sample(each, found, loss=dataset.loss, max_tokens=dataset.max_tokens)
+            for each, found in zip(self.conversations, own, strict=True)
         ]
+
+
+def _answered(
+    conversations: Sequence[Conversation],
+    pictures: Sequence[Sequence[Picture]],
+    processor: "Processor",
+    dataset: DatasetConfig,
+    model: "Model",
+    writing: Writing,
+) -> list[Sample]:
+    """Samples whose last answers the model has written or writes now, with a progress display on a terminal."""
+    from workers.model.answers import Author, answered_samples
+
+    author = Author(
+        path=model.path,
+        revision=model.revision,
+        dtype=writing.dtype,
+        device=writing.device,
+        is_greedy=dataset.answers == "model_greedy",
+        n_tokens=dataset.answer_tokens,
+    )
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("Writing answers", total=len(conversations))
+
+        def show(n_there: int) -> None:
+            if not console.is_terminal and progress.tasks[bar].completed == 0 and n_there < len(conversations):
+                say(console, f"The unquantized model writes answers: {n_there} of {len(conversations)} are there.")
+            progress.update(bar, completed=n_there)
+
+        return answered_samples(
+            conversations,
+            pictures,
+            processor,
+            author,
+            Store(writing.store_uri),
+            loss=dataset.loss,
+            max_tokens=dataset.max_tokens,
+            on_written=show,
+        )
 
 
 def prepared(processor: "Processor", sources: Sequence[PictureSource]) -> list[Picture]:

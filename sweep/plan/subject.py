@@ -21,7 +21,7 @@ from sweep.core.groups import Linear, ModelStructure, ShapedGroup
 from sweep.core.json import Json
 from sweep.core.paths import bundled_model_dir
 from sweep.core.sizes import boundaries
-from sweep.plan.own_samples import own_samples
+from sweep.plan.own_samples import Writing, own_samples
 from workers.data.batches import make_plan
 from workers.data.own import check_captions
 from workers.data.samples import read_captions, read_hub_captions, scene_captions, text_samples, with_scenes
@@ -160,25 +160,33 @@ def checkpoint_gb(path: Path) -> float:
     return sum(file.stat().st_size for file in weight_files(path)) / 1e9
 
 
-def samples_of(dataset: DatasetConfig, model: Model, n_samples: int) -> list[Sample]:
+def samples_of(dataset: DatasetConfig, model: Model, n_samples: int, writing: Writing | None = None) -> list[Sample]:
     """The first `n_samples` of a data set, as the model's tokenizer or processor reads them.
+
+    Args:
+        dataset: it.
+        model: that reads it.
+        n_samples: at least 2.
+        writing: needed where the model writes the answers (dataset.answers).
 
     Raises: SweepError: they cannot be read, are too few or too short, or the tokenizer is another model's.
     """
-    return _checked(_read(dataset, model, n_samples, n_samples), model)
+    return _checked(_read(dataset, model, n_samples, n_samples, writing), model)
 
 
-def samples_to_boundary(dataset: DatasetConfig, model: Model, n_samples: int) -> list[Sample]:
+def samples_to_boundary(
+    dataset: DatasetConfig, model: Model, n_samples: int, writing: Writing | None = None
+) -> list[Sample]:
     """The first `n_samples` of a data set, and those up to the next boundary of sizes, as far as it has them.
 
-    Batches that hold the last of them are then those of larger sizes. Raises: SweepError: as `samples_of`.
+    Batches that hold the last of them are then those of larger sizes. Args and errors: as `samples_of`.
     """
-    return _checked(_read(dataset, model, n_samples, boundaries(n_samples)[-1]), model)
+    return _checked(_read(dataset, model, n_samples, boundaries(n_samples)[-1], writing), model)
 
 
-def _read(dataset: DatasetConfig, model: Model, n_least: int, n_most: int) -> list[Sample]:
+def _read(dataset: DatasetConfig, model: Model, n_least: int, n_most: int, writing: Writing | None) -> list[Sample]:
     if dataset.path is not None or dataset.kind == "scenes_chat":
-        return own_samples(dataset, model, n_least, n_most)
+        return own_samples(dataset, model, n_least, n_most, writing)
     if dataset.kind == "scenes":
         captions = scene_captions(n_most)
         source: Json = ["scenes", n_most, hashlib.sha256("\n".join(captions).encode()).hexdigest()]

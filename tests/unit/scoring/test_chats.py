@@ -32,7 +32,7 @@ PICTURES = [[picture(seed=1)], [picture(seed=2), picture(80, 140, seed=3)], []]
 def reference_inputs(
     checkpoint: Path, conversation: Conversation, images: list[Any]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Arguments of the model by its tokenizer and image processor, placeholders written out here; labels [1, tokens]."""
+    """Arguments of the model by its tokenizer and image processor, placeholders written out here; and labels."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     processor = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
