@@ -18,6 +18,7 @@ from rich.text import Text
 from sweep.commands.run import Prepared
 from sweep.config.compose import DEFAULT_GRID, Grid, expand
 from sweep.config.schema import SweepConfig
+from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE, EXIT_WRONG_INPUT
 from sweep.core.machine import Workers, n_cores, n_gpus
@@ -38,7 +39,7 @@ def examine(overrides: Sequence[str], *, multirun: bool, as_json: bool) -> int:
     """Print what would stop or surprise a run with these overrides. Returns 0, or 2 if something would stop it."""
     grid = expand(overrides, multirun=multirun, default_grid=DEFAULT_GRID)
     workers = cache(lambda: pick_workers(grid.points[0].cluster))  # a cluster is asked once
-    plan = lambda: plan_sweep(grid.points, workers().device, workers().nodes)  # noqa: E731 -- fails in its own finding
+    plan = cache(lambda: plan_sweep(grid.points, workers().device, workers().nodes))  # fails in its own finding
     return _say(grid_findings(grid, workers, plan), as_json=as_json)
 
 
@@ -89,6 +90,8 @@ def grid_findings(grid: Grid, workers: Callable[[], Workers], plan: Callable[[],
             findings.append(check())
         except SweepError as error:
             findings.append(Finding(subject=subject, verdict="error", text=str(error)))
+    if findings[-1].verdict != "error":
+        findings += [_data(each) for each in plan().plans.values()]
     return findings
 
 
@@ -164,6 +167,19 @@ def _grid(base: SweepConfig, plan: SweepPlan) -> Finding:
         verdict="warning",
         text=f"{text}, {skipped.total()} skipped: " + "; ".join(skipped),
     )
+
+
+def _data(plan: Plan) -> Finding:
+    """The samples of a data set, those up to the boundary of the last batches included."""
+    batches = [*plan.batches(plan.size)]
+    lengths = [length for batch in batches for length in batch.lengths]
+    n_pictures = sum(len(batch.all_pictures) for batch in batches)
+    pictures = f", {count(n_pictures, 'picture')}" if n_pictures else ""
+    text = (
+        f"{count(len(lengths), 'sample')}{pictures}, {sum(lengths):,} tokens, the longest sample has {max(lengths):,}; "
+        f"{plan.n_predictions(plan.size):,} predictions"
+    )
+    return Finding(subject="data", verdict="ok", text=text)
 
 
 def _existing(path: Path) -> Path:

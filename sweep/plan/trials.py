@@ -24,7 +24,7 @@ from sweep.core.sizes import n_samples_of, size_name
 from sweep.formats.format import Format
 from sweep.formats.recipe import Recipe, quantizer_for, resolve
 from sweep.plan.own_samples import Writing
-from sweep.plan.subject import Model, checkpoint_dir, samples_of
+from sweep.plan.subject import Model, checkpoint_dir, samples_to_boundary
 from workers.data.batches import make_plan
 from workers.model import memory
 from workers.task import ModelSpec, Task
@@ -324,7 +324,7 @@ class _Planner:
         if key not in self._data:
             # Before the tokenizer, which would blame itself for a broken config.json.
             packable = model.structure.packable
-            samples = samples_of(point.dataset, model, self._largest[key], Writing.of(point))
+            samples = samples_to_boundary(point.dataset, model, self._largest[key], Writing.of(point))
             plan = make_plan(samples, packed=packable)
             plan_id = plan.digest(plan.size)
             self._data[key] = plan_id, plan

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sweep.cli import main
+from tests.own import write_chats
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,21 @@ def test_the_bundled_model_on_this_machine_is_fine(capsys: pytest.CaptureFixture
     assert found["workers"][1].startswith("2 on cpu")
     assert "4 trials, 4 distinct cells, 0 in the store already" in found["grid"][1]
     assert "qwen3_vl_tiny" in found["model"][1]
+
+
+def test_data_are_read_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_chats(tmp_path / "chats", 20)
+    found = findings(capsys, "dataset=chat", f"dataset.path={path}", "cluster.workers=1", code=0)
+    assert found["data"][0] == "ok"
+    assert found["data"][1].startswith("16 samples, 16 pictures, ")
+
+
+def test_data_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_chats(tmp_path / "chats", 20)
+    (path.parent / "7.png").write_bytes(b"no picture")
+    found = findings(capsys, "dataset=chat", f"dataset.path={path}", "cluster.workers=1", code=2)
+    assert "(line 8 of chats.jsonl) is no picture" in found["grid"][1]
+    assert "data" not in found
 
 
 def test_everything_that_would_stop_a_run_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
