@@ -176,8 +176,8 @@ def test_a_damaged_checkpoint_is_refused_naming_the_file(
 @pytest.mark.parametrize(
     ("lines", "size", "expected"),
     [
-        ([], "small", "holds 0 captions; 16 are needed. The smallest size needs 16"),
-        (["w1 w2"] * 20, "medium", "holds 20 captions; 128 are needed. Choose dataset.size=small"),
+        ([], "small", "holds 0 captions; 16 are needed. Give more captions."),
+        (["w1 w2"] * 20, "medium", "holds 20 captions; 128 are needed. Type dataset.size=small or dataset.size=20"),
         ([*["w1 w2"] * 5, "w3", *["w1 w2"] * 20], "small", "Sample 6 has 1 token(s); at least 2 are needed"),
         ([*["w1 w2"] * 5, " ", *["w1 w2"] * 20], "small", "Caption 6 of the captions file"),
     ],

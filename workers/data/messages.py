@@ -107,11 +107,11 @@ def _filled(messages: Sequence[Message], pictures: Sequence[PictureSource], row:
             f"The messages of {row.origin} have {count(n_marks, 'mark')} for pictures, "
             f"its column {' or '.join(_PICTURE_COLUMNS)} {count(len(pictures), 'picture')}. Give as many of each."
         )
-    left = iter(pictures)
-    return [
-        Message(role=message.role, parts=tuple(next(left) if part is _PLACE else part for part in message.parts))
-        for message in messages
-    ]
+    left, filled = iter(pictures), list[Message]()
+    for message in messages:
+        parts = tuple(next(left) if part is _PLACE else part for part in message.parts)
+        filled.append(Message(role=message.role, parts=parts))
+    return filled
 
 
 def _check_order(roles: Sequence[str], row: Row, *, answered: bool) -> None:

@@ -38,7 +38,7 @@ def test_the_bundled_model_on_this_machine_is_fine(capsys: pytest.CaptureFixture
 
 def test_data_are_read_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_chats(tmp_path / "chats", 20)
-    found = findings(capsys, "dataset=chat", f"dataset.path={path}", "cluster.workers=1", code=0)
+    found = findings(capsys, "dataset=chat", f"dataset.path={path}", "dataset.size=small", code=0)
     assert found["data"][0] == "ok"
     assert found["data"][1].startswith("16 samples, 16 pictures, ")
 
@@ -46,7 +46,7 @@ def test_data_are_read_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_data_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_chats(tmp_path / "chats", 20)
     (path.parent / "7.png").write_bytes(b"no picture")
-    found = findings(capsys, "dataset=chat", f"dataset.path={path}", "cluster.workers=1", code=2)
+    found = findings(capsys, "dataset=chat", f"dataset.path={path}", "dataset.size=small", code=2)
     assert "(line 8 of chats.jsonl) is no picture" in found["grid"][1]
     assert "data" not in found
 

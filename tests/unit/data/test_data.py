@@ -268,14 +268,18 @@ def test_a_caption_ends_at_its_line_and_nowhere_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "n_samples", "message"),
     [
-        (b"", 16, "holds 0 captions; 16 are needed. The smallest size needs 16: give more captions."),
+        (b"", 16, "holds 0 captions; 16 are needed. Give more captions."),
         (b"\n \n", 16, "holds 0 captions; 16 are needed."),
-        ("\n".join(captions(15)).encode(), 16, "holds 15 captions; 16 are needed. The smallest size needs 16"),
+        (
+            "\n".join(captions(15)).encode(),
+            16,
+            "holds 15 captions; 16 are needed. Type dataset.size=15, or give more captions.",
+        ),
         (
             "\n".join(captions(130)).encode(),
             512,
             "holds 130 captions; 512 are needed. "
-            "Choose dataset.size=small or dataset.size=medium, or give more captions.",
+            "Type dataset.size=small or dataset.size=medium or dataset.size=130, or give more captions.",
         ),
         ("\n".join([*captions(3), " ", *captions(20)]).encode(), 16, "Caption 4 of the captions file"),
         (

@@ -234,7 +234,7 @@ def wrong_data(directory: Path) -> Iterator[tuple[list[str], str]]:
     yield ["dataset=images", f"dataset.path={texts}"], "Column file_name or image is not in line 1 of texts.jsonl"
     yield ["dataset=chat", f"dataset.path={broken}"], "4.png (line 5 of chats.jsonl) is broken"
     yield ["dataset=chat", f"dataset.path={missing}"], "2.png (line 3 of chats.jsonl) cannot be read"
-    yield ["dataset=chat", f"dataset.path={chats}", "dataset.size=64"], "Type dataset.size=small or dataset.size=20"
+    yield ["dataset=chat", f"dataset.path={chats}", "dataset.size=medium"], "Type dataset.size=small or dataset.size=20"
     yield ["dataset=text", f"dataset.path={texts}", "dataset.column=words"], "(columns: text). Type dataset.column=NAME"
 
 
