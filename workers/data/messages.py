@@ -8,7 +8,7 @@ from sweep.core.errors import SweepError
 from sweep.core.text import count
 from workers.data.conversations import Conversation, Message, PictureSource
 from workers.data.rows import Cell, Row
-from workers.data.sources import picture_source
+from workers.data.sources import PICTURE_KEYS, picture_source
 
 _ROLES: Final = {  # OpenAI's, and those of ShareGPT
     "system": "system",
@@ -86,7 +86,7 @@ def _parts(content: Cell, row: Row, root: str, *, marks: bool) -> Iterator[str |
         elif isinstance(part, Mapping) and kind == "text" and isinstance(part.get("text"), str):
             yield from _parts(part["text"], row, root, marks=marks)
         elif isinstance(part, Mapping) and kind in _PICTURE_PARTS:
-            is_named = any(value is not None for key, value in part.items() if key != "type")
+            is_named = any(part.get(key) is not None for key in PICTURE_KEYS)
             yield picture_source(part, row, root) if is_named else _PLACE
         else:
             raise SweepError(
@@ -99,7 +99,7 @@ def _filled(messages: Sequence[Message], pictures: Sequence[PictureSource], row:
     """Messages with the pictures of the row's column at their marks; before the first question if there are none."""
     n_marks = sum(message.parts.count(_PLACE) for message in messages)
     first = next((index for index, message in enumerate(messages) if message.role == "user"), None)
-    if not n_marks and pictures and first is not None:
+    if pictures and first is not None and not any(message.pictures for message in messages):
         leading = Message(role="user", parts=(*pictures, *messages[first].parts))
         return [*messages[:first], leading, *messages[first + 1 :]]
     if n_marks != len(pictures):

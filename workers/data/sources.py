@@ -12,7 +12,7 @@ from sweep.core.errors import SweepError
 from workers.data.conversations import PictureSource
 from workers.data.rows import Cell, Row
 
-_KEYS: Final = ("url", "path", "image", "image_url")  # of a mapping that says where a picture is
+PICTURE_KEYS: Final = ("bytes", "url", "path", "image", "image_url")  # of a mapping that says where a picture is
 
 
 def picture_source(value: Cell, row: Row, root: str) -> PictureSource:
@@ -28,9 +28,8 @@ def picture_source(value: Cell, row: Row, root: str) -> PictureSource:
     if isinstance(value, bytes):
         return PictureSource(origin=row.origin, content=value)
     if isinstance(value, Mapping):
-        content = value.get("bytes")
-        named = next((value[key] for key in _KEYS if value.get(key) is not None), None)
-        return picture_source(content if isinstance(content, bytes) else named, row, root)
+        named = next((value[key] for key in PICTURE_KEYS if value.get(key) is not None), None)
+        return picture_source(named, row, root)
     if not isinstance(value, str) or not value:
         raise SweepError(
             f"A picture of {row.origin} is {_short(value)}. Give a path relative to the data file, a file: URL, "

@@ -192,6 +192,11 @@ def test_pictures_without_a_mark_stand_before_the_first_question(pictures: Path)
     assert said(found)[0] == ("user", ["red", "Hello?"])
 
 
+def test_pictures_of_parts_and_of_a_column_are_not_both_taken(pictures: Path) -> None:
+    row = with_picture("pictures/red.png") | {"images": ["pictures/red.png"]}
+    assert "have 0 marks for pictures, its column images or image 1 picture" in refused([row], pictures)
+
+
 def test_a_mark_is_text_where_there_is_no_picture(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "What is <image> in HTML?"}, CHAT[1]]
     (found,) = chats(jsonl(tmp_path / "chats.jsonl", [{"messages": messages}]))
