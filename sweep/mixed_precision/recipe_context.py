@@ -14,7 +14,7 @@ from sweep.core.sizes import n_samples_of, size_name
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_recipe
 from sweep.plan.own_samples import Writing
-from sweep.plan.subject import Model, checkpoint_dir, samples_of
+from sweep.plan.subject import Model, checkpoint_dir, samples_to_boundary
 from sweep.plan.trials import Device
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class RecipeContext:
     config: SweepConfig
     model: Model
     samples: Sequence[Sample]  # that calibrated and scored
-    plan: Plan  # batches of these samples
+    plan: Plan  # batches of these samples, and of those up to the next boundary of sizes
 
     @property
     def calibration(self) -> list[Batch]:
@@ -119,7 +119,7 @@ def context_of(recipe: MixedRecipe, config: SweepConfig) -> RecipeContext:
     model = Model(checkpoint_dir(config.model))
     check_recipe(recipe, model)
     n_samples = max(n_samples_of(recipe.size), recipe.calibration_samples or 0)
-    samples = samples_of(config.dataset, model, n_samples, Writing.of(config))
+    samples = samples_to_boundary(config.dataset, model, n_samples, Writing.of(config))
     plan = model.plan(samples)
     if plan.digest(recipe.size) != recipe.dataset_revision:
         raise SweepError(
@@ -127,4 +127,4 @@ def context_of(recipe: MixedRecipe, config: SweepConfig) -> RecipeContext:
             f"but what is here is {plan.digest(recipe.size)[:12]}. "
             "Give the same samples: dataset=NAME, dataset.captions_path=FILE, dataset.max_tokens=N."
         )
-    return RecipeContext(recipe=recipe, config=config, model=model, samples=samples, plan=plan)
+    return RecipeContext(recipe=recipe, config=config, model=model, samples=samples[:n_samples], plan=plan)

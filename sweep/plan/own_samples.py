@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
@@ -99,7 +99,7 @@ def own_samples(
         [n_least, n_most],
         source,
         [file_key(file) for file in (model.path / "config.json", *settings_files(model.path))],
-        [model.revision, writing and writing.store_uri] if dataset.answers != "file" else None,
+        [model.revision, writing and asdict(writing)] if dataset.answers != "file" else None,
     ]
     kept = read_entry("samples", key)
     if kept is not None and (entry := _unpacked(kept)) is not None and entry.is_current():

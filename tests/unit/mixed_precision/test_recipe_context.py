@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from sweep.core.errors import SweepError
+from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
-from sweep.mixed_precision.recipe_context import config_of
+from sweep.mixed_precision.recipe_context import config_of, context_of
+from sweep.plan.subject import Model, samples_of
 from tests.exports import FORMATS, recipe_of
 from tests.formats import group_format
 
@@ -52,3 +54,12 @@ def test_a_recipe_of_an_earlier_program_is_read_as_before(recipe: MixedRecipe) -
 def test_keys_of_samples_that_do_not_exist_are_refused(recipe: MixedRecipe) -> None:
     with pytest.raises(SweepError, match=r"dataset\.captions_pth.*Did you mean 'dataset\.captions_path'"):
         config_of(replace(recipe, samples={"captions_pth": "a.txt"}), [])
+
+
+def test_a_size_inside_a_batch_has_the_batches_that_were_scored(recipe: MixedRecipe) -> None:
+    model = Model(bundled_model_dir())
+    config = config_of(replace(recipe, samples=None, dataset="wordnet_glosses"), [])
+    scored = model.plan(samples_of(config.dataset, model, 128))
+    context = context_of(replace(recipe, size="64", dataset_revision=scored.digest("64")), config)
+    assert len(context.samples) == 64
+    assert context.plan.n_predictions("64") == scored.n_predictions("64")
