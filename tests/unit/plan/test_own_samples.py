@@ -66,7 +66,7 @@ def test_chats_keep_their_order_and_their_pictures(tmp_path: Path) -> None:
         alone.mkdir()
         (alone / "chats.jsonl").write_text((tmp_path / "set" / "chats.jsonl").read_text().splitlines()[index])
         (alone / f"{index}.png").write_bytes((tmp_path / "set" / f"{index}.png").read_bytes())
-        (one,) = own_samples.own_samples(dataset("chat", alone), MODEL, 1, 1)
+        (one,) = own_samples.own_samples(dataset("chat", alone), MODEL, 1, 1, None)
         assert one.token_ids.tolist() == samples[index].token_ids.tolist()
         assert one.pictures[0].content == samples[index].pictures[0].content
     assert all({IMAGE, ANSWER} <= set(sample.token_kinds) for sample in samples)
