@@ -1,16 +1,19 @@
 """Small vision-language checkpoints of every family with random weights, a tokenizer, a processor, a chat template."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from PIL import Image
 
+from sweep.core.batches import Sample
 from sweep.core.paths import bundled_model_dir
 from workers.data.conversations import Conversation, Message, PictureSource
+from workers.model import answers
 
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "internvl", "llava", "gemma3")
 _TEXT: dict[str, Any] = {
@@ -199,3 +202,16 @@ def chat(*turns: str, n_pictures: int = 0) -> Conversation:
         for index, turn in enumerate(turns)
     ]
     return Conversation(messages=tuple(messages), origin="line 1 of chats.jsonl")
+
+
+def written_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let models write answers in this process; a list that will hold the chunks that they have written."""
+    written: list[str] = []
+
+    def generated(chunks: Sequence[tuple[str, Sequence[Sample]]], author: answers.Author) -> Iterator[answers.Written]:
+        for chunk_id, chunk in chunks:
+            written.append(chunk_id)
+            yield answers._write(author, chunk_id, chunk)
+
+    monkeypatch.setattr(answers, "_generated", generated)
+    return written

@@ -1,6 +1,6 @@
 """Answers that the model writes: by content, kept, resumed by the chunk, in a process of their own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from sweep.core.batches import ANSWER, Sample
 from sweep.core.errors import SweepError
 from sweep.store.integrity import check_store
 from sweep.store.store import Store
-from tests.vision import chat, picture, save_vision
+from tests.vision import chat, picture, save_vision, written_here
 from workers.data.conversations import Conversation
 from workers.model import answers
 from workers.model.answers import Answer, Author, answered_samples, written_answers
@@ -38,15 +38,7 @@ def author(checkpoint: Path) -> Author:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The model writes in this process; returns the chunks that it has written."""
-    written: list[str] = []
-
-    def generated(chunks: Sequence[tuple[str, Sequence[Sample]]], author: Author) -> Iterator[answers.Written]:
-        for chunk_id, chunk in chunks:
-            written.append(chunk_id)
-            yield answers._write(author, chunk_id, chunk)
-
-    monkeypatch.setattr(answers, "_generated", generated)
-    return written
+    return written_here(monkeypatch)
 
 
 def prompts(checkpoint: Path, conversations: Sequence[Conversation] = QUESTIONS) -> list[Sample]:

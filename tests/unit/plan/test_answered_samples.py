@@ -13,7 +13,7 @@ from sweep.plan.own_samples import Writing
 from sweep.plan.subject import Model, samples_of
 from sweep.plan.trials import plan_sweep
 from sweep.store.store import Store
-from tests.vision import picture, save_vision
+from tests.vision import picture, save_vision, written_here
 from workers.model import answers
 
 
@@ -64,6 +64,7 @@ def digest(point: SweepConfig) -> str:
 def test_answers_are_kept_with_the_store_and_found_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    written_here(monkeypatch)
     point = config(place, tmp_path / "store")
     model = Model(place / "model")
     samples = samples_of(point.dataset, model, 16, Writing.of(point))
@@ -80,8 +81,9 @@ def test_answers_are_kept_with_the_store_and_found_again(
         digest(config(place, tmp_path / "other store"))
 
 
-def test_a_plan_of_a_sweep_has_the_answers(place: Path, tmp_path: Path) -> None:
-    point = config(place, tmp_path / "store", "quant_pair=wint4_afp16")
+def test_a_plan_of_a_sweep_has_the_answers(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written_here(monkeypatch)
+    point = config(place, tmp_path / "store")
     plan = plan_sweep([point], "cpu")
     assert [*plan.plans] == [plan.plans[key].digest(plan.plans[key].size) for key in plan.plans]
     assert Store(str(tmp_path / "store")).files.names("answers")
