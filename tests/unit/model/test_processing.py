@@ -122,7 +122,7 @@ def test_ids_and_pixels_are_those_of_transformers(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("size", [(120, 90), (300, 260), (64, 64)])
 def test_pixels_of_torchvision_are_a_rounding_away(checkpoint: Path, size: tuple[int, int]) -> None:
-    """Its antialiased resizing rounds some of the 256 levels the other way: at most two of them, seldom."""
+    """Its resizing rounds some of the 256 levels another way: at most two, in at most 1.3 % of the values measured."""
     pytest.importorskip("torchvision", exc_type=ImportError)
     image = picture(*size)
     expected = of_transformers(checkpoint, chat("What?", "It.", n_pictures=1), [image], "torchvision")["pixel_values"]
@@ -133,7 +133,7 @@ def test_pixels_of_torchvision_are_a_rounding_away(checkpoint: Path, size: tuple
     level = float(np.diff(prepared.levels).max())
     difference = (found - expected).abs() / level
     assert difference.max() < 2.01
-    assert (difference > 0.01).float().mean() < 0.3
+    assert (difference > 0.01).float().mean() < 0.02
 
 
 def test_the_model_takes_them_and_all_rows_of_its_tower_are_counted(checkpoint: Path) -> None:
