@@ -185,8 +185,12 @@ def _answered(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("Writing answers", total=len(conversations))
 
+        is_said = console.is_terminal
+
         def show(n_there: int) -> None:
-            if not console.is_terminal and progress.tasks[bar].completed == 0 and n_there < len(conversations):
+            nonlocal is_said
+            if not is_said and n_there < len(conversations):
+                is_said = True
                 say(console, f"The unquantized model writes answers: {n_there} of {len(conversations)} are there.")
             progress.update(bar, completed=n_there)
 
