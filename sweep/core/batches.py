@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import Final, TypeVar
 
 import numpy as np
@@ -79,7 +80,10 @@ class Batch:
     @property
     def patch_counts(self) -> tuple[int, ...]:
         """Rows that the vision tower makes of each sample's pictures."""
-        return tuple(sum(picture.n_rows for picture in pictures) for pictures in self.pictures)
+        counts: list[int] = []
+        for pictures in self.pictures:
+            counts.append(sum(picture.n_rows for picture in pictures))
+        return tuple(counts)
 
     @property
     def all_pictures(self) -> list[Picture]:
@@ -89,9 +93,9 @@ class Batch:
     @property
     def picture_tensors(self) -> dict[str, Int64Array]:
         """Forward's keyword arguments that describe the pictures, but for their pixels."""
-        pictures = self.all_pictures
-        names = pictures[0].tensors if pictures else ()
-        return {name: np.concatenate([picture.tensors[name] for picture in pictures]) for name in names}
+        tensors = [picture.tensors for picture in self.all_pictures]
+        names = tensors[0] if tensors else ()
+        return {name: np.concatenate([*map(itemgetter(name), tensors)]) for name in names}
 
     def by_sample(self, by_row: npt.NDArray[T]) -> list[npt.NDArray[T]]:
         """Values of rows, sample by sample."""
@@ -139,8 +143,11 @@ class Plan:
     @cached_property
     def segment_ends(self) -> tuple[int, ...]:
         """Number of samples up to the end of each segment."""
-        sizes = [sum(len(batch.order) for batch in batches) for batches in self.segments]
-        return tuple(int(end) for end in np.cumsum(sizes))
+        ends: list[int] = []
+        for batches in self.segments:
+            n_samples = sum(len(batch.order) for batch in batches)
+            ends.append(n_samples + (ends[-1] if ends else 0))
+        return tuple(ends)
 
     @property
     def size(self) -> str:

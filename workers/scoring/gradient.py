@@ -251,7 +251,8 @@ class _GroupSums:
     def __init__(self, group: _Group) -> None:
         rows = list(group.rows.values())  # not kept: their memory may be needed before the results are
         self._name, self._jobs, self._columns, self._layout = group.name, group.jobs, group.columns, rows[0].layout
-        self._y_squares, self._amaxes = [seen.y_square_sums for seen in rows], [seen.input_amaxes for seen in rows]
+        self._y_squares = np.sum([seen.y_square_sums for seen in rows], axis=0)  # of each sample
+        self._amaxes = np.max([seen.input_amaxes for seen in rows], axis=0)
         self._place = {name: place for place, name in enumerate(group.rows)}
         # [modules, 2, columns, rows]: sums of (g * dy)^2 and of dy^2 over the outputs.
         n_rows, device = rows[0].x_TI.shape[0], rows[0].x_TI.device
@@ -332,8 +333,8 @@ class _GroupSums:
         sizes = {size: n_samples for job in jobs for size, n_samples in job.sizes.items()}
         sums = {size: samples[:, :n].sum(axis=1) for size, n in sizes.items()}
         tops = {size: layout.largest(run_maxes, n) for size, n in sizes.items()}
-        y_squares = {size: sum(float(each[:n].sum()) for each in self._y_squares) for size, n in sizes.items()}
-        amaxes = {size: max(float(each[:n].max()) for each in self._amaxes) for size, n in sizes.items()}
+        y_squares = {size: float(self._y_squares[:n].sum()) for size, n in sizes.items()}
+        amaxes = {size: float(self._amaxes[:n].max()) for size, n in sizes.items()}
         found: list[dict[str, GroupScore] | NotFinite] = [{} for _ in jobs]
         for column in self._columns:
             job, by_size = jobs[column.job], found[column.job]
