@@ -1,7 +1,7 @@
 """Batches: the samples that one forward pass sees, and the plan of them, as the driver sends it to workers."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import itemgetter
@@ -36,6 +36,11 @@ class Picture:
     # [channels, 256], the value of each number of a file of uint8 [n, channels, values]; None: a file of float32.
     levels: FloatArray | None = None
     values: FloatArray | None = None  # pixel_values, where they are drawn and no file has them
+
+
+def _n_rows(pictures: Iterable[Picture]) -> int:
+    """Rows that the vision tower makes of some pictures."""
+    return sum(picture.n_rows for picture in pictures)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,10 +85,7 @@ class Batch:
     @property
     def patch_counts(self) -> tuple[int, ...]:
         """Rows that the vision tower makes of each sample's pictures."""
-        counts: list[int] = []
-        for pictures in self.pictures:
-            counts.append(sum(picture.n_rows for picture in pictures))
-        return tuple(counts)
+        return tuple(map(_n_rows, self.pictures))
 
     @property
     def all_pictures(self) -> list[Picture]:
