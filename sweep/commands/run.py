@@ -34,6 +34,7 @@ from sweep.run.session import Session, exit_code, row_of
 from sweep.store.files import Files
 from sweep.store.records import FinishedTrial, TrialRow
 from sweep.store.store import Store
+from workers.service.shared_pictures import share_pictures
 from workers.task import Progress, Task
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ def _score(session: Session, workers: Workers, console: Console) -> None:
     """Score the tasks of a session that are left, and show their progress."""
     from sweep.run import driver  # imports Ray: only when there is something to do
 
+    if session.plan.trials[0].config.cluster.address != "local":
+        share_pictures(session.plan.plans.values(), session.store)
     work = driver.Work(
         orders=[
             driver.TrialOrder(name=trial.name, task_id=trial.task_id)

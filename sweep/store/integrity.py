@@ -18,8 +18,9 @@ _PART: Final = re.compile(rf"parts/cell=({_ID})/([A-Za-z0-9_.-]+)\.parquet")
 _TRIALS: Final = re.compile(rf"trials/((?:run|compact)-{_ID})\.parquet")
 _VALIDATION: Final = re.compile(rf"validations/({_ID})\.parquet")
 _ANSWERS: Final = re.compile(rf"answers/({_ID})\.parquet")
+_PICTURE: Final = re.compile(rf"pictures/({_ID})\.npy")
 _RUN: Final = re.compile(rf"runs/({_ID})\.json")
-_FOLDERS: Final = ("scores", "parts", "trials", "validations", "answers", "runs")
+_FOLDERS: Final = ("scores", "parts", "trials", "validations", "answers", "pictures", "runs")
 _TEMPORARY: Final = re.compile(r"(?:.*/)?\.[^/]+\.tmp")
 _TEMPORARY_SECONDS: Final = 600.0  # a writer holds one for less than a second; on a slow network file system for longer
 _SILENT_SECONDS: Final = 600.0  # a run whose heartbeat is older is over
@@ -74,6 +75,7 @@ def _findings(store: Store) -> Iterator[Finding]:
         f"{counts['validations']} validations, {counts['runs']} runs verified"
     )
     text += f", and answers of the model ({count(counts['answers'], 'file')})" if counts["answers"] else ""
+    text += f", and {count(counts['pictures'], 'picture')} for workers" if counts["pictures"] else ""
     aside = f"; {count(n_aside, 'file')} in {store.uri}/quarantine" if n_aside else ""
     yield Finding("store", "ok", text + aside)
 
@@ -112,6 +114,8 @@ def _read(store: Store, path: str) -> bool:
         store.validation(found[1])
     elif found := _ANSWERS.fullmatch(path):
         store.answers(found[1])
+    elif found := _PICTURE.fullmatch(path):
+        store.picture(found[1])
     elif _RUN.fullmatch(path):
         store.run_record(path)
     else:

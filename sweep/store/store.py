@@ -6,6 +6,7 @@ What cannot be read back as it was written is moved to ``quarantine/``, with the
 """
 
 import errno
+import hashlib
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -269,6 +270,28 @@ class Store:
         """
         return _unless_gone(lambda: self._table(_answers_path(chunk_id), ANSWERS_SCHEMA))
 
+    # Pictures
+
+    def write_picture(self, content: str, data: bytes) -> None:
+        """Keep the file of a prepared picture for workers on other machines. Args: content: its name; data: bytes."""
+        self._write(_picture_path(content), hashlib.sha256(data).digest() + data)
+
+    def has_picture(self, content: str) -> bool:
+        """Whether a picture's file is there; it is not read."""
+        return self.files.exists(_picture_path(content))
+
+    def picture(self, content: str) -> bytes | None:
+        """The bytes of a picture's file; None: it is not there, or damaged and set aside."""
+        path = _picture_path(content)
+
+        def read() -> bytes:
+            stored = self.files.read(path)
+            if hashlib.sha256(stored[32:]).digest() != stored[:32]:
+                raise Damaged(f"{self.uri}/{path} is damaged: its bytes are not those that were written.")
+            return stored[32:]
+
+        return _unless_gone(lambda: self._guarded(path, read))
+
     # Runs
 
     def write_run(self, run_id: str, record: RunRecord) -> None:
@@ -317,6 +340,10 @@ def _scores_path(cell_id: str) -> str:
 
 def _validation_path(validation_id: str) -> str:
     return f"validations/{validation_id}.parquet"
+
+
+def _picture_path(content: str) -> str:
+    return f"pictures/{content}.npy"
 
 
 def _answers_path(chunk_id: str) -> str:

@@ -4,6 +4,7 @@ A picture of 1,000 tokens is 25 MB of float32, and 3 MB in its file. Files lie i
 their content.
 """
 
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -29,3 +30,11 @@ def pixel_values(picture: Picture) -> FloatArray:
         return stored.reshape(picture.shape)
     channels = [levels[stored[:, channel]] for channel, levels in enumerate(picture.levels)]
     return np.stack(channels, axis=1).reshape(picture.shape)
+
+
+def write_picture_file(file: Path, data: bytes) -> None:
+    """Write a picture's file whole. Raises: OSError: the cache of this machine cannot be written."""
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_bytes(data)
+    partial.replace(file)

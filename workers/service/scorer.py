@@ -30,6 +30,7 @@ from workers.scoring.windows import captures
 from workers.service.clock import Clock
 from workers.service.node import first_alone
 from workers.service.rows import TaskWriter
+from workers.service.shared_pictures import fetch_pictures
 from workers.service.task_state import TaskState
 from workers.service.writers import Writers
 from workers.task import ModelSpec, Progress, Task
@@ -172,6 +173,7 @@ class Scorer:
 
     def _score(self, tasks: Sequence[Task], plan: Plan, names: Iterable[str] | None) -> Iterator[Progress]:
         self.load(tasks[0].model)
+        fetch_pictures(plan, self.store)
         assigned = _Assignment(tasks, plan, names, self.store)
         for state in assigned.states:
             sample_predictions = {size: plan.sample_predictions(size) for size in state.task.cells}
