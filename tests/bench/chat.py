@@ -3,10 +3,10 @@
 The model writes 96 answers itself (at temperature 1, up to 32 tokens) to questions below. 64 of these chats are
 scored, with the loss on their answers; so are 64 of the bundled glosses, with the loss on all tokens. On the other 32
 the KL divergence is measured, at their answers, with one layer group quantized at a time; static ranges of inputs are
-those of the samples that the KL is measured on. Every fourth decoder layer is scored and measured: 28 of the 120 layer
-groups of SmolLM2-135M-Instruct, under four formats, in a quarter of an hour on two cores.
+those of the samples that the KL is measured on. On a CPU every fourth decoder layer is scored and measured: 28 of the
+120 layer groups of SmolLM2-135M-Instruct, under four formats, in a quarter of an hour on two cores; on a GPU all are.
 
-python -m tests.bench.chat MODEL_DIR
+python -m tests.bench.chat MODEL_DIR [--device cuda]
 
 prints one JSON line: Spearman's rank correlation of predicted and measured KL, and the median of their ratio, by format
 and by the samples that were scored.
@@ -27,6 +27,7 @@ from torch import nn
 
 from sweep.config.compose import expand
 from sweep.core.batches import Plan, Sample
+from sweep.core.machine import n_cores
 from sweep.core.paths import bundled_model_dir
 from sweep.core.sizes import n_samples_of
 from sweep.formats.format import Format
@@ -120,15 +121,15 @@ def answered(model: Any, processor: Processor, asked: list[Conversation]) -> lis
         tokens = torch.stack([nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
         mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
         written = model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
+            input_ids=tokens.to(model.device),
+            attention_mask=mask.to(model.device),
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
             max_new_tokens=ANSWER_TOKENS,
         )
-        for conversation, answer in zip(some, written[:, width:].numpy(), strict=True):
+        for conversation, answer in zip(some, written[:, width:].cpu().numpy(), strict=True):
             is_cut = not np.isin(answer, ends).any()
             length = len(answer) if is_cut else int(np.isin(answer, ends).argmax())
             reply = Message(role="assistant", parts=(processor.decode(answer[:length]),))
@@ -138,10 +139,10 @@ def answered(model: Any, processor: Processor, asked: list[Conversation]) -> lis
 
 
 def subject(model: loading.PreTrainedModel) -> Subject:
-    """Every fourth decoder layer under the formats."""
+    """Every decoder layer under the formats, on a CPU every fourth."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = {name: int(name.split("layers.")[1].split(".")[0]) for name in linears if ".layers." in name}
-    chosen = {name: linears[name] for name, layer in layers.items() if layer % 4 == 3}
+    chosen = {name: linears[name] for name, layer in layers.items() if layer % 4 == 3 or model.device.type == "cuda"}
     formats: dict[str, Format] = {}
     for pair, granularity in FORMATS:
         point = expand([f"quant_pair={pair}", f"quant_granularity={granularity}"], multirun=False).points[0]
@@ -159,7 +160,7 @@ def predicted_kl(bench: Subject, plan: Plan) -> np.ndarray:
     """By the gradients on a plan's samples: [groups, formats], nats per prediction."""
     rows, engine, jobs = (
         capture(bench.model, plan.segments, bench.modules),
-        Engine(torch.device("cpu")),
+        Engine(bench.model.device),
         bench.jobs(plan),
     )
     scores: list[list[float]] = []
@@ -179,8 +180,11 @@ def measured_kl(bench: Subject, plan: Plan) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    path = parser.parse_args().model
-    model = loading.load(path, dtype=torch.float32, device="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    args = parser.parse_args()
+    path, device = args.model, torch.device(args.device)
+    torch.set_num_threads(n_cores())
+    model = loading.load(path, dtype=torch.float32, device=args.device)
     bench, seconds, started = subject(model), dict[str, float](), time.perf_counter()
 
     def lap(name: str) -> None:
@@ -213,7 +217,7 @@ def main() -> None:
     counts = {name: plan.n_predictions(plan.size) for name, plan in {**scored, "measured": other}.items()}
     report(
         "chat",
-        torch.device("cpu"),
+        device,
         {"groups": len(bench.groups), "predictions": counts, "formats": figures, "seconds": seconds},
     )
 

@@ -2,14 +2,19 @@
 
 # pyright: basic
 
+import json
 import shutil
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from sweep.core.paths import bundled_model_dir
 from tests.bench.setup import random_4b
 from workers.data.samples import read_captions
 from workers.model import loading
 
+_BUNDLED_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
 _TOKENS_A_CAPTION = 14  # as COCO's have with Qwen's tokenizer
 _LONG_TOKENS = 520  # cut at dataset.max_tokens, 512
 
@@ -20,9 +25,33 @@ def make_checkpoint(directory: Path, model: str, device: str) -> Path:
         return bundled_model_dir()
     if not (directory / "model.safetensors.index.json").is_file():
         random_4b(device).save_pretrained(directory, max_shard_size="3GB")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
+        for name in _BUNDLED_FILES:
             shutil.copyfile(bundled_model_dir() / name, directory / name)
+        config = json.loads((directory / "config.json").read_text())
+        bundled = json.loads((bundled_model_dir() / "config.json").read_text())
+        config |= {key: value for key, value in bundled.items() if key.endswith("token_id")}
+        (directory / "config.json").write_text(json.dumps(config, indent=1))
     return directory
+
+
+def write_chats(directory: Path, n: int, side: int) -> Path:
+    """Chats with a JPEG each, as noisy as photographs are, about 2 bits a pixel; about 100 tokens beside it."""
+    random = np.random.default_rng(0)
+    words = " ".join(read_captions(bundled_model_dir() / "wordnet_glosses.txt", 512)).split()
+    directory.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    for i in range(n):
+        coarse = Image.fromarray(random.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
+        noise = random.integers(-12, 13, (side, side, 3))
+        pixels = np.clip(np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)) + noise, 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(directory / f"{i}.jpg", quality=85)
+        question, answer = (" ".join(words[place : place + 25]) for place in (i * 50, i * 50 + 25))
+        parts = [{"type": "image", "image": f"{i}.jpg"}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": messages}))
+    path = directory / "chats.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def write_captions(path: Path, *, long: bool) -> Path:

@@ -3,38 +3,19 @@
 # pyright: basic
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
-from PIL import Image
 
 from sweep.config.compose import expand
 from sweep.core.machine import n_cores
 from sweep.core.paths import bundled_model_dir
 from sweep.plan.subject import Model, samples_of
+from tests.bench.checkpoint import write_chats
 from tests.bench.setup import report
-
-
-def chats(directory: Path, n: int, side: int) -> Path:
-    """Chats of one JPEG each, as noisy as photographs are: about 2 bits a pixel."""
-    random = np.random.default_rng(0)
-    lines: list[str] = []
-    for i in range(n):
-        coarse = Image.fromarray(random.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
-        noise = random.integers(-12, 13, (side, side, 3))
-        pixels = np.clip(np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)) + noise, 0, 255)
-        Image.fromarray(pixels.astype(np.uint8)).save(directory / f"{i}.jpg", quality=85)
-        question = [{"type": "image", "image": f"{i}.jpg"}, {"type": "text", "text": f"Question {i}?"}]
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "An answer."}]
-        lines.append(json.dumps({"messages": messages}))
-    path = directory / "chats.jsonl"
-    path.write_text("\n".join(lines))
-    return path
 
 
 def main() -> None:
@@ -44,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     with TemporaryDirectory() as place:
         os.environ["SWEEP_CACHE_DIR"] = f"{place}/cache"
-        path = chats(Path(place), options.pictures, options.side)
+        path = write_chats(Path(place), options.pictures, options.side)
         overrides = ["dataset=chat", f"dataset.path={path}", f"dataset.size={options.pictures}"]
         dataset, model = expand(overrides, multirun=False).points[0].dataset, Model(bundled_model_dir())
         samples_of(dataset, model, 2)  # imports

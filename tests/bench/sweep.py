@@ -6,6 +6,7 @@ python -m tests.bench.sweep --device cpu --model tiny
 python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape                  # the grid's valid points, 3 sizes
 python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape --memory-gb 16
 python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape --long           # 65,000 tokens, 16 recipes
+python -m tests.bench.sweep --device cuda --model qwen3_vl_4b_shape --chats          # 128 pictures, 16 recipes
 """
 
 # pyright: basic
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 
-from tests.bench.checkpoint import make_checkpoint, write_captions
+from sweep.config.compose import expand
+from sweep.plan.subject import Model, samples_of
+from tests.bench.checkpoint import make_checkpoint, write_captions, write_chats
 from tests.bench.commands import run_sweep, sweep_command
 from tests.bench.setup import TEXT_4B, report, seconds
 
@@ -26,6 +29,9 @@ _LONG_GRID = [
     "quant_granularity=default,w_per_out_channel,a_per_token_dynamic,recipe_match_channel_token",
     "dataset.size=medium",
 ]
+
+
+_SIDE = 832  # pixels; 26 x 26 tokens of 32 x 32 pixels
 
 
 def floor(n_rows: int, shape: dict[str, Any]) -> float:
@@ -52,12 +58,19 @@ def floor(n_rows: int, shape: dict[str, Any]) -> float:
     return total * shape["num_hidden_layers"]
 
 
+def n_tokens_of(chats: Path, model: Path) -> int:
+    """Tokens of the chats, those of pictures included."""
+    dataset = expand(["dataset=chat", f"dataset.path={chats}", "dataset.size=medium"], multirun=False).points[0].dataset
+    return sum(len(sample.token_ids) for sample in samples_of(dataset, Model(model), 128))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", choices=["tiny", "qwen3_vl_4b_shape"], default="tiny")
     parser.add_argument("--memory-gb", type=float)
     parser.add_argument("--long", action="store_true")
+    parser.add_argument("--chats", action="store_true", help="128 chats with a picture each, 16 recipes")
     parser.add_argument("--scratch", type=Path, help="where the checkpoint is kept between runs")
     parser.add_argument("overrides", nargs="*", help="of the sweep, instead of the whole grid")
     args = parser.parse_args()
@@ -65,8 +78,12 @@ def main() -> None:
         scratch = args.scratch or Path(fresh)
         model = make_checkpoint(scratch / "model", args.model, args.device)
         captions = write_captions(scratch / ("long.txt" if args.long else "captions.txt"), long=args.long)
-        grid = args.overrides or (_LONG_GRID if args.long else ["grid=origin"])
+        grid = args.overrides or (_LONG_GRID if args.long or args.chats else ["grid=origin"])
         command = sweep_command(grid, model, captions, args.device, Path(fresh))
+        if args.chats:
+            chats = write_chats(scratch / "chats", 128, _SIDE)
+            command = [word for word in command if not word.startswith(("dataset=", "dataset.captions_path="))]
+            command += ["dataset=chat", f"dataset.path={chats}"]
         command += [f"sensitivity.memory_gb={args.memory_gb}"] if args.memory_gb else []
         cache = {"SWEEP_CACHE_DIR": f"{fresh}/cache"}  # hashes and token ids are found anew, as on a first run
         figures = {
@@ -75,10 +92,12 @@ def main() -> None:
             "memory_gb": args.memory_gb,
             **run_sweep(command, Path(fresh), cache),
         }
-        if args.long and args.device == "cuda":
-            figures |= {"floor_seconds": floor(128 * 512, TEXT_4B), "recipes": 16}
+        if (args.long or args.chats) and args.device == "cuda":
+            n_tokens = 128 * 512 if args.long else n_tokens_of(chats, model)
+            figures |= {"tokens": n_tokens, "floor_seconds": floor(n_tokens, TEXT_4B), "recipes": 16}
             figures["times_floor"] = figures["scoring_seconds"] / (16 * figures["floor_seconds"])
-        report("sweep_long" if args.long else "sweep", torch.device(args.device), figures)
+        name = "sweep_chats" if args.chats else "sweep_long" if args.long else "sweep"
+        report(name, torch.device(args.device), figures)
 
 
 if __name__ == "__main__":
