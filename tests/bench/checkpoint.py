@@ -45,13 +45,18 @@ def write_chats(directory: Path, n: int, side: int) -> Path:
         noise = random.integers(-12, 13, (side, side, 3))
         pixels = np.clip(np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)) + noise, 0, 255)
         Image.fromarray(pixels.astype(np.uint8)).save(directory / f"{i}.jpg", quality=85)
-        question, answer = (" ".join(words[place : place + 25]) for place in (i * 50, i * 50 + 25))
+        question, answer = (said(words, place) for place in (i * 50, i * 50 + 25))
         parts = [{"type": "image", "image": f"{i}.jpg"}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": messages}))
     path = directory / "chats.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def said(words: list[str], start: int) -> str:
+    """25 words from a place on; after the last comes the first."""
+    return " ".join(words[place % len(words)] for place in range(start, start + 25))
 
 
 def write_captions(path: Path, *, long: bool) -> Path:
