@@ -33,9 +33,11 @@ class Picture:
     shape: tuple[int, ...]  # of its pixel_values; pictures of a batch are concatenated along the first axis
     n_rows: int  # that the vision tower makes of it: patches
     tensors: Mapping[str, Int64Array]  # beside pixel_values, concatenated as they are: {"image_grid_thw": [1, 3]}
-    # [channels, 256], the value of each number of a file of uint8 [n, channels, values]; None: a file of float32.
+    # [channels, 256], the value of each number of a file of uint8 [n, channels, values]; None: a file of float32. The
+    # file holds one frame where `shape` has several, which are equal then.
     levels: FloatArray | None = None
     values: FloatArray | None = None  # pixel_values, where they are drawn and no file has them
+    text: str = ""  # that stands for it where the chat template has its mark, unless that follows from its shape
 
 
 def _n_rows(pictures: Iterable[Picture]) -> int:

@@ -159,7 +159,7 @@ def test_kinds_and_predictions(checkpoint: Path) -> None:
     sample = processor.sample(CHAT, [prepared], loss="answers", max_tokens=1024)
     assert answers(processor, sample) == ["A cat.<|im_end|>", "It meows.<|im_end|>"]
     assert sample.predictions[:-1].tolist() == (sample.token_kinds[1:] == ANSWER).tolist()
-    n_features = processor._reader.n_features(prepared.shape)
+    n_features = processor._n_features(prepared)
     assert (sample.token_kinds == IMAGE).sum() == n_features
     everything = processor.sample(CHAT, [prepared], loss="all", max_tokens=1024)
     assert everything.predictions[:-1].tolist() == (sample.token_kinds[1:] != IMAGE).tolist()
@@ -195,7 +195,9 @@ def test_a_picture_is_kept_once_by_its_content_as_whole_numbers(qwen: Path) -> N
     assert sorted(path.name for path in file.parent.iterdir()) == sorted(
         picture_file(each.content).name for each in (one, other)
     )
-    assert np.load(file).dtype == np.uint8
+    stored = np.load(file)
+    assert stored.dtype == np.uint8
+    assert stored.size * 2 == np.prod(one.shape)  # one frame of two equal ones
     # A checkpoint that scales values otherwise has other pictures.
     assert one.levels is not None
     assert one.levels.shape == (3, 256)
