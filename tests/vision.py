@@ -15,6 +15,8 @@ from sweep.core.paths import bundled_model_dir
 from workers.data.conversations import Conversation, Message, PictureSource
 from workers.model import answers
 
+# Read through transformers' own processor, by no word of ours about them.
+OTHERS = ("aya_vision", "ovis2")
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "internvl", "llava", "gemma3")
 _TEXT: dict[str, Any] = {
     "hidden_size": 64,
@@ -30,6 +32,8 @@ _TEXT: dict[str, Any] = {
     "bos_token_id": None,
 }
 _SPECIAL = ("<img>", "</img>", "<IMG_CONTEXT>", "<image>", "<start_of_image>", "<image_soft_token>", "<end_of_image>")
+_SPECIAL += ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE", "TILE_GLOBAL")
+_SPECIAL += ("<IMG_START>", "<IMG_ATOM>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
 _NAMED = {
     "internvl": {
         "start_image_token": "<img>",
@@ -44,6 +48,7 @@ _NAMED = {
     },
 }
 _MARKS = {"internvl": "<IMG_CONTEXT>\\n", "llava": "<image>\\n", "gemma3": "<start_of_image>"}
+_MARKS |= {"aya_vision": "<image>", "ovis2": "<image>\\n"}
 _QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -69,7 +74,11 @@ def save_vision(directory: Path, kind: str) -> Path:
             parameter.data.normal_(0, 0.08)
     model.generation_config = transformers.GenerationConfig(eos_token_id=2, pad_token_id=0)
     model.save_pretrained(directory)
-    _IMAGE_PROCESSORS[kind]().save_pretrained(directory)
+    image_processor = _IMAGE_PROCESSORS[kind]()
+    if kind in _PROCESSORS:
+        _PROCESSORS[kind](image_processor, tokenizer).save_pretrained(directory)
+    else:
+        image_processor.save_pretrained(directory)
     return directory
 
 
@@ -134,6 +143,32 @@ def _gemma3(ids: dict[str, int]) -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
+def _aya(ids: dict[str, int]) -> Any:
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "image_size": 56}
+    config = transformers.AyaVisionConfig(
+        vision_config=vision
+        | {"num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 14, "vision_use_head": False},
+        text_config={"model_type": "cohere2"} | {key: value for key, value in _TEXT.items() if key != "head_dim"},
+        image_token_index=ids["<|IMG_PATCH|>"],
+        tie_word_embeddings=False,
+    )
+    return transformers.AyaVisionForConditionalGeneration(config)
+
+
+def _ovis(ids: dict[str, int]) -> Any:
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Ovis2Config(
+        vision_config=vision | {"image_size": 56, "patch_size": 14, "vocab_size": 96, "hidden_stride": 2},
+        text_config={"model_type": "qwen2"} | _TEXT,
+        image_token_id=ids["<IMG_ATOM>"],
+        visual_indicator_token_ids=[ids[f"<IMG_{name}>"] for name in ("START", "GRID", "COL", "ROW", "END")],
+        vocab_size=_TEXT["vocab_size"],
+        hidden_size=_TEXT["hidden_size"],
+        tie_word_embeddings=False,
+    )
+    return transformers.Ovis2ForConditionalGeneration(config)
+
+
 _MODELS: dict[str, Callable[[dict[str, int]], Any]] = {
     "qwen3_vl": lambda _: _qwen(
         *(transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration, 16),
@@ -150,6 +185,8 @@ _MODELS: dict[str, Callable[[dict[str, int]], Any]] = {
     "internvl": _internvl,
     "llava": _llava,
     "gemma3": _gemma3,
+    "aya_vision": _aya,
+    "ovis2": _ovis,
 }
 
 
@@ -160,10 +197,16 @@ def _qwen_pictures(patch: int, mean: float) -> Any:
     return Qwen2VLImageProcessorPil(patch_size=patch, image_mean=[mean, 0.5, 0.5], image_std=[0.5] * 3, size=size)
 
 
-def _tiles() -> Any:
+def _tiles(**options: Any) -> Any:
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-    return GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, max_patches=4)
+    return GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, max_patches=4, **options)
+
+
+def _ovis_tiles() -> Any:
+    from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
+
+    return Ovis2ImageProcessorPil(size={"height": 56, "width": 56}, max_patches=4)
 
 
 def _clip() -> Any:
@@ -185,6 +228,16 @@ _IMAGE_PROCESSORS: dict[str, Callable[[], Any]] = {
     "internvl": _tiles,
     "llava": _clip,
     "gemma3": _siglip,
+    "aya_vision": lambda: _tiles(crop_to_patches=True),
+    "ovis2": _ovis_tiles,
+}
+_PROCESSORS: dict[str, Callable[[Any, Any], Any]] = {
+    "aya_vision": lambda pictures, tokenizer: transformers.AyaVisionProcessor(
+        pictures, tokenizer, patch_size=14, img_size=56, downsample_factor=2, chat_template=tokenizer.chat_template
+    ),
+    "ovis2": lambda pictures, tokenizer: transformers.Ovis2Processor(
+        pictures, tokenizer, image_seq_length=4, chat_template=tokenizer.chat_template
+    ),
 }
 
 

@@ -33,9 +33,11 @@ class Picture:
     shape: tuple[int, ...]  # of its pixel_values; pictures of a batch are concatenated along the first axis
     n_rows: int  # that the vision tower makes of it: patches
     tensors: Mapping[str, Int64Array]  # beside pixel_values, concatenated as they are: {"image_grid_thw": [1, 3]}
-    # [channels, 256], the value of each number of a file of uint8 [n, channels, values]; None: a file of float32.
+    # [channels, 256], the value of each number of a file of uint8 [n, channels, values]; None: a file of float32. The
+    # file holds one frame where `shape` has several, which are equal then.
     levels: FloatArray | None = None
     values: FloatArray | None = None  # pixel_values, where they are drawn and no file has them
+    text: str = ""  # that stands for it where the chat template has its mark, unless that follows from its shape
 
 
 def _n_rows(pictures: Iterable[Picture]) -> int:
@@ -54,6 +56,9 @@ class Sample:
     # Further arguments of the model, a value a token: {"mm_token_type_ids": [n_tokens]}.
     arrays: Mapping[str, Int64Array] = field(default_factory=dict)
     pictures: tuple[Picture, ...] = ()  # in the order of their tokens
+    # [4, n_tokens]: its place in the text, and where it stands in time, height and width of the pictures. Rows can hold
+    # several samples of a model that takes these; None: it takes others, or finds them itself.
+    positions: Int64Array | None = None
 
     @property
     def token_kinds(self) -> KindArray:
@@ -76,7 +81,8 @@ class Batch:
 
     order: tuple[int, ...]  # data set indices, in the order of the rows
     lengths: tuple[int, ...]  # tokens a sample
-    # Forward's keyword arguments that have a value a token: [samples, tokens], or [1, rows] where they are packed.
+    # Forward's keyword arguments that have a value a token: [samples, tokens], or [1, rows] where they are packed;
+    # position_ids may have axes before these.
     tensors: dict[str, Int64Array]
     kinds: KindArray  # [rows]
     predicts: BoolArray  # [rows]: whether the next token is predicted
@@ -125,7 +131,7 @@ class Batch:
         return Batch(
             order=tuple(self.order[index] for index in kept),
             lengths=tuple(self.lengths[index] for index in kept),
-            tensors={key: values[:, rows] if is_packed else values[kept] for key, values in self.tensors.items()},
+            tensors={key: values[..., rows] if is_packed else values[kept] for key, values in self.tensors.items()},
             kinds=self.kinds[rows],
             predicts=self.predicts[rows],
             pictures=tuple(self.pictures[index] for index in kept),

@@ -23,8 +23,8 @@ def make_plan(samples: Sequence[Sample], *, packed: bool) -> Plan:
         packed: several samples a row, kept apart by positions that start again at 0 (right only for models whose
             attention respects that, see workers.model.loading.PACKABLE). Otherwise a batch holds samples of one length.
     """
-    if any(sample.pictures for sample in samples):
-        packed = False  # image positions have three coordinates, which cannot tell samples apart
+    if any(sample.pictures for sample in samples) and any(sample.positions is None for sample in samples):
+        packed = False  # the model finds positions of pictures itself, and cannot tell samples apart
     segments: list[tuple[Batch, ...]] = []
     start = 0
     for boundary in boundaries(len(samples)):
@@ -54,15 +54,24 @@ def _shape(sample: Sample) -> tuple[int, bool]:
     return len(sample.token_ids), bool(sample.pictures)
 
 
+def _with_pictures(sample: Sample) -> dict[str, Int64Array]:
+    """What the model takes of a sample in a row with others, of which some have pictures."""
+    assert sample.positions is not None  # see make_plan
+    types = {"mm_token_type_ids": np.zeros(len(sample.token_ids), dtype=np.int64)}
+    return {"input_ids": sample.token_ids, **types, **sample.arrays, "position_ids": sample.positions}
+
+
 def _batch(samples: Sequence[Sample], indices: Sequence[int], packed: bool) -> Batch:
     chosen = [samples[i] for i in indices]
     arrays = [{"input_ids": sample.token_ids, **sample.arrays} for sample in chosen]
     if not any(sample.pictures for sample in chosen):
         arrays = [{**each, "position_ids": np.arange(len(each["input_ids"]), dtype=np.int64)} for each in arrays]
+    elif packed:
+        arrays = [_with_pictures(sample) for sample in chosen]
     tensors: dict[str, Int64Array] = {}
     for name in arrays[0]:
         values = [each[name] for each in arrays]
-        tensors[name] = np.concatenate(values)[None] if packed else np.stack(values)
+        tensors[name] = np.concatenate(values, axis=-1)[..., None, :] if packed else np.stack(values)
     return Batch(
         order=tuple(indices),
         lengths=tuple(len(sample.token_ids) for sample in chosen),

@@ -27,7 +27,7 @@ from sweep.core.machine import Device
 from sweep.store.records import ANSWERS_SCHEMA
 from sweep.store.store import Store
 from workers.data.conversations import Conversation, Message
-from workers.data.pictures import pixel_values
+from workers.model.forward import pixel_values
 from workers.model.loading import load
 from workers.model.processing import Processor
 
@@ -225,6 +225,5 @@ def _side_by_side(prompts: Sequence[Sample], device: torch.device, dtype: torch.
     for name in pictures[0].tensors if pictures else ():
         tensors[name] = torch.from_numpy(np.concatenate([picture.tensors[name] for picture in pictures])).to(device)
     if pictures:
-        pixels = torch.cat([torch.from_numpy(pixel_values(picture)) for picture in pictures])
-        tensors["pixel_values"] = pixels.to(device, dtype)
+        tensors["pixel_values"] = torch.cat([pixel_values(picture, device, dtype) for picture in pictures])
     return tensors

@@ -11,53 +11,36 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from jinja2.exceptions import TemplateError
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor
 
 from sweep.core.batches import ANSWER, IMAGE, PROMPT, BoolArray, FloatArray, KindArray, Picture, Sample
 from sweep.core.errors import SweepError
 from workers.data.conversations import Conversation, Message
 from workers.data.pictures import picture_file
+from workers.model.forward import valued
 from workers.model.loading import UNREADABLE, first_line, read_config, read_tokenizer
+from workers.model.readers import FAMILIES, QWEN_TYPES, Arrays, Reader, reader_of, reads_pictures
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# Arrays of image processors that are made of the pixels' shape again; any other array is one that nobody passes on.
-_COUNTS: Final = {"num_patches", "num_crops"}
-_PASSED: Final = {"pixel_values", "image_grid_thw"}
+_CHANNELS: Final = 3
+# Model types that keep samples with pictures apart in one row, by positions that start again at 0; each has a test.
+_PACKABLE_PICTURES: Final = frozenset({"qwen3_vl"})
 _MARKER: Final = "QJXZ answer ZXJQ"  # stands for an answer where the template shows what it writes around it
 # Llama's templates write today's date, and samples would be others tomorrow; this is the date that they fall back to.
 _NO_CLOCK: Final = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 Span = tuple[int, int]  # characters of a text: first, and one after the last
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reader:
-    """How models of one type read a picture."""
-
-    mark: str  # what the chat template writes for it
-    text: str  # a picture outside a chat, in marks
-    feature: str  # token that stands for one of its features
-    before: str = ""  # written around the features
-    after: str = ""
-    n_features: Callable[[tuple[int, ...]], int]  # by the shape of pixel_values
-    n_rows: Callable[[tuple[int, ...]], int]  # of the vision tower, likewise
-    types: str | None = None  # the model's argument that tells features from text, a number a token
-    options: Mapping[str, bool] = field(default_factory=dict[str, bool])  # of the image processor
-
-    def written(self, picture: Picture) -> str:
-        """All that stands for a picture where its mark was."""
-        return f"{self.before}{self.feature * self.n_features(picture.shape)}{self.after}"
 
 
 class Processor:
@@ -92,52 +75,69 @@ class Processor:
 
         Raises: SweepError: the model reads no pictures, or not this one; or the file cannot be written.
         """
-        values, arrays, levels = self._pixels(image)
-        sha = hashlib.sha256(f"{values.shape}{values.dtype.str}".encode())
+        arrays, text, levels = self._arrays(image)
+        values, n_frames = arrays["pixel_values"], self._reader.n_frames
+        shape = (len(values), values.shape[1] * n_frames) if n_frames > 1 else values.shape
+        sha = hashlib.sha256(f"{shape}{values.dtype.str}".encode())
         for array in (values, np.zeros(0) if levels is None else levels):
             sha.update(np.ascontiguousarray(array).data)
         content = sha.hexdigest()[:32]
-        channels = 1 if levels is None else len(levels)
-        _write_once(picture_file(content), values.reshape(len(values), channels, -1))
+        by_channel = levels is not None or n_frames > 1
+        _write_once(picture_file(content), values.reshape(len(values), _CHANNELS if by_channel else 1, -1))
         return Picture(
             content=content,
-            shape=values.shape,
-            n_rows=self._reader.n_rows(values.shape),
-            tensors={name: array.astype(np.int64) for name, array in arrays.items()},
+            shape=shape,
+            n_rows=self._reader.n_rows(shape),
+            tensors={name: array.astype(np.int64) for name, array in arrays.items() if name != "pixel_values"},
             levels=levels,
+            text=text,
         )
 
-    def _pixels(
-        self, image: "Image.Image"
-    ) -> tuple[npt.NDArray[np.generic], Mapping[str, npt.NDArray[np.generic]], FloatArray | None]:
-        """A picture's values, the arrays beside them, and the value of each whole number if they are such."""
-        options, processor = dict[str, Any](self._reader.options), self._image_processor
+    def _arrays(self, image: "Image.Image") -> tuple[Arrays, str, FloatArray | None]:
+        """A picture's arrays, the text for it, and the value of each number of its pixels if they are whole."""
+        reader, options, processor = self._reader, dict[str, Any](), self._image_processor
         size: Mapping[str, int | None] = processor.size
-        if self._max_pixels is not None and size.get("longest_edge") and self._reader.types == _QWEN_TYPES:
+        if self._max_pixels is not None and size.get("longest_edge") and reader.types == QWEN_TYPES:
             most = min(self._max_pixels, size["longest_edge"] or 0)
             options["size"] = {"shortest_edge": min(size["shortest_edge"] or most, most), "longest_edge": most}
         elif self._max_pixels is not None:
             image = _scaled_down(image, self._max_pixels)
+        levels: FloatArray | None = None
         try:
-            found = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np", **options)
-            values = np.asarray(found["pixel_values"])
-            if is_whole := bool((values == values.astype(np.uint8)).all()):
-                values = values.astype(np.uint8)
-            else:
-                found = processor(images=[image], return_tensors="np", **options)
-                values = np.asarray(found["pixel_values"], dtype=np.float32)
+            arrays, text = reader.arrays(processor, image, do_rescale=False, do_normalize=False, **options)
+            self._check(arrays, image)
+            values = arrays["pixel_values"]
+            whole = values.astype(np.uint8)
+            if (values == whole).all() and values[0].size % _CHANNELS == 0:
+                levels, arrays = self._levels, {**arrays, "pixel_values": whole}
+            if levels is None or reader.processor is not None:
+                scaled, text = reader.arrays(processor, image, **options)
+                values = scaled["pixel_values"].astype(np.float32)
+                if levels is None or not _are_levels(whole, levels, values):
+                    levels, arrays = None, {**scaled, "pixel_values": values}
         except (ValueError, ZeroDivisionError) as error:
             raise SweepError(
                 f"The model's image processor refuses a picture of {image.width} x {image.height} pixels: "
                 f"{first_line(error)}. Take it out of the data set, or cut it."
             ) from error
-        arrays = {name: np.asarray(found[name]) for name in found if name not in {"pixel_values", *_COUNTS}}
-        if unknown := sorted(arrays.keys() - _PASSED):
+        return arrays, text, levels
+
+    def _check(self, arrays: Arrays, image: "Image.Image") -> None:
+        """Raises: SweepError: arrays of a picture that the model would not take beside those of others."""
+        reader = self._reader
+        shape = arrays["pixel_values"].shape
+        if reader.tail is not None and shape[1:] != reader.tail:
+            raise SweepError(
+                f"The image processor of {self._path} makes an array of {shape} of a picture of {image.width} x "
+                f"{image.height} pixels, and of others {('n', *reader.tail)}: they cannot share a batch. Make all "
+                "pictures of one shape, or type a data set without pictures."
+            )
+        if unknown := sorted(arrays.keys() - reader.passed - {"pixel_values"}):
             raise SweepError(
                 f"The image processor of {self._path} gives {', '.join(unknown)} beside pixel_values; only "
-                f"{', '.join(sorted(_PASSED))} are passed to models. Type a data set without pictures."
+                f"{', '.join(('pixel_values', *sorted(reader.passed)))} are passed to models. "
+                "Type a data set without pictures."
             )
-        return values, arrays, self._levels if is_whole else None
 
     @cached_property
     def _levels(self) -> FloatArray:
@@ -153,22 +153,19 @@ class Processor:
     @cached_property
     def _image_processor(self) -> Any:
         try:
-            return AutoImageProcessor.from_pretrained(self._path, backend="pil", trust_remote_code=False)
+            processor = AutoImageProcessor.from_pretrained(self._path, backend="pil", trust_remote_code=False)
         except (*UNREADABLE, ImportError) as error:
             raise SweepError(
                 f"{self._path} has no image processor that loads: {first_line(error)} "
                 "Copy the model's preprocessor_config.json there, or type a data set without pictures."
             ) from error
+        if self._config.model_type in FAMILIES and self._reader.patchify is not None:
+            processor.patchify = self._reader.patchify
+        return processor
 
     @cached_property
-    def _reader(self) -> _Reader:
-        kind = self._config.model_type
-        if kind not in _READERS:
-            raise SweepError(
-                f"{self._path} is of model type {kind}, which reads no pictures here ({', '.join(sorted(_READERS))} "
-                "do). Type a data set without pictures, or another model.path=DIR."
-            )
-        return _READERS[kind](self._config, self._tokenizer)
+    def _reader(self) -> Reader:
+        return reader_of(self._path, self._config, self._tokenizer, lambda: self._image_processor)
 
     # Samples
 
@@ -242,7 +239,7 @@ class Processor:
         encoded = self._tokenizer(text, add_special_tokens=adds_special, return_offsets_mapping=True)
         token_ids = np.array(encoded["input_ids"], dtype=np.int64)
         kinds = self._kinds(token_ids, encoded["offset_mapping"], answers)
-        n_features = sum(self._reader.n_features(picture.shape) for picture in pictures)
+        n_features = sum(self._n_features(picture) for picture in pictures)
         if (found := int((kinds == IMAGE).sum())) != n_features:
             raise SweepError(
                 f"The tokenizer in {self._path} makes {found} picture tokens of {n_features} in {origin}: it is "
@@ -261,7 +258,16 @@ class Processor:
             predicts=predicts,
             arrays={} if types is None else {types: (kinds[kept] == IMAGE).astype(np.int64)},
             pictures=tuple(pictures),
+            positions=self._positions(kinds[kept], pictures),
         )
+
+    def _positions(self, kinds: KindArray, pictures: Sequence[Picture]) -> npt.NDArray[np.int64] | None:
+        """See `Sample.positions`; None: rows of this model type cannot hold several samples with pictures."""
+        if self._config.model_type not in _PACKABLE_PICTURES:
+            return None
+        merge = self._config.vision_config.spatial_merge_size
+        grids = [picture.tensors["image_grid_thw"][0] // [1, merge, merge] for picture in pictures]
+        return np.concatenate([np.arange(len(kinds))[None], rope_positions(kinds == IMAGE, grids)])
 
     def _kinds(self, token_ids: npt.NDArray[np.int64], offsets: Sequence[Span], answers: Sequence[Span]) -> KindArray:
         """The kind of each token. One that begins before an answer and reaches into it, as "▁A" does, belongs to it."""
@@ -276,13 +282,16 @@ class Processor:
     @property
     def _has_pictures(self) -> bool:
         """Whether the model reads pictures."""
-        return self._config.model_type in _READERS
+        return reads_pictures(self._config)
+
+    def _n_features(self, picture: Picture) -> int:
+        return self._reader.written(picture).count(self._reader.feature)
 
     def _written_out(
         self, text: str, answers: Sequence[Span], pictures: Sequence[Picture], origin: str
     ) -> tuple[str, list[Span]]:
         """A text with all that stands for its pictures in place of their marks, and the answers' places in it."""
-        if not self._has_pictures and not pictures:
+        if not pictures and self._config.model_type not in FAMILIES:
             return text, list(answers)
         marks = [match.start() for match in re.finditer(re.escape(self._reader.mark), text)]
         if len(marks) != len(pictures):
@@ -410,6 +419,32 @@ def _check_cut(kinds: KindArray, predicts: BoolArray, max_tokens: int | None, or
         )
 
 
+def rope_positions(is_image: BoolArray, grids: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """Where the tokens of a sample stand in time, height and width: [3, tokens].
+
+    Text advances by one on all three axes. A picture's tokens have the axes of their place in it, counted from where
+    the picture begins, and text goes on after the largest of them.
+
+    Args:
+        is_image: [tokens], which stand for features of pictures.
+        grids: of each picture, its features in time, height and width.
+
+    Source: `get_rope_index` of transformers' Qwen3-VL, which tests compare with.
+    """
+    positions, at, n_seen = np.zeros((3, len(is_image)), dtype=np.int64), 0, 0
+    left = iter(grids)
+    while n_seen < len(is_image):
+        if is_image[n_seen]:
+            found = np.indices(next(left)).reshape(3, -1)
+        else:
+            later = np.flatnonzero(is_image[n_seen:])
+            found = np.tile(np.arange(later[0] if len(later) else len(is_image) - n_seen), (3, 1))
+        positions[:, n_seen : n_seen + found.shape[1]] = at + found
+        n_seen += found.shape[1]
+        at += int(found.max()) + 1
+    return positions
+
+
 def _scaled_down(image: "Image.Image", max_pixels: int) -> "Image.Image":
     """A picture of at most so many pixels, of about its shape."""
     n_pixels = image.width * image.height
@@ -417,6 +452,12 @@ def _scaled_down(image: "Image.Image", max_pixels: int) -> "Image.Image":
         return image
     scale = math.sqrt(max_pixels / n_pixels)
     return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+
+
+def _are_levels(whole: npt.NDArray[np.uint8], levels: FloatArray, values: FloatArray) -> bool:
+    """Whether whole numbers and their values by channel are a picture's values, to the bit."""
+    stored = torch.from_numpy(whole.reshape(len(whole), _CHANNELS, -1))
+    return np.array_equal(valued(stored, levels, values.shape).numpy(), values)
 
 
 def _write_once(file: Path, values: npt.NDArray[np.generic]) -> None:
@@ -436,90 +477,3 @@ def _write_once(file: Path, values: npt.NDArray[np.generic]) -> None:
             f"Cannot keep prepared pictures in {file.parent}: {error.strerror or error}. "
             "Set SWEEP_CACHE_DIR to a directory that can be written and has room."
         ) from error
-
-
-# How each family reads pictures. Source: the processors of transformers 5.24, models/*/processing_*.py, and what the
-# models check: as many placeholders as features.
-_QWEN_TYPES: Final = "mm_token_type_ids"
-
-
-def _qwen(config: PreTrainedConfig, tokenizer: Any) -> _Reader:
-    """Patches, merged in squares; the template writes the tokens around them."""
-    start, image, end = tokenizer.convert_ids_to_tokens(
-        [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
-    )
-    merged = config.vision_config.spatial_merge_size**2
-    return _Reader(
-        mark=image,
-        text=f"{start}{image}{end}",
-        feature=image,
-        n_features=lambda shape: shape[0] // merged,
-        n_rows=lambda shape: shape[0],
-        types=_QWEN_TYPES,
-    )
-
-
-def _internvl(config: PreTrainedConfig, tokenizer: Any) -> _Reader:
-    """Tiles of one size, and a small picture of the whole; each has a class token, which is dropped."""
-    image = tokenizer.convert_ids_to_tokens(config.image_token_id)
-    patches = _n_patches(config)
-    return _Reader(
-        mark=image,
-        text=image,
-        feature=image,
-        before=tokenizer.start_image_token,
-        after=tokenizer.end_image_token,
-        n_features=lambda shape: shape[0] * config.image_seq_length,
-        n_rows=lambda shape: shape[0] * (patches + 1),
-        options={"crop_to_patches": True},
-    )
-
-
-def _llava(config: PreTrainedConfig, tokenizer: Any) -> _Reader:
-    """One picture, all of its patches; CLIP has a class token beside them, which the model may drop."""
-    image = tokenizer.convert_ids_to_tokens(config.image_token_id)
-    rows = _n_patches(config) + (config.vision_config.model_type == "clip_vision_model")
-    dropped = int(config.vision_feature_select_strategy == "default")
-    return _Reader(
-        mark=image,
-        text=image,
-        feature=image,
-        n_features=lambda shape: shape[0] * (rows - dropped),
-        n_rows=lambda shape: shape[0] * rows,
-    )
-
-
-def _gemma3(config: PreTrainedConfig, tokenizer: Any) -> _Reader:
-    """One picture of a fixed size, pooled to a fixed number of features; they attend to each other in both ways."""
-    begin, image, end = tokenizer.convert_ids_to_tokens(
-        [config.boi_token_id, config.image_token_id, config.eoi_token_id]
-    )
-    patches = _n_patches(config)
-    return _Reader(
-        mark=begin,
-        text=begin,
-        feature=image,
-        before=f"\n\n{begin}",
-        after=f"{end}\n\n",
-        n_features=lambda shape: shape[0] * config.mm_tokens_per_image,
-        n_rows=lambda shape: shape[0] * patches,
-        types="token_type_ids",
-        options={"do_pan_and_scan": False},
-    )
-
-
-def _n_patches(config: PreTrainedConfig) -> int:
-    """Patches of a picture of the vision tower's size."""
-    sizes = [config.vision_config.image_size, config.vision_config.patch_size]
-    (height, width), (rows, columns) = (size if isinstance(size, list | tuple) else (size, size) for size in sizes)
-    return (height // rows) * (width // columns)
-
-
-_READERS: Final[Mapping[str, Callable[[PreTrainedConfig, Any], _Reader]]] = {
-    "qwen3_vl": _qwen,
-    "qwen3_vl_moe": _qwen,
-    "qwen2_5_vl": _qwen,
-    "internvl": _internvl,
-    "llava": _llava,
-    "gemma3": _gemma3,
-}

@@ -13,7 +13,6 @@ from sweep.core.batches import ANSWER, FIRST_TOKEN, IMAGE, PROMPT, Batch, Pictur
 from sweep.core.errors import SweepError
 from sweep.core.sizes import SIZES, boundaries, n_samples_of, size_name
 from workers.data.batches import MAX_BATCH_TOKENS, make_plan
-from workers.data.pictures import pixel_values
 from workers.data.samples import (
     first_texts,
     read_captions,
@@ -194,7 +193,8 @@ def test_an_image_stands_before_its_caption_one_token_a_merged_patch() -> None:
         assert sample.token_ids.tolist() == [1, 3, 3, 3, 3, 2, *caption]  # 64 x 64 pixels: 4 x 4 patches, merged 2 x 2
         (picture,) = sample.pictures
         assert picture.tensors["image_grid_thw"].tolist() == [[1, 4, 4]]
-        np.testing.assert_array_equal(pixel_values(picture), patches(scene(index).pixels)[0])
+        assert picture.values is not None
+        np.testing.assert_array_equal(picture.values, patches(scene(index).pixels)[0])
         assert sample.token_kinds.tolist() == [FIRST_TOKEN, *[IMAGE] * 4, *[PROMPT] * (1 + len(caption))]
     assert scene_captions(2) == [scene(0).caption, scene(1).caption]
 

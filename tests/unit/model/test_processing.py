@@ -14,7 +14,7 @@ from tests.models import save_checkpoint
 from tests.vision import FAMILIES, chat, picture, save_tokenizer, save_vision, template
 from workers.data.batches import make_plan
 from workers.data.conversations import Conversation, Message
-from workers.data.pictures import picture_file, pixel_values
+from workers.data.pictures import picture_file
 from workers.data.scenes import patches, scene
 from workers.model.forward import batch_to
 from workers.model.loading import load
@@ -127,7 +127,7 @@ def test_pixels_of_torchvision_are_a_rounding_away(checkpoint: Path, size: tuple
     image = picture(*size)
     expected = of_transformers(checkpoint, chat("What?", "It.", n_pictures=1), [image], "torchvision")["pixel_values"]
     prepared = Processor(checkpoint, None).prepare(image)
-    found = torch.from_numpy(pixel_values(prepared))
+    found = pixel_values(prepared, torch.device("cpu"), torch.float32)
     assert found.shape == expected.shape
     assert prepared.levels is not None
     level = float(np.diff(prepared.levels).max())
@@ -159,7 +159,7 @@ def test_kinds_and_predictions(checkpoint: Path) -> None:
     sample = processor.sample(CHAT, [prepared], loss="answers", max_tokens=1024)
     assert answers(processor, sample) == ["A cat.<|im_end|>", "It meows.<|im_end|>"]
     assert sample.predictions[:-1].tolist() == (sample.token_kinds[1:] == ANSWER).tolist()
-    n_features = processor._reader.n_features(prepared.shape)
+    n_features = processor._n_features(prepared)
     assert (sample.token_kinds == IMAGE).sum() == n_features
     everything = processor.sample(CHAT, [prepared], loss="all", max_tokens=1024)
     assert everything.predictions[:-1].tolist() == (sample.token_kinds[1:] != IMAGE).tolist()
@@ -184,7 +184,9 @@ def test_drawn_scenes_are_prepared_as_they_are_drawn(qwen: Path) -> None:
     values, grid = patches(drawn)
     assert prepared.shape == values.shape
     assert prepared.tensors["image_grid_thw"].tolist() == [list(grid)]
-    np.testing.assert_array_equal(pixel_values(prepared)[:, 512:], values[:, 512:])  # the first channel's mean differs
+    np.testing.assert_array_equal(
+        pixel_values(prepared, torch.device("cpu"), torch.float32)[:, 512:], values[:, 512:]
+    )  # the first channel's mean differs
 
 
 def test_a_picture_is_kept_once_by_its_content_as_whole_numbers(qwen: Path) -> None:
@@ -195,7 +197,9 @@ def test_a_picture_is_kept_once_by_its_content_as_whole_numbers(qwen: Path) -> N
     assert sorted(path.name for path in file.parent.iterdir()) == sorted(
         picture_file(each.content).name for each in (one, other)
     )
-    assert np.load(file).dtype == np.uint8
+    stored = np.load(file)
+    assert stored.dtype == np.uint8
+    assert stored.size * 2 == np.prod(one.shape)  # one frame of two equal ones
     # A checkpoint that scales values otherwise has other pictures.
     assert one.levels is not None
     assert one.levels.shape == (3, 256)

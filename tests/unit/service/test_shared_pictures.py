@@ -5,15 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sweep.core.batches import Picture, Plan, Sample
 from sweep.core.errors import Unfit
 from sweep.store.integrity import check_store
 from sweep.store.store import Store
 from workers.data.batches import make_plan
-from workers.data.pictures import picture_file, pixel_values
+from workers.data.pictures import picture_file
+from workers.model.forward import batch_to
 from workers.service.shared_pictures import fetch_pictures, share_pictures
 
+CPU = torch.device("cpu")
 LEVELS = np.linspace(-1, 1, 256, dtype=np.float32)[None].repeat(3, axis=0)
 
 
@@ -42,11 +45,11 @@ def test_another_machine_gets_the_pictures_out_of_the_store_and_the_plan_has_non
     plan = plan_of(3)
     assert len(pickle.dumps(plan)) < 50_000  # the pictures have 75 MB as float32
     share_pictures([plan, plan], store)
-    here = [pixel_values(picture) for batch in plan.batches("3") for picture in batch.all_pictures]
+    here = [batch_to(batch, CPU, torch.float32)["pixel_values"] for batch in plan.batches("3")]
     on_machine("worker", tmp_path, monkeypatch)
     fetch_pictures(plan, store)
-    there = [pixel_values(picture) for batch in plan.batches("3") for picture in batch.all_pictures]
-    assert all(np.array_equal(one, other) for one, other in zip(here, there, strict=True))
+    there = [batch_to(batch, CPU, torch.float32)["pixel_values"] for batch in plan.batches("3")]
+    assert all(torch.equal(one, other) for one, other in zip(here, there, strict=True))
     (finding,) = check_store(store)
     assert "3 pictures for workers" in finding.text
 
