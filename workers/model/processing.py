@@ -5,12 +5,11 @@ installed or not: ids and pixels are then the same everywhere. The text is that 
 picture's mark is written out as the model reads it, one placeholder a picture feature, before it is tokenized.
 """
 
-import contextlib
 import hashlib
+import io
 import json
 import math
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers import AutoImageProcessor
 from sweep.core.batches import ANSWER, IMAGE, PROMPT, BoolArray, FloatArray, KindArray, Picture, Sample
 from sweep.core.errors import SweepError
 from workers.data.conversations import Conversation, Message
-from workers.data.pictures import picture_file
+from workers.data.pictures import picture_file, write_picture_file
 from workers.model.forward import valued
 from workers.model.loading import UNREADABLE, first_line, read_config, read_tokenizer
 from workers.model.readers import FAMILIES, QWEN_TYPES, Arrays, Reader, reader_of, reads_pictures
@@ -83,7 +82,9 @@ class Processor:
             sha.update(np.ascontiguousarray(array).data)
         content = sha.hexdigest()[:32]
         by_channel = levels is not None or n_frames > 1
-        _write_once(picture_file(content), values.reshape(len(values), _CHANNELS if by_channel else 1, -1))
+        file = io.BytesIO()
+        np.save(file, values.reshape(len(values), _CHANNELS if by_channel else 1, -1))
+        write_picture_file(picture_file(content), file.getvalue())
         return Picture(
             content=content,
             shape=shape,
@@ -458,22 +459,3 @@ def _are_levels(whole: npt.NDArray[np.uint8], levels: FloatArray, values: FloatA
     """Whether whole numbers and their values by channel are a picture's values, to the bit."""
     stored = torch.from_numpy(whole.reshape(len(whole), _CHANNELS, -1))
     return np.array_equal(valued(stored, levels, values.shape).numpy(), values)
-
-
-def _write_once(file: Path, values: npt.NDArray[np.generic]) -> None:
-    """Write a file whole, if it is not there."""
-    if file.exists():
-        return
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as opened:
-            np.save(opened, values)
-        partial.replace(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise SweepError(
-            f"Cannot keep prepared pictures in {file.parent}: {error.strerror or error}. "
-            "Set SWEEP_CACHE_DIR to a directory that can be written and has room."
-        ) from error

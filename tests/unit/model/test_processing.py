@@ -16,7 +16,7 @@ from workers.data.batches import make_plan
 from workers.data.conversations import Conversation, Message
 from workers.data.pictures import picture_file
 from workers.data.scenes import patches, scene
-from workers.model.forward import batch_to
+from workers.model.forward import batch_to, pixel_values
 from workers.model.loading import load
 from workers.model.processing import Processor
 
@@ -184,9 +184,8 @@ def test_drawn_scenes_are_prepared_as_they_are_drawn(qwen: Path) -> None:
     values, grid = patches(drawn)
     assert prepared.shape == values.shape
     assert prepared.tensors["image_grid_thw"].tolist() == [list(grid)]
-    np.testing.assert_array_equal(
-        pixel_values(prepared, torch.device("cpu"), torch.float32)[:, 512:], values[:, 512:]
-    )  # the first channel's mean differs
+    found = pixel_values(prepared, torch.device("cpu"), torch.float32)
+    np.testing.assert_array_equal(found[:, 512:], values[:, 512:])  # the first channel's mean differs
 
 
 def test_a_picture_is_kept_once_by_its_content_as_whole_numbers(qwen: Path) -> None:
@@ -382,3 +381,21 @@ def test_a_cache_that_cannot_be_written_is_named(qwen: Path, tmp_path: Path, mon
     monkeypatch.setenv("SWEEP_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(SweepError, match="Set SWEEP_CACHE_DIR"):
         processor.prepare(picture())
+
+
+def test_places_of_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    """Two pictures of unlike sizes between texts, and a chat without any."""
+    checkpoint = save_vision(tmp_path, "qwen3_vl")
+    processor, model = Processor(checkpoint, None), load(checkpoint, dtype=torch.float32, device="cpu")
+    pictures = [processor.prepare(picture(80, 140, seed=3)), processor.prepare(picture(160, 64))]
+    for n, chosen in ((2, pictures), (1, pictures[:1]), (0, [])):
+        sample = processor.sample(
+            chat("Which?", "That.", "Why?", "So.", n_pictures=n), chosen, loss="all", max_tokens=512
+        )
+        assert sample.positions is not None
+        np.testing.assert_array_equal(sample.positions[0], np.arange(len(sample.token_ids)))
+        ids = torch.from_numpy(sample.token_ids)[None]
+        types = (ids == model.config.image_token_id).long()
+        grids = [torch.from_numpy(each.tensors["image_grid_thw"]) for each in chosen]
+        found: Any = model.model.get_rope_index(ids, types, torch.cat(grids) if grids else None)  # pyright: ignore[reportCallIssue]
+        np.testing.assert_array_equal(sample.positions[1:], found[0][:, 0].numpy())

@@ -138,6 +138,7 @@ def test_scores_of_chats_are_those_of_hooks_on_transformers(
         for each, images in zip(CHATS, PICTURES, strict=True)
     ]
     plan = make_plan(samples, packed=True)
+    assert len(plan.segments[0]) == (1 if kind == "qwen3_vl" else 3)  # in one row, or each in its own batch
     rows = capture(model, plan.segments, list(linears))
     engine, job = Engine(torch.device("cpu")), job_of("int4", INT4, None, {"small": 1})
     assert len(groups) == (4 if kind == "qwen3_vl_moe" else 8)  # its experts are no linears
