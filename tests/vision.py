@@ -32,7 +32,7 @@ _TEXT: dict[str, Any] = {
     "bos_token_id": None,
 }
 _SPECIAL = ("<img>", "</img>", "<IMG_CONTEXT>", "<image>", "<start_of_image>", "<image_soft_token>", "<end_of_image>")
-_SPECIAL += ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE", "TILE_GLOBAL")
+_SPECIAL += ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>")
 _SPECIAL += ("<IMG_START>", "<IMG_ATOM>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
 _NAMED = {
     "internvl": {
@@ -206,7 +206,7 @@ def _tiles(**options: Any) -> Any:
 def _ovis_tiles() -> Any:
     from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 
-    return Ovis2ImageProcessorPil(size={"height": 56, "width": 56}, max_patches=4)
+    return Ovis2ImageProcessorPil(size={"height": 56, "width": 56}, max_patches=4, crop_to_patches=True)
 
 
 def _clip() -> Any:

@@ -156,11 +156,11 @@ def _loaded(path: Path, config: PreTrainedConfig) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (*UNREADABLE, ImportError) as error:
-        missing = "torchvision" in str(error)
-        advice = "Install torchvision, of the build of this torch" if missing else "Copy the model's processor files"
+        why = f"does not load: {first_line(error)} Copy the model's processor files there"
+        if "torchvision" in str(error).lower():
+            why = "needs torchvision. Install it, of the build of this torch"
         raise SweepError(
-            f"The processor of {path} (model type {config.model_type}) does not load: {first_line(error)} "
-            f"{advice}, or type a data set without pictures."
+            f"The processor of {path} (model type {config.model_type}) {why}, or type a data set without pictures."
         ) from error
     if not all(hasattr(processor, name) for name in ("image_processor", "tokenizer")):
         raise _unknown(path, config, "is none of pictures and text: copy the model's processor_config.json there. It")

@@ -1,5 +1,8 @@
 """Conversations and pictures as a checkpoint's own processor makes them: ids, kinds of tokens, pixels, refusals."""
 
+import importlib.util
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import transformers
 from sweep.core.batches import ANSWER, IMAGE, Sample
 from sweep.core.errors import SweepError
 from tests.models import save_checkpoint
-from tests.vision import FAMILIES, chat, picture, save_tokenizer, save_vision, template
+from tests.vision import FAMILIES, OTHERS, chat, picture, save_tokenizer, save_vision, template
 from workers.data.batches import make_plan
 from workers.data.conversations import Conversation, Message
 from workers.data.pictures import picture_file
@@ -23,7 +26,7 @@ from workers.model.processing import Processor
 CHAT = chat("What is it?", "A cat.", "Why?", "It meows.", n_pictures=1)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=(*FAMILIES, *OTHERS))
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_vision(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -62,6 +65,10 @@ def whole_processor(checkpoint: Path, image_processor: Any) -> Any:
     """The family's processor of transformers with this image processor, for which video needs torchvision."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     config = transformers.AutoConfig.from_pretrained(checkpoint)
+    if config.model_type in OTHERS:
+        processor = transformers.AutoProcessor.from_pretrained(checkpoint)
+        processor.image_processor = image_processor
+        return processor
     if config.model_type == "llava":
         return transformers.LlavaProcessor(
             image_processor,
@@ -345,6 +352,96 @@ def test_marks_in_a_text_are_refused(qwen: Path) -> None:
 def test_a_conversation_without_an_answer_is_refused(qwen: Path) -> None:
     with pytest.raises(SweepError, match=r"no turn of the assistant.*dataset.answers=model"):
         Processor(qwen, None).sample(chat("Why?"), [], loss="answers", max_tokens=512)
+
+
+class Odd:
+    """A processor of transformers' kind that answers as `arrays` has it, a row of one token a picture."""
+
+    image_token = "<image>"
+    tokenizer = image_processor = None
+
+    def __init__(self, arrays: Callable[[int], dict[str, Any]], written: str = "<IMG_ATOM>") -> None:
+        self.arrays, self.written = arrays, written
+
+    def __call__(self, text: list[str], images: list[Any], **_options: Any) -> dict[str, Any]:
+        tokenizer = Odd.tokenizer
+        assert tokenizer is not None
+        ids = tokenizer(text[0].replace("<image>", self.written))["input_ids"]
+        spans = [{"replacement": "<IMG_ATOM>"}] * len(images)
+        return {"input_ids": [ids], "text_replacement_offsets": [spans], **self.arrays(len(images))}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "written", "said"),
+    [
+        (lambda n: {"pixel_values": np.zeros((1, n, 3, 8, 8))}, "<IMG_ATOM>", r"pads pictures or nests them \(pixel"),
+        (lambda n: {"pixel_values": np.zeros((n, 3, 8 * n, 8))}, "<IMG_ATOM>", r"pads pictures or nests them \(pixel"),
+        (lambda n: {"pixel_values": np.zeros((n, 2, 3, 8, 8))}, "<IMG_ATOM>", "nests pictures"),
+        (lambda n: {"pixel_values": np.zeros((n, 3, 8, 8))}, "<IMG_ATOM> ", "writes other text around pictures"),
+        (
+            lambda n: {"pixel_values": np.zeros((n, 3)), "aspect": np.ones(n)},
+            "<IMG_ATOM>",
+            "aspect .* no whole numbers",
+        ),
+        (lambda n: {"pixel_values": np.zeros((n, 3)), "sizes": np.ones((1, n), int)}, "<IMG_ATOM>", "sizes of two"),
+    ],
+)
+def test_a_processor_whose_pictures_cannot_share_a_batch_is_refused(
+    arrays: Any, written: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = save_vision(tmp_path / "model", "ovis2")
+    monkeypatch.setattr(Odd, "tokenizer", transformers.AutoTokenizer.from_pretrained(checkpoint))
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: Odd(arrays, written))
+    with pytest.raises(SweepError, match=rf"model type ovis2\).*{said}.*Type a data set without pictures"):
+        Processor(checkpoint, None).prepare(picture())
+
+
+def configured(directory: Path, config: Any, image_processor: Any, processor: str) -> Path:
+    """A checkpoint's settings without weights."""
+    save_tokenizer(directory, "ovis2")
+    config.save_pretrained(directory)
+    image_processor.save_pretrained(directory)
+    file = directory / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"processor_class": processor}))
+    settings = {"processor_class": processor, "patch_size": 14, "vision_feature_select_strategy": "default"}
+    (directory / "processor_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def test_families_of_transformers_that_pad_or_nest_pictures_are_refused(tmp_path: Path) -> None:
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    siglip = SiglipImageProcessorPil()
+    siglip.image_seq_length = 4
+    named = {"image_token_index": 4099}
+    cases = [
+        (transformers.LlavaNextConfig(**named), LlavaNextImageProcessorPil(), "LlavaNextProcessor", "nests pictures"),
+        (transformers.Idefics3Config(image_token_id=4099), Idefics3ImageProcessorPil(), "Idefics3Processor", "other text"),
+        (transformers.PaliGemmaConfig(**named), siglip, "PaliGemmaProcessor", "other text around"),
+    ]
+    for config, image_processor, processor, said in cases:
+        checkpoint = configured(tmp_path / processor, config, image_processor, processor)
+        with pytest.raises(SweepError, match=rf"{config.model_type}\).*{said}.*Type a data set without pictures"):
+            Processor(checkpoint, None).prepare(picture())
+
+
+def test_a_processor_that_needs_torchvision_says_so(tmp_path: Path) -> None:
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("it is there")
+    smolvlm, mistral = transformers.SmolVLMConfig(image_token_id=4099), transformers.Mistral3Config(image_token_index=9)
+    cases = [
+        (smolvlm, SmolVLMImageProcessorPil(), "SmolVLMProcessor"),
+        (mistral, PixtralImageProcessorPil(), "PixtralProcessor"),
+    ]
+    for config, image_processor, processor in cases:
+        checkpoint = configured(tmp_path / processor, config, image_processor, processor)
+        with pytest.raises(SweepError, match=rf"{config.model_type}\) needs torchvision. Install it"):
+            Processor(checkpoint, None).prepare(picture())
 
 
 def test_a_missing_image_processor_is_named(qwen: Path, tmp_path: Path) -> None:

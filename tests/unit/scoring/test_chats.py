@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from tests.formats import job_of
-from tests.vision import chat, picture, save_vision
+from tests.vision import OTHERS, chat, picture, save_vision
 from workers.data.batches import make_plan
 from workers.data.conversations import Conversation
 from workers.model.loading import load
@@ -44,6 +44,12 @@ def reference_inputs(
         for message in conversation.messages
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
+    if config.model_type in OTHERS:
+        whole = transformers.AutoProcessor.from_pretrained(checkpoint)
+        whole.image_processor = processor
+        inputs = dict(whole(text=[text], images=images or None, return_tensors="pt"))
+        del inputs["attention_mask"]
+        return inputs, answer_labels(inputs["input_ids"], tokenizer)
     mark = tokenizer.convert_ids_to_tokens(config.image_token_id)
     pieces, pixels, grids = text.split(mark), [], []
     text = pieces[0]
@@ -116,7 +122,7 @@ def hooked_scores(model: Any, checkpoint: Path, groups: dict[str, tuple[str, ...
     return scores
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "internvl", "llava"])
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "internvl", "llava", *OTHERS])
 def test_scores_of_chats_are_those_of_hooks_on_transformers(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
