@@ -80,8 +80,8 @@ def parts_of(groups: Sequence[ShapedGroup]) -> tuple[Part, ...]:
 
 
 def is_vision(module: str) -> bool:
-    """Whether a module belongs to a vision tower or a merger, whose rows are patches."""
-    return "visual" in module or "vision" in module
+    """Whether a module belongs to a vision tower, or to what makes tokens of its patches: its rows are of pictures."""
+    return any(word in module for word in ("visual", "vision", "projector", "connector", "aligner"))
 
 
 def part_of(module: str) -> tuple[str, int | None]:

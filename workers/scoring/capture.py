@@ -48,7 +48,7 @@ def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dic
 
     Returns: rows by module name; a module that no batch called is absent.
 
-    Raises: SweepError: a module is called on other rows than the batch's tokens or patches, or twice in one pass.
+    Raises: SweepError: a module is called on other rows than the batch's tokens or patches, on fewer or more.
     """
     parameter = next(model.parameters())
     decoder = decoder_of(model)
@@ -127,6 +127,7 @@ class Recorder:
                 self._n_batch += 1
                 self._seen.clear()
                 yield batch
+                self._check_filled()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -181,6 +182,13 @@ class Recorder:
             self._layouts[rows_a_patch] = layout_of(self._segments, kinds_of, self._device)
         return self._layouts[rows_a_patch]
 
+    def _check_filled(self) -> None:
+        """Raises: SweepError: rows of this batch lack, so those that are there may be of any of its samples."""
+        for name, buffer in self._buffers.items():
+            first, last = buffer.layout.batch_ends[self._n_batch : self._n_batch + 2]
+            if buffer.batch == self._n_batch and buffer.end < last:
+                raise _not_scored(name, buffer.end - first, last - first)
+
     def _rows(self, name: str, buffer: _Buffer, n_rows: int) -> slice:
         """The place of a call's rows in the buffer.
 
@@ -189,12 +197,16 @@ class Recorder:
         first, last = buffer.layout.batch_ends[self._n_batch : self._n_batch + 2]
         start = buffer.end if buffer.batch == self._n_batch else first
         if start + n_rows > last:
-            called = start + n_rows - first
-            raise SweepError(
-                f"{name} is called on {called} rows where the batch has {last - first}: it cannot be scored."
-            )
+            raise _not_scored(name, start + n_rows - first, last - first)
         buffer.batch, buffer.end = self._n_batch, start + n_rows
         return slice(start, buffer.end)
+
+
+def _not_scored(name: str, n_called: int, n_rows: int) -> SweepError:
+    advice = " Choose sensitivity.coverage=lm_only." if is_vision(name) else ""
+    return SweepError(
+        f"{name} is called on {n_called} rows where the batch has {n_rows}: it cannot be scored by sample.{advice}"
+    )
 
 
 def row_square_sums(tensor_TO: Tensor) -> Tensor:

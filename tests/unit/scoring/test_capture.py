@@ -1,12 +1,15 @@
 """The loss's gradient through the head by pieces of rows, against autograd on all logits at once."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sweep.core.batches import Sample
+from sweep.core.errors import SweepError
 from tests.models import random_model, random_samples
 from workers.data.batches import make_plan
 from workers.model.forward import batch_to, labels_of, summed_loss
@@ -71,3 +74,27 @@ def test_modules_that_no_batch_calls_are_absent() -> None:
         )
         == {}
     )
+
+
+class Routed(nn.Module):
+    """A model with a linear, `expert`, that is called on the tokens before a number, and an ordinary one."""
+
+    def __init__(self, n_called: int) -> None:
+        super().__init__()
+        self.n_called = n_called
+        self.embedding, self.expert, self.head = nn.Embedding(64, 8), nn.Linear(8, 8), nn.Linear(8, 64)
+        self.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, **_arguments: Any) -> Any:
+        hidden = self.embedding(input_ids)
+        expert = self.expert(hidden.flatten(0, 1)[: self.n_called])
+        rest = hidden.flatten(0, 1)[self.n_called :]
+        return SimpleNamespace(logits=self.head(torch.cat([expert, rest]).view_as(hidden)))
+
+
+def test_a_linear_that_is_called_on_some_of_the_rows_is_refused() -> None:
+    """Which samples they are of is not known, so no score of a sample or of a kind of token would be right."""
+    segments = make_plan([Sample(token_ids=np.arange(10)), Sample(token_ids=np.arange(10))], packed=False).segments
+    assert capture(Routed(20), segments, ["expert"])["expert"].x_TI.shape == (20, 8)
+    with pytest.raises(SweepError, match="expert is called on 7 rows where the batch has 20: it cannot be scored"):
+        capture(Routed(7), segments, ["expert"])

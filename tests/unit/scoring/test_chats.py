@@ -4,14 +4,17 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from sweep.core.batches import IMAGE
+from sweep.core.groups import is_vision
 from tests.formats import job_of
-from tests.vision import OTHERS, chat, picture, save_vision
+from tests.vision import FAMILIES, OTHERS, chat, picture, save_vision
 from workers.data.batches import make_plan
 from workers.data.conversations import Conversation
 from workers.model.loading import load
@@ -21,12 +24,24 @@ from workers.scoring.capture import capture
 from workers.scoring.gradient import Engine
 
 INT4 = {"num_bits": 4, "axis": 0}
+# Layer groups of tower and projector: blocks of four groups, mergers, projectors.
+N_VISION = {
+    "qwen3_vl": 2 * 4 + 3 * 2,
+    "qwen3_vl_moe": 2 * 4 + 3 * 2,
+    "qwen2_5_vl": 2 * 4 + 2,
+    "internvl": 2 * 4 + 2,
+    "llava": 3 * 4 + 2,
+    "gemma3": 2 * 4,
+    "aya_vision": 2 * 4 + 2,
+    "ovis2": 2 * 4 + 1,
+}
 CHATS = [
     chat("What is it?", "A cat.", "Why?", "It meows.", n_pictures=1),
     chat("Which of them is red?", "The second one.", n_pictures=2),
     chat("And without a picture?", "It is a text.", "Then?", "So."),
+    chat("What is it?", "A cat.", "Why?", "It meows.", n_pictures=1),  # shares a batch with the first
 ]
-PICTURES = [[picture(seed=1)], [picture(seed=2), picture(80, 140, seed=3)], []]
+PICTURES = [[picture(seed=1)], [picture(seed=2), picture(80, 140, seed=3)], [], [picture(seed=4)]]
 
 
 def reference_inputs(
@@ -51,6 +66,8 @@ def reference_inputs(
         del inputs["attention_mask"]
         return inputs, answer_labels(inputs["input_ids"], tokenizer)
     mark = tokenizer.convert_ids_to_tokens(config.image_token_id)
+    if config.model_type == "gemma3":
+        text = text.replace("<start_of_image>", mark)
     pieces, pixels, grids = text.split(mark), [], []
     text = pieces[0]
     for image, piece in zip(images, pieces[1:], strict=True):
@@ -61,6 +78,8 @@ def reference_inputs(
             text += "<img>" + mark * 4 * len(found["pixel_values"]) + "</img>" + piece
         elif config.model_type == "llava":
             text += mark * 16 + piece
+        elif config.model_type == "gemma3":
+            text += "\n\n<start_of_image>" + mark * 4 + "<end_of_image>\n\n" + piece
         else:
             grids.append(found["image_grid_thw"])
             text += mark * (int(grids[-1].prod()) // 4) + piece
@@ -70,6 +89,8 @@ def reference_inputs(
         inputs["pixel_values"] = torch.cat(pixels)
     if grids:
         inputs |= {"image_grid_thw": torch.cat(grids), "mm_token_type_ids": (ids == config.image_token_id).long()}
+    if config.model_type == "gemma3" and pixels:
+        inputs["token_type_ids"] = (ids == config.image_token_id).long()
     return inputs, answer_labels(ids, tokenizer)
 
 
@@ -87,8 +108,8 @@ def answer_labels(ids: Tensor, tokenizer: Any) -> Tensor:
     return labels
 
 
-def hooked_scores(model: Any, checkpoint: Path, groups: dict[str, tuple[str, ...]]) -> dict[str, float]:
-    """Sum of (g dy)^2 of each group under INT4 weights a channel, in float64."""
+def hooked_scores(model: Any, checkpoint: Path, groups: dict[str, tuple[str, ...]]) -> dict[str, list[float]]:
+    """Sum of (g dy)^2 of each group and conversation under INT4 weights a channel, in float64."""
     kept: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
     def keep(name: str) -> Any:
@@ -102,30 +123,34 @@ def hooked_scores(model: Any, checkpoint: Path, groups: dict[str, tuple[str, ...
 
     names = [name for modules in groups.values() for name in modules]
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    scores: dict[str, list[float]] = {first: [] for first in groups}
     for conversation, images in zip(CHATS, PICTURES, strict=True):
         inputs, labels = reference_inputs(checkpoint, conversation, images)
         with torch.enable_grad():
             logits = model(**inputs, use_cache=False).logits
             F.cross_entropy(logits[0].double(), labels[0], ignore_index=-100, reduction="sum").backward()
+        for first, modules in groups.items():
+            scores[first].append(sum(squares(model.get_submodule(name).weight, kept[name]) for name in modules))
+        kept.clear()
     for handle in handles:
         handle.remove()
-    scores: dict[str, float] = {}
-    for first, modules in groups.items():
-        scores[first] = 0.0
-        for name in modules:
-            weight = model.get_submodule(name).weight.double()
-            scale = weight.abs().amax(dim=1, keepdim=True) / 7
-            change = (weight / scale).round() * scale - weight
-            for x, output in kept[name]:
-                assert output.grad is not None
-                scores[first] += float(((x.double() @ change.T * output.grad.double()) ** 2).sum())
     return scores
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "internvl", "llava", *OTHERS])
+def squares(weight: Tensor, kept: list[tuple[Tensor, Tensor]]) -> float:
+    """Sum of (g dy)^2 of one linear's calls."""
+    weight = weight.double()
+    scale = weight.abs().amax(dim=1, keepdim=True) / 7
+    change = (weight / scale).round() * scale - weight
+    gradients = [(x, output.grad) for x, output in kept if output.grad is not None]  # None: no loss depends on it
+    return sum(float(((x.double() @ change.T * gradient.double()) ** 2).sum()) for x, gradient in gradients)
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, *OTHERS])
 def test_scores_of_chats_are_those_of_hooks_on_transformers(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of every linear but the head, vision tower and projector included, in every sample."""
     monkeypatch.setenv("SWEEP_CACHE_DIR", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     checkpoint = save_vision(tmp_path / "model", kind)
@@ -133,7 +158,7 @@ def test_scores_of_chats_are_those_of_hooks_on_transformers(
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "language_model.layers" in name
+        if isinstance(module, nn.Linear) and "lm_head" not in name
     }
     groups = dict(layer_groups(linears))
     expected = hooked_scores(model, checkpoint, groups)
@@ -144,13 +169,19 @@ def test_scores_of_chats_are_those_of_hooks_on_transformers(
         for each, images in zip(CHATS, PICTURES, strict=True)
     ]
     plan = make_plan(samples, packed=True)
-    assert len(plan.segments[0]) == (1 if kind == "qwen3_vl" else 3)  # in one row, or each in its own batch
+    assert len(plan.segments[0]) == (1 if kind == "qwen3_vl" else 3)  # all in one row, or two of one length in a batch
     rows = capture(model, plan.segments, list(linears))
-    engine, job = Engine(torch.device("cpu")), job_of("int4", INT4, None, {"small": 1})
-    assert len(groups) == (4 if kind == "qwen3_vl_moe" else 8)  # its experts are no linears
+    engine, job = Engine(torch.device("cpu")), job_of("int4", INT4, None, {"small": len(CHATS)})
     for first, modules in groups.items():
         weights = {name: linears[name].weight for name in modules}
-        found = engine.score_group(weights, rows, [job])()
-        assert found is not None
-        assert isinstance(found[0], dict)
-        assert found[0]["small"].score == pytest.approx(expected[first], rel=1e-5), first
+        outcome = engine.score_group(weights, rows, [job])()
+        assert outcome is not None, first
+        assert isinstance(outcome[0], dict)
+        found = outcome[0]["small"]
+        assert found.score == pytest.approx(sum(expected[first]), rel=1e-5), first
+        np.testing.assert_allclose(found.sample_scores, expected[first], rtol=1e-5)
+        if is_vision(first):
+            assert found.kind_scores[IMAGE].sum() == pytest.approx(found.score, rel=1e-12)
+            assert expected[first][2] == 0
+    assert sum(map(is_vision, groups)) == N_VISION[kind]
+    assert len(groups) - N_VISION[kind] == (4 if kind == "qwen3_vl_moe" else 8)  # its experts are no linears
