@@ -29,6 +29,7 @@ class Workload:
     n_tokens: int  # of all samples
     n_patches: int  # of all images
     batch_tokens: int  # of the longest batch
+    batch_patches: int  # of the batch that has most
     itemsize: int  # bytes a value of the model's dtype
     model_bytes: int
     vocabulary: int
@@ -51,6 +52,7 @@ def workload(plan: Plan, n_segments: int, *, n_inputs: int, dtype: str, model_by
         n_tokens=sum(sum(batch.lengths) for batch in batches),
         n_patches=sum(sum(batch.patch_counts) for batch in batches),
         batch_tokens=max(sum(batch.lengths) for batch in batches),
+        batch_patches=max(sum(batch.patch_counts) for batch in batches),
         itemsize=2 if dtype == "bfloat16" else 4,
         model_bytes=model_bytes,
         vocabulary=vocabulary,
@@ -60,8 +62,10 @@ def workload(plan: Plan, n_segments: int, *, n_inputs: int, dtype: str, model_by
 
 def capture_bytes(groups: Sequence[ShapedGroup], work: Workload) -> int:
     """Bytes of x and g of layer groups, and of the autograd graph of one batch through them."""
-    graph_rows = _GRAPH_SHARE * min(work.n_tokens, work.batch_tokens)
-    values = sum((group.n_inputs + group.n_outputs) * (_rows(group, work) + graph_rows) for group in groups)
+    values = sum(
+        (group.n_inputs + group.n_outputs) * (_rows(group, work) + _GRAPH_SHARE * _batch_rows(group, work))
+        for group in groups
+    )
     return round(values * work.itemsize)
 
 
@@ -81,6 +85,11 @@ def n_rows(batches: Iterable[Batch]) -> int:
 
 def _rows(group: ShapedGroup, work: Workload) -> int:
     return work.n_patches if is_vision(group.name) else work.n_tokens
+
+
+def _batch_rows(group: ShapedGroup, work: Workload) -> int:
+    """The most rows that one batch calls a group on."""
+    return work.batch_patches if is_vision(group.name) else min(work.n_tokens, work.batch_tokens)
 
 
 def needed_bytes(parts: Sequence[Sequence[ShapedGroup]], work: Workload) -> int:

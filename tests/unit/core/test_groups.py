@@ -15,6 +15,7 @@ from sweep.core.groups import LayerGroup, ShapedGroup, part_of, parts_of, short_
         ("model.visual.blocks.5.attn.qkv", "model.visual.blocks.5", None),  # no decoder layer
         ("model.visual.deepstack_merger_list.1.linear_fc1", "model.visual.deepstack_merger_list.1", None),
         ("model.visual.merger.linear_fc2", "model.visual.merger", None),
+        ("model.multi_modal_projector.linear_1", "model.multi_modal_projector", None),
         ("lm_head", "lm_head", None),
     ],
 )

@@ -4,17 +4,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from sweep.config.compose import expand
-from sweep.core.batches import Plan
+from sweep.core.batches import Picture, Plan, Sample
 from sweep.core.errors import SweepError
-from sweep.core.groups import ShapedGroup
+from sweep.core.groups import ShapedGroup, parts_of
 from sweep.core.machine import Gpu, Hardware
 from sweep.plan.subject import Model
 from sweep.plan.trials import SweepPlan, plan_sweep
 from tests.models import overrides_of, place_at
+from workers.data.batches import make_plan
 from workers.model import memory
 from workers.model.memory import Workload, capture_bytes, fixed_bytes, needed_bytes, windows
 from workers.service import scorer
@@ -45,6 +47,7 @@ def work(**changes: Any) -> Workload:
         "n_tokens": 1000,
         "n_patches": 0,
         "batch_tokens": 100,
+        "batch_patches": 0,
         "itemsize": 2,
         "model_bytes": 0,
         "vocabulary": 1,
@@ -55,7 +58,32 @@ def work(**changes: Any) -> Workload:
 
 def test_x_and_g_of_every_token_are_counted_and_the_graph_of_one_batch() -> None:
     assert capture_bytes([group(0, 30, 20)], work()) == 50 * 2 * (1000 + 1.7 * 100)
-    assert capture_bytes([group(0, 30, 20, "visual")], work(n_patches=4000)) == 50 * 2 * (4000 + 1.7 * 100)
+    pictures = work(n_patches=4000, batch_patches=800)
+    assert capture_bytes([group(0, 30, 20, "visual")], pictures) == 50 * 2 * (4000 + 1.7 * 800)
+
+
+def test_pictures_of_1000_tokens_are_4000_patches_of_qwen3_vl_in_windows_and_least_memory() -> None:
+    """Three chats of 1,050 tokens, each a batch: two of them would be over 2,048 tokens."""
+    picture = Picture(content="a", shape=(4000, 1536), n_rows=4000, tensors={})
+    chats = [Sample(token_ids=np.arange(1050), pictures=(picture,)) for _ in range(3)]
+    plan = make_plan(chats, packed=True)
+    found = memory.workload(plan, 1, n_inputs=1, dtype="bfloat16", model_bytes=10**9, vocabulary=1000)
+    assert (found.n_tokens, found.n_patches, found.batch_tokens, found.batch_patches) == (3150, 12000, 1050, 4000)
+    tower, layer = group(0, 1024, 4096, "visual"), group(0, 2560, 9728)
+    tower_bytes = 2 * (1024 + 4096) * (12000 + 1.7 * 4000)  # x and g of all patches, and a graph of one batch
+    layer_bytes = 2 * (2560 + 9728) * (3150 + 1.7 * 1050)
+    assert capture_bytes([tower], found) == tower_bytes == 192_512_000
+    assert capture_bytes([layer], found) == pytest.approx(layer_bytes, abs=1)
+    # The model, 512 rows of logits, the tower's products (more than the layer's), and the reserve.
+    operands = 2 * 12000 * (1024 * 2 + 4096 * 3)
+    assert operands > 2 * 3150 * (2560 * 2 + 9728 * 3)
+    fixed = 10**9 + 512 * 1000 * 14 + operands + 1.5e9
+    assert fixed_bytes([tower, layer], found) == fixed
+    assert needed_bytes([[tower], [layer]], found) == fixed + tower_bytes
+    parts = parts_of([tower, layer])
+    together = memory.part_windows(parts, found, fixed + tower_bytes + layer_bytes + 1)
+    assert [[part.name for part in window] for window in together] == [[part.name for part in parts]]
+    assert len(memory.part_windows(parts, found, fixed + tower_bytes + layer_bytes - 1)) == 2
 
 
 def test_a_4b_model_on_7100_captions_tokens_fits_16_gb_only_in_windows() -> None:

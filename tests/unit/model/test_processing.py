@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from sweep.core.batches import ANSWER, IMAGE, Sample
+from sweep.core.batches import ANSWER, IMAGE, Batch, Sample
 from sweep.core.errors import SweepError
 from tests.models import save_checkpoint
 from tests.vision import FAMILIES, OTHERS, chat, picture, save_tokenizer, save_vision, template
@@ -20,7 +20,7 @@ from workers.data.conversations import Conversation, Message
 from workers.data.pictures import picture_file
 from workers.data.scenes import patches, scene
 from workers.model.forward import batch_to, pixel_values
-from workers.model.loading import load
+from workers.model.loading import load, structure
 from workers.model.processing import Processor
 
 CHAT = chat("What is it?", "A cat.", "Why?", "It meows.", n_pictures=1)
@@ -158,6 +158,31 @@ def test_the_model_takes_them_and_all_rows_of_its_tower_are_counted(checkpoint: 
     assert torch.isfinite(logits).all()
     assert logits.shape[1] == len(sample.token_ids)
     assert rows == {prepared.n_rows}
+
+
+def test_texts_of_one_batch_do_not_see_each_other(checkpoint: Path) -> None:
+    """Chats without pictures share a row only where a model keeps them apart, and else a batch of equal lengths."""
+    processor = Processor(checkpoint, None)
+    chats = [chat("What is it?", "A cat."), chat("What is it?", "A dog."), chat("Why is it so?", "It is a cat.")]
+    samples = [processor.sample(each, [], loss="answers", max_tokens=512) for each in chats]
+    assert len(samples[0].token_ids) == len(samples[1].token_ids) != len(samples[2].token_ids)
+    is_packed = structure(checkpoint).packable
+    model = load(checkpoint, dtype=torch.float32, device="cpu")
+
+    def logits(*some: Sample) -> list[torch.Tensor]:
+        batches = make_plan(some, packed=is_packed).segments[0]
+        with torch.no_grad():
+            outputs = [model(**batch_to(each, torch.device("cpu"), torch.float32), use_cache=False) for each in batches]
+        rows = [rows for batch, each in zip(batches, outputs, strict=True) for rows in split(batch, each.logits)]
+        order = [index for batch in batches for index in batch.order]
+        return [rows[order.index(index)] for index in range(len(some))]
+
+    def split(batch: Batch, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return values.flatten(0, 1).split(list(batch.lengths))
+
+    assert len(make_plan(samples, packed=is_packed).segments[0]) == (1 if is_packed else 2)
+    for found, sample in zip(logits(*samples), samples, strict=True):
+        torch.testing.assert_close(found, *logits(sample), rtol=1e-4, atol=1e-5)
 
 
 def test_kinds_and_predictions(checkpoint: Path) -> None:
@@ -418,7 +443,7 @@ def test_families_of_transformers_that_pad_or_nest_pictures_are_refused(tmp_path
     named = {"image_token_index": 4099}
     cases = [
         (transformers.LlavaNextConfig(**named), LlavaNextImageProcessorPil(), "LlavaNextProcessor", "nests pictures"),
-        (transformers.Idefics3Config(image_token_id=4099), Idefics3ImageProcessorPil(), "Idefics3Processor", "other text"),
+        (transformers.Idefics3Config(image_token_id=4099), Idefics3ImageProcessorPil(), "Idefics3Processor", "other"),
         (transformers.PaliGemmaConfig(**named), siglip, "PaliGemmaProcessor", "other text around"),
     ]
     for config, image_processor, processor, said in cases:
