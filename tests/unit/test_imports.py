@@ -20,7 +20,7 @@ HOMES = {
         "workers/export/modelopt_layout.py",
     },
     "compressed_tensors": {f"workers/export/{name}.py" for name in ("schemes", "weights", "compressed")},
-    "transformers": {f"workers/model/{name}.py" for name in ("loading", "processing", "answers")},
+    "transformers": {f"workers/model/{name}.py" for name in ("loading", "processing", "readers", "answers")},
     "huggingface_hub": {"workers/model/loading.py"},
     "datasets": {"workers/data/samples.py", "workers/data/rows.py"},
     "matplotlib": {"sweep/report/plots.py"},

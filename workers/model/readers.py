@@ -91,8 +91,8 @@ def reader_of(path: Path, config: PreTrainedConfig, tokenizer: Any, image_proces
     """
     if not reads_pictures(config):
         raise SweepError(
-            f"{path} is of model type {config.model_type}, which reads no pictures. Type a data set without pictures, "
-            "or another model.path=DIR."
+            f"{path} is of model type {config.model_type}, which reads no pictures, or by no token of its own. "
+            "Type a data set without pictures, or another model.path=DIR."
         )
     if (family := FAMILIES.get(config.model_type)) is not None:
         return family(config, tokenizer)
