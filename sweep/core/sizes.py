@@ -9,8 +9,12 @@ _STEP: Final = 512  # samples between boundaries after the last named one
 _MOST: Final = 1_000_000
 
 
-def n_samples_of(size: str) -> int:
+def n_samples_of(size: str, key: str = "dataset.size") -> int:
     """Number of samples of a size: ``medium`` has 128, ``64`` has 64.
+
+    Args:
+        size: a name or a number.
+        key: where it was typed, for errors.
 
     Raises: SweepError: neither a name nor a number from 2 up.
     """
@@ -18,7 +22,7 @@ def n_samples_of(size: str) -> int:
         return SIZES[size]
     if not (size.isascii() and size.isdigit() and 2 <= int(size) <= _MOST):
         raise SweepError(
-            f"dataset.size={size!r} is no size. Type {', '.join(SIZES)} "
+            f"{key}={size!r} is no size. Type {', '.join(SIZES)} "
             f"({', '.join(map(str, SIZES.values()))} samples), or a number of samples from 2 to {_MOST:,}."
         )
     return int(size)

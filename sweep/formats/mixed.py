@@ -17,6 +17,7 @@ from sweep.core.batches import TOKEN_KINDS
 from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import Coverage, LayerGroup
 from sweep.core.pairs import ALGORITHMS, Algorithm, Scales
+from sweep.core.sizes import n_samples_of
 from sweep.core.typed import Plain, describe, fits, hints_of
 from sweep.formats.fields import QUANTIZERS, check_fields
 from sweep.formats.format import GroupFormat
@@ -191,6 +192,12 @@ class MixedRecipe:
             raise SweepError(f"{where}: {doubled[0]} is in two layer groups. A linear has one format.")
         for kind in node.tokens:
             require_known(f"kind of token in {where}", kind, TOKEN_KINDS)
+        n_scored = n_samples_of(node.size, f"{where}: size")
+        if node.calibration_samples is not None and node.calibration_samples < n_scored:
+            raise SweepError(
+                f"{where}: calibration_samples is {node.calibration_samples}. It is null, or at least the "
+                f"{n_scored} samples of size {node.size}. Have `sweep solve` write it again."
+            )
         own = {name: getattr(node, name) for name in node.__struct_fields__ if name not in _NESTED}
         return cls(**own, formats=formats, groups=groups)
 

@@ -23,7 +23,7 @@ import workers.export.checkpoint
 from sweep.cli import main
 from sweep.commands.export import serve_line
 from sweep.config.compose import expand
-from sweep.config.schema import DatasetConfig, to_record
+from sweep.config.schema import to_record
 from sweep.config.targets import target_called
 from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
@@ -51,16 +51,7 @@ NAMES = ["nvfp4", "fp8_tensor_static", "int4_groups_weight_only", None, "fp8_blo
 @pytest.fixture(scope="module")
 def recipe() -> MixedRecipe:
     found = recipe_of([name and group_format(name, *FORMATS[name]) for name in NAMES])
-    dataset = DatasetConfig(
-        name="wordnet_glosses",
-        kind="bundled",
-        size="small",
-        max_tokens=512,
-        captions_path=None,
-        hub_id=None,
-        hub_split=None,
-        hub_column=None,
-    )
+    dataset = expand(["dataset.size=small"], multirun=False).points[0].dataset
     return replace(found, dataset_revision=make_plan(samples_of(dataset, MODEL, 16), packed=True).digest("small"))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from sweep.config.schema import DatasetConfig
+from sweep.config.compose import expand
 from sweep.core.batches import Plan, Sample
 from sweep.core.errors import SweepError
 from sweep.core.groups import Linear
@@ -179,16 +179,7 @@ def test_a_damaged_scale_is_seen_where_it_went(
 
 
 def test_every_layer_norm_of_the_vision_tower_takes_a_scale(base: Any) -> None:
-    dataset = DatasetConfig(
-        name="scenes",
-        kind="scenes",
-        size="small",
-        max_tokens=512,
-        captions_path=None,
-        hub_id=None,
-        hub_split=None,
-        hub_column=None,
-    )
+    dataset = expand(["dataset=scenes"], multirun=False).points[0].dataset
     batches = make_plan(samples_of(dataset, MODEL, 16), packed=True).batches("small")
     norms = {
         name: module

@@ -95,7 +95,7 @@ def test_whatever_is_taken_away_gives_a_recipe_or_one_message(document: dict[str
         for key in path[:-1]:
             node = node[key]
         del node[path[-1]]
-        if path[0] in ("samples", "dtype", "store"):  # files of earlier programs lack them
+        if path[0] in ("samples", "calibration_samples", "dtype", "store"):  # files of earlier programs lack them
             assert read(changed)
         elif len(path) == 1 or (path[0] == "groups" and len(path) == 3):
             with pytest.raises(SweepError, match=r"lacks|no recipe file"):
@@ -110,7 +110,9 @@ def test_whatever_is_taken_away_gives_a_recipe_or_one_message(document: dict[str
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("size",), "huge", r"mine\.yaml: size is 'huge'\. Allowed: small, medium, large\."),
+        (("size",), "huge", r"mine\.yaml: size='huge' is no size\. Type small, medium, large \(.*\), or a number"),
+        (("size",), "1", r"mine\.yaml: size='1' is no size\. .* a number of samples from 2 to 1,000,000\."),
+        (("calibration_samples",), 15, r"calibration_samples is 15\. It is null, or at least the 16 samples of"),
         (("tokens",), ["images"], r"Unknown kind of token in mine\.yaml 'images'\. Did you mean 'image'\?"),
         (("coverage",), "some", r"coverage is 'some'\. Allowed: lm_only, all_layers\."),
         (("model_revision",), 7, r"model_revision is 7\. Allowed: text\."),
