@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from sweep.core.exits import EXIT_INCOMPLETE
 from sweep.core.interrupts import interruptible
 from sweep.core.machine import Workers
 from sweep.core.screen import say, show_table
-from sweep.core.text import count, duration
+from sweep.core.text import count, duration, override
 from sweep.core.threads import every
 from sweep.plan.prefixes import take_prefixes
 from sweep.plan.trials import SweepPlan, plan_sweep
@@ -306,5 +307,7 @@ def say_results(
     say(console, f"Reports: {root} ({written} written)")
     say(console, f"Scores:  {session.store.uri}/scores/*/*.parquet")
     page = f"{root}/{finished[0].trial.model}/layer-analysis/README.md" if finished else ""
-    step = f"open {page}; sweep publish puts reports into models/" if finished else "sweep status"
+    store = override("store.uri", session.store.uri)
+    step = f"open {shlex.quote(page)}; sweep publish {store} puts reports into models/"
+    step = step if finished else f"sweep status {store}"
     say(console, f"Next:    {step}")

@@ -134,7 +134,8 @@ def _next_steps(request: Request, out: Path, target: Target) -> str:
     """What to type next, on the data sets of `validation` that were typed."""
     on = [override for override in request.overrides if override.startswith("validation.")]
     validated = shlex.join(["sweep", "validate", str(out), *on])
-    return f"Next: {validated}, then sweep export {out} --format {target.checkpoint} --out DIR"
+    exported = shlex.join(["sweep", "export", str(out), "--format", target.checkpoint, "--out", "DIR"])
+    return f"Next: {validated}, then {exported}"
 
 
 def _tables(candidates: Candidates, rules: Rules, target: Target, left_out: Sequence[Misfit], out: Path) -> Tables:

@@ -188,7 +188,7 @@ def _candidates_of(context: RecipeContext) -> Candidates:
     typed = [
         f"store.uri={config.store.uri}",
         f"model.name={recipe.model}",
-        f"dataset={recipe.dataset}",
+        f"dataset.name={recipe.dataset}",
         f"dataset.size={recipe.size}",
         f"sensitivity.coverage={recipe.coverage}",
         *{f"sensitivity.scales={each.scales}" for each in recipe.formats.values()},  # of one kind: one store's cells

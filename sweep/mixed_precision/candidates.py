@@ -2,22 +2,22 @@
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 
 from sweep.config.compose import expand
-from sweep.config.schema import StoreConfig, SweepConfig, from_record, to_plain
+from sweep.config.schema import OWN_KINDS, CalibrationConfig, StoreConfig, SweepConfig, from_record, to_plain
 from sweep.core.batches import TOKEN_KINDS
 from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import LayerGroup
 from sweep.core.sizes import n_samples_of
-from sweep.core.text import count
+from sweep.core.text import count, override
 from sweep.formats.format import GroupFormat
 from sweep.formats.quantizer import UNQUANTIZED_BITS
 from sweep.plan.subject import Model, checkpoint_dir
-from sweep.plan.trials import elements_of, recipe_of, score_version
+from sweep.plan.trials import calibration_of, elements_of, recipe_of, score_version
 from sweep.report.analysis import (
     FloatArray,
     float_column,
@@ -175,7 +175,11 @@ def read_candidates(
     elements = next((models[revision] for models in known), None)
     return Candidates(
         trial=rows[0],
-        config=replace(configs[rows[0].trial_id], store=StoreConfig(uri=store.uri)),  # it may have moved since
+        config=replace(
+            configs[rows[0].trial_id],
+            store=StoreConfig(uri=store.uri),  # it may have moved since
+            calibration=_calibration([configs[row.trial_id] for row in rows]),
+        ),
         groups=groups,
         formats=tuple(candidates.values()),
         elements=elements,
@@ -285,7 +289,7 @@ def _check_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]
         config = configs[row.trial_id]
         words = {
             "model": f"{row.model} ({row.model_revision[:8]})",
-            "dataset": row.dataset,
+            "dataset.name" if config.dataset.kind in OWN_KINDS else "dataset": row.dataset,
             "sensitivity.coverage": row.coverage,
             "sensitivity.lm_head": str(config.sensitivity.lm_head).lower(),
             "sensitivity.method": row.method,
@@ -318,10 +322,12 @@ def _of_one_revision(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig
     """
     samples = {row.dataset_revision for row in rows}
     if len(samples) > 1:
+        data_sets = [asdict(configs[row.trial_id].dataset) for row in rows]
+        differing = [_either(f"dataset.{key}", [each[key] for each in data_sets]) for key in data_sets[0]]
+        way_out = "; ".join(filter(None, differing)) or "a file that has changed since: sweep into another store.uri"
         raise SweepError(
             f"The store holds trials of {len(samples)} different sets of samples that are called "
-            f"{rows[0].dataset}/{rows[0].size}. Type the dataset.max_tokens or dataset.captions_path that you mean; "
-            "where the file itself has changed, sweep into another store.uri."
+            f"{rows[0].dataset}/{rows[0].size}. Type the one that you mean: {way_out}."
         )
     latest, _ = _score_version(max(rows, key=lambda row: row.created_at))
     found: list[TrialRow] = []
@@ -335,6 +341,27 @@ def _of_one_revision(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig
             "weights as runtimes hold them, which those trials did not. Type the same `sweep run` again."
         )
     return found
+
+
+def _either(key: str, values: Iterable[str | int | None]) -> str | None:
+    """The overrides that have each of several values; None: they are equal."""
+    found = sorted({override(key, "null" if value is None else str(value)) for value in values})
+    return " or ".join(found) if len(found) > 1 else None
+
+
+def _calibration(configs: Sequence[SweepConfig]) -> CalibrationConfig:
+    """The samples that found the ranges of the inputs, where they have some.
+
+    Raises: SweepError: they are of several numbers; a recipe has one.
+    """
+    ranged = [config for config in configs if format_of(config).calibrates_inputs]
+    found = {calibration_of(config, format_of(config)): config.calibration for config in ranged}
+    if asked := _either("calibration.n_samples", [each.n_samples for each in found.values()]):
+        raise SweepError(
+            "The store holds trials whose ranges of the inputs were found on several numbers of samples, and a recipe "
+            f"has one. Type the one that you mean: {asked}."
+        )
+    return next(iter(found.values()), CalibrationConfig(n_samples=None))
 
 
 def _score_version(row: TrialRow) -> tuple[str, str]:
