@@ -12,9 +12,10 @@ from sweep.config.schema import OWN_KINDS, CalibrationConfig, StoreConfig, Sweep
 from sweep.core.batches import TOKEN_KINDS
 from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import LayerGroup
-from sweep.core.sizes import n_samples_of
+from sweep.core.sizes import n_samples_of, size_name
 from sweep.core.text import count, override
 from sweep.formats.format import GroupFormat
+from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import UNQUANTIZED_BITS
 from sweep.plan.subject import Model, checkpoint_dir
 from sweep.plan.trials import calibration_of, elements_of, recipe_of, score_version
@@ -130,6 +131,7 @@ def read_candidates(
     overrides: Sequence[str],
     points: Sequence[SweepConfig] | None = None,
     tokens: tuple[str, ...] = (),
+    beside: MixedRecipe | None = None,
 ) -> Candidates:
     """Read the candidates that a store's finished trials give, of the largest size that was scored.
 
@@ -138,6 +140,7 @@ def read_candidates(
         overrides: Hydra's; those that name a property of trials select them.
         points: what they compose to, if that is known.
         tokens: kinds of token whose scores alone count, see TOKEN_KINDS; none: all of them.
+        beside: a recipe with whose model and samples they were scored; None: any.
 
     Raises: SweepError: no finished trials, or of several models, data sets, coverages or methods: one must be typed;
         or their scores are not known by kind of token, or no token is of the kinds.
@@ -146,6 +149,8 @@ def read_candidates(
     asked = points[0]
     rows = finished_trials(store, overrides, [to_plain(point) for point in points])
     configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
+    if beside is not None:
+        rows = _beside(beside, rows, configs, store.uri)
     rows, others = _of_target(rows, configs)
     _check_one_kind(rows, configs)
     largest = max((row.size for row in rows), key=n_samples_of)
@@ -186,6 +191,27 @@ def read_candidates(
         tokens=tokens,
         other_ranks=tuple(sorted({format_of(configs[row.trial_id]).label for row in others} - candidates.keys())),
     )
+
+
+def _beside(
+    recipe: MixedRecipe, rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig], uri: str
+) -> list[TrialRow]:
+    """Keep the trials of a recipe's model and samples. Raises: SweepError: there are none."""
+    n_samples = recipe.calibration_samples
+    ranges = recipe.size if n_samples is None else size_name(n_samples)
+    found: list[TrialRow] = []
+    for row in rows:
+        config = configs[row.trial_id]
+        format_ = format_of(config)
+        alike = (row.model_revision, row.dataset_revision) == (recipe.model_revision, recipe.dataset_revision)
+        if alike and (not format_.calibrates_inputs or (calibration_of(config, format_) or row.size) == ranges):
+            found.append(row)
+    if not found:
+        raise SweepError(
+            f"The store {uri} holds cells of another revision of {recipe.model}, or of other samples, than the "
+            "recipe's. Type store.uri=DIR."
+        )
+    return found
 
 
 def _of_target(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]) -> tuple[list[TrialRow], list[TrialRow]]:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,15 @@ def test_the_next_command_validates_on_the_data_sets_that_were_typed(
 ) -> None:
     assert solve(store, "--bits", "5", "validation.dataset=[chat,scenes]", "validation.path=[my chats.jsonl,null]") == 0
     words = "'validation.dataset=[chat,scenes]' 'validation.path=[my chats.jsonl,null]', then sweep export"
+    assert words in capsys.readouterr().out
+
+
+def test_the_next_commands_can_be_typed_where_the_recipes_path_has_spaces(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert solve(store, "--bits", "5", "--out", "my recipes/mix.yaml") == 0
+    recipe = shlex.quote("my recipes/mix.yaml")
+    words = f"Next: sweep validate {recipe}, then sweep export {recipe} --format compressed-tensors --out DIR\n"
     assert words in capsys.readouterr().out
 
 
