@@ -21,7 +21,7 @@ from sweep.core.errors import ClusterLost, MemoryShort, StoreFailed, SweepError
 from sweep.core.exits import EXIT_INCOMPLETE
 from sweep.core.interrupts import interruptible
 from sweep.core.machine import Workers
-from sweep.core.screen import say, show_table
+from sweep.core.screen import say, show_next, show_table
 from sweep.core.text import count, duration, override
 from sweep.core.threads import every
 from sweep.plan.prefixes import take_prefixes
@@ -306,8 +306,9 @@ def say_results(
         say(console, "What has failed stays so; type the same command with cluster.retry_failed=true to try again.")
     say(console, f"Reports: {root} ({written} written)")
     say(console, f"Scores:  {session.store.uri}/scores/*/*.parquet")
-    page = f"{root}/{finished[0].trial.model}/layer-analysis/README.md" if finished else ""
     store = override("store.uri", session.store.uri)
-    step = f"open {shlex.quote(page)}; sweep publish {store} puts reports into models/"
-    step = step if finished else f"sweep status {store}"
-    say(console, f"Next:    {step}")
+    if finished:
+        page = f"{root}/{finished[0].trial.model}/layer-analysis/README.md"
+        show_next(console, f"open {shlex.quote(page)}", f"sweep publish {store}  # puts reports into models/")
+    else:
+        show_next(console, f"sweep status {store}")
