@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,8 +21,8 @@ from sweep.core.errors import ClusterLost, MemoryShort, StoreFailed, SweepError
 from sweep.core.exits import EXIT_INCOMPLETE
 from sweep.core.interrupts import interruptible
 from sweep.core.machine import Workers
-from sweep.core.screen import say, show_table
-from sweep.core.text import count, duration
+from sweep.core.screen import say, show_next, show_table
+from sweep.core.text import count, duration, override
 from sweep.core.threads import every
 from sweep.plan.prefixes import take_prefixes
 from sweep.plan.trials import SweepPlan, plan_sweep
@@ -305,6 +306,9 @@ def say_results(
         say(console, "What has failed stays so; type the same command with cluster.retry_failed=true to try again.")
     say(console, f"Reports: {root} ({written} written)")
     say(console, f"Scores:  {session.store.uri}/scores/*/*.parquet")
-    page = f"{root}/{finished[0].trial.model}/layer-analysis/README.md" if finished else ""
-    step = f"open {page}; sweep publish puts reports into models/" if finished else "sweep status"
-    say(console, f"Next:    {step}")
+    store = override("store.uri", session.store.uri)
+    if finished:
+        page = f"{root}/{finished[0].trial.model}/layer-analysis/README.md"
+        show_next(console, f"open {shlex.quote(page)}", f"sweep publish {store}  # puts reports into models/")
+    else:
+        show_next(console, f"sweep status {store}")

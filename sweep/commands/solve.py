@@ -14,7 +14,7 @@ from sweep.config.compose import expand
 from sweep.config.targets import Target
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
-from sweep.core.screen import say, show_table
+from sweep.core.screen import say, show_next, show_table
 from sweep.formats.mixed import RECIPE_BEGINS, counted
 from sweep.mixed_precision.candidates import Candidates, kinds_typed, read_candidates, sized
 from sweep.mixed_precision.knapsack import Problem, cost_range
@@ -126,15 +126,17 @@ def solve_command(request: Request) -> int:
     else:
         console = Console()
         show(console, figures, tables)
-        say(console, f"Written: {out}\n{_next_steps(request, out, target)}")
+        say(console, f"Written: {out}")
+        show_next(console, *_next_steps(request, out, target))
     return EXIT_DONE
 
 
-def _next_steps(request: Request, out: Path, target: Target) -> str:
-    """What to type next, on the data sets of `validation` that were typed."""
+def _next_steps(request: Request, out: Path, target: Target) -> tuple[str, str]:
+    """The commands to type next, on the data sets of `validation` that were typed."""
     on = [override for override in request.overrides if override.startswith("validation.")]
     validated = shlex.join(["sweep", "validate", str(out), *on])
-    return f"Next: {validated}, then sweep export {out} --format {target.checkpoint} --out DIR"
+    exported = shlex.join(["sweep", "export", str(out), "--format", target.checkpoint, "--out", "DIR"])
+    return validated, exported
 
 
 def _tables(candidates: Candidates, rules: Rules, target: Target, left_out: Sequence[Misfit], out: Path) -> Tables:

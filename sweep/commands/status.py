@@ -14,7 +14,7 @@ from sweep.config.schema import ClusterConfig
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
 from sweep.core.screen import say, show_table
-from sweep.core.text import count, duration
+from sweep.core.text import count, duration, override
 from sweep.store.integrity import revisions
 from sweep.store.records import RunRecord
 from sweep.store.store import Store
@@ -132,7 +132,7 @@ def _ask_ray(config: ClusterConfig, status: Status) -> ClusterState | None:
 def _print(status: Status, console: Console) -> None:
     trials = status.trials
     for reason in status.damaged:
-        say(console, f"{reason} Type: sweep doctor --store store.uri={status.store}", "red")
+        say(console, f"{reason} Type: sweep doctor --store {override('store.uri', status.store)}", "red")
     if not trials["total"]:
         say(console, f"No trials in {status.store} yet. Type: sweep run")
         return

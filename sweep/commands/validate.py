@@ -188,16 +188,10 @@ def _candidates_of(context: RecipeContext) -> Candidates:
     typed = [
         f"store.uri={config.store.uri}",
         f"model.name={recipe.model}",
-        f"dataset={recipe.dataset}",
+        f"dataset.name={recipe.dataset}",
         f"dataset.size={recipe.size}",
         f"sensitivity.coverage={recipe.coverage}",
         *{f"sensitivity.scales={each.scales}" for each in recipe.formats.values()},  # of one kind: one store's cells
         f"target.tp={target.tp if target is not None else 1}",
     ]
-    candidates = read_candidates(Store(config.store.uri), typed, tokens=recipe.tokens)
-    if candidates.trial.model_revision != recipe.model_revision:
-        raise SweepError(
-            f"The store {config.store.uri} holds cells of another revision of {recipe.model} than the recipe's. "
-            "Type store.uri=DIR."
-        )
-    return candidates
+    return read_candidates(Store(config.store.uri), typed, tokens=recipe.tokens, beside=recipe)

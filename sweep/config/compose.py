@@ -127,12 +127,6 @@ def to_yaml(config: SweepConfig) -> str:
     return yaml.safe_dump(to_plain(config), sort_keys=False)
 
 
-def quoted(value: str) -> str:
-    """A text as the value of an override, whatever characters it has."""
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    return f"'{escaped}'"
-
-
 def _expand(overrides: Sequence[str], multirun: bool, default_grid: str) -> Grid:
     options = _group_options()
     given: dict[str, tuple[str, ...]] = {}

@@ -15,7 +15,7 @@ from sweep.core.json import Json
 from sweep.core.machine import Device
 from sweep.core.pairs import GranularityConfig, PairConfig, Scales
 from sweep.core.sizes import n_samples_of
-from sweep.core.text import count
+from sweep.core.text import count, override
 from sweep.core.typed import Plain, Section
 
 _NAME = re.compile(r"[a-z0-9_]+")
@@ -198,7 +198,7 @@ class ValidationConfig(Section):
         if self.captions_path is not None and sources:
             raise SweepError(
                 "validation.captions_path and validation.dataset both say what to validate on. Type the file as one "
-                f"of the latter: validation.dataset=coco2017_captions validation.path={self.captions_path}"
+                f"of the latter: validation.dataset=coco2017_captions {override('validation.path', self.captions_path)}"
             )
 
     @property

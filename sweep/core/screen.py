@@ -26,6 +26,11 @@ def say(console: Console, text: str, style: str | None = None, *, indent: str = 
     console.print(wrapped, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def show_next(console: Console, *commands: str) -> None:
+    """Print what to type next, each command whole on a line of its own, so that it can be copied at any width."""
+    console.print("\n  ".join(["Next:", *commands]), markup=False, highlight=False, soft_wrap=True)
+
+
 def show_table(
     console: Console, heading: Sequence[str], rows: Sequence[Sequence[str]], figures: Collection[str] = ()
 ) -> None:

@@ -2,22 +2,23 @@
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 
 from sweep.config.compose import expand
-from sweep.config.schema import StoreConfig, SweepConfig, from_record, to_plain
+from sweep.config.schema import OWN_KINDS, CalibrationConfig, StoreConfig, SweepConfig, from_record, to_plain
 from sweep.core.batches import TOKEN_KINDS
 from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import LayerGroup
-from sweep.core.sizes import n_samples_of
-from sweep.core.text import count
+from sweep.core.sizes import n_samples_of, size_name
+from sweep.core.text import count, override
 from sweep.formats.format import GroupFormat
+from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import UNQUANTIZED_BITS
 from sweep.plan.subject import Model, checkpoint_dir
-from sweep.plan.trials import elements_of, recipe_of, score_version
+from sweep.plan.trials import calibration_of, elements_of, recipe_of, score_version
 from sweep.report.analysis import (
     FloatArray,
     float_column,
@@ -130,6 +131,7 @@ def read_candidates(
     overrides: Sequence[str],
     points: Sequence[SweepConfig] | None = None,
     tokens: tuple[str, ...] = (),
+    beside: MixedRecipe | None = None,
 ) -> Candidates:
     """Read the candidates that a store's finished trials give, of the largest size that was scored.
 
@@ -138,6 +140,7 @@ def read_candidates(
         overrides: Hydra's; those that name a property of trials select them.
         points: what they compose to, if that is known.
         tokens: kinds of token whose scores alone count, see TOKEN_KINDS; none: all of them.
+        beside: a recipe with whose model and samples they were scored; None: any.
 
     Raises: SweepError: no finished trials, or of several models, data sets, coverages or methods: one must be typed;
         or their scores are not known by kind of token, or no token is of the kinds.
@@ -146,6 +149,8 @@ def read_candidates(
     asked = points[0]
     rows = finished_trials(store, overrides, [to_plain(point) for point in points])
     configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
+    if beside is not None:
+        rows = _beside(beside, rows, configs, store.uri)
     rows, others = _of_target(rows, configs)
     _check_one_kind(rows, configs)
     largest = max((row.size for row in rows), key=n_samples_of)
@@ -175,13 +180,38 @@ def read_candidates(
     elements = next((models[revision] for models in known), None)
     return Candidates(
         trial=rows[0],
-        config=replace(configs[rows[0].trial_id], store=StoreConfig(uri=store.uri)),  # it may have moved since
+        config=replace(
+            configs[rows[0].trial_id],
+            store=StoreConfig(uri=store.uri),  # it may have moved since
+            calibration=_calibration([configs[row.trial_id] for row in rows]),
+        ),
         groups=groups,
         formats=tuple(candidates.values()),
         elements=elements,
         tokens=tokens,
         other_ranks=tuple(sorted({format_of(configs[row.trial_id]).label for row in others} - candidates.keys())),
     )
+
+
+def _beside(
+    recipe: MixedRecipe, rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig], uri: str
+) -> list[TrialRow]:
+    """Keep the trials of a recipe's model and samples. Raises: SweepError: there are none."""
+    n_samples = recipe.calibration_samples
+    ranges = recipe.size if n_samples is None else size_name(n_samples)
+    found: list[TrialRow] = []
+    for row in rows:
+        config = configs[row.trial_id]
+        format_ = format_of(config)
+        alike = (row.model_revision, row.dataset_revision) == (recipe.model_revision, recipe.dataset_revision)
+        if alike and (not format_.calibrates_inputs or (calibration_of(config, format_) or row.size) == ranges):
+            found.append(row)
+    if not found:
+        raise SweepError(
+            f"The store {uri} holds cells of another revision of {recipe.model}, or of other samples, than the "
+            "recipe's. Type store.uri=DIR."
+        )
+    return found
 
 
 def _of_target(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]) -> tuple[list[TrialRow], list[TrialRow]]:
@@ -285,7 +315,7 @@ def _check_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]
         config = configs[row.trial_id]
         words = {
             "model": f"{row.model} ({row.model_revision[:8]})",
-            "dataset": row.dataset,
+            "dataset.name" if config.dataset.kind in OWN_KINDS else "dataset": row.dataset,
             "sensitivity.coverage": row.coverage,
             "sensitivity.lm_head": str(config.sensitivity.lm_head).lower(),
             "sensitivity.method": row.method,
@@ -318,10 +348,12 @@ def _of_one_revision(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig
     """
     samples = {row.dataset_revision for row in rows}
     if len(samples) > 1:
+        data_sets = [asdict(configs[row.trial_id].dataset) for row in rows]
+        differing = [_either(f"dataset.{key}", [each[key] for each in data_sets]) for key in data_sets[0]]
+        way_out = "; ".join(filter(None, differing)) or "a file that has changed since: sweep into another store.uri"
         raise SweepError(
             f"The store holds trials of {len(samples)} different sets of samples that are called "
-            f"{rows[0].dataset}/{rows[0].size}. Type the dataset.max_tokens or dataset.captions_path that you mean; "
-            "where the file itself has changed, sweep into another store.uri."
+            f"{rows[0].dataset}/{rows[0].size}. Type the one that you mean: {way_out}."
         )
     latest, _ = _score_version(max(rows, key=lambda row: row.created_at))
     found: list[TrialRow] = []
@@ -335,6 +367,27 @@ def _of_one_revision(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig
             "weights as runtimes hold them, which those trials did not. Type the same `sweep run` again."
         )
     return found
+
+
+def _either(key: str, values: Iterable[str | int | None]) -> str | None:
+    """The overrides that have each of several values; None: they are equal."""
+    found = sorted({override(key, "null" if value is None else str(value)) for value in values})
+    return " or ".join(found) if len(found) > 1 else None
+
+
+def _calibration(configs: Sequence[SweepConfig]) -> CalibrationConfig:
+    """The samples that found the ranges of the inputs, where they have some.
+
+    Raises: SweepError: they are of several numbers; a recipe has one.
+    """
+    ranged = [config for config in configs if format_of(config).calibrates_inputs]
+    found = {calibration_of(config, format_of(config)): config.calibration for config in ranged}
+    if asked := _either("calibration.n_samples", [each.n_samples for each in found.values()]):
+        raise SweepError(
+            "The store holds trials whose ranges of the inputs were found on several numbers of samples, and a recipe "
+            f"has one. Type the one that you mean: {asked}."
+        )
+    return next(iter(found.values()), CalibrationConfig(n_samples=None))
 
 
 def _score_version(row: TrialRow) -> tuple[str, str]:

@@ -4,13 +4,14 @@ import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from sweep.config.compose import expand, quoted
+from sweep.config.compose import expand
 from sweep.config.schema import OWN_KINDS, DatasetConfig, ModelConfig, StoreConfig, SweepConfig
 from sweep.core.batches import Batch, Plan, Sample
 from sweep.core.errors import SweepError
 from sweep.core.sizes import n_samples_of, size_name
+from sweep.core.text import quoted
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_recipe
 from sweep.plan.own_samples import Writing
@@ -19,6 +20,9 @@ from sweep.plan.trials import Device
 
 if TYPE_CHECKING:
     from sweep.plan.subject import PreTrainedModel
+
+# Options of the group `dataset` by the kind of data set, which may have been given another name.
+_OPTIONS: Final = {"captions": "coco2017_captions", "scenes": "scenes", "scenes_chat": "scenes_chat"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +100,10 @@ def config_of(recipe: MixedRecipe, overrides: Sequence[str]) -> SweepConfig:
 def _dataset_overrides(recipe: MixedRecipe) -> list[str]:
     """The option of the group `dataset` that a recipe's samples are of, with their path if that needs one."""
     samples = recipe.samples or {}
-    if samples.get("kind") not in OWN_KINDS:
-        return [f"dataset={recipe.dataset}"]
-    return [f"dataset={samples['kind']}", f"dataset.path={quoted(str(samples['path']))}"]
+    kind = str(samples.get("kind"))
+    if kind in OWN_KINDS:
+        return [f"dataset={kind}", f"dataset.path={quoted(str(samples['path']))}"]
+    return [f"dataset={_OPTIONS.get(kind, recipe.dataset)}"]
 
 
 def load_context(recipe_path: str, overrides: Sequence[str]) -> RecipeContext:
@@ -125,6 +130,7 @@ def context_of(recipe: MixedRecipe, config: SweepConfig) -> RecipeContext:
         raise SweepError(
             f"The recipe was calibrated on {recipe.dataset} of revision {recipe.dataset_revision[:12]}, "
             f"but what is here is {plan.digest(recipe.size)[:12]}. "
-            "Give the same samples: dataset=NAME, dataset.captions_path=FILE, dataset.max_tokens=N."
+            "Give the same samples: dataset=NAME, dataset.path=PATH or dataset.captions_path=FILE, "
+            "dataset.max_tokens=N."
         )
     return RecipeContext(recipe=recipe, config=config, model=model, samples=samples[:n_samples], plan=plan)

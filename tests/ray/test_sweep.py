@@ -143,6 +143,7 @@ def test_the_same_command_again_scores_and_writes_nothing(place: Path, swept: Pa
         True,
     )
     assert "Ray" not in output
+    assert f"\n  sweep publish store.uri={swept}  # puts reports into models/\n" in output
     assert modified(place) == before
 
 

@@ -8,6 +8,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from sweep.core.errors import SweepError
+from sweep.core.text import override
 from workers.data.conversations import CaptionedPicture, Conversation
 from workers.data.messages import conversation
 from workers.data.rows import Cell, Row, read_rows
@@ -37,10 +38,8 @@ def read_texts(path: str, split: str | None, column: str | None, n_least: int, n
     """
 
     def parse(row: Row) -> tuple[str, str]:
-        text = _text(row, _column(row, column, _CAPTIONS, "text", path), path)
-        if row.origin.endswith(".txt") and isinstance(_json(text), Mapping):
-            raise SweepError(f"{path} holds JSON lines. Let its name end in .jsonl; dataset=chat reads conversations.")
-        return text, row.origin
+        _check_no_json(row, path)
+        return _text(row, _column(row, column, _CAPTIONS, "text", path), path), row.origin
 
     return _taken(path, split, "texts", parse, n_least, n_most)
 
@@ -67,6 +66,7 @@ def read_conversations(
     """
 
     def parse(row: Row) -> Conversation:
+        _check_no_json(row, path)
         return conversation(row, _column(row, column, _MESSAGES, "chat", path), path, answered=answered)
 
     return _taken(path, split, "conversations", parse, n_least, n_most)
@@ -76,6 +76,15 @@ def _taken(path: str, split: str | None, what: str, parse: Callable[[Row], T], n
     found = [parse(row) for row in islice(read_rows(path, split), n_most)]
     check_enough(len(found), n_least, f"data set {path}", what)
     return found
+
+
+def _check_no_json(row: Row, path: str) -> None:
+    """Refuse JSON lines in a file of texts. Raises: SweepError: names the ending that it should have."""
+    text = row.values.get("text")
+    if row.origin.endswith(".txt") and isinstance(text, str) and isinstance(values := _json(text), Mapping):
+        renamed = path if Path(path).expanduser().is_dir() else str(Path(path).with_suffix(".jsonl"))
+        advice = _advice(Row(values=values, origin=row.origin), renamed)
+        raise SweepError(f"{path} holds JSON lines. Let its name end in .jsonl, and type {advice}.")
 
 
 def _column(row: Row, typed: str | None, usual: Sequence[str], kind: str, path: str) -> str:
@@ -113,7 +122,12 @@ def _advice(row: Row, path: str) -> str:
     kind = _kind(row)
     texts = [name for name, value in row.values.items() if isinstance(value, str)]
     known = kind != "text" or "text" in texts or not texts
-    return f"dataset={kind} dataset.path={path}" + ("" if known else f" dataset.column={texts[0]}")
+    words = [
+        f"dataset={kind}",
+        override("dataset.path", path),
+        *([] if known else [override("dataset.column", texts[0])]),
+    ]
+    return " ".join(words)
 
 
 def check_captions(path: Path) -> None:

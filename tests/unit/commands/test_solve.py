@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -105,8 +106,20 @@ def test_the_next_command_validates_on_the_data_sets_that_were_typed(
     store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert solve(store, "--bits", "5", "validation.dataset=[chat,scenes]", "validation.path=[my chats.jsonl,null]") == 0
-    words = "'validation.dataset=[chat,scenes]' 'validation.path=[my chats.jsonl,null]', then sweep export"
+    words = " 'validation.dataset=[chat,scenes]' 'validation.path=[my chats.jsonl,null]'\n  sweep export "
     assert words in capsys.readouterr().out
+
+
+def test_the_next_commands_can_be_typed_as_they_are_printed(
+    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spaces are quoted, and a narrow screen breaks no command."""
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "recipes of mine/mix of two formats.yaml"
+    assert solve(store, "--bits", "5", "--out", path) == 0
+    recipe = shlex.quote(path)
+    exported = f"sweep export {recipe} --format compressed-tensors --out DIR"
+    assert capsys.readouterr().out.endswith(f"\nNext:\n  sweep validate {recipe}\n  {exported}\n")
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,15 @@ def test_each_data_set_has_its_own_rows(
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
 
 
+def test_samples_that_found_ranges_are_not_measured_on(recipe: MixedRecipe) -> None:
+    """16 samples were scored, 24 calibrated: the 16 after these are measured on."""
+    context = context_of(replace(recipe, calibration_samples=24), CONFIG)
+    assert sorted(sample for batch in context.calibration for sample in batch.order) == [*range(24)]
+    (held,) = held_out(context)
+    expected = samples_of(CONFIG.dataset, MODEL, 40)[24:]
+    assert [sample.token_ids.tolist() for sample in held.samples] == [each.token_ids.tolist() for each in expected]
+
+
 def test_other_samples_of_what_calibrated_are_said_to_be_that(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -419,16 +428,21 @@ def test_recaptured_kl_has_the_shape_of_the_options(
     assert np.median(kl[1:, 1]) > np.median(kl[1:, 0])  # four bits hurt more than eight
 
 
+@pytest.mark.parametrize("data", [[], ["dataset=chat", "dataset.path=my chats.jsonl"]], ids=["bundled", "own"])
 def test_uniform_recipes_are_those_of_the_recipes_own_kind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One store has private and fused scales, and another model."""
+    """One store has private and fused scales, another model, and perhaps another data set."""
     monkeypatch.chdir(tmp_path)
     store = store_at(tmp_path / "store")
     for recipe, kl in ((FP8, 0.02), (INT8, 0.004)):
-        add(store, recipe, [kl] * 5, "sensitivity.scales=fused", minute=1, scales="fused")
+        add(store, recipe, [kl] * 5, "sensitivity.scales=fused", *data, minute=1, scales="fused")
     add(store, FP8, [0.5] * 5, "sensitivity.scales=fused", "model.name=other", minute=2, model="other")
-    typed = [f"store.uri={tmp_path / 'store'}", "sensitivity.scales=fused", "model.name=qwen3_vl_tiny"]
+    others = {"minute": 3, "dataset_revision": "other"}  # of the same name
+    add(store, FP8, [0.6] * 5, "sensitivity.scales=fused", "dataset.max_tokens=64", *data, **others)
+    add(store, FP8, [0.7] * 5, "sensitivity.scales=fused", "calibration.n_samples=64", *data, minute=4)
+    typed = [f"store.uri={tmp_path / 'store'}", "sensitivity.scales=fused", "model.name=qwen3_vl_tiny", *data]
+    typed += [f"dataset.max_tokens={4096 if data else 512}", "calibration.n_samples=null"]
     assert main(["solve", "--bits", "8", *typed, "--out", "mix.yaml"]) == 0
     capsys.readouterr()
     recipe = MixedRecipe.from_yaml(Path("mix.yaml").read_text(), "mix.yaml")
@@ -436,3 +450,6 @@ def test_uniform_recipes_are_those_of_the_recipes_own_kind(
     request: Any = SimpleNamespace(n_random=0, uniform=True, groups=None)
     found = [each.predicted_kl for kind, each in wanted(context, request) if kind == "uniform"]
     assert sorted(found) == pytest.approx([0.02, 0.1])  # not those of private scales, 0.012 and 0.0155
+    context.recipe = replace(recipe, dataset_revision="unknown")
+    with pytest.raises(SweepError, match=r"or of other samples, than the recipe's\. Type store\.uri=DIR\."):
+        wanted(context, request)

@@ -1,8 +1,11 @@
-"""Seconds are said as a person says them."""
+"""Seconds are said as a person says them, and overrides so that a shell and Hydra read the value."""
+
+import shlex
 
 import pytest
 
-from sweep.core.text import duration
+from sweep.config.compose import expand
+from sweep.core.text import duration, override
 
 
 @pytest.mark.parametrize(
@@ -21,3 +24,14 @@ from sweep.core.text import duration
 )
 def test_a_duration_is_said_as_a_person_says_it(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "path", ["/data/chats-2.jsonl", "my chats.jsonl", "a 'b', {c} (d).txt", 'a "b"=\\c', "$HOME/[x]"]
+)
+def test_an_override_is_read_as_it_was_meant(path: str) -> None:
+    (word,) = shlex.split(override("dataset.captions_path", path))
+    config = expand(["dataset=coco2017_captions", word], multirun=False).points[0]
+    assert config.dataset.captions_path == path
+    assert override("dataset.path", "/data/chats-2.jsonl") == "dataset.path=/data/chats-2.jsonl"
+    assert override("dataset.path", "my chats.jsonl") == "'dataset.path=\"my chats.jsonl\"'"

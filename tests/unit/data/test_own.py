@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from sweep.core.errors import SweepError
+from sweep.core.text import override
 from workers.data.conversations import Conversation, PictureSource
 from workers.data.decode import MAX_PIXELS, decoded
 from workers.data.own import check_captions, read_captioned, read_conversations, read_texts
@@ -392,17 +393,24 @@ def test_a_data_set_that_is_smaller_than_the_size_says_which_sizes_it_has(
     assert f"holds {n_found} conversations; 64 are needed. Type {choice}, or give more conversations." in found
 
 
+def typed(path: str) -> str:
+    return override("dataset.path", path)
+
+
 def test_data_of_another_kind_is_named(pictures: Path) -> None:
     messages = jsonl(pictures / "chats.jsonl", [{"messages": CHAT}])
+    renamed = jsonl(pictures / "c d.txt", [{"messages": CHAT}])
     texts = jsonl(pictures / "texts.jsonl", [{"id": 7, "body": "A text."}])
     jsonl(pictures / "metadata.jsonl", [{"file_name": "pictures/red.png", "text": "red"}])
     cases = [
-        (lambda: read_texts(messages, None, "text", 1, 1), f"looks like dataset=chat dataset.path={messages}"),
-        (lambda: read_texts(messages, None, "messages", 1, 1), f"Type dataset=chat dataset.path={messages}"),
-        (lambda: read_captioned(messages, None, None, 1, 1), f"looks like dataset=chat dataset.path={messages}"),
+        (lambda: read_texts(messages, None, "text", 1, 1), f"looks like dataset=chat {typed(messages)}"),
+        (lambda: read_texts(messages, None, "messages", 1, 1), f"Type dataset=chat {typed(messages)}"),
+        (lambda: read_captioned(messages, None, None, 1, 1), f"looks like dataset=chat {typed(messages)}"),
         (lambda: read_texts(texts, None, "text", 1, 1), "columns: id, body). Type dataset.column=NAME"),
-        (lambda: chats(texts), f"looks like dataset=text dataset.path={texts} dataset.column=body"),
-        (lambda: chats(str(pictures)), f"looks like dataset=images dataset.path={pictures}"),
+        (lambda: chats(texts), f"looks like dataset=text {typed(texts)} dataset.column=body"),
+        (lambda: chats(renamed), f"name end in .jsonl, and type dataset=chat {typed(f'{pictures}/c d.jsonl')}."),
+        (lambda: read_texts(renamed, None, None, 1, 1), "holds JSON lines. Let its name end in .jsonl"),
+        (lambda: chats(str(pictures)), f"looks like dataset=images {typed(str(pictures))}"),
     ]
     for read, message in cases:
         with pytest.raises(SweepError) as error:
@@ -418,11 +426,11 @@ def test_captions_that_are_something_else_are_named(pictures: Path) -> None:
     (pictures / "sub").mkdir()
     jsonl(pictures / "sub" / "metadata.jsonl", [{"file_name": "red.png", "text": "red"}])
     cases = {
-        messages: f"Type dataset=chat dataset.path={messages}",
-        renamed: f"name end in .jsonl, and type dataset=chat dataset.path={messages}",
-        texts: f"Type dataset=text dataset.path={texts} dataset.column=body",
-        f"{pictures}/t.parquet": f"Type dataset=text dataset.path={pictures}/t.parquet.",
-        f"{pictures}/sub": f"Type dataset=images dataset.path={pictures}/sub",
+        messages: f"Type dataset=chat {typed(messages)}",
+        renamed: f"name end in .jsonl, and type dataset=chat {typed(messages)}",
+        texts: f"Type dataset=text {typed(texts)} dataset.column=body",
+        f"{pictures}/t.parquet": f"Type dataset=text {typed(f'{pictures}/t.parquet')}.",
+        f"{pictures}/sub": f"Type dataset=images {typed(f'{pictures}/sub')}",
         f"{pictures}/pictures/red.png": "is a binary file",
     }
     for path, message in cases.items():

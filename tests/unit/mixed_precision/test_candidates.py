@@ -155,10 +155,16 @@ def test_only_formats_with_rounded_scales_must_be_of_todays_rounding(tmp_path: P
         (
             ("dataset.max_tokens=64",),
             {"dataset_revision": "d-other"},
-            r"2 different sets of samples .* Type the dataset.max_tokens",
+            r"2 different sets of samples .* you mean: dataset\.max_tokens=512 or dataset\.max_tokens=64\.",
         ),
+        (
+            (),
+            {"dataset_revision": "d-other"},
+            r"you mean: a file that has changed since: sweep into another store\.uri",
+        ),
+        (("dataset=chat", "dataset.path=/data/c.jsonl"), {}, r"dataset\.name=c or dataset=wordnet_glosses"),
     ],
-    ids=["model", "revision", "dataset", "method", "scales", "samples"],
+    ids=["model", "revision", "dataset", "method", "scales", "samples", "file", "own"],
 )
 def test_predicted_kl_of_different_kinds_is_not_mixed(
     overrides: tuple[str, ...], changed: dict[str, Any], message: str, tmp_path: Path
@@ -169,6 +175,19 @@ def test_predicted_kl_of_different_kinds_is_not_mixed(
         found(tmp_path)
     if overrides:
         assert predicted_kl_of(found(tmp_path, *overrides)) == {FP8: [0.1] * 5}
+
+
+def test_ranges_of_a_recipe_are_of_one_number_of_samples(tmp_path: Path) -> None:
+    """FP8 inputs have a calibrated range; INT4 weights have none, and go with any."""
+    store = Store(str(tmp_path))
+    add(store, INT4, [0.1] * 5)
+    add(store, FP8, [0.2] * 5, "calibration.n_samples=64", minute=1)
+    assert found(tmp_path).config.calibration.n_samples == 64
+    assert found(tmp_path, "quant_pair=wint4_afp16").config.calibration.n_samples is None
+    add(store, FP8, [0.3] * 5, "calibration.n_samples=32", minute=2)
+    with pytest.raises(SweepError, match=r"mean: calibration\.n_samples=32 or calibration\.n_samples=64\."):
+        found(tmp_path)
+    assert predicted_kl_of(found(tmp_path, "calibration.n_samples=32")) == {FP8: [0.3] * 5}
 
 
 def test_an_empty_store_says_what_to_type(tmp_path: Path) -> None:

@@ -51,6 +51,14 @@ def test_a_recipe_of_an_earlier_program_is_read_as_before(recipe: MixedRecipe) -
     assert (config.model.dtype, config.dataset.max_tokens) == ("auto", 512)
 
 
+@pytest.mark.parametrize("kind", ["captions", "scenes", "scenes_chat", "chat"])
+def test_a_data_set_may_have_a_name_of_its_own(recipe: MixedRecipe, kind: str) -> None:
+    samples = {"kind": kind, "captions_path": "a b.txt" if kind == "captions" else None}
+    samples |= {"path": "/data/a b.jsonl"} if kind == "chat" else {}
+    config = config_of(replace(recipe, dataset="mine", samples=samples), [])
+    assert (config.dataset.name, config.dataset.kind) == ("mine", kind)
+
+
 def test_keys_of_samples_that_do_not_exist_are_refused(recipe: MixedRecipe) -> None:
     with pytest.raises(SweepError, match=r"dataset\.captions_pth.*Did you mean 'dataset\.captions_path'"):
         config_of(replace(recipe, samples={"captions_pth": "a.txt"}), [])
