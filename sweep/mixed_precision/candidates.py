@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
@@ -156,23 +157,8 @@ def read_candidates(
     largest = max((row.size for row in rows), key=n_samples_of)
     rows = _of_one_revision([row for row in rows if row.size == largest], configs)
     tables = {row.cell_id: store.scores(row.cell_id) for row in rows if row.cell_id is not None}
-    first = next(iter(tables.values()))
-    groups = _groups(first)
-    named = {row.cell_id: row for row in reversed(rows)}  # equal trials share a cell: the first one's name counts
-    candidates: dict[str, Candidate] = {}
-    for row in sorted(rows, key=lambda row: row.created_at):
-        if named[row.cell_id] is not row or row.cell_id is None:
-            continue
-        table = tables[row.cell_id]
-        if _groups(table) != groups:
-            raise SweepError(
-                f"Cells of {row.model} cover different layer groups: {row.trial_id}, {rows[0].trial_id}. "
-                "Type quant_pair=... or quant_granularity=..."
-            )
-        candidate = _candidate(row, configs[row.trial_id], table, tokens)
-        candidates[candidate.format.label] = (
-            candidate  # the latest, where another version of something scored it before
-        )
+    groups = _groups(next(iter(tables.values())))
+    candidates = _by_label(rows, configs, tables, tokens)
     if tokens:
         _check_occurring(tokens, rows[0], tables.values())
     revision = rows[0].model_revision
@@ -191,6 +177,33 @@ def read_candidates(
         tokens=tokens,
         other_ranks=tuple(sorted({format_of(configs[row.trial_id]).label for row in others} - candidates.keys())),
     )
+
+
+def _by_label(
+    rows: Sequence[TrialRow],
+    configs: Mapping[str, SweepConfig],
+    tables: Mapping[str, pa.Table],
+    tokens: tuple[str, ...],
+) -> dict[str, Candidate]:
+    """A candidate of each cell, by its format's label.
+
+    Raises: SweepError: the cells cover different layer groups.
+    """
+    groups = _groups(next(iter(tables.values())))
+    named = {row.cell_id: row for row in reversed(rows)}  # equal trials share a cell: the first one's name counts
+    candidates: dict[str, Candidate] = {}
+    for row in sorted(rows, key=lambda row: row.created_at):
+        if named[row.cell_id] is not row or row.cell_id is None:
+            continue
+        table = tables[row.cell_id]
+        if _groups(table) != groups:
+            raise SweepError(
+                f"Cells of {row.model} cover different layer groups: {row.trial_id}, {rows[0].trial_id}. "
+                "Type quant_pair=... or quant_granularity=..."
+            )
+        candidate = _candidate(row, configs[row.trial_id], table, tokens)
+        candidates[candidate.format.label] = candidate  # the latest, where another version scored it before
+    return candidates
 
 
 def _beside(
@@ -349,7 +362,7 @@ def _of_one_revision(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig
     samples = {row.dataset_revision for row in rows}
     if len(samples) > 1:
         data_sets = [asdict(configs[row.trial_id].dataset) for row in rows]
-        differing = [_either(f"dataset.{key}", [each[key] for each in data_sets]) for key in data_sets[0]]
+        differing = [_either(f"dataset.{key}", map(itemgetter(key), data_sets)) for key in data_sets[0]]
         way_out = "; ".join(filter(None, differing)) or "a file that has changed since: sweep into another store.uri"
         raise SweepError(
             f"The store holds trials of {len(samples)} different sets of samples that are called "
