@@ -150,9 +150,7 @@ def read_candidates(
     asked = points[0]
     rows = finished_trials(store, overrides, [to_plain(point) for point in points])
     configs = {row.trial_id: from_record(json.loads(row.config), asked.target, asked.validation) for row in rows}
-    if beside is not None:
-        rows = _beside(beside, rows, configs, store.uri)
-    rows, others = _of_target(rows, configs)
+    rows, others = _of_target(_beside(beside, rows, configs, store.uri), configs)
     _check_one_kind(rows, configs)
     largest = max((row.size for row in rows), key=n_samples_of)
     rows = _of_one_revision([row for row in rows if row.size == largest], configs)
@@ -166,11 +164,7 @@ def read_candidates(
     elements = next((models[revision] for models in known), None)
     return Candidates(
         trial=rows[0],
-        config=replace(
-            configs[rows[0].trial_id],
-            store=StoreConfig(uri=store.uri),  # it may have moved since
-            calibration=_calibration([configs[row.trial_id] for row in rows]),
-        ),
+        config=_shared([configs[row.trial_id] for row in rows], store.uri),
         groups=groups,
         formats=tuple(candidates.values()),
         elements=elements,
@@ -207,9 +201,11 @@ def _by_label(
 
 
 def _beside(
-    recipe: MixedRecipe, rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig], uri: str
-) -> list[TrialRow]:
-    """Keep the trials of a recipe's model and samples. Raises: SweepError: there are none."""
+    recipe: MixedRecipe | None, rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig], uri: str
+) -> Sequence[TrialRow]:
+    """Keep the trials of a recipe's model and samples, if there is one. Raises: SweepError: none is left."""
+    if recipe is None:
+        return rows
     n_samples = recipe.calibration_samples
     ranges = recipe.size if n_samples is None else size_name(n_samples)
     found: list[TrialRow] = []
@@ -388,10 +384,14 @@ def _either(key: str, values: Iterable[str | int | None]) -> str | None:
     return " or ".join(found) if len(found) > 1 else None
 
 
-def _calibration(configs: Sequence[SweepConfig]) -> CalibrationConfig:
-    """The samples that found the ranges of the inputs, where they have some.
+def _shared(configs: Sequence[SweepConfig], uri: str) -> SweepConfig:
+    """The config of trials: the first one's, but for the samples that found the ranges of their inputs.
 
-    Raises: SweepError: they are of several numbers; a recipe has one.
+    Args:
+        configs: of the trials.
+        uri: of the store, which may have moved since.
+
+    Raises: SweepError: the ranges are of several numbers of samples; a recipe has one.
     """
     ranged = [config for config in configs if format_of(config).calibrates_inputs]
     found = {calibration_of(config, format_of(config)): config.calibration for config in ranged}
@@ -400,7 +400,8 @@ def _calibration(configs: Sequence[SweepConfig]) -> CalibrationConfig:
             "The store holds trials whose ranges of the inputs were found on several numbers of samples, and a recipe "
             f"has one. Type the one that you mean: {asked}."
         )
-    return next(iter(found.values()), CalibrationConfig(n_samples=None))
+    calibration = next(iter(found.values()), CalibrationConfig(n_samples=None))
+    return replace(configs[0], store=StoreConfig(uri=uri), calibration=calibration)
 
 
 def _score_version(row: TrialRow) -> tuple[str, str]:

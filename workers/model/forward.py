@@ -47,7 +47,7 @@ def valued(stored: Tensor, levels: FloatArray | None, shape: tuple[int, ...]) ->
     if levels is None:
         values = stored.float()
     else:
-        by_channel = zip(torch.from_numpy(levels).to(stored.device), stored.unbind(1), strict=True)
+        by_channel = zip(torch.tensor(levels, device=stored.device), stored.unbind(1), strict=True)
         values = torch.stack([of_number[numbers.int()] for of_number, numbers in by_channel], dim=1)
     return values.repeat(1, 1, math.prod(shape) // values.numel()).reshape(shape)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 
 from sweep.cli import main
 from sweep.config.compose import expand
@@ -22,6 +23,7 @@ from sweep.plan.subject import Model, samples_of, samples_to_boundary
 from tests.own import png, write_chats
 from workers.data.batches import make_plan
 from workers.data.pictures import picture_file
+from workers.model.forward import valued
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = Model(bundled_model_dir())
@@ -247,6 +249,15 @@ def test_wrong_data_end_with_2_and_one_message(tmp_path: Path, capsys: pytest.Ca
         assert "Traceback" not in err
         assert message in err
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_of_kept_pictures_come_without_a_warning() -> None:
+    """Levels that were read from a file are not writable, of which torch warns when it shares them."""
+    levels = np.arange(768, dtype=np.float32).reshape(3, 256)
+    levels.setflags(write=False)
+    stored = torch.tensor([[[1], [2], [3]]], dtype=torch.uint8)
+    assert valued(stored, levels, (1, 3)).tolist() == [[1, 258, 515]]
 
 
 def test_kept_samples_are_equal_to_the_bit(tmp_path: Path) -> None:
