@@ -50,6 +50,7 @@ class PlannedTrial:
     dataset_revision: str
     dtype: str  # that the model computes in: float32, bfloat16
     tp: int  # of its format: see Format.on_ranks
+    calibration: int | None  # leading samples that find ranges of the inputs; None: those scored, or none
     cell_id: str | None  # None: no valid recipe, see reason
     task_id: str | None
     reason: str | None
@@ -185,7 +186,8 @@ class _Planner:
             cell_id,
         ]
         asked += _variant(point)
-        if task_id is not None and (calibration := self.tasks[task_id].calibration) is not None:
+        calibration = None if task_id is None else self.tasks[task_id].calibration
+        if calibration is not None:
             asked.append(f"calibrated on {calibration}")
         name = f"{point.quant_pair.name}-{point.quant_granularity.name}-{point.dataset.size}"
         format_ = None if task_id is None else self.tasks[task_id].format
@@ -196,6 +198,7 @@ class _Planner:
             dataset_revision=digest,
             dtype=point.model.dtype_on(self.device),
             tp=1 if format_ is None else format_.tp,
+            calibration=None if calibration is None else n_samples_of(calibration),
             cell_id=cell_id,
             task_id=task_id,
             reason=reason,

@@ -74,6 +74,7 @@ def render_json(report: Report) -> str:
             "scales": trial.scales,
             "dtype": trial.dtype,
             **({"tp": trial.tp} if trial.tp > 1 else {}),
+            **({"calibration": trial.calibration} if trial.calibration is not None else {}),
             "auto_quantize_bits": summary.effective_bits,
             "auto_quantize_method": trial.method,
             "auto_quantize_score_size": summary.n_samples,
@@ -132,7 +133,7 @@ def largest(finished: Iterable[FinishedTrial]) -> list[FinishedTrial]:
     """Of trials that differ in their size alone the one with the most samples; in the order given."""
     best: dict[tuple[str, ...], FinishedTrial] = {}
     for one in finished:
-        key = tuple(str(getattr(one.trial, name) or UNKNOWN) for name in (*ATTRIBUTES, "tp") if name != "size")
+        key = tuple(str(getattr(one.trial, name) or UNKNOWN) for name in (*ATTRIBUTES, "tp", "calibration") if name != "size")
         if key not in best or n_samples_of(best[key].trial.size) < n_samples_of(one.trial.size):
             best[key] = one
     return [*best.values()]

@@ -160,6 +160,7 @@ def row_of(trial: PlannedTrial, state: TrialState, reason: str | None, run_id: s
     return TrialRow(
         **attributes,
         tp=trial.tp,
+        calibration=trial.calibration,
         trial_id=trial.trial_id,
         cell_id=trial.cell_id,
         model_revision=trial.model_revision,

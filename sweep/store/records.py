@@ -15,7 +15,8 @@ SCHEMA_VERSION = 1  # of validations and answers; 1: first layout
 SCORES_VERSION = 2
 # 2: algorithm, scales and dtype are columns; before, the config named the first two, and the trial id hid the third.
 # 3: tp is a column; before, all ranges a token were found over all inputs.
-TRIALS_VERSION = 3
+# 4: calibration is a column; before, ranges were found by the samples that were scored.
+TRIALS_VERSION = 4
 
 UNKNOWN: Final = "unknown"  # shown for an attribute that an older program has not recorded
 
@@ -123,6 +124,8 @@ class TrialRow:
     scales: str  # whether the linears of a layer group share their per-tensor scales: fused, private
     dtype: str | None  # that the model computed in: float32, bfloat16; None: an older program has not recorded it
     tp: int = 1  # ranks that each find the inputs' range of a token; 1 for formats without one: see Format.on_ranks
+    # Leading samples that find ranges and scales of the inputs; None: those that are scored, or it has none to find.
+    calibration: int | None = None
     state: TrialState
     reason: str | None  # why it failed or was skipped
     config: str  # composed config, JSON
@@ -139,14 +142,20 @@ class TrialRow:
     def variant(self) -> list[str]:
         """Values that do not go without saying: ``["mse", "fused", "tp8"]``."""
         found = [value for name, usual in USUAL.items() if (value := getattr(self, name)) != usual]
-        return [*found, *([f"tp{self.tp}"] if self.tp > 1 else [])]
+        return [*found, *(word.replace(" ", "") for word in self._own_words)]
 
     @property
     def title(self) -> str:
-        """``tiny, wfp8_afp8, default, algorithm max, scales private, dtype float32``, and ``tp 8`` if it is not 1."""
+        """``tiny, wfp8_afp8, default, algorithm max, scales private, dtype float32``, and what few trials have."""
         pair, granularity, *others = self.recipe
         named = (f"{name} {value}" for name, value in zip(VARIANT, others, strict=True))
-        return ", ".join([self.model, pair, granularity, *named, *([f"tp {self.tp}"] if self.tp > 1 else [])])
+        return ", ".join([self.model, pair, granularity, *named, *self._own_words])
+
+    @property
+    def _own_words(self) -> list[str]:
+        """What few trials have: ``tp 8``, ``calibration 512``."""
+        ranks = [f"tp {self.tp}"] if self.tp > 1 else []
+        return ranks if self.calibration is None else [*ranks, f"calibration {self.calibration}"]
 
     @property
     def setting(self) -> str:
@@ -159,7 +168,11 @@ class TrialRow:
         return f"scales {self.scales}, dtype {self.dtype or UNKNOWN}"
 
 
-_COLUMNS: Final[dict[type, pa.DataType]] = {datetime: pa.timestamp("us", tz="UTC"), int: pa.int32()}
+_COLUMNS: Final[dict[object, pa.DataType]] = {
+    datetime: pa.timestamp("us", tz="UTC"),
+    int: pa.int32(),
+    int | None: pa.int32(),
+}
 TRIALS_SCHEMA = pa.schema(
     [
         pa.field(

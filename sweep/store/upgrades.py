@@ -60,13 +60,20 @@ def _trials_2(table: pa.Table) -> pa.Table:
     added = [unrecorded(row, msgspec.json.decode(row["config"])) for row in rows]
     for name in ("algorithm", "scales", "dtype"):
         table = table.append_column(TRIALS_SCHEMA.field(name), _texts([row[name] for row in added]))
-    return table.select([name for name in TRIALS_SCHEMA.names if name != "tp"])
+    return table.select([name for name in TRIALS_SCHEMA.names if name not in ("tp", "calibration")])
 
 
 def _trials_3(table: pa.Table) -> pa.Table:
     """Trials of version 2 with a column for their ranks: one."""
     ones = pa.repeat(pa.scalar(1, pa.int32()), len(table))
-    return table.append_column(TRIALS_SCHEMA.field("tp"), ones).select(TRIALS_SCHEMA.names)
+    table = table.append_column(TRIALS_SCHEMA.field("tp"), ones)
+    return table.select([name for name in TRIALS_SCHEMA.names if name != "calibration"])
+
+
+def _trials_4(table: pa.Table) -> pa.Table:
+    """Trials of version 3 with a column for the samples that calibrate: those that are scored."""
+    nothing = pa.nulls(len(table), pa.int32())
+    return table.append_column(TRIALS_SCHEMA.field("calibration"), nothing).select(TRIALS_SCHEMA.names)
 
 
 def _texts(values: Sequence[str | None]) -> pa.Array:
@@ -89,5 +96,6 @@ def _scores_2(table: pa.Table) -> pa.Table:
 UPGRADES: Final[dict[tuple[str, int], Callable[[pa.Table], pa.Table]]] = {
     ("trial_id", 1): _trials_2,
     ("trial_id", 2): _trials_3,
+    ("trial_id", 3): _trials_4,
     ("cell_id", 1): _scores_2,
 }

@@ -240,7 +240,7 @@ def test_a_file_of_a_newer_schema_version_is_refused_and_kept(store: Store) -> N
 def of_version_1(*rows: TrialRow) -> bytes:
     """A file of trials as version 1 wrote it: without algorithm, scales, dtype and tp."""
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA)
-    table = table.drop_columns(["algorithm", "scales", "dtype", "tp"]).replace_schema_metadata({"schema_version": "1"})
+    table = table.drop_columns(["algorithm", "scales", "dtype", "tp", "calibration"]).replace_schema_metadata({"schema_version": "1"})
     return encode(table, "trials/run-old.parquet")
 
 
@@ -273,7 +273,7 @@ def test_a_typed_dtype_of_version_1_is_the_one_of_its_config(tmp_path: Path) -> 
 
 def test_a_trial_of_version_2_was_scored_on_one_rank(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    table = pa.Table.from_pylist([asdict(trial())], schema=TRIALS_SCHEMA).drop_columns(["tp"])
+    table = pa.Table.from_pylist([asdict(trial())], schema=TRIALS_SCHEMA).drop_columns(["tp", "calibration"])
     table = table.replace_schema_metadata({"schema_version": "2"})
     store.files.write("trials/run-old.parquet", encode(table, "trials/run-old.parquet"))
     assert store.trials() == {"t": trial(tp=1)}
@@ -283,7 +283,7 @@ def test_a_program_of_version_1_says_that_the_trials_are_newer(tmp_path: Path) -
     store = Store(str(tmp_path))
     store.write_trials("r", [trial()])
     older = TRIALS_SCHEMA.with_metadata({"schema_version": "1"})
-    with pytest.raises(SweepError, match=r"has schema version 3; this program reads 1\. Use the program that wrote it"):
+    with pytest.raises(SweepError, match=r"has schema version 4; this program reads 1\. Use the program that wrote it"):
         decode(store.files.read("trials/run-r.parquet"), "trials/run-r.parquet", "here", older)
 
 
