@@ -436,7 +436,7 @@ def rope_positions(is_image: BoolArray, grids: Sequence[npt.NDArray[np.int64]]) 
     left = iter(grids)
     while n_seen < len(is_image):
         if is_image[n_seen]:
-            found = np.indices(tuple(next(left).tolist())).reshape(3, -1)
+            found = np.indices(next(left).tolist()).reshape(3, -1)
         else:
             later = np.flatnonzero(is_image[n_seen:])
             found = np.tile(np.arange(later[0] if len(later) else len(is_image) - n_seen), (3, 1))

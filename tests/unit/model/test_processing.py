@@ -423,7 +423,9 @@ def test_a_processor_whose_pictures_cannot_share_a_batch_is_refused(
 
 def configured(directory: Path, config: Any, image_processor: Any, processor: str) -> Path:
     """A checkpoint's settings without weights."""
-    save_tokenizer(directory, "ovis2")
+    tokenizer = save_tokenizer(directory, "ovis2")
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(directory)
     config.save_pretrained(directory)
     image_processor.save_pretrained(directory)
     file = directory / "preprocessor_config.json"
