@@ -17,7 +17,7 @@ from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import GroupChoice, MixedRecipe
 from sweep.plan.subject import Model
 from workers.quant.block_formats import nvfp4_scales
-from workers.quant.calibration import fake_quantized, quantized_inputs
+from workers.quant.calibration import fake_quantized, quantized_inputs, smoothed_weight
 from workers.quant.linear import LinearQuant
 from workers.quant.modelopt import Quantizers
 
@@ -148,7 +148,7 @@ class ReaderLinear(nn.Module):
             # Code times scale may be a tie of bfloat16 (3 * 240 * amax / 2688 for an amax of 175/1024), so its last
             # bit in float32 counts.
             whole = 2688.0 / quant.weight_amax
-            block = nvfp4_scales(linear.weight.float(), quant.weight_amax, blocks[-1])[0]
+            block = nvfp4_scales(smoothed_weight(quant, linear.weight), quant.weight_amax, blocks[-1])[0]
             scale = torch.where(block == 0, 0.125, block) / whole
             codes = _rounded(weight.unflatten(-1, (-1, blocks[-1])) / scale, (2, 1))
             self.weight = (codes * scale).flatten(-2).bfloat16().float()
