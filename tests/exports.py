@@ -16,7 +16,8 @@ from sweep.core.paths import bundled_model_dir
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import GroupChoice, MixedRecipe
 from sweep.plan.subject import Model
-from workers.quant.calibration import fake_quantized, quantized_inputs
+from workers.quant.block_formats import nvfp4_scales
+from workers.quant.calibration import fake_quantized, quantized_inputs, smoothed_weight
 from workers.quant.linear import LinearQuant
 from workers.quant.modelopt import Quantizers
 
@@ -141,7 +142,17 @@ class ReaderLinear(nn.Module):
         self.input_scale = 1.0 if input_scale_I is None else input_scale_I
         assert quant.weight is not None
         weight, attributes = fake_quantized(quant, linear.weight), quant.weight.attributes
-        if (attributes.get("block_sizes") or {}).get("type") == "dynamic":
+        blocks = attributes.get("block_sizes") or {}
+        if blocks.get("scale_bits") == (4, 3) and blocks.get("type") == "dynamic":
+            assert quant.weight_amax is not None
+            # Code times scale may be a tie of bfloat16 (3 * 240 * amax / 2688 for an amax of 175/1024), so its last
+            # bit in float32 counts.
+            whole = 2688.0 / quant.weight_amax
+            block = nvfp4_scales(smoothed_weight(quant, linear.weight), quant.weight_amax, blocks[-1])[0]
+            scale = torch.where(block == 0, 0.125, block) / whole
+            codes = _rounded(weight.unflatten(-1, (-1, blocks[-1])) / scale, (2, 1))
+            self.weight = (codes * scale).flatten(-2).bfloat16().float()
+        elif blocks.get("type") == "dynamic":
             self.weight = weight.bfloat16().float()
         else:
             assert quant.weight_amax is not None
