@@ -27,7 +27,9 @@ class RecipeCount(msgspec.Struct, frozen=True):
 def by_recipe(trials: Iterable[tuple[TrialRow, str]]) -> list[RecipeCount]:
     """Count trials by recipe and by the word that is given with each, in the order of the first of each recipe."""
     trials = list(trials)
-    others = [name for name in (*ATTRIBUTES, "tp", "calibration") if name not in (*RECIPE, "size") and _differs(trials, name)]
+    others = [
+        name for name in (*ATTRIBUTES, "tp", "calibration") if name not in (*RECIPE, "size") and _differs(trials, name)
+    ]
     names = [*others, *RECIPE]
     counts: dict[tuple[str, ...], Counter[str]] = {}
     for row, word in trials:

@@ -133,7 +133,9 @@ def largest(finished: Iterable[FinishedTrial]) -> list[FinishedTrial]:
     """Of trials that differ in their size alone the one with the most samples; in the order given."""
     best: dict[tuple[str, ...], FinishedTrial] = {}
     for one in finished:
-        key = tuple(str(getattr(one.trial, name) or UNKNOWN) for name in (*ATTRIBUTES, "tp", "calibration") if name != "size")
+        key = tuple(
+            str(getattr(one.trial, name) or UNKNOWN) for name in (*ATTRIBUTES, "tp", "calibration") if name != "size"
+        )
         if key not in best or n_samples_of(best[key].trial.size) < n_samples_of(one.trial.size):
             best[key] = one
     return [*best.values()]

@@ -16,6 +16,7 @@ from sweep.core.machine import Gpu, Hardware
 from sweep.core.sizes import SIZES
 from sweep.plan import trials
 from sweep.plan.trials import PlannedTrial, SweepPlan, plan_sweep, versions
+from sweep.run.session import row_of
 from tests.models import save_checkpoint, write_captions
 
 
@@ -405,3 +406,18 @@ def test_what_no_node_can_run_is_skipped_with_the_reason_of_one() -> None:
     ):
         (skipped,) = (trial.reason for trial in plan_sweep(points, "cuda", nodes).trials if trial.reason)
         assert skipped.startswith(reason)
+
+
+def test_ranges_from_more_samples_are_a_trial_and_a_cell_of_their_own(own: list[str]) -> None:
+    """Of formats that find ranges in the data; of others they change nothing, and the trial keeps its id."""
+    axes = ["quant_pair=wint8_aint8,wint4_afp16", "quant_granularity=w_group64", "dataset.size=small"]
+    usual, wider = (plan(*own, *axes, *more).trials for more in ([], ["calibration.n_samples=64"]))
+    assert [trial.calibration for trial in (*usual, *wider)] == [None, None, 64, None]
+    assert usual[0].cell_id != wider[0].cell_id
+    assert usual[0].trial_id != wider[0].trial_id
+    assert (usual[1].cell_id, usual[1].trial_id) == (wider[1].cell_id, wider[1].trial_id)
+    same = plan(*own, *axes, "calibration.n_samples=16").trials  # those that are scored
+    assert [trial.cell_id for trial in same] == [trial.cell_id for trial in usual]
+    assert row_of(wider[0], "done", None, "r").variant == ["calibration64"]
+    with pytest.raises(SweepError, match=r"calibration\.n_samples=8 are fewer than dataset\.size=small"):
+        plan(*own, *axes, "calibration.n_samples=8")

@@ -74,6 +74,7 @@ def trial(trial_id: str = "t", second: int = 0, **changed: Any) -> TrialRow:
         "state": "planned",
         "reason": None,
         "tp": 1,
+        "calibration": None,
         "created_at": datetime(2026, 1, 1, 0, 0, second, tzinfo=UTC),
     }
     return replace(TrialRow(**text), **(event | changed))  # pyright: ignore[reportArgumentType]
@@ -240,7 +241,9 @@ def test_a_file_of_a_newer_schema_version_is_refused_and_kept(store: Store) -> N
 def of_version_1(*rows: TrialRow) -> bytes:
     """A file of trials as version 1 wrote it: without algorithm, scales, dtype and tp."""
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA)
-    table = table.drop_columns(["algorithm", "scales", "dtype", "tp", "calibration"]).replace_schema_metadata({"schema_version": "1"})
+    table = table.drop_columns(["algorithm", "scales", "dtype", "tp", "calibration"]).replace_schema_metadata(
+        {"schema_version": "1"}
+    )
     return encode(table, "trials/run-old.parquet")
 
 
