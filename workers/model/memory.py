@@ -112,8 +112,18 @@ def part_windows(parts: Sequence[Part], work: Workload, n_bytes: float, n_halvin
         n_bytes: of memory.
         n_halvings: of what is left for x and g, after running out of memory.
     """
-    room = (n_bytes - fixed_bytes([group for part in parts for group in part.groups], work)) / 2**n_halvings
-    return windows(parts, [capture_bytes(part.groups, work) for part in parts], room)
+    groups = [group for part in parts for group in part.groups]
+    room = (n_bytes - fixed_bytes(groups, work)) / 2**n_halvings
+    sizes = [capture_bytes(part.groups, work) for part in parts]
+    hidden = min((group.n_inputs for group in groups if not is_vision(group.name)), default=0)
+    state_bytes = work.n_tokens * hidden * work.itemsize
+    found = windows(parts, sizes, room)
+    n_states = 0
+    # Several windows start at a hidden state each, which the pass before the first keeps, and end at a gradient.
+    while len(found) > 1 and n_states <= len(found):
+        n_states = len(found) + 1
+        found = windows(parts, sizes, room - n_states * state_bytes)
+    return found
 
 
 def windows(parts: Sequence[T], sizes: Sequence[int], room: float) -> list[list[T]]:

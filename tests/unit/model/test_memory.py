@@ -95,6 +95,19 @@ def test_a_4b_model_on_7100_captions_tokens_fits_16_gb_only_in_windows() -> None
     assert needed_bytes(parts, load) < 16e9 < fixed_bytes(flat, load) + sum(capture_bytes(part, load) for part in parts)
 
 
+def test_windows_leave_room_for_the_hidden_states_at_which_they_begin() -> None:
+    """Eight layers of 200 bytes a token; a state has 60 (30 inputs in bf16), and one gradient is as large."""
+    layers, load = [group(layer, 30, 70) for layer in range(8)], work(batch_tokens=0)
+    fixed = fixed_bytes(layers, load)
+    parts = parts_of(layers)
+    assert capture_bytes(layers[:1], load) == 200_000
+    assert [len(window) for window in memory.part_windows(parts, load, fixed + 8 * 200_000)] == [8]  # none is kept
+    # Two windows of four layers and three states are 980 bytes a token; three windows are 840: three layers and four.
+    assert [len(window) for window in memory.part_windows(parts, load, fixed + 980_000)] == [4, 4]
+    assert [len(window) for window in memory.part_windows(parts, load, fixed + 979_000)] == [3, 3, 2]
+    assert [len(window) for window in memory.part_windows(parts, load, fixed + 200_000)] == [1] * 8
+
+
 @pytest.mark.parametrize(
     ("sizes", "room", "expected"),
     [([1, 1, 1, 1], 2, [[0, 1], [2, 3]]), ([1, 5, 1], 2, [[0], [1], [2]]), ([1, 1], 9, [[0, 1]]), ([3], -1, [[0]])],
