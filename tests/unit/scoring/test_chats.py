@@ -1,6 +1,7 @@
 """Scores of chats with pictures, against plain hooks on the model of transformers with inputs that are not ours."""
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from sweep.core.batches import IMAGE
+from sweep.core.batches import IMAGE, Sample
 from sweep.core.groups import is_vision
 from tests.formats import job_of
 from tests.vision import FAMILIES, OTHERS, chat, picture, save_vision
@@ -22,6 +23,8 @@ from workers.model.processing import Processor
 from workers.quant.modelopt import layer_groups
 from workers.scoring.capture import capture
 from workers.scoring.gradient import Engine
+from workers.scoring.kl import KlEngine
+from workers.scoring.windows import captures
 
 INT4 = {"num_bits": 4, "axis": 0}
 # Layer groups of tower and projector: blocks of four groups, mergers, projectors.
@@ -185,3 +188,52 @@ def test_scores_of_chats_are_those_of_hooks_on_transformers(
             assert expected[first][2] == 0
     assert sum(map(is_vision, groups)) == N_VISION[kind]
     assert len(groups) - N_VISION[kind] == (4 if kind == "qwen3_vl_moe" else 8)  # its experts are no linears
+
+
+def qwen_chats(place: Path) -> tuple[Any, list[Sample]]:
+    checkpoint = save_vision(place / "model", "qwen3_vl")
+    processor = Processor(checkpoint, None)
+    samples = [
+        processor.sample(each, [processor.prepare(image) for image in images], loss="answers", max_tokens=512)
+        for each, images in zip(CHATS * 2, PICTURES * 2, strict=True)
+    ]
+    return load(checkpoint, dtype=torch.float32, device="cpu"), samples
+
+
+def test_windows_of_chats_that_share_a_row_are_bit_equal_to_one_capture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWEEP_CACHE_DIR", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+    model, samples = qwen_chats(tmp_path)
+    plan = make_plan(samples, packed=True)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+    whole = capture(model, plan.segments, names)
+    layers = [[name for name in names if f".layers.{layer}." in name] for layer in range(2)]
+    seen = 0
+    for index, rows in captures(model, plan.segments, layers):
+        assert rows.keys() == {*layers[index]}
+        for name, found in rows.items():
+            assert torch.equal(found.x_TI, whole[name].x_TI)
+            assert torch.equal(found.g_TO, whole[name].g_TO)
+            seen += 1
+    assert seen == len(names)
+
+
+def test_divergences_of_chats_that_share_a_row_are_those_of_each_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWEEP_CACHE_DIR", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+    model, samples = qwen_chats(tmp_path)
+    alone = [replace(sample, positions=None) for sample in samples]
+    job, name = job_of("int4", INT4, None, ["6"]), "model.language_model.layers.1.mlp.down_proj"
+    found: list[list[float]] = []
+    for each in (samples, alone):
+        plan = make_plan(each, packed=True)
+        scores = KlEngine(model, plan.segments, [name], [6]).score_group([name], [job])()
+        assert scores is not None
+        assert isinstance(scores[0], dict)
+        found.append(scores[0]["6"].sample_scores.tolist())
+    assert len(make_plan(samples, packed=True).segments[0]) < len(make_plan(alone, packed=True).segments[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
