@@ -22,7 +22,7 @@ def facts_table(report: Report) -> str:
     formats = ", ".join(f"{what} {_FORMATS.get(name, name)}" for what, name in named if name is not None)
     facts = {
         "model": f"{trial.model} (revision `{trial.model_revision[:12]}`)",
-        "data set": f"{trial.dataset} (revision `{trial.dataset_revision[:12]}`)",
+        "data set": f"{trial.dataset} (revision `{trial.dataset_revision[:12]}`){_conversations(report)}",
         "size": f"{trial.size}: {summary.n_samples} samples, {summary.n_predictions} predictions",
         "quant pair": f"`{trial.quant_pair}`: {formats}" if formats else f"`{trial.quant_pair}`",
         "granularity": f"`{trial.quant_granularity}`",
@@ -36,6 +36,14 @@ def facts_table(report: Report) -> str:
         **{f"on `{target}`": _served(status) for target, status in report.served_as.items()},
     }
     return "| measured | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in facts.items())
+
+
+def _conversations(report: Report) -> str:
+    """How a data set of conversations was read; nothing of others."""
+    dataset = report.section("dataset")
+    words = [", loss on the answers"] if dataset.get("loss") == "answers" else []
+    written = {"model": "drawn from", "model_greedy": "written greedily by"}.get(str(dataset.get("answers")))
+    return "".join([*words, *([f", last answers {written} the unquantized model"] if written else [])])
 
 
 def _served(status: Mapping[str, str | None]) -> str:

@@ -357,3 +357,21 @@ def test_index_pages_link_downwards() -> None:
     link = "[lm_only-glosses-small-gradient](lm_only-glosses-small-gradient/per-layer-sensitivity.md)"
     assert f"| {link} | max | private | x | 16 | 8 | 0.25 | 2 groups | `a.b` 40% | a_sm90, (b_sm90) |" in leaf
     assert "`a.b` 40% | none |" in pair  # of a folder that an older version left
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        ({"loss": "all", "answers": "file"}, "`) |"),
+        ({"loss": "answers", "answers": "file"}, "`), loss on the answers |"),
+        (
+            {"loss": "answers", "answers": "model"},
+            "`), loss on the answers, last answers drawn from the unquantized model |",
+        ),
+    ],
+)
+def test_a_report_says_how_conversations_were_read(dataset: dict[str, str], said: str) -> None:
+    trial = replace(SMALL.trial, config=json.dumps(json.loads(SMALL.trial.config) | {"dataset": dataset}))
+    text = render_markdown(analyse(replace(SMALL, trial=trial)))
+    (line,) = (line for line in text.splitlines() if line.startswith("| data set |"))
+    assert line.endswith(said)
