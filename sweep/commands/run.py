@@ -251,7 +251,7 @@ def _check_folders(plan: SweepPlan, root: str) -> None:
             raise SweepError(
                 f"Two trials {trial.name} of this grid have one report folder: "
                 f"{by_folder[folder].trial_id} and {trial.trial_id}. "
-                "Run them one after the other, each with its own output_layout.root=DIR, "
+                "Run them one after the other, each with its own dataset.name=NAME or output_layout.root=DIR, "
                 "or keep the later one's report with output_layout.overwrite=true."
             )
     check_ahead(root, by_folder)

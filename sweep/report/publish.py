@@ -45,7 +45,7 @@ _PARTIAL = re.compile(rf"\.({_NAMES})\.\d+-[0-9a-f]+\.tmp")  # a file being writ
 _MOVE = "Files of someone else are never replaced: move them away (mv -n FILE ELSEWHERE), or publish elsewhere."
 _HOW = (
     "Replace what is there: output_layout.overwrite=true (sweep run), --overwrite (sweep publish). "
-    "Or publish elsewhere."
+    "Or publish elsewhere, or score under another name: dataset.name=NAME."
 )
 
 _CONTENT = ("model_revision", "dataset_revision", "cell_id")  # a folder that differs in them holds other content
