@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from sweep.core.batches import Batch
 from sweep.core.errors import SweepError
 from sweep.core.groups import is_vision
 from workers.model.decoder import decoder_of
-from workers.model.forward import batch_to, labels_of, summed_loss
+from workers.model.forward import attention_of, batch_to, labels_of, summed_loss
 from workers.model.hooks import removed_after
 from workers.model.memory import HEAD_ROWS
 from workers.scoring.layout import FloatArray, Layout, Segments, layout_of, patch_kinds, token_kinds
@@ -53,7 +54,8 @@ def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dic
     parameter = next(model.parameters())
     decoder = decoder_of(model)
     recorder = Recorder(segments, parameter.device)
-    with recorder.attached(model, modules), torch.enable_grad():
+    attention = attention_of(chain.from_iterable(segments), parameter.device)
+    with recorder.attached(model, modules), attention, torch.enable_grad():
         for batch in recorder.batches():
             inputs, labels = batch_to(batch, parameter.device, parameter.dtype), labels_of(batch)
             if decoder is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.model.decoder import Decoder, Trace, decoder_of
-from workers.model.forward import batch_to, labels_of
+from workers.model.forward import attention_of, batch_to, labels_of
 from workers.scoring.capture import Recorder, Rows, backward_from, capture
 from workers.scoring.layout import Segments
 
@@ -79,14 +79,16 @@ class _Recorded:
         self._model, self._decoder, self._segments, self._device = model, decoder, segments, parameter.device
         self._traces: list[Trace] = []
         self._gradients: list[Tensor | None] = []  # by batch
-        for batch in chain.from_iterable(segments) if starts else ():
-            self._traces.append(decoder.record(batch_to(batch, parameter.device, parameter.dtype), starts)[0])
-            self._gradients.append(None)
+        with attention_of(chain.from_iterable(segments), parameter.device):
+            for batch in chain.from_iterable(segments) if starts else ():
+                self._traces.append(decoder.record(batch_to(batch, parameter.device, parameter.dtype), starts)[0])
+                self._gradients.append(None)
 
     def rows(self, window: _Window, stop: int, *, is_lowest: bool) -> dict[str, Rows]:
         """Run a window's layers, up to the start of the one above."""
         recorder = Recorder(self._segments, self._device)
-        with recorder.attached(self._model, window.inside), torch.enable_grad():
+        attention = attention_of(chain.from_iterable(self._segments), self._device)
+        with recorder.attached(self._model, window.inside), attention, torch.enable_grad():
             for number, batch in enumerate(recorder.batches()):
                 trace, gradient = self._traces[number], self._gradients[number]
                 hidden = trace.hidden.pop(window.start).requires_grad_(not is_lowest)
