@@ -15,7 +15,7 @@ from sweep.core.groups import LayerGroup
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import GroupChoice, MixedRecipe
-from sweep.plan.subject import Model
+from sweep.plan.model import Model
 from workers.quant.block_formats import nvfp4_scales
 from workers.quant.calibration import fake_quantized, quantized_inputs, smoothed_weight
 from workers.quant.linear import LinearQuant

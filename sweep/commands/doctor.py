@@ -23,7 +23,7 @@ from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE, EXIT_WRONG_INPUT
 from sweep.core.machine import Workers, n_cores, n_gpus
 from sweep.core.text import count
-from sweep.plan.subject import checkpoint_dir, checkpoint_gb
+from sweep.plan.model import checkpoint_dir, checkpoint_gb
 from sweep.plan.trials import SweepPlan, plan_sweep
 from sweep.run.resources import pick_workers
 from sweep.store.integrity import Finding, check_store

@@ -21,7 +21,7 @@ from sweep.mixed_precision.checks import check_cells, check_recipe
 from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of, load_model, read_recipe
 from sweep.mixed_precision.shapes import check_shapes
 from sweep.mixed_precision.text import CSV_BEGINS, MODELOPT_BEGINS, check_csv, check_modelopt, to_csv, to_modelopt
-from sweep.plan.subject import Model, checkpoint_dir
+from sweep.plan.model import Model, checkpoint_dir
 from sweep.run.resources import own_device
 from sweep.store.outputs import OutputDirectory, OutputFile, place_of, typed_path
 from sweep.store.store import Store

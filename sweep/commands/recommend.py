@@ -46,7 +46,7 @@ from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe_of_ch
 from sweep.mixed_precision.recipe_context import RecipeContext, context_of
 from sweep.mixed_precision.shapes import candidate_misfits, misfit_lines
 from sweep.mixed_precision.summary import Figures, figures_of, front_points, uniform_points
-from sweep.plan.subject import Model, checkpoint_dir
+from sweep.plan.model import Model, checkpoint_dir
 from sweep.plan.trials import SweepPlan
 from sweep.report.analysis import IntArray
 from sweep.report.plots import front_picture

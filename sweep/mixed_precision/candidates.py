@@ -18,7 +18,7 @@ from sweep.core.text import count, override
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import UNQUANTIZED_BITS
-from sweep.plan.subject import Model, checkpoint_dir
+from sweep.plan.model import Model, checkpoint_dir
 from sweep.plan.trials import calibration_of, elements_of, recipe_of, score_version
 from sweep.report.analysis import (
     FloatArray,

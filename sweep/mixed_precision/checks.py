@@ -11,7 +11,7 @@ from sweep.core.groups import Linear
 from sweep.formats.format import Format, GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import check_format
-from sweep.plan.subject import Model
+from sweep.plan.model import Model
 from sweep.plan.trials import recipe_of
 from sweep.store.store import Store
 

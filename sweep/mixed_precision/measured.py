@@ -23,7 +23,7 @@ from sweep.mixed_precision.checks import check_recipe
 from sweep.mixed_precision.recipe import recipe_of_choice
 from sweep.mixed_precision.recipe_context import RecipeContext, load_model
 from sweep.plan.own_samples import Writing
-from sweep.plan.subject import samples_of
+from sweep.plan.samples import samples_of
 from sweep.plan.trials import Device
 from sweep.report.analysis import FloatArray, bootstrap_interval
 from sweep.store.records import VALIDATIONS_SCHEMA

@@ -14,12 +14,13 @@ from sweep.core.sizes import n_samples_of, size_name
 from sweep.core.text import quoted
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_recipe
+from sweep.plan.model import Model, checkpoint_dir
 from sweep.plan.own_samples import Writing
-from sweep.plan.subject import Model, checkpoint_dir, samples_to_boundary
+from sweep.plan.samples import samples_to_boundary
 from sweep.plan.trials import Device
 
 if TYPE_CHECKING:
-    from sweep.plan.subject import PreTrainedModel
+    from sweep.plan.model import PreTrainedModel
 
 # Options of the group `dataset` by the kind of data set, which may have been given another name.
 _OPTIONS: Final = {"captions": "coco2017_captions", "scenes": "scenes", "scenes_chat": "scenes_chat"}

@@ -27,7 +27,7 @@ from sweep.core.sizes import SIZES
 from sweep.mixed_precision.measured import held_out
 from sweep.mixed_precision.openai_server import Server, check_prompt_log_probs, connect, in_parallel
 from sweep.mixed_precision.recipe_context import RecipeContext, load_model
-from sweep.plan.subject import Model
+from sweep.plan.model import Model
 from sweep.plan.trials import Device
 from sweep.report.analysis import FloatArray, bootstrap_interval
 

@@ -12,7 +12,7 @@ from sweep.core.text import count
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidates
-from sweep.plan.subject import Model, checkpoint_dir
+from sweep.plan.model import Model, checkpoint_dir
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from sweep.core.cache import read_entry, write_entry
 from sweep.core.errors import SweepError
 from sweep.core.machine import Device, n_cores, n_gpus
 from sweep.core.screen import say
+from sweep.plan.model import Model
 from sweep.store.store import Store
 from workers.data.conversations import CaptionedPicture, Conversation, PictureSource
 from workers.data.decode import decoded
@@ -33,7 +34,6 @@ from workers.data.scene_chats import scene_conversations
 from workers.model.checkpoint import file_key, settings_files
 
 if TYPE_CHECKING:
-    from sweep.plan.subject import Model
     from workers.model.processing import Processor
 
 Array = npt.NDArray[np.generic]
@@ -77,7 +77,7 @@ class _Entry:
 
 
 def own_samples(
-    dataset: DatasetConfig, model: "Model", n_least: int, n_most: int, writing: Writing | None
+    dataset: DatasetConfig, model: Model, n_least: int, n_most: int, writing: Writing | None
 ) -> list[Sample]:
     """The first samples of texts, pictures with captions or conversations.
 
@@ -138,7 +138,7 @@ class _Items:
         found = [each.picture for each in self.captioned]
         return found + [picture for each in self.conversations for picture in each.pictures]
 
-    def samples(self, dataset: DatasetConfig, model: "Model", writing: Writing | None) -> list[Sample]:
+    def samples(self, dataset: DatasetConfig, model: Model, writing: Writing | None) -> list[Sample]:
         """As the model reads them. Raises: SweepError: as `own_samples`."""
         if self.texts:
             texts, origins = zip(*self.texts, strict=True)
@@ -167,7 +167,7 @@ def _answered(
     pictures: Sequence[Sequence[Picture]],
     processor: "Processor",
     dataset: DatasetConfig,
-    model: "Model",
+    model: Model,
     writing: Writing,
 ) -> list[Sample]:
     """Samples whose last answers the model has written or writes now, with a progress display on a terminal."""

@@ -23,8 +23,9 @@ from sweep.core.machine import Device, Hardware, Needs
 from sweep.core.sizes import n_samples_of, size_name
 from sweep.formats.format import Format
 from sweep.formats.recipe import Recipe, quantizer_for, resolve
+from sweep.plan.model import Model, checkpoint_dir
 from sweep.plan.own_samples import Writing
-from sweep.plan.subject import Model, checkpoint_dir, samples_to_boundary
+from sweep.plan.samples import samples_to_boundary
 from workers.data.batches import make_plan
 from workers.model import memory
 from workers.task import ModelSpec, Task

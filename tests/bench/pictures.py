@@ -13,7 +13,8 @@ import torch
 from sweep.config.compose import expand
 from sweep.core.machine import n_cores
 from sweep.core.paths import bundled_model_dir
-from sweep.plan.subject import Model, samples_of
+from sweep.plan.model import Model
+from sweep.plan.samples import samples_of
 from tests.bench.checkpoint import write_chats
 from tests.bench.setup import report
 

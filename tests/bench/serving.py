@@ -36,7 +36,8 @@ from sweep.core.paths import bundled_model_dir
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import GroupChoice, MixedRecipe
 from sweep.mixed_precision import candidates
-from sweep.plan.subject import Model, samples_of
+from sweep.plan.model import Model
+from sweep.plan.samples import samples_of
 from tests.bench.setup import TEXT_4B, VISION_4B, random_4b, report, seconds
 from workers.export.calibrated import calibrated
 from workers.export.checkpoint import write_checkpoint

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from sweep.config.compose import expand
-from sweep.plan.subject import Model, samples_of
+from sweep.plan.model import Model
+from sweep.plan.samples import samples_of
 from tests.bench.checkpoint import make_checkpoint, write_captions, write_chats
 from tests.bench.commands import run_sweep, sweep_command
 from tests.bench.setup import TEXT_4B, report, seconds

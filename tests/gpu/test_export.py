@@ -26,7 +26,8 @@ NAMES = (
 def test_an_export_from_a_gpu_holds_the_recipe(tmp_path: Path, dtype: torch.dtype, algorithm: str) -> None:
     from sweep.config.compose import expand
     from sweep.core.paths import bundled_model_dir
-    from sweep.plan.subject import Model, samples_of
+    from sweep.plan.model import Model
+    from sweep.plan.samples import samples_of
     from tests.exports import FORMATS, recipe_of
     from tests.formats import group_format
     from workers.export.calibrated import calibrated

@@ -20,7 +20,7 @@ from sweep.core.paths import bundled_model_dir
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision import candidates
-from sweep.plan.subject import Model
+from sweep.plan.model import Model
 from tests.exports import recipe_of
 from workers.export.calibrated import calibrated
 from workers.export.checkpoint import write_checkpoint

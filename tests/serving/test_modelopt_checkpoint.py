@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sweep.core.paths import bundled_model_dir
-from sweep.plan.subject import Model
+from sweep.plan.model import Model
 from tests.exports import quants_of, recipe_of
 from tests.unit.export.test_modelopt_layout import FORMATS, format_called
 from workers.export.checkpoint import write_checkpoint

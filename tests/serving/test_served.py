@@ -28,7 +28,8 @@ from sweep.commands.export import serve_line
 from sweep.config.compose import expand
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
-from sweep.plan.subject import Model, samples_of
+from sweep.plan.model import Model
+from sweep.plan.samples import samples_of
 from tests.exports import FORMATS, recipe_of
 from tests.formats import group_format
 from workers.data.batches import make_plan

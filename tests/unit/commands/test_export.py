@@ -31,7 +31,8 @@ from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.recipe_context import _loaded
 from sweep.mixed_precision.text import check_modelopt, to_csv, to_modelopt
-from sweep.plan.subject import Model, samples_of
+from sweep.plan.model import Model
+from sweep.plan.samples import samples_of
 from sweep.plan.trials import recipe_of as recipe_of_point
 from sweep.store.records import TrialRow
 from sweep.store.store import Store

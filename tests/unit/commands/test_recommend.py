@@ -28,7 +28,8 @@ from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision import recipe_context
 from sweep.plan import trials
-from sweep.plan.subject import Model, samples_of
+from sweep.plan.model import Model
+from sweep.plan.samples import samples_of
 from sweep.plan.trials import plan_sweep
 from sweep.store.records import SCORES_SCHEMA
 from sweep.store.store import Store

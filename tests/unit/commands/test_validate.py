@@ -27,7 +27,8 @@ from sweep.mixed_precision.candidates import Candidate, Candidates
 from sweep.mixed_precision.measured import _identity, held_out, random_mixes, uniform_recipes, validate
 from sweep.mixed_precision.recapture import recaptured_kl
 from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of
-from sweep.plan.subject import Model, samples_of
+from sweep.plan.model import Model
+from sweep.plan.samples import samples_of
 from sweep.store.records import TrialRow
 from tests.exports import FORMATS, apply, recipe_of
 from tests.floors import sample_logits

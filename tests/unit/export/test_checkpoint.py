@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
-from sweep.plan.subject import Model
+from sweep.plan.model import Model
 from tests.exports import (
     FORMATS,
     FP8,

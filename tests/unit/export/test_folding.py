@@ -21,7 +21,8 @@ from sweep.core.groups import Linear
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
-from sweep.plan.subject import Model, samples_of
+from sweep.plan.model import Model
+from sweep.plan.samples import samples_of
 from tests.exports import FP8, INT4, INT8, NVFP4, apply, apply_as_reader, kl, loaded, recipe_of
 from tests.floors import SUMS, given_our_inputs
 from tests.formats import group_format

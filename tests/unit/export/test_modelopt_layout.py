@@ -23,7 +23,7 @@ from sweep.core.paths import bundled_model_dir
 from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import MixedRecipe
 from sweep.formats.quantizer import Quantizer
-from sweep.plan.subject import Model
+from sweep.plan.model import Model
 from tests.exports import FP8, INT4, INT8, MXFP4, MXFP8, NVFP4, PER_TOKEN, quants_of, recipe_of
 from tests.formats import group_format
 from workers.export.checkpoint import check_expressible, write_checkpoint

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sweep.core.batches import Batch, Plan
 from sweep.core.pairs import Algorithm
 from sweep.core.paths import bundled_model_dir
-from sweep.plan.subject import Model
+from sweep.plan.model import Model
 from tests.exports import FORMATS, recipe_of
 from tests.formats import group_format
 from workers.data.batches import make_plan

@@ -11,7 +11,7 @@ from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.checks import check_recipe
-from sweep.plan.subject import Model
+from sweep.plan.model import Model
 from tests.exports import FORMATS, recipe_of
 from tests.formats import group_format
 

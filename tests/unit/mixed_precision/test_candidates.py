@@ -223,7 +223,7 @@ def test_a_store_of_before_does_not_know_the_models_size(tmp_path: Path) -> None
 
 def test_the_checkpoint_says_its_size_if_the_store_does_not(tmp_path: Path) -> None:
     from sweep.core.paths import bundled_model_dir
-    from sweep.plan.subject import Model
+    from sweep.plan.model import Model
 
     store = store_at(tmp_path, {}, elements=None)
     add(store, FP8, [0.1] * 5, model_revision=Model(bundled_model_dir()).revision)

@@ -9,7 +9,8 @@ from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.recipe_context import config_of, context_of
-from sweep.plan.subject import Model, samples_of
+from sweep.plan.model import Model
+from sweep.plan.samples import samples_of
 from tests.exports import FORMATS, recipe_of
 from tests.formats import group_format
 

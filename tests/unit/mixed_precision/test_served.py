@@ -18,7 +18,8 @@ from sweep.core.paths import bundled_model_dir
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision import openai_server, served
 from sweep.mixed_precision.served import bucket_kl, excess
-from sweep.plan.subject import Model, samples_of
+from sweep.plan.model import Model
+from sweep.plan.samples import samples_of
 from tests.exports import FORMATS, apply, recipe_of
 from tests.formats import group_format
 from tests.models import save_checkpoint

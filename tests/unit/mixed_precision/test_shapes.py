@@ -17,7 +17,7 @@ from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidate, Candidates, read_candidates
 from sweep.mixed_precision.recipe import Budget, Rules, problem_of, recipe_of_choice, rules_of, solved
 from sweep.mixed_precision.shapes import check_shapes, misfit_lines, misfits
-from sweep.plan.subject import Model
+from sweep.plan.model import Model
 from tests.exports import recipe_of
 from tests.scored import store_at
 from tests.unit.formats.test_recipe import made

@@ -13,7 +13,7 @@ from sweep.core.batches import Picture, Plan, Sample
 from sweep.core.errors import SweepError
 from sweep.core.groups import ShapedGroup, parts_of
 from sweep.core.machine import Gpu, Hardware
-from sweep.plan.subject import Model
+from sweep.plan.model import Model
 from sweep.plan.trials import SweepPlan, plan_sweep
 from tests.models import overrides_of, place_at
 from workers.data.batches import make_plan

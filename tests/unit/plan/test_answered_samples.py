@@ -9,8 +9,9 @@ import pytest
 from sweep.config.compose import expand
 from sweep.config.schema import SweepConfig
 from sweep.core.errors import SweepError
+from sweep.plan.model import Model
 from sweep.plan.own_samples import Writing
-from sweep.plan.subject import Model, samples_of
+from sweep.plan.samples import samples_of
 from sweep.plan.trials import plan_sweep
 from sweep.store.store import Store
 from tests.vision import picture, save_vision, written_here

@@ -19,7 +19,8 @@ from sweep.core.batches import ANSWER, IMAGE, Sample
 from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
 from sweep.plan import own_samples
-from sweep.plan.subject import Model, samples_of, samples_to_boundary
+from sweep.plan.model import Model
+from sweep.plan.samples import samples_of, samples_to_boundary
 from tests.own import png, write_chats
 from workers.data.batches import make_plan
 from workers.data.pictures import picture_file
@@ -121,7 +122,8 @@ def test_the_second_run_imports_no_heavy_library(tmp_path: Path) -> None:
     path = write_chats(tmp_path / "set", 16).with_name("chats.parquet")
     datasets.Dataset.from_json(str(path.with_suffix(".jsonl"))).to_parquet(path)
     script = (
-        "import sys\nfrom sweep.config.compose import expand\nfrom sweep.plan.subject import Model, samples_of\n"
+        "import sys\nfrom sweep.config.compose import expand\n"
+        "from sweep.plan.model import Model\nfrom sweep.plan.samples import samples_of\n"
         "from sweep.core.paths import bundled_model_dir\n"
         f"point = expand(['dataset=chat', 'dataset.path={path}'], multirun=False).points[0]\n"
         "samples_of(point.dataset, Model(bundled_model_dir()), 16)\n"

@@ -12,7 +12,7 @@ from torch import Tensor
 from sweep.core.errors import SweepError
 from sweep.core.paths import bundled_model_dir
 from sweep.mixed_precision.text import to_modelopt
-from sweep.plan.subject import Model
+from sweep.plan.model import Model
 from tests.exports import recipe_of
 from tests.formats import format_of, group_format
 from workers.data.batches import make_plan
