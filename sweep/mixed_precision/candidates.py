@@ -358,7 +358,9 @@ def _of_one_revision(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig
     samples = {row.dataset_revision for row in rows}
     if len(samples) > 1:
         data_sets = [asdict(configs[row.trial_id].dataset) for row in rows]
-        differing = [_either(f"dataset.{key}", map(itemgetter(key), data_sets)) for key in data_sets[0]]
+        kind = str(data_sets[0]["kind"])
+        option = f"dataset={kind} " if kind in OWN_KINDS else ""  # which has the keys of her own data
+        differing = [_either(f"dataset.{key}", map(itemgetter(key), data_sets), option) for key in data_sets[0]]
         way_out = "; ".join(filter(None, differing)) or "a file that has changed since: sweep into another store.uri"
         raise SweepError(
             f"The store holds trials of {len(samples)} different sets of samples that are called "
@@ -378,9 +380,9 @@ def _of_one_revision(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig
     return found
 
 
-def _either(key: str, values: Iterable[str | int | None]) -> str | None:
-    """The overrides that have each of several values; None: they are equal."""
-    found = sorted({override(key, "null" if value is None else str(value)) for value in values})
+def _either(key: str, values: Iterable[str | int | None], option: str = "") -> str | None:
+    """The overrides that have each of several values, each after `option`; None: they are equal."""
+    found = sorted({option + override(key, "null" if value is None else str(value)) for value in values})
     return " or ".join(found) if len(found) > 1 else None
 
 

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 # Pixels of the largest picture that is decoded: where Pillow warns of a decompression bomb (Image.MAX_IMAGE_PIXELS,
 # 1 GB as RGB with alpha at four bytes a channel). A file of a few KB can claim more.
 MAX_PIXELS: Final = 89_478_485
+_DEEP: Final = ("I", "F")  # Pillow's modes of 32 bits
 
 
 def decoded(source: PictureSource) -> "Image":
-    """The picture as processors take it: RGB, transparent parts black, turned as its EXIF says.
+    """The picture as processors take it: RGB, turned as its EXIF says; transparent parts have their hidden colour.
 
-    Raises: SweepError: it is missing, no picture, broken, or larger than MAX_PIXELS; names its place in the data.
+    Raises: SweepError: it is missing, no picture, broken, larger than MAX_PIXELS, or of more than 8 bits a value, which
+        Pillow would cut off at 255; names its place in the data.
 
     Source: transformers' load_image turns pictures and converts them to RGB.
     """
@@ -30,6 +32,11 @@ def decoded(source: PictureSource) -> "Image":
                 raise SweepError(
                     f"{name} ({source.origin}) has {picture.width} x {picture.height} pixels; up to {MAX_PIXELS:,} are "
                     "decoded, as a larger one may be a decompression bomb. Scale it down, or take it out."
+                )
+            if picture.mode in _DEEP or picture.mode.startswith("I;16"):
+                raise SweepError(
+                    f"{name} ({source.origin}) has more than 8 bits a value (mode {picture.mode} of Pillow), and would "
+                    "be nearly white in RGB. Save it with 8 bits a value, or take it out."
                 )
             return ImageOps.exif_transpose(picture).convert("RGB")
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:

@@ -243,11 +243,19 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     assert decoded(PictureSource(origin="line 1", path=tmp_path / "turned.jpg")).size == (20, 40)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
 def test_every_picture_becomes_rgb(mode: str, tmp_path: Path) -> None:
     path = tmp_path / ("picture.tiff" if mode == "CMYK" else "picture.png")
     Image.new(mode, (4, 3)).save(path)
     assert decoded(PictureSource(origin="line 1", path=path)).mode == "RGB"
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_a_picture_of_more_than_8_bits_is_refused(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "picture.tiff"
+    Image.new(mode, (4, 3)).save(path)
+    with pytest.raises(SweepError, match=rf"line 1\) has more than 8 bits a value \(mode {mode} .*with 8 bits a value"):
+        decoded(PictureSource(origin="line 1", path=path))
 
 
 def bomb(width: int, height: int) -> bytes:

@@ -177,6 +177,18 @@ def test_predicted_kl_of_different_kinds_is_not_mixed(
         assert predicted_kl_of(found(tmp_path, *overrides)) == {FP8: [0.1] * 5}
 
 
+def test_files_of_one_name_are_told_apart_as_they_are_typed(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for minute, directory in enumerate(("one", "two")):
+        own = ("dataset=chat", f"dataset.path=/{directory}/c.jsonl")
+        add(store, FP8, [0.1 + minute] * 5, *own, minute=minute, dataset_revision=directory)
+    with pytest.raises(SweepError) as error:
+        found(tmp_path)
+    ways_out = str(error.value).removesuffix(".").rpartition("you mean: ")[2].split(" or ")
+    assert ways_out == [f"dataset=chat dataset.path=/{directory}/c.jsonl" for directory in ("one", "two")]
+    assert predicted_kl_of(found(tmp_path, *ways_out[1].split())) == {FP8: [1.1] * 5}
+
+
 def test_ranges_of_a_recipe_are_of_one_number_of_samples(tmp_path: Path) -> None:
     """FP8 inputs have a calibrated range; INT4 weights have none, and go with any."""
     store = Store(str(tmp_path))
