@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.generic]
 
-_VERSION = 2  # of what is kept; 2: samples with pictures have positions
+_VERSION = 3  # of what is kept; 2: samples with pictures have positions; 3: transparent pictures are put on white
 _LIBRARIES = ("transformers", "pillow", "datasets")  # whose versions may change a sample
 # Keys of a data set on which its first samples depend, beside its files.
 _KEYS = ("kind", "split", "column", "max_tokens", "loss", "answers", "answer_tokens", "max_pixels")

@@ -16,12 +16,13 @@ _DEEP: Final = ("I", "F")  # Pillow's modes of 32 bits
 
 
 def decoded(source: PictureSource) -> "Image":
-    """The picture as processors take it: RGB, turned as its EXIF says; transparent parts have their hidden colour.
+    """The picture as processors take it: RGB, turned as its EXIF says, on white where it is transparent.
 
     Raises: SweepError: it is missing, no picture, broken, larger than MAX_PIXELS, or of more than 8 bits a value, which
         Pillow would cut off at 255; names its place in the data.
 
-    Source: transformers' load_image turns pictures and converts them to RGB.
+    Source: transformers' load_image turns pictures and converts them to RGB; vLLM puts them on white (rgba_to_rgb of
+        vllm/multimodal/image.py), and what it serves is what is to be measured.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -38,7 +39,11 @@ def decoded(source: PictureSource) -> "Image":
                     f"{name} ({source.origin}) has more than 8 bits a value (mode {picture.mode} of Pillow), and would "
                     "be nearly white in RGB. Save it with 8 bits a value, or take it out."
                 )
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            upright = ImageOps.exif_transpose(picture)
+            if not upright.has_transparency_data:
+                return upright.convert("RGB")
+            on_top = upright.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", on_top.size, "white"), on_top).convert("RGB")
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise SweepError(
             f"{name} ({source.origin}) cannot be read: {error.strerror}. "

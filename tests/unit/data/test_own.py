@@ -250,6 +250,23 @@ def test_every_picture_becomes_rgb(mode: str, tmp_path: Path) -> None:
     assert decoded(PictureSource(origin="line 1", path=path)).mode == "RGB"
 
 
+@pytest.mark.parametrize(
+    ("mode", "colour", "seen"),
+    [
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),  # nothing of the red that a transparent pixel hides
+        ("RGBA", (255, 0, 0, 51), (255, 204, 204)),  # a fifth of it
+        ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+        ("LA", (0, 0), (255, 255, 255)),
+    ],
+)
+def test_transparent_pictures_are_put_on_white_as_servers_do(
+    mode: str, colour: tuple[int, ...], seen: tuple[int, ...], tmp_path: Path
+) -> None:
+    Image.new(mode, (4, 3), colour).save(tmp_path / "picture.png")
+    found = decoded(PictureSource(origin="line 1", path=tmp_path / "picture.png"))
+    assert (found.mode, found.getpixel((1, 1))) == ("RGB", seen)
+
+
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_a_picture_of_more_than_8_bits_is_refused(mode: str, tmp_path: Path) -> None:
     path = tmp_path / "picture.tiff"
