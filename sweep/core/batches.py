@@ -40,6 +40,13 @@ class Picture:
     text: str = ""  # that stands for it where the chat template has its mark, unless that follows from its shape
 
 
+def picture_tensors(pictures: Iterable[Picture]) -> dict[str, Int64Array]:
+    """Forward's keyword arguments that describe pictures, but for their pixels, one picture after another."""
+    tensors = [picture.tensors for picture in pictures]
+    names = tensors[0] if tensors else ()
+    return {name: np.concatenate([*map(itemgetter(name), tensors)]) for name in names}
+
+
 def _n_rows(pictures: Iterable[Picture]) -> int:
     """Rows that the vision tower makes of some pictures."""
     return sum(picture.n_rows for picture in pictures)
@@ -97,13 +104,6 @@ class Batch:
     def all_pictures(self) -> list[Picture]:
         """Of all samples, in the order of their rows."""
         return [picture for pictures in self.pictures for picture in pictures]
-
-    @property
-    def picture_tensors(self) -> dict[str, Int64Array]:
-        """Forward's keyword arguments that describe the pictures, but for their pixels."""
-        tensors = [picture.tensors for picture in self.all_pictures]
-        names = tensors[0] if tensors else ()
-        return {name: np.concatenate([*map(itemgetter(name), tensors)]) for name in names}
 
     def by_sample(self, by_row: npt.NDArray[T]) -> list[npt.NDArray[T]]:
         """Values of rows, sample by sample."""
@@ -198,7 +198,7 @@ class Plan:
         for batch in self._whole(size):
             # Data sets in other orders may have equal batches, but not equal sample scores.
             sha.update(f"{batch.order}:".encode())
-            arrays: dict[str, npt.NDArray[np.generic]] = {**batch.tensors, **batch.picture_tensors}
+            arrays: dict[str, npt.NDArray[np.generic]] = {**batch.tensors, **picture_tensors(batch.all_pictures)}
             if drawn := [picture.values for picture in batch.all_pictures if picture.values is not None]:
                 arrays["pixel_values"] = np.concatenate(drawn)
             for key in sorted(arrays):

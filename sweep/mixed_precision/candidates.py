@@ -156,7 +156,7 @@ def read_candidates(
     rows = _of_one_revision([row for row in rows if row.size == largest], configs)
     tables = {row.cell_id: store.scores(row.cell_id) for row in rows if row.cell_id is not None}
     groups = _groups(next(iter(tables.values())))
-    candidates = _by_label(rows, configs, tables, tokens)
+    candidates = _by_label(rows, configs, tables, groups, tokens)
     if tokens:
         _check_occurring(tokens, rows[0], tables.values())
     revision = rows[0].model_revision
@@ -177,13 +177,13 @@ def _by_label(
     rows: Sequence[TrialRow],
     configs: Mapping[str, SweepConfig],
     tables: Mapping[str, pa.Table],
+    groups: tuple[LayerGroup, ...],
     tokens: tuple[str, ...],
 ) -> dict[str, Candidate]:
     """A candidate of each cell, by its format's label.
 
-    Raises: SweepError: the cells cover different layer groups.
+    Raises: SweepError: a cell covers other layer groups than `groups`.
     """
-    groups = _groups(next(iter(tables.values())))
     named = {row.cell_id: row for row in reversed(rows)}  # equal trials share a cell: the first one's name counts
     candidates: dict[str, Candidate] = {}
     for row in sorted(rows, key=lambda row: row.created_at):
@@ -281,8 +281,6 @@ def _without_kinds(row: TrialRow, uri: str) -> SweepError:
     why, way_out = "an older program scored it", f"store.uri=DIR, another directory than {uri}"
     if row.engine == "modelopt":
         why, way_out = "sensitivity.engine=modelopt does not tell tokens apart", "sensitivity.engine=layerwise"
-    elif row.method == "kl_div":
-        why, way_out = "sensitivity.method=kl_div does not tell tokens apart", "sensitivity.method=gradient"
     return SweepError(
         f"Scores of {row.quant_pair}/{row.quant_granularity} are not known by kind of token: {why}. "
         f"Type the same `sweep run` with {way_out}, then --tokens again; or leave --tokens out."

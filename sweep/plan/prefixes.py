@@ -18,7 +18,7 @@ from sweep.core.errors import SweepError
 from sweep.core.machine import Device
 from sweep.core.sizes import n_samples_of
 from sweep.plan.trials import PlannedTrial, SweepPlan, plan_sweep
-from sweep.store.records import SCORES_SCHEMA, TrialRow
+from sweep.store.records import SCORES_SCHEMA, TrialRow, per_prediction
 from sweep.store.store import Store
 
 _ALIKE: Final = ("model_revision", "dtype", "tp")  # attributes of a planned trial and of a row that must be equal
@@ -35,14 +35,12 @@ def take_prefixes(plan: SweepPlan, store: Store, device: Device) -> int:
 
     Returns: number of cells completed.
     """
-    rows = [row for row in store.trials().values() if row.state == "done"]
+    lacking = [trial for trial in plan.trials if _is_lacking(trial, plan, store)]
+    rows = [row for row in store.trials().values() if row.state == "done"] if lacking else []
     wanted: list[tuple[PlannedTrial, SweepConfig]] = []  # with the same point in a larger size
-    for trial in plan.trials:
-        if trial.cell_id is None or trial.task_id is None or plan.tasks[trial.task_id].format.calibrates_inputs:
-            continue
+    for trial in lacking:
         sizes = {row.size for row in rows if _is_larger(row, trial)}
-        if sizes and not store.is_finished(trial.cell_id):
-            wanted += [(trial, _in_size(trial.config, size)) for size in sorted(sizes, key=n_samples_of)]
+        wanted += [(trial, _in_size(trial.config, size)) for size in sorted(sizes, key=n_samples_of)]
     if not wanted:
         return 0
     try:
@@ -56,6 +54,13 @@ def take_prefixes(plan: SweepPlan, store: Store, device: Device) -> int:
             store.complete(trial.cell_id, {"all": table})
             taken.add(trial.cell_id)
     return len(taken)
+
+
+def _is_lacking(trial: PlannedTrial, plan: SweepPlan, store: Store) -> bool:
+    """Whether a trial's cell is not in the store, and could be the leading samples of another."""
+    if trial.cell_id is None or trial.task_id is None or plan.tasks[trial.task_id].format.calibrates_inputs:
+        return False
+    return not store.is_finished(trial.cell_id)
 
 
 def _in_size(point: SweepConfig, size: str) -> SweepConfig:
@@ -111,10 +116,8 @@ def prefix_rows(scores: pa.Table, cell_id: str, predictions: Sequence[int], meth
         if not row["sample_scores"] or (row["score"] and not any(row["sample_scores"][:n_samples])):
             return None
         row["sample_scores"] = row["sample_scores"][:n_samples]
-        row["score"] = score = float(np.sum(row["sample_scores"], dtype=np.float64))
-        row["sensitivity"] = score / n_predictions
-        row["predicted_kl"] = score / (n_predictions if method == "kl_div" else 2 * n_predictions)
-        row |= _kinds(row, score, n_samples)
+        score = float(np.sum(row["sample_scores"], dtype=np.float64))
+        row |= per_prediction(score, n_predictions, method) | _kinds(row, score, n_samples)
     return pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)
 
 

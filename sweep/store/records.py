@@ -52,6 +52,23 @@ SCORES_SCHEMA = pa.schema(
     metadata={"schema_version": str(SCORES_VERSION)},
 )
 
+
+def per_prediction(score: float | None, n_predictions: int, method: str) -> dict[str, float | None]:
+    """The columns `score`, `sensitivity` and `predicted_kl` of a row of SCORES_SCHEMA.
+
+    Args:
+        score: None: never called.
+        n_predictions: of all samples.
+        method: gradient or kl_div.
+    """
+    divisor = n_predictions if method == "kl_div" else 2 * n_predictions
+    return {
+        "score": score,
+        "sensitivity": None if score is None else score / n_predictions,
+        "predicted_kl": None if score is None else score / divisor,
+    }
+
+
 # One row a sample of one validation: `<store>/validations/<id>.parquet`.
 # Answers that the unquantized model wrote: one row a conversation of a chunk, see workers.model.answers.
 ANSWERS_SCHEMA = pa.schema(

@@ -183,6 +183,9 @@ class Store:
         """A file's rows. Raises: as `_guarded`."""
         return self._guarded(path, lambda: decode(self.files.read(path), path, f"{self.uri}/{path}", schema))
 
+    def _write_table(self, path: str, rows: pa.Table) -> None:
+        self._write(path, encode(rows, path))
+
     def _write(self, path: str, data: bytes) -> None:
         try:
             self.files.write(path, data)
@@ -239,15 +242,13 @@ class Store:
         return msgspec.convert(rows, list[TrialRow])
 
     def _write_trials(self, path: str, rows: Iterable[TrialRow]) -> None:
-        table = pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA)
-        self._write(path, encode(table, path))
+        self._write_table(path, pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA))
 
     # Validations
 
     def write_validation(self, validation_id: str, rows: pa.Table) -> None:
         """Keep the measured KL and loss change of one recipe; rows as in VALIDATIONS_SCHEMA."""
-        path = _validation_path(validation_id)
-        self._write(path, encode(rows, path))
+        self._write_table(_validation_path(validation_id), rows)
 
     def validation(self, validation_id: str) -> pa.Table | None:
         """A validation's rows; None: not measured yet, or damaged and set aside.
@@ -260,8 +261,7 @@ class Store:
 
     def write_answers(self, chunk_id: str, rows: pa.Table) -> None:
         """Keep what the unquantized model wrote to a chunk of conversations; rows as in ANSWERS_SCHEMA."""
-        path = _answers_path(chunk_id)
-        self._write(path, encode(rows, path))
+        self._write_table(_answers_path(chunk_id), rows)
 
     def answers(self, chunk_id: str) -> pa.Table | None:
         """A chunk's rows; None: not written yet, or damaged and set aside.

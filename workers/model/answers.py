@@ -27,7 +27,7 @@ from sweep.core.machine import Device
 from sweep.store.records import ANSWERS_SCHEMA
 from sweep.store.store import Store
 from workers.data.conversations import Conversation, Message
-from workers.model.forward import pixel_values
+from workers.model.forward import pictures_to
 from workers.model.loading import load
 from workers.model.processing import Processor
 
@@ -222,8 +222,4 @@ def _side_by_side(prompts: Sequence[Sample], device: torch.device, dtype: torch.
             values.append(np.pad(own.get(name, empty), (longest - n_tokens, 0)))
     tensors = {name: torch.from_numpy(np.stack(values)).to(device) for name, values in rows.items()}
     pictures = [picture for prompt in prompts for picture in prompt.pictures]
-    for name in pictures[0].tensors if pictures else ():
-        tensors[name] = torch.from_numpy(np.concatenate([picture.tensors[name] for picture in pictures])).to(device)
-    if pictures:
-        tensors["pixel_values"] = torch.cat([pixel_values(picture, device, dtype) for picture in pictures])
-    return tensors
+    return tensors | pictures_to(pictures, device, dtype)

@@ -1,7 +1,7 @@
 """Forward passes: a batch as the model's arguments, next-token labels, and the summed loss."""
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sweep.core.batches import Batch, FloatArray, Picture
+from sweep.core.batches import Batch, FloatArray, Picture, picture_tensors
 from workers.data.pictures import picture_file
 
 
@@ -19,11 +19,16 @@ def batch_to(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str
 
     Raises: OSError: the file of a picture is not on this machine.
     """
-    arrays = {**batch.tensors, **batch.picture_tensors}
-    tensors = {key: torch.from_numpy(value).to(device) for key, value in arrays.items()}
-    if pixels := [pixel_values(picture, device, dtype) for picture in batch.all_pictures]:
-        tensors["pixel_values"] = torch.cat(pixels)
-    return tensors
+    tensors = {key: torch.from_numpy(value).to(device) for key, value in batch.tensors.items()}
+    return tensors | pictures_to(batch.all_pictures, device, dtype)
+
+
+def pictures_to(pictures: Sequence[Picture], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Pictures as forward's keyword arguments, one after another; none where there are none. Raises: as `batch_to`."""
+    if not pictures:
+        return {}
+    tensors = {key: torch.from_numpy(value).to(device) for key, value in picture_tensors(pictures).items()}
+    return {**tensors, "pixel_values": torch.cat([pixel_values(picture, device, dtype) for picture in pictures])}
 
 
 def pixel_values(picture: Picture, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import pyarrow as pa
 from sweep.core.batches import TOKEN_KINDS
 from sweep.core.groups import Part, ShapedGroup
 from sweep.core.sizes import n_samples_of
-from sweep.store.records import SCORES_SCHEMA
+from sweep.store.records import SCORES_SCHEMA, per_prediction
 from sweep.store.store import Store
 from workers.scoring.scores import GroupScore, PartScores
 from workers.task import Task
@@ -63,15 +63,12 @@ class TaskWriter:
         """A row of SCORES_SCHEMA; the measured columns are NULL for a group that was never called."""
         n_predictions = int(self._sample_predictions[size].sum())
         score = found.score if isinstance(found, GroupScore) else found
-        divisor = n_predictions if self.task.method == "kl_div" else 2 * n_predictions
         row: dict[str, _Cell] = {
             "cell_id": self.task.cells[size],
             "group": group.name,
             "modules": list(group.modules),
             "layer_index": group.layer_index,
-            "score": score,
-            "sensitivity": None if score is None else score / n_predictions,
-            "predicted_kl": None if score is None else score / divisor,
+            **per_prediction(score, n_predictions, self.task.method),
             "n_predictions": n_predictions,
             "n_samples": n_samples_of(size),
             "sample_predictions": self._sample_predictions[size],

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sweep.core.batches import ANSWER, FIRST_TOKEN, IMAGE, PROMPT, Batch, Picture, Plan, Sample
+from sweep.core.batches import ANSWER, FIRST_TOKEN, IMAGE, PROMPT, Batch, Picture, Plan, Sample, picture_tensors
 from sweep.core.errors import SweepError
 from sweep.core.sizes import SIZES, boundaries, n_samples_of, size_name
 from workers.data.batches import MAX_BATCH_TOKENS, make_plan
@@ -205,7 +205,7 @@ def test_batches_of_images_are_stacked_and_keep_pixels_in_the_order_of_rows() ->
         assert len(set(batch.lengths)) == 1
         assert batch.patch_counts == (16,) * len(batch.order)
         assert batch.all_pictures == [drawn[i].pictures[0] for i in batch.order]
-        assert batch.picture_tensors["image_grid_thw"].tolist() == [[1, 4, 4]] * len(batch.order)
+        assert picture_tensors(batch.all_pictures)["image_grid_thw"].tolist() == [[1, 4, 4]] * len(batch.order)
         assert batch.tensors["mm_token_type_ids"].sum(axis=1).tolist() == [4] * len(batch.order)
         assert "position_ids" not in batch.tensors  # three coordinates, which the model finds itself
 

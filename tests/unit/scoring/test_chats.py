@@ -149,6 +149,15 @@ def squares(weight: Tensor, kept: list[tuple[Tensor, Tensor]]) -> float:
     return sum(float(((x.double() @ change.T * gradient.double()) ** 2).sum()) for x, gradient in gradients)
 
 
+def as_read(checkpoint: Path, times: int) -> list[Sample]:
+    """The chats, several times over, as the model of a checkpoint reads them."""
+    processor = Processor(checkpoint, None)
+    return [
+        processor.sample(each, [processor.prepare(image) for image in images], loss="answers", max_tokens=512)
+        for each, images in zip(CHATS * times, PICTURES * times, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("kind", [*FAMILIES, *OTHERS])
 def test_scores_of_chats_are_those_of_hooks_on_transformers(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,11 +175,7 @@ def test_scores_of_chats_are_those_of_hooks_on_transformers(
     groups = dict(layer_groups(linears))
     expected = hooked_scores(model, checkpoint, groups)
 
-    processor = Processor(checkpoint, None)
-    samples = [
-        processor.sample(each, [processor.prepare(image) for image in images], loss="answers", max_tokens=512)
-        for each, images in zip(CHATS, PICTURES, strict=True)
-    ]
+    samples = as_read(checkpoint, 1)
     plan = make_plan(samples, packed=True)
     assert len(plan.segments[0]) == (1 if kind == "qwen3_vl" else 3)  # all in one row, or two of one length in a batch
     rows = capture(model, plan.segments, list(linears))
@@ -190,22 +195,17 @@ def test_scores_of_chats_are_those_of_hooks_on_transformers(
     assert len(groups) - N_VISION[kind] == (4 if kind == "qwen3_vl_moe" else 8)  # its experts are no linears
 
 
-def qwen_chats(place: Path) -> tuple[Any, list[Sample]]:
-    checkpoint = save_vision(place / "model", "qwen3_vl")
-    processor = Processor(checkpoint, None)
-    samples = [
-        processor.sample(each, [processor.prepare(image) for image in images], loss="answers", max_tokens=512)
-        for each, images in zip(CHATS * 2, PICTURES * 2, strict=True)
-    ]
-    return load(checkpoint, dtype=torch.float32, device="cpu"), samples
-
-
-def test_windows_of_chats_that_share_a_row_are_bit_equal_to_one_capture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def qwen_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Sample]]:
+    """A model of Qwen3-VL's kind, and chats as it reads them."""
     monkeypatch.setenv("SWEEP_CACHE_DIR", str(tmp_path / "cache"))
     torch.set_num_threads(1)
-    model, samples = qwen_chats(tmp_path)
+    checkpoint = save_vision(tmp_path / "model", "qwen3_vl")
+    return load(checkpoint, dtype=torch.float32, device="cpu"), as_read(checkpoint, 2)
+
+
+def test_windows_of_chats_that_share_a_row_are_bit_equal_to_one_capture(qwen_chats: tuple[Any, list[Sample]]) -> None:
+    model, samples = qwen_chats
     plan = make_plan(samples, packed=True)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
     whole = capture(model, plan.segments, names)
@@ -220,12 +220,8 @@ def test_windows_of_chats_that_share_a_row_are_bit_equal_to_one_capture(
     assert seen == len(names)
 
 
-def test_divergences_of_chats_that_share_a_row_are_those_of_each_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SWEEP_CACHE_DIR", str(tmp_path / "cache"))
-    torch.set_num_threads(1)
-    model, samples = qwen_chats(tmp_path)
+def test_divergences_of_chats_that_share_a_row_are_those_of_each_alone(qwen_chats: tuple[Any, list[Sample]]) -> None:
+    model, samples = qwen_chats
     alone = [replace(sample, positions=None) for sample in samples]
     job, name = job_of("int4", INT4, None, ["6"]), "model.language_model.layers.1.mlp.down_proj"
     found: list[list[float]] = []
