@@ -155,18 +155,21 @@ def export_checkpoint(
     from workers.export.checkpoint import COMPRESSED_TENSORS, check_expressible, write_checkpoint
     from workers.export.compute import Compute
     from workers.export.modelopt_layout import ModelOptLayout
+    from workers.export.names import linears_on_disk, recipe_on_disk
     from workers.export.readback import check_export
 
-    recipe, model = context.recipe, context.model
-    linears = model.structure.linears
+    model, structure = context.model, context.model.structure
+    names = structure.on_disk
+    recipe, linears = recipe_on_disk(context.recipe, names), linears_on_disk(structure.linears, names)
     layout = ModelOptLayout() if file_format == "modelopt-checkpoint" else COMPRESSED_TENSORS
     check_expressible(model.path, recipe, linears, layout)
     batches = context.calibration
     loaded = load_model(context, own_device(context.config.cluster))  # as `validate` does, whose ranges these must be
-    quants, compute = calibrated(loaded, recipe, linears, batches), Compute.of(loaded)
+    found, compute = calibrated(loaded, context.recipe, structure.linears, batches), Compute.of(loaded)
+    quants = {names[module]: quant for module, quant in found.items()}
     with directory.filled() as partial:
         write_checkpoint(model.path, partial, recipe, quants, linears, compute, layout)
-        (partial / _RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        (partial / _RECIPE_FILE).write_text(context.recipe.to_yaml(), encoding="utf-8")
         check_export(partial, model.path, recipe, quants, linears, compute, layout)
 
 

@@ -27,6 +27,13 @@ class ModelStructure:
     lm_head: int  # of the output layer; 0 where it is tied to the embedding
     vocabulary: int
     packable: bool  # samples may share a row of a batch
+    # The name of each linear in the checkpoint, by its name. Those whose weight is no tensor of its own there, but tied
+    # to another or made of several, have none.
+    on_disk: dict[str, str]
+    missing: tuple[str, ...]  # parameters that the checkpoint does not hold
+    mismatched: tuple[str, ...]  # tensors of another shape, in words: "NAME [2, 3], not [2, 4]"
+    unused: tuple[str, ...]  # tensors of the checkpoint that the model does not have
+    from_fp8: int  # elements that the checkpoint holds in FP8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

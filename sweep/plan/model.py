@@ -21,10 +21,12 @@ from sweep.core.paths import bundled_model_dir
 from workers.data.batches import make_plan
 from workers.model.checkpoint import (
     check_checkpoint,
+    check_fit,
     check_weights,
     checkpoint_names,
     file_key,
     key_value_heads,
+    loaded_files,
     revision,
     weight_files,
 )
@@ -45,15 +47,21 @@ class Model:
 
     @cached_property
     def structure(self) -> ModelStructure:
-        """Found without reading a weight. Raises: SweepError: the checkpoint makes no model."""
+        """Found without reading a weight.
+
+        Raises: SweepError: the checkpoint makes no model, or its weights are not those of its config.json.
+        """
 
         def compute() -> Json:
             from workers.model import loading
 
             return msgspec.to_builtins(loading.structure(self.path))
 
-        key = [4, file_key(self.path / "config.json"), version("transformers")]
-        return msgspec.convert(cache.remember("model-structure", key, compute), ModelStructure)
+        files = [file_key(file) for file in (self.path / "config.json", *loaded_files(self.path))]
+        key = [5, files, version("transformers")]
+        found = msgspec.convert(cache.remember("model-structure", key, compute), ModelStructure)
+        check_fit(self.path, found)
+        return found
 
     @cached_property
     def groups(self) -> dict[str, ShapedGroup]:

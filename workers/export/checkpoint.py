@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,38 +21,13 @@ from workers.export.compute import CPU, Compute
 from workers.export.folding import check_foldable, folding_modules, output_scales, scaled_rows
 from workers.export.layout import Layout
 from workers.model.checkpoint import check_unquantized, loaded_files, loaded_index, settings_files
+from workers.model.tensors import HeldTensor, open_tensors
 from workers.quant.linear import LinearQuant
 
 COMPRESSED_TENSORS: Final[Layout] = CompressedTensors()
+NOT_HELD: Final = "tied to another module, or made of several tensors"  # why a linear has no weight of its own on disk
+_QUANTIZED: Final = "quantization_config"
 _EMBEDDINGS: Final = ("embed", "wte", "wpe")  # in the last word of a module's name
-
-
-class TensorSlice(Protocol):
-    """A tensor in a file: its header."""
-
-    def get_dtype(self) -> str:
-        """By safetensors' name."""
-        ...
-
-    def get_shape(self) -> list[int]:
-        """Its sizes."""
-        ...
-
-
-class TensorFile(Protocol):
-    """An open safetensors file."""
-
-    def keys(self) -> Iterable[str]:
-        """Names of its tensors."""
-        ...
-
-    def get_tensor(self, name: str) -> Tensor:
-        """A tensor, read."""
-        ...
-
-    def get_slice(self, name: str) -> TensorSlice:
-        """A tensor that is not read yet."""
-        ...
 
 
 def write_checkpoint(
@@ -69,7 +44,7 @@ def write_checkpoint(
     Args:
         source: the checkpoint that the recipe is for.
         directory: exists, without files of these names.
-        recipe: the format of each layer group.
+        recipe: the format of each layer group, by names on disk, as all here: see `workers.export.names`.
         quants: calibrated quantizers by module, of all modules that the recipe quantizes.
         linears: of the whole model.
         compute: where and in which dtype weights are quantized; quants must be there.
@@ -87,30 +62,33 @@ def write_checkpoint(
     n_bytes = 0
     largest = largest_weight(linears)
 
-    def made(name: str, file: TensorFile) -> dict[str, Tensor]:
+    def made(item: tuple[str, HeldTensor]) -> dict[str, Tensor]:
+        name, tensor = item[0], item[1].read()
         module, _, local = name.rpartition(".")
-        tensor = file.get_tensor(name)
         if local == "weight" and module in packings:
             parts = packings[module].packed(compute.weight(tensor), quants[module], scales.get(module), tensor.dtype)
             return {f"{module}.{local}": part for local, part in parts.items()}
         return {name: scaled_rows(tensor, scales[module]) if module in scales else tensor}
 
-    for shard in loaded_files(source):
-        with safe_open(shard, framework="pt") as file:
-            parts = compute.each(partial(made, file=file), file.keys(), largest)
-        tensors = {name: tensor for each in parts for name, tensor in each.items()}
-        try:
-            save_file(tensors, directory / shard.name, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, among others
-            raise OSError(str(error)) from error
-        weight_map |= dict.fromkeys(tensors, shard.name)
-        n_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    with ExitStack() as stack:
+        by_shard: dict[Path, dict[str, HeldTensor]] = {shard: {} for shard in loaded_files(source)}
+        for name, held in open_tensors(source, stack).items():
+            by_shard[held.shard][name] = held
+        for shard, held in by_shard.items():
+            parts = compute.each(made, held.items(), largest)
+            tensors = {name: tensor for each in parts for name, tensor in each.items()}
+            try:
+                save_file(tensors, directory / shard.name, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, among others
+                raise OSError(str(error)) from error
+            weight_map |= dict.fromkeys(tensors, shard.name)
+            n_bytes += sum(tensor.nbytes for tensor in tensors.values())
     for index in loaded_index(source):
-        held = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(directory / index.name, held)
+        shards = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(directory / index.name, shards)
     for path in settings_files(source):
         shutil.copyfile(path, directory / path.name)
-    own = {"config.json": json.loads((source / "config.json").read_bytes())}
+    own = {"config.json": _unquantized(json.loads((source / "config.json").read_bytes()))}
     for name, fields in layout.documents(recipe, linears, other_linears(source, linears)).items():
         _write_json(directory / name, {**own.get(name, {}), **fields})
     for shard in loaded_files(source):  # safetensors lets nobody else read what it writes
@@ -128,12 +106,12 @@ def other_linears(source: Path, linears: Sequence[Linear]) -> list[str]:
     """
     built, found = {linear.name for linear in linears}, list[str]()
     with ExitStack() as stack:
-        for name, file in held_tensors(source, stack).items():
+        for name, held in open_tensors(source, stack).items():
             module, _, local = name.rpartition(".")
             is_embedding = any(word in module.rpartition(".")[2] for word in _EMBEDDINGS)
             if local != "weight" or module in built or is_embedding:
                 continue
-            if len(file.get_slice(name).get_shape()) == 2:
+            if len(held.shape) == 2:
                 found.append(module)
     return found
 
@@ -146,41 +124,37 @@ def check_expressible(
     Args: as for `write_checkpoint`.
 
     Raises: SweepError: a format that the layout cannot express; a pre-quantization scale that cannot be folded
-        exactly; a module whose weight is not in the checkpoint under its name, because it is tied to another or renamed
-        on loading.
+        exactly; a module whose weight is no tensor of the checkpoint.
     """
     check_unquantized(source)
     layout.check(recipe)
     modules = [module for choice in recipe.groups if choice.format is not None for module in choice.group.modules]
     with ExitStack() as stack:
-        held = held_tensors(source, stack)
+        held = open_tensors(source, stack)
         for module in modules:
             if f"{module}.weight" not in held:
                 raise SweepError(
-                    f"The checkpoint {source} holds no {module}.weight: it is tied to another module or has another "
-                    f"name there, and {layout.name} can't express that. "
-                    "Leave that group in 16 bits (format: null)."
+                    f"The checkpoint {source} holds no {module}.weight: it is {NOT_HELD}, and {layout.name} can't "
+                    "express that. Leave that group in 16 bits (format: null)."
                 )
-        weights: dict[str, tuple[str, int]] = {}
+        weights: dict[str, tuple[torch.dtype, int]] = {}
         for module in folding_modules(recipe, linears):
-            if (file := held.get(f"{module}.weight")) is not None:
-                weight = file.get_slice(f"{module}.weight")
-                weights[module] = weight.get_dtype(), weight.get_shape()[0]
+            if (weight := held.get(f"{module}.weight")) is not None:
+                weights[module] = weight.dtype, weight.shape[0]
         check_foldable(weights, recipe, linears)
+
+
+def _unquantized(config: dict[str, Json]) -> dict[str, Json]:
+    """config.json without what it says of weights in FP8, which are dequantized as they are read."""
+    plain = {key: value for key, value in config.items() if key != _QUANTIZED}
+    if isinstance(text := plain.get("text_config"), dict):
+        plain["text_config"] = {key: value for key, value in text.items() if key != _QUANTIZED}
+    return plain
 
 
 def largest_weight(linears: Sequence[Linear]) -> int:
     """Weights of the largest linear."""
     return max(linear.n_inputs * linear.n_outputs for linear in linears)
-
-
-def held_tensors(directory: Path, stack: ExitStack) -> dict[str, TensorFile]:
-    """The open file that holds each tensor of a checkpoint, by the tensor's name. Args: stack: closes the files."""
-    found: dict[str, TensorFile] = {}
-    for shard in loaded_files(directory):
-        file: TensorFile = stack.enter_context(safe_open(shard, framework="pt"))
-        found |= dict.fromkeys(file.keys(), file)
-    return found
 
 
 def _write_json(path: Path, document: Mapping[str, Json]) -> None:

@@ -69,12 +69,11 @@ def folding_modules(recipe: MixedRecipe, linears: Sequence[Linear]) -> dict[str,
     return found
 
 
-def check_foldable(held: Mapping[str, tuple[str, int]], recipe: MixedRecipe, linears: Sequence[Linear]) -> None:
+def check_foldable(held: Mapping[str, tuple[torch.dtype, int]], recipe: MixedRecipe, linears: Sequence[Linear]) -> None:
     """Refuse a pre-quantization scale that cannot be folded into the weights that the checkpoint holds.
 
     Args:
-        held: dtype, by safetensors' name, and output channels of the `folding_modules` whose weights the checkpoint
-            holds.
+        held: dtype and output channels of the `folding_modules` whose weights the checkpoint holds.
         recipe: the format of each layer group.
         linears: of the whole model.
 
@@ -88,11 +87,11 @@ def check_foldable(held: Mapping[str, tuple[str, int]], recipe: MixedRecipe, lin
     for before, choice in folding_modules(recipe, linears).items():
         chosen, n_in = recipe.format_of(choice), widths[choice.group.name]
         assert chosen is not None  # folding_modules names groups with a format only
-        dtype, n_out = held.get(before, ("", 0))
+        dtype, n_out = held.get(before, (None, 0))
         if n_out != n_in:
             but = f", but of {n_out}" if n_out else ""
             raise _refuse(choice, chosen, f"the checkpoint has no {before}.weight of {n_in} channels{but}")
-        if before in matrices and dtype != "F32":
+        if before in matrices and dtype != torch.float32:
             reason = (
                 f"rows of {before} would be multiplied, which is left in 16 bits, and the products need more "
                 "(or give it a format)"

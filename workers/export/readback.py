@@ -12,11 +12,12 @@ from torch import Tensor
 from sweep.core.errors import SweepError
 from sweep.core.groups import Linear
 from sweep.formats.mixed import MixedRecipe
-from workers.export.checkpoint import COMPRESSED_TENSORS, TensorFile, held_tensors, largest_weight
+from workers.export.checkpoint import COMPRESSED_TENSORS, largest_weight
 from workers.export.compute import CPU, Compute
 from workers.export.folding import output_scales, scaled_rows
 from workers.export.layout import Inexpressible, Layout, Packing
 from workers.export.schemes import as_written
+from workers.model.tensors import HeldTensor, open_tensors
 from workers.quant.calibration import fake_quantized
 from workers.quant.linear import LinearQuant
 
@@ -48,19 +49,19 @@ def check_export(
     _check_formats(read, recipe, linears, layout)
     scales = output_scales(recipe, quants, linears)
     with ExitStack() as stack:
-        tensors, originals = held_tensors(directory, stack), held_tensors(source, stack)
+        tensors, originals = open_tensors(directory, stack), open_tensors(source, stack)
         written: dict[str, list[str]] = {}
         for name in tensors:
             written.setdefault(name.rpartition(".")[0], []).append(name)
 
-        def checked(held: tuple[str, TensorFile]) -> list[str]:
+        def checked(held: tuple[str, HeldTensor]) -> list[str]:
             """The names of the tensors that are written for one of the source, after they are compared with it."""
-            name, original = held[0], held[1].get_tensor(held[0])
+            name, original = held[0], held[1].read()
             module, _, local = name.rpartition(".")
             packing = read.get(module) if local == "weight" else None
             if packing is None:
                 meant = scaled_rows(original, scales[module]) if module in scales else original
-                found = tensors[name].get_tensor(name) if name in tensors else None
+                found = tensors[name].read() if name in tensors else None
                 if found is None or found.dtype != meant.dtype or not torch.equal(found, meant):
                     times = ", times the pre-quantization scale folded into it" if module in scales else ""
                     raise SweepError(
@@ -69,7 +70,7 @@ def check_export(
                     )
                 return [name]
             names = [each for each in written.get(module, ()) if each != f"{module}.bias"]
-            state = {each.rpartition(".")[2]: tensors[each].get_tensor(each) for each in names}
+            state = {each.rpartition(".")[2]: tensors[each].read() for each in names}
             weight_OI = compute.weight(original)
             _check_linear(f"{directory}: {module}", state, weight_OI, quants[module], packing, scales.get(module))
             return names

@@ -1,7 +1,9 @@
 """A checkpoint on disk: checks that it can be loaded safely, and the hash of its content. Imports nothing heavy."""
 
 import hashlib
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -9,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from sweep.core import cache
 from sweep.core.errors import SweepError
+from sweep.core.groups import ModelStructure
 from sweep.core.paths import MANIFEST
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -25,12 +28,24 @@ class _Quantization(msgspec.Struct):
     """The section of config.json that says how the weights are quantized."""
 
     quant_method: str = "unknown method"
+    fmt: str = "e4m3"  # of FP8
+    weight_block_size: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Source:
+    """A checkpoint that holds weights in FP8 beside scales, which is dequantized as it is read."""
+
+    block: list[int] | None  # rows and columns under one scale; None: a scale a row or tensor
+    dtype: str  # of the weights then, by torch's name
 
 
 class _Sections(msgspec.Struct):
     """The sections of config.json by which readers take a checkpoint as quantized, whatever they hold; and heads."""
 
     num_key_value_heads: int | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None  # as transformers before 5 wrote it
     quantization_config: msgspec.Raw = _NULL
     compression_config: msgspec.Raw = _NULL  # of compressed-tensors before 0.7
 
@@ -100,6 +115,30 @@ def check_weights(path: Path) -> None:
             )
 
 
+def check_fit(path: Path, structure: ModelStructure) -> None:
+    """Refuse weights that are not those of the model that config.json names.
+
+    Raises: SweepError: names the first tensor of another shape, or that is missing.
+    """
+    if structure.mismatched:
+        n_others = len(structure.mismatched) - 1
+        more = f" ({n_others} more such tensors)" if n_others else ""
+        raise SweepError(
+            f"Weights and config.json of {path} do not fit: {structure.mismatched[0]}, which config.json asks "
+            f"for{more}. Download both again."
+        )
+    check_complete(path, structure.missing)
+
+
+def check_complete(path: Path, missing: Collection[str]) -> None:
+    """Refuse a checkpoint that lacks parameters. Raises: SweepError: names the first of `missing`, if there are any."""
+    if missing:
+        raise SweepError(
+            f"The checkpoint {path} lacks {len(missing)} weights, the first {min(missing)!r}: they would be random. "
+            "Download it again."
+        )
+
+
 def weight_files(path: Path) -> list[Path]:
     """The checkpoint's weight files, sorted by name."""
     return sorted(path.glob("*.safetensors"))
@@ -124,8 +163,12 @@ def loaded_files(path: Path) -> list[Path]:
 def check_unquantized(path: Path) -> None:
     """Refuse a checkpoint whose weights are quantized, by its config.json or by a file that quantizers put beside it.
 
+    FP8 with scales is not refused: see workers.model.tensors.
+
     Raises: SweepError: names the method, and the file that says so.
     """
+    if fp8_source(path) is not None:
+        return
     try:
         config = msgspec.json.decode((path / "config.json").read_bytes(), type=_Config)
     except msgspec.DecodeError:
@@ -140,6 +183,21 @@ def check_unquantized(path: Path) -> None:
             f"The checkpoint {path} is quantized already ({method}, by its {name}): its codes are no weights to "
             "quantize. Give the checkpoint that it was made from: model.path=DIR."
         )
+
+
+def fp8_source(path: Path) -> Fp8Source | None:
+    """How a checkpoint of official FP8 layout (`quant_method` fp8, E4M3) holds its weights; None: it is another."""
+    try:
+        config = msgspec.json.decode((path / "config.json").read_bytes(), type=_Config)
+        parts = [part for part in (config, config.text_config) if part is not None]
+        sections = [part.quantization_config for part in parts if part.quantization_config != _NULL]
+        found = [msgspec.json.decode(section, type=_Quantization) for section in sections]
+    except msgspec.DecodeError:
+        return None
+    if not found or any(each.quant_method != "fp8" or each.fmt != "e4m3" for each in found):
+        return None
+    dtypes = [name for part in parts for name in (part.dtype, part.torch_dtype) if name is not None]
+    return Fp8Source(block=found[0].weight_block_size, dtype=dtypes[0] if dtypes else "bfloat16")
 
 
 def _method(section: msgspec.Raw) -> str:

@@ -1,7 +1,8 @@
 """Checkpoints through transformers: structure without weights, token ids, loaded models. The home of `transformers`."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,23 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from sweep.core.errors import SweepError
 from sweep.core.groups import Linear, ModelStructure
-from workers.model.checkpoint import check_checkpoint
+from workers.model.checkpoint import check_checkpoint, check_complete
+from workers.model.tensors import meta_tensors, open_tensors
 
 # Model types whose attention keeps samples of one row apart when their positions start again at 0; each has a test.
 # Any other model gets batches of equal lengths, which is right for every architecture and slower on a GPU.
@@ -64,38 +70,92 @@ def read_config(path: Path) -> PreTrainedConfig:
     """
     _be_quiet()
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except UNREADABLE as error:
         raise _no_model(path, error) from error
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            delattr(part, "quantization_config")  # weights are dequantized as they are read: workers.model.tensors
+    return config
 
 
 def structure(path: Path) -> ModelStructure:
-    """Linears and sizes of the checkpoint's model; no weight is read.
+    """Linears and sizes of the checkpoint's model, and how the checkpoint holds it; no weight is read.
 
-    Raises: SweepError: the configuration makes no model.
+    transformers loads tensors without values, with the shapes that the headers of the weight files have, into a model
+    without values: what it misses, renames and joins here is what it will when it loads them.
+
+    Raises: SweepError: the configuration makes no model, or FP8 weights lack their scales.
     """
     config = read_config(path)
+    with ExitStack() as stack:
+        held = open_tensors(path, stack)
+        tensors = meta_tensors(held)
     try:
-        with torch.device("meta"):
-            model = _model_class(config)._from_config(config)
+        model, info = _model_class(config).from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     except UNREADABLE as error:
         raise _no_model(path, error) from error
     modules = model.named_modules()
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    linears = tuple(
+        Linear(name=name, n_inputs=module.in_features, n_outputs=module.out_features)
+        for name, module in modules
+        if isinstance(module, nn.Linear)
+    )
+    parameter_of = parameters_by_tensor(model, held)
+    weights = {name: tensor for tensor, (name, is_whole) in parameter_of.items() if is_whole}
     return ModelStructure(
-        linears=tuple(
-            Linear(name=name, n_inputs=module.in_features, n_outputs=module.out_features)
-            for name, module in modules
-            if isinstance(module, nn.Linear)
-        ),
+        linears=linears,
         parameters=n_parameters - (head.weight.numel() if tied and head.weight is not embedding else 0),
         embeddings=embedding.numel(),
         lm_head=0 if tied or head is None else head.weight.numel(),
         vocabulary=config.get_text_config().vocab_size,
         packable=config.model_type in PACKABLE,
+        on_disk={
+            linear.name: tensor.removesuffix(".weight")
+            for linear in linears
+            if (tensor := weights.get(f"{linear.name}.weight")) is not None
+        },
+        missing=tuple(sorted(info["missing_keys"])),
+        mismatched=tuple(
+            f"{name} {[*found]}, not {[*expected]}" for name, found, expected in sorted(info["mismatched_keys"])
+        ),
+        unused=tuple(sorted(held.keys() - parameter_of.keys())),
+        from_fp8=sum(tensors[name].numel() for name, each in held.items() if each.scale is not None),
     )
+
+
+def parameters_by_tensor(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """The parameter or buffer that transformers makes of each tensor of a checkpoint, by the tensor's name.
+
+    Args:
+        model: any state of it.
+        tensors: names on disk.
+
+    Returns: its name, and whether it is the tensor as it is, not one of several or turned; tensors that the model does
+        not have are left out.
+    Source: the renaming in `convert_and_load_state_dict_in_model` of transformers 5.17 and 5.24.
+    """
+    known, conversions = model.state_dict(), get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    found: dict[str, tuple[str, bool]] = {}
+    for tensor in tensors:
+        name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, known)
+        if name not in known and tensor in known:
+            name, pattern = tensor, None
+        if name in known:
+            found[tensor] = name, pattern is None
+    return found
 
 
 def read_tokenizer(path: Path) -> Any:
@@ -154,18 +214,21 @@ def load(path: Path, *, dtype: torch.dtype, device: str, n_gpus: int = 1) -> Pre
 
     Raises: SweepError: the weights do not fit the configuration or the GPUs, or cannot be read.
     """
-    model_class = _model_class(read_config(path))
+    config = read_config(path)
     # Straight to the GPU, without a copy in the host's memory.
     on_gpus = device if n_gpus == 1 else "balanced"
     try:
-        model, info = model_class.from_pretrained(
-            path,
-            dtype=dtype,
-            device_map=None if device == "cpu" else on_gpus,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with ExitStack() as stack:
+            model, info = _model_class(config).from_pretrained(
+                None,
+                config=config,
+                state_dict=open_tensors(path, stack),
+                dtype=dtype,
+                device_map=None if device == "cpu" else on_gpus,
+                output_loading_info=True,
+            )
+        if (path / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
     except torch.OutOfMemoryError as error:
         raise SweepError(
             f"The checkpoint {path} does not fit the GPU's memory. "
@@ -175,11 +238,7 @@ def load(path: Path, *, dtype: torch.dtype, device: str, n_gpus: int = 1) -> Pre
     except UNREADABLE as error:
         advice = "Its weights must fit its config.json: download both again."
         raise SweepError(f"The checkpoint {path} does not load: {first_line(error)} {advice}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise SweepError(
-            f"The checkpoint {path} lacks {len(missing)} weights, the first {missing[0]!r}: they would be random. "
-            "Download it again."
-        )
+    check_complete(path, info["missing_keys"])
     if away := {str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}:
         raise SweepError(
             f"The checkpoint {path} does not fit {n_gpus} GPU(s), {away.pop()} would hold the rest. "
@@ -208,7 +267,7 @@ def _model_class(config: PreTrainedConfig) -> Any:
     for architecture in config.architectures or ():
         if (found := getattr(transformers, architecture, None)) is not None:
             return found
-    return AutoModelForCausalLM
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def _be_quiet() -> None:
