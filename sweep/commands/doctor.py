@@ -91,6 +91,7 @@ def grid_findings(grid: Grid, workers: Callable[[], Workers], plan: Callable[[],
         except SweepError as error:
             findings.append(Finding(subject=subject, verdict="error", text=str(error)))
     if findings[-1].verdict != "error":
+        findings += [Finding(subject="model", verdict="warning", text=note) for note in plan().notes]
         findings += [_data(each) for each in plan().plans.values()]
     return findings
 

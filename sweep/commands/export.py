@@ -66,7 +66,7 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
         if file.check().exists() and not overwrite:
             raise SweepError(f"{path} exists. Give another place with --out, or --overwrite to replace it.")
         file.put(checked_text(recipe, file_format, model).encode())
-    _say(recipe, file_format, path.absolute())
+    _say(recipe, file_format, path.absolute(), model.source_note)
     return EXIT_DONE
 
 
@@ -155,7 +155,7 @@ def export_checkpoint(
     from workers.export.checkpoint import COMPRESSED_TENSORS, check_expressible, write_checkpoint
     from workers.export.compute import Compute
     from workers.export.modelopt_layout import ModelOptLayout
-    from workers.export.names import linears_on_disk, recipe_on_disk
+    from workers.export.names import aliases, linears_on_disk, recipe_on_disk
     from workers.export.readback import check_export
 
     model, structure = context.model, context.model.structure
@@ -168,7 +168,7 @@ def export_checkpoint(
     found, compute = calibrated(loaded, context.recipe, structure.linears, batches), Compute.of(loaded)
     quants = {names[module]: quant for module, quant in found.items()}
     with directory.filled() as partial:
-        write_checkpoint(model.path, partial, recipe, quants, linears, compute, layout)
+        write_checkpoint(model.path, partial, recipe, quants, linears, compute, layout, aliases(names))
         (partial / _RECIPE_FILE).write_text(context.recipe.to_yaml(), encoding="utf-8")
         check_export(partial, model.path, recipe, quants, linears, compute, layout)
 
@@ -212,10 +212,11 @@ def serve_line(directory: Path, target: Target | None = None) -> str:
     return shlex.join(words)
 
 
-def _say(recipe: MixedRecipe, file_format: str, place: Path) -> None:
+def _say(recipe: MixedRecipe, file_format: str, place: Path, note: str | None) -> None:
     lines = [
         f"{place}: {len(recipe.groups)} layer groups, {recipe.effective_bits:.3f} bits a weight, "
-        f"predicted KL {recipe.predicted_kl:.3g} nats"
+        f"predicted KL {recipe.predicted_kl:.3g} nats",
+        *([] if note is None else [note]),
     ]
     if file_format in EXPORTS:
         line = serve_line(place, target_called(recipe.target))

@@ -135,7 +135,7 @@ def recommend(request: Request, console: Console) -> int:
         print(json.dumps(own, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
     said = _recommended(made["balanced"], rows)
-    say(console, "\n".join(["", said, f"Page: {out / 'index.html'}", *remarks(context.recipe, rows)]))
+    say(console, "\n".join(["", said, f"Page: {out / 'index.html'}", *remarks(context, rows)]))
     console.print(serve_line(exported, target), markup=False, highlight=False, soft_wrap=True)  # a line to copy
     return EXIT_DONE
 
@@ -205,7 +205,7 @@ def render(
         f"the model is revision {made.model_revision[:12]}. "
         f"KL was measured on samples that neither calibrated nor scored ({counts(rows)}), "
         "in nats per prediction, with 90 % bootstrap intervals.",
-        *remarks(made, rows),
+        *remarks(context, rows),
         "![KL over size: the best mixes, one format for all, and the recommended recipes](front.svg)",
         "## Recipes",
         "\n".join(_recipe_lines(figures, rows)),

@@ -90,6 +90,8 @@ def run_prepared(prepared: Prepared, console: Console, started: float) -> int:
     for node in workers.nodes:
         if node.warning is not None:
             say(console, node.warning, "yellow")
+    for note in plan.notes:
+        say(console, note, "yellow")
     store = Store(base.store.uri)
     store.files.check_writable("store.uri")
     store.drop_leftovers()

@@ -100,14 +100,14 @@ def validate_command(request: Request) -> int:
         records[0]["warning"] = warned
     text = json.dumps(records, indent=1)
     document.put(f"{text}\n".encode())
-    page.put(render(context.recipe, rows, context.config.model.dtype_on(device), served).encode())
+    page.put(render(context, rows, context.config.model.dtype_on(device), served).encode())
     if request.as_json:
         print(text)  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
     console, (heading, *cells) = Console(), table(rows)
     show_table(console, heading, cells, figures=[name for name in heading if name not in ("recipe", "measured on")])
     say(console, f"Neither calibrated nor scored: {counts(rows)}. Nats per prediction. Page: {page.path}")
-    for line in remarks(context.recipe, rows):
+    for line in remarks(context, rows):
         say(console, line)
     if served is not None:
         say(console, describe(served))
@@ -153,15 +153,16 @@ def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRec
     return found
 
 
-def render(recipe: MixedRecipe, rows: Sequence[Measured], dtype: str, served: Served | None) -> str:
+def render(context: RecipeContext, rows: Sequence[Measured], dtype: str, served: Served | None) -> str:
     """The page of a validation, as Markdown.
 
     Args:
-        recipe: that was validated.
+        context: of the recipe that was validated.
         rows: its own and others'.
         dtype: that the model computed in.
         served: by a server; None: none was asked.
     """
+    recipe = context.recipe
     scales = " and ".join(sorted({chosen.scales for chosen in recipe.formats.values()})) or "none"
     head = (
         f"{_TITLE}{recipe.name}, scales {scales}, dtype {dtype}\n\n"
@@ -171,15 +172,15 @@ def render(recipe: MixedRecipe, rows: Sequence[Measured], dtype: str, served: Se
         "KL(unquantized || quantized) and change of the loss in nats per prediction, "
         "with 90 % bootstrap intervals over samples.\n\n"
     )
-    head += "".join(f"{line}\n\n" for line in remarks(recipe, rows))
+    head += "".join(f"{line}\n\n" for line in remarks(context, rows))
     return head + markdown_table(rows) + "\n" + ("" if served is None else served_page(served))
 
 
-def remarks(recipe: MixedRecipe, rows: Sequence[Measured]) -> list[str]:
-    """What to know of the figures: predicted ones that are of some tokens, measured ones of what calibrated."""
-    of_some = [f"Predicted KL counts {counted(recipe.tokens)}; measured KL counts all."] if recipe.tokens else []
-    warned = warning(rows)
-    return [*of_some, *([] if warned is None else [warned])]
+def remarks(context: RecipeContext, rows: Sequence[Measured]) -> list[str]:
+    """What to know of the figures: of weights that were FP8, predicted of some tokens, measured on what calibrated."""
+    tokens = context.recipe.tokens
+    of_some = f"Predicted KL counts {counted(tokens)}; measured KL counts all." if tokens else None
+    return [line for line in (context.model.source_note, of_some, warning(rows)) if line is not None]
 
 
 def _candidates_of(context: RecipeContext) -> Candidates:

@@ -3,23 +3,25 @@
 Results that take seconds to compute (hashes, token ids, the model's structure) are cached on disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from sweep.config.schema import ModelConfig
 from sweep.core import cache
 from sweep.core.batches import Plan, Sample
-from sweep.core.groups import Linear, ModelStructure, ShapedGroup
+from sweep.core.groups import LayerGroup, Linear, ModelStructure, ShapedGroup
 from sweep.core.json import Json
 from sweep.core.paths import bundled_model_dir
+from sweep.core.text import count
 from workers.data.batches import make_plan
 from workers.model.checkpoint import (
+    NOT_HELD,
     check_checkpoint,
     check_fit,
     check_weights,
@@ -33,6 +35,8 @@ from workers.model.checkpoint import (
 
 if TYPE_CHECKING:
     from workers.model.loading import PreTrainedModel
+
+_SHOWN_NAMES: Final = 3
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,35 @@ class Model:
     def linears(self) -> dict[str, Linear]:
         """By name."""
         return {linear.name: linear for linear in self.structure.linears}
+
+    @property
+    def source_note(self) -> str | None:
+        """What the checkpoint's FP8 weights are read as; None: it holds none."""
+        found = self.structure
+        if not found.from_fp8:
+            return None
+        share = found.from_fp8 / found.parameters
+        return (
+            f"{share:.1%} of the weights of {self.path} are FP8, dequantized as they are read: scores, measured KL and "
+            "exports are of these values, and exports hold nothing of the source's scales"
+        )
+
+    def notes(self, groups: Iterable[LayerGroup]) -> list[str]:
+        """What a user should know of a checkpoint before it is swept. Args: groups: that are scored."""
+        found = self.structure
+        notes = [] if self.source_note is None else [self.source_note]
+        if found.unused:
+            notes.append(
+                f"{self.path} holds {count(len(found.unused), 'tensor')} that transformers' model does not have "
+                f"({_first(found.unused)}): exports keep them as they are, in no layer group"
+            )
+        apart = [group.short_name for group in groups if not found.on_disk.keys() >= {*group.modules}]
+        if apart:
+            notes.append(
+                f"{_first(apart)}: scored, but exports must leave it in 16 bits, since its weight in {self.path} is "
+                f"{NOT_HELD}"
+            )
+        return notes
 
     @cached_property
     def kv_heads(self) -> int | None:
@@ -155,6 +188,12 @@ def checkpoint_dir(config: ModelConfig) -> Path:
     check_checkpoint(path)
     check_weights(path)
     return path.resolve()
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - _SHOWN_NAMES
+    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def checkpoint_gb(path: Path) -> float:

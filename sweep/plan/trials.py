@@ -7,7 +7,7 @@ second.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache as cached
 from importlib import metadata
@@ -73,6 +73,7 @@ class SweepPlan:
     windowed: frozenset[str]  # plans whose capture does not fit in a worker's memory at once
     # Elements of each model, by revision: all `parameters`, of them `embeddings` and an untied `lm_head`.
     models: Mapping[str, Mapping[str, int]]
+    notes: tuple[str, ...]  # what a user should know of the checkpoints
 
     def pending(self, finished: Iterable[str]) -> dict[str, Task]:
         """Tasks that still lack cells, each with only those."""
@@ -111,6 +112,7 @@ def plan_sweep(points: Sequence[SweepConfig], device: Device, nodes: Sequence[Ha
         plans=planner.plans,
         windowed=frozenset(planner.windowed),
         models=planner.elements(),
+        notes=tuple(planner.notes()),
     )
 
 
@@ -209,6 +211,13 @@ class _Planner:
     def elements(self) -> dict[str, dict[str, int]]:
         """Elements of each model, by revision; see SweepPlan."""
         return {model.revision: elements_of(model) for model in self._models.values()}
+
+    def notes(self) -> Iterator[str]:
+        """What a user should know of each checkpoint; see Model.notes."""
+        for model in self._models.values():
+            tasks = [task for task in self.tasks.values() if task.model.revision == model.revision]
+            groups = {group.name: group for task in tasks for group in task.groups}
+            yield from model.notes(groups.values())
 
     def _enter(self, point: SweepConfig, model: Model, plan_id: str, digest: str) -> tuple[str, str]:
         recipe = recipe_of(point)

@@ -2,9 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -20,12 +21,11 @@ from workers.export.compressed import CompressedTensors
 from workers.export.compute import CPU, Compute
 from workers.export.folding import check_foldable, folding_modules, output_scales, scaled_rows
 from workers.export.layout import Layout
-from workers.model.checkpoint import check_unquantized, loaded_files, loaded_index, settings_files
+from workers.model.checkpoint import NOT_HELD, check_unquantized, loaded_files, loaded_index, settings_files
 from workers.model.tensors import HeldTensor, open_tensors
 from workers.quant.linear import LinearQuant
 
 COMPRESSED_TENSORS: Final[Layout] = CompressedTensors()
-NOT_HELD: Final = "tied to another module, or made of several tensors"  # why a linear has no weight of its own on disk
 _QUANTIZED: Final = "quantization_config"
 _EMBEDDINGS: Final = ("embed", "wte", "wpe")  # in the last word of a module's name
 
@@ -38,6 +38,7 @@ def write_checkpoint(
     linears: Sequence[Linear],
     compute: Compute = CPU,
     layout: Layout = COMPRESSED_TENSORS,
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write the quantized checkpoint, with files of `checkpoint_names`, one shard of the source in memory at a time.
 
@@ -49,6 +50,7 @@ def write_checkpoint(
         linears: of the whole model.
         compute: where and in which dtype weights are quantized; quants must be there.
         layout: the checkpoint format.
+        aliases: transformers' name of a linear, by that on disk, where they differ.
 
     Raises:
         SweepError: something that the format can't express, or a weight that the checkpoint does not hold under its
@@ -58,9 +60,6 @@ def write_checkpoint(
     check_expressible(source, recipe, linears, layout)
     scales = output_scales(recipe, quants, linears)
     packings = layout.packings(recipe, quants, scales)
-    weight_map: dict[str, str] = {}
-    n_bytes = 0
-    largest = largest_weight(linears)
 
     def made(item: tuple[str, HeldTensor]) -> dict[str, Tensor]:
         name, tensor = item[0], item[1].read()
@@ -70,8 +69,41 @@ def write_checkpoint(
             return {f"{module}.{local}": part for local, part in parts.items()}
         return {name: scaled_rows(tensor, scales[module]) if module in scales else tensor}
 
+    weight_map = _write_shards(source, directory, made, compute, largest_weight(linears))
+    for index in loaded_index(source):
+        n_bytes = sum(size for _, size in weight_map.values())
+        shards = {name: shard for name, (shard, _) in sorted(weight_map.items())}
+        _write_json(directory / index.name, {"metadata": {"total_size": n_bytes}, "weight_map": shards})
+    for path in settings_files(source):
+        shutil.copyfile(path, directory / path.name)
+    own = {"config.json": _unquantized(json.loads((source / "config.json").read_bytes()))}
+    for name, fields in layout.documents(recipe, linears, other_linears(source, linears), aliases).items():
+        _write_json(directory / name, {**own.get(name, {}), **fields})
+    for shard in loaded_files(source):  # safetensors lets nobody else read what it writes
+        shutil.copymode(directory / "config.json", directory / shard.name)
+
+
+def _write_shards(
+    source: Path,
+    directory: Path,
+    made: Callable[[tuple[str, HeldTensor]], dict[str, Tensor]],
+    compute: Compute,
+    largest: int,
+) -> dict[str, tuple[str, int]]:
+    """Write one weight file for each of the source. Returns: file name and bytes of each tensor, by its name.
+
+    Args:
+        source: a checkpoint.
+        directory: that the files are written to.
+        made: the tensors that are written for one of the source.
+        compute: what calls it.
+        largest: weights of the largest linear.
+
+    Raises: OSError: the directory cannot be written.
+    """
+    written: dict[str, tuple[str, int]] = {}
+    by_shard: dict[Path, dict[str, HeldTensor]] = {shard: {} for shard in loaded_files(source)}
     with ExitStack() as stack:
-        by_shard: dict[Path, dict[str, HeldTensor]] = {shard: {} for shard in loaded_files(source)}
         for name, held in open_tensors(source, stack).items():
             by_shard[held.shard][name] = held
         for shard, held in by_shard.items():
@@ -81,18 +113,8 @@ def write_checkpoint(
                 save_file(tensors, directory / shard.name, metadata={"format": "pt"})
             except SafetensorError as error:  # a full disk, among others
                 raise OSError(str(error)) from error
-            weight_map |= dict.fromkeys(tensors, shard.name)
-            n_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    for index in loaded_index(source):
-        shards = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(directory / index.name, shards)
-    for path in settings_files(source):
-        shutil.copyfile(path, directory / path.name)
-    own = {"config.json": _unquantized(json.loads((source / "config.json").read_bytes()))}
-    for name, fields in layout.documents(recipe, linears, other_linears(source, linears)).items():
-        _write_json(directory / name, {**own.get(name, {}), **fields})
-    for shard in loaded_files(source):  # safetensors lets nobody else read what it writes
-        shutil.copymode(directory / "config.json", directory / shard.name)
+            written |= {name: (shard.name, tensor.nbytes) for name, tensor in tensors.items()}
+    return written
 
 
 def other_linears(source: Path, linears: Sequence[Linear]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import compressed_tensors
@@ -84,27 +85,34 @@ class CompressedTensors:
         }
 
     def documents(
-        self, recipe: MixedRecipe, linears: Sequence[Linear], others: Sequence[str]
+        self, recipe: MixedRecipe, linears: Sequence[Linear], others: Sequence[str], aliases: Mapping[str, str]
     ) -> Mapping[str, Mapping[str, Json]]:
         """See `Layout`."""
-        return {"config.json": {"quantization_config": quantization_config(recipe, linears, others)}}
+        return {"config.json": {"quantization_config": quantization_config(recipe, linears, others, aliases)}}
 
     def read(self, directory: Path, linears: Sequence[Linear]) -> Mapping[str, Packing]:
         """See `Layout`."""
         return {name: SchemePacking(scheme) for name, scheme in read_schemes(directory, linears).items()}
 
 
-def quantization_config(recipe: MixedRecipe, linears: Sequence[Linear], others: Sequence[str] = ()) -> dict[str, Json]:
+def quantization_config(
+    recipe: MixedRecipe,
+    linears: Sequence[Linear],
+    others: Sequence[str] = (),
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Json]:
     """The `quantization_config` of config.json.
 
     Modules are named one by one: a runtime renames prefixes and joins q/k/v and gate/up by name, and a pattern that
-    means the same modules under either naming is easily one that means more. Every other linear is named under
-    `ignore`, for vLLM refuses those of which it finds nothing.
+    means the same modules under either naming is easily one that means more. Where transformers has another name for a
+    linear than the checkpoint, both are there: transformers matches its own, vLLM maps the checkpoint's. Every other
+    linear is named under `ignore`, for vLLM refuses those of which it finds nothing.
 
     Args:
         recipe: the format of each layer group.
         linears: of the whole model.
         others: further linears of the checkpoint, from `other_linears`.
+        aliases: transformers' name of a linear, by that on disk, where they differ.
 
     Raises: Inexpressible: a format that compressed-tensors cannot express.
     """
@@ -118,6 +126,8 @@ def quantization_config(recipe: MixedRecipe, linears: Sequence[Linear], others: 
     ignored = [*(linear.name for linear in linears if linear.name not in quantized), *others]
     if not any(_VISION in module for module in quantized) and any(_VISION in name for name in ignored):
         ignored.append(f"re:.*{_VISION}.*")  # the convolution, which some runtimes hold as a linear
+    for names in (ignored, *targets.values()):
+        names += [aliases[name] for name in names if name in aliases]
     file_format: Any = formats.pop() if len(formats) == 1 else "mixed-precision"  # Any: the value of an enum
     config = QuantizationConfig(
         config_groups={
@@ -148,6 +158,10 @@ def read_schemes(directory: Path, linears: Sequence[Linear]) -> dict[str, Quanti
     """
     document = json.loads((directory / "config.json").read_bytes())["quantization_config"]
     config = QuantizationConfig.model_validate({key: value for key, value in document.items() if key != "version"})
+    named = {linear.name for linear in linears}
+    for group in config.config_groups.values():
+        assert isinstance(group, QuantizationScheme)  # as written; a preset's name would be a list
+        group.targets = [name for name in group.targets if name in named]  # the others are transformers' names
     model = _skeleton(linears)
     apply_quantization_config(model, config, show_progress=False)
     found: dict[str, QuantizationScheme] = {}

@@ -108,7 +108,7 @@ class Layout(Protocol):
         ...
 
     def documents(
-        self, recipe: MixedRecipe, linears: Sequence[Linear], others: Sequence[str]
+        self, recipe: MixedRecipe, linears: Sequence[Linear], others: Sequence[str], aliases: Mapping[str, str]
     ) -> Mapping[str, Mapping[str, Json]]:
         """Fields that say each module's format, by file name; those of config.json are added to the source's.
 
@@ -116,6 +116,7 @@ class Layout(Protocol):
             recipe: one that `check` accepts.
             linears: of the whole model.
             others: further linears of the checkpoint, from `workers.export.checkpoint.other_linears`.
+            aliases: transformers' name of a linear, by that on disk, where they differ.
         """
         ...
 

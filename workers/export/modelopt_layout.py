@@ -194,9 +194,10 @@ class ModelOptLayout:
         return found
 
     def documents(
-        self, recipe: MixedRecipe, linears: Sequence[Linear], others: Sequence[str]
+        self, recipe: MixedRecipe, linears: Sequence[Linear], others: Sequence[str], aliases: Mapping[str, str]
     ) -> Mapping[str, Mapping[str, Json]]:
         """See `Layout`."""
+        del aliases  # transformers does not read this format, and its readers map the checkpoint's names
         formats, chosen = _formats_of(recipe), dict[str, tuple[str | None, int]]()
         for choice in recipe.groups:
             if choice.format is not None:

@@ -24,3 +24,8 @@ def recipe_on_disk(recipe: MixedRecipe, names: Mapping[str, str]) -> MixedRecipe
 def linears_on_disk(linears: Sequence[Linear], names: Mapping[str, str]) -> list[Linear]:
     """The same linears by their names on disk. Args: names: as for `recipe_on_disk`."""
     return [replace(linear, name=names.get(linear.name, linear.name)) for linear in linears]
+
+
+def aliases(names: Mapping[str, str]) -> dict[str, str]:
+    """Names of linears in transformers, by those on disk, where they differ. Args: names: as for `recipe_on_disk`."""
+    return {on_disk: name for name, on_disk in names.items() if name != on_disk}

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # tokenizer, preprocessor and generation settings
 # Files by which quantizers say so, where config.json may not: ModelOpt, AutoGPTQ and AutoAWQ before transformers knew.
 _QUANTIZED = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+NOT_HELD: Final = "tied to another module, or made of several tensors"  # why a linear has no weight of its own on disk
 _LEGAL = ("licen", "notice", "copying")  # how names of files begin that must travel with the weights
 
 
