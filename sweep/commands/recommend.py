@@ -54,6 +54,7 @@ from sweep.run.resources import own_device
 from sweep.run.session import row_of
 from sweep.store.outputs import OutputDirectory, place_of, typed_path
 from sweep.store.store import Store
+from workers.model.checkpoint import NOT_HELD
 
 _FRONT = 24
 # Names among the results.
@@ -92,17 +93,18 @@ def recommend(request: Request, console: Console) -> int:
     name = "-".join([config.model.name or "", target.slug, asked.slug, *tokens])
     out = typed_path(request.out or f"outputs/recommended/{name}").absolute()
     prepared = prepare(grid)
-    _refuse_ahead(prepared, asked, target)
+    model = Model(checkpoint_dir(config.model))
+    _refuse_ahead(prepared, asked, target, model)
     results = _results_at(out)
     results.check()
-    checkpoint = checkpoint_at(out / _CHECKPOINT, Model(checkpoint_dir(config.model)), overwrite=True, others=True)
+    checkpoint = checkpoint_at(out / _CHECKPOINT, model, overwrite=True, others=True)
     checkpoint.check()
     # With --json nothing else is printed; a run by itself refuses everything that would stop it.
     if code := (0 if request.as_json else examine_prepared(prepared)) or run_prepared(prepared, console, started):
         return code
     typed = [*request.overrides, f"dataset.size={config.dataset.size}", "sensitivity.scales=fused"]
     candidates = sized(read_candidates(Store(config.store.uri), _without_repeats(typed), grid.points, tokens))
-    rules = _rules(target, candidates)
+    rules = _rules(target, candidates, model)
     problem = problem_of(candidates, rules)
     choices = _choices(candidates, problem, asked, rules)
     made = {name: recipe_of_choice(candidates, each, name, target.label) for name, each in choices.items()}
@@ -265,28 +267,34 @@ def _names(made: MixedRecipe, target: Target) -> list[str]:
     ]
 
 
-def _refuse_ahead(prepared: Prepared, asked: Budget, target: Target) -> None:
+def _refuse_ahead(prepared: Prepared, asked: Budget, target: Target, model: Model) -> None:
     """Refuse what no score can change, before hours are spent on scoring.
 
     Raises: SweepError: a target that runs nothing of the grid as scored, a budget below its smallest recipe, or samples
         to measure on that are too few or calibrated.
     """
     candidates = planned_candidates(prepared.plan)
-    rules = _rules(target, candidates)
+    rules = _rules(target, candidates, model)
     choice = solved(candidates, problem_of(candidates, rules), asked, rules)
     recipe = recipe_of_choice(candidates, choice, "planned", target.label)
     held_out(context_of(recipe, prepared.grid.points[0]))
 
 
-def _rules(target: Target, candidates: Candidates) -> Rules:
-    """What the target runs as scored, its checkpoints can hold and its kernels take. Raises: SweepError: no format."""
+def _rules(target: Target, candidates: Candidates, model: Model) -> Rules:
+    """What the target runs as scored, its checkpoints can hold and its kernels take. Raises: SweepError: no format.
+
+    A layer group whose weight is no tensor of its own in the checkpoint stays in 16 bits.
+    """
     rules = rules_of((), (), False, target, candidates)
 
     def allowed(each: GroupFormat) -> bool:
         return rules.allowed(each) and target.exports(each.quant_pair, each.quant_granularity, each.algorithm)
 
     left_out = candidate_misfits(target, candidates)
-    return replace(rules, allowed=allowed, refused={(each.label, each.group.name): each.reason for each in left_out})
+    refused = {(each.label, each.group.name): each.reason for each in left_out}
+    for group in model.without_weights(candidates.groups):
+        refused |= {(each.format.label, group.name): f"it is {NOT_HELD}" for each in candidates.formats}
+    return replace(rules, allowed=allowed, refused=refused)
 
 
 def _is_served(uniform: MixedRecipe, rules: Rules) -> bool:

@@ -106,6 +106,10 @@ class Model:
             "exports are of these values, and exports hold nothing of the source's scales"
         )
 
+    def without_weights(self, groups: Iterable[LayerGroup]) -> list[LayerGroup]:
+        """Groups that no export can quantize: a weight of theirs is no tensor of its own in the checkpoint."""
+        return [group for group in groups if not self.structure.on_disk.keys() >= {*group.modules}]
+
     def notes(self, groups: Iterable[LayerGroup]) -> list[str]:
         """What a user should know of a checkpoint before it is swept. Args: groups: that are scored."""
         found = self.structure
@@ -115,8 +119,7 @@ class Model:
                 f"{self.path} holds {count(len(found.unused), 'tensor')} that transformers' model does not have "
                 f"({_first(found.unused)}): exports keep them as they are, in no layer group"
             )
-        apart = [group.short_name for group in groups if not found.on_disk.keys() >= {*group.modules}]
-        if apart:
+        if apart := [group.short_name for group in self.without_weights(groups)]:
             notes.append(
                 f"{_first(apart)}: scored, but exports must leave it in 16 bits, since its weight in {self.path} is "
                 f"{NOT_HELD}"

@@ -157,7 +157,7 @@ def check_expressible(
             if f"{module}.weight" not in held:
                 raise SweepError(
                     f"The checkpoint {source} holds no {module}.weight: it is {NOT_HELD}, and {layout.name} can't "
-                    "express that. Leave that group in 16 bits (format: null)."
+                    f"express that. Solve again with --exclude {module.rpartition('.')[2]}, which leaves it in 16 bits."
                 )
         weights: dict[str, tuple[torch.dtype, int]] = {}
         for module in folding_modules(recipe, linears):

@@ -427,3 +427,16 @@ def test_a_checkpoint_that_lacks_a_file_is_exported_again(place: Path, said: str
     (place / "lacking" / "checkpoint" / "model.safetensors").unlink()
     recommended(place, "--bits", "5", "--out", str(place / "lacking"), *VLLM)
     assert (place / "lacking" / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_a_tied_head_is_scored_and_stays_in_16_bits(tmp_path: Path) -> None:
+    """Its weight is no tensor of its own: an export could not quantize it, which is known before anything is scored."""
+    typed = ["target=vllm_sm100", "quant_pair=wint8_afp16", "quant_granularity=w_group64", *COMMON]
+    typed.append("sensitivity.lm_head=true")
+    plan = plan_sweep(expand(["grid=deployable", *typed], multirun=True).points, "cpu")
+    assert any(note.startswith("lm_head: scored, but exports must leave it in 16 bits") for note in plan.notes)
+    list(Scorer(str(tmp_path / "store"), "cpu").score(list(plan.tasks.values()), next(iter(plan.plans.values()))))
+    recommended(tmp_path, "--bits", "12", "--out", str(tmp_path / "out"), *typed)
+    formats = {choice.group.name: choice.format for choice in recipe(tmp_path / "out" / "balanced.yaml").groups}
+    assert formats.pop("lm_head") is None
+    assert any(formats.values())
