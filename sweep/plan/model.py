@@ -22,7 +22,6 @@ from workers.data.batches import make_plan
 from workers.model.checkpoint import (
     check_checkpoint,
     check_fit,
-    check_weights,
     checkpoint_names,
     file_key,
     key_value_heads,

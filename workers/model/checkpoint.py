@@ -27,10 +27,12 @@ _WAYS_OUT = {
     "bitsandbytes": "Merge an adapter that was trained on it (QLoRA) into the 16-bit checkpoint, not into this one.",
     "mxfp4": "Where none was published (gpt-oss), dequantize it: AutoModelForCausalLM.from_pretrained(DIR, "
     "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(OUT).",
-    "mlx": "Without one, write its values: mlx_lm.convert --hf-path DIR --mlx-path OUT --dequantize.",
+    "mlx": "Without one, write its values, with the errors that they have: "
+    "mlx_lm.convert --hf-path DIR --mlx-path OUT --dequantize.",
     "bitnet": "A BitNet model is trained with ternary weights: without them it is another model.",
-    "compressed-tensors": "Without one, write its values: AutoModelForCausalLM.from_pretrained(DIR, "
-    "quantization_config=CompressedTensorsConfig(dequantize=True)).save_pretrained(OUT).",
+    "compressed-tensors": "Without one, write its values, with the errors that they have: "
+    "AutoModelForCausalLM.from_pretrained(DIR, quantization_config=CompressedTensorsConfig(dequantize=True))"
+    ".save_pretrained(OUT).",
 }
 
 
@@ -97,7 +99,7 @@ def check_weights(path: Path) -> None:
                 f"{path} lacks {missing[0]} ({len(missing)} such files), which {index.name} names. "
                 "Download the checkpoint again."
             )
-    for file in (path / "config.json", *settings_files(path)):
+    for file in settings_files(path):
         _check_fetched(file)
     for file in loaded_files(path):
         if not headers(file):
@@ -189,10 +191,10 @@ def fp8_source(path: Path) -> Fp8Source | None:
             "Merge them (PEFT: model.merge_and_unload().save_pretrained(DIR)), and give that: model.path=DIR."
         )
     found = tensor_mark(tensors)
-    if not said:
-        if found is not None:
-            raise _quantized(path, [found])
+    if not said and found is None:
         return None
+    if not said or found is None:
+        raise _quantized(path, said or [found])
     try:
         sections = [msgspec.convert(mark.section, _Fp8) for mark in said]
     except msgspec.ValidationError as error:
@@ -212,6 +214,7 @@ def _is_other_code(name: str, header: Header) -> bool:
 def _said(path: Path) -> list[Mark]:
     """The marks of quantizers in config.json and in files beside it."""
     found: list[Mark] = []
+    _check_fetched(path / "config.json")
     with contextlib.suppress(msgspec.DecodeError):  # whoever makes the model of it says what is wrong
         found += config_marks(msgspec.json.decode((path / "config.json").read_bytes()))
     for name, method in FILES.items():
@@ -229,24 +232,26 @@ def _method(file: Path, default: str) -> str:
 
 def _quantized(path: Path, marks: Sequence[Mark]) -> SweepError:
     """The refusal of a checkpoint with these marks, and what to do with it."""
-    said = "; ".join(f"{mark.method}, by {mark.place}" for mark in marks)
-    way_out = f"Give the checkpoint that it was made from: {source_to_type(path)}."
-    for method in dict.fromkeys(mark.method for mark in marks):
-        way_out += f" {_WAYS_OUT[method]}" if method in _WAYS_OUT else ""
     tensors: dict[str, Header] = {}
     with contextlib.suppress(SweepError):  # damaged, too
         tensors = _tensors(path)
-    places = " and ".join(mark.place for mark in marks)
-    if marks[0].place.startswith("tensor") and marks[0].method == "fp8":
+    said = "; ".join(f"{mark.method}, by {mark.place}" for mark in marks)
+    way_out = f"ive the checkpoint that it was made from: {source_to_type(path)}."
+    for method in dict.fromkeys(mark.method for mark in marks):
+        way_out += f" {_WAYS_OUT[method]}" if method in _WAYS_OUT else ""
+    if tensors and tensor_mark(tensors) is None:
+        dtypes = ", ".join(sorted({header.dtype for header in tensors.values()}))
+        return SweepError(
+            f"The checkpoint {path} is marked as quantized ({said}), but all its tensors hold plain values ({dtypes}). "
+            f"If these are the whole weights, delete {' and '.join(mark.place for mark in marks)}. If not, g{way_out}"
+        )
+    if marks[0].method == "fp8" and marks[0].place.startswith("tensor"):
         way_out += (
             ' Or name the method in config.json: "quantization_config": {"quant_method": "fp8", '
             '"weight_block_size": [128, 128]}, with the block that its scales have.'
         )
-    elif tensors and tensor_mark(tensors) is None:
-        dtypes = ", ".join(sorted({header.dtype for header in tensors.values()}))
-        way_out += f" All its tensors hold plain values ({dtypes}): if these are the whole weights, delete {places}."
     return SweepError(
-        f"The checkpoint {path} is quantized already ({said}): its codes are no weights to quantize. {way_out}"
+        f"The checkpoint {path} is quantized already ({said}): its codes are no weights to quantize. G{way_out}"
     )
 
 

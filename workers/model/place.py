@@ -1,6 +1,7 @@
 """What lies at a path that is given as a checkpoint, by the names of its files; what is none is refused by its kind."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -154,7 +155,7 @@ def _check_adapter(path: Path) -> None:
 def _instead_of_file(path: Path) -> str:
     """What to type instead of a file."""
     if path.suffix == ".gguf":
-        return f"It holds {_kind(path.parent)}"
+        return f"It holds {_words(*_KINDS[0][1:], path.parent, [path.name])}"
     if (path.parent / "config.json").is_file():
         return f"Give its directory: {override('model.path', str(path.parent))}."
     return "Give a Hugging Face checkpoint directory: model.path=DIR."
@@ -175,9 +176,13 @@ def _kind(path: Path) -> str | None:
     """The kind of weights in a directory that are not safetensors, with the way out; None: none that is known."""
     for patterns, kind, advice in _KINDS:
         if names := sorted(str(file.relative_to(path)) for pattern in patterns for file in path.glob(pattern)):
-            way_out = advice.format(source=source_to_type(path), name=names[0])
-            return f"{kind} ({', '.join(names[:_N_NAMED])}). {way_out}"
+            return _words(kind, advice, path, names)
     return None
+
+
+def _words(kind: str, advice: str, path: Path, names: Sequence[str]) -> str:
+    """The kind of weights that these files hold, with the way out. Args: path: their directory."""
+    return f"{kind} ({', '.join(names[:_N_NAMED])}). {advice.format(source=source_to_type(path), name=names[0])}"
 
 
 def _contents(path: Path) -> str:

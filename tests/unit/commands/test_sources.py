@@ -40,7 +40,7 @@ def adapter(path: Path) -> Path:
 
 
 SOURCES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "marked": (marked, "is quantized already (gptq, by quantization_config of text_config of config.json)"),
+    "marked": (marked, "is marked as quantized (gptq, by quantization_config of text_config of config.json)"),
     "packed": (packed, "(compressed-tensors, by tensor model.layers.0.up_proj.weight_packed, I32)"),
     "gguf": (gguf, "is a file. It holds GGUF weights"),
     "adapter": (adapter, "holds an adapter (adapter_config.json) beside a model's weights"),

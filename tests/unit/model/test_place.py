@@ -87,13 +87,13 @@ def test_weights_of_another_kind_beside_safetensors_are_not_loaded(
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("model.gguf", "is a file. It holds GGUF weights"),
+        ("model.gguf", "is a file. It holds GGUF weights, which llama.cpp reads (model.gguf). "),
         ("model.safetensors", "is a file. Give its directory: model.path={parent}."),
         ("config.json", "is a file. Give its directory: model.path={parent}."),
     ],
 )
 def test_a_file_is_no_checkpoint(name: str, advice: str, tmp_path: Path) -> None:
-    path = touched(write_checkpoint(tmp_path / "model"), "model.gguf")
+    path = touched(write_checkpoint(tmp_path / "model"), "model.gguf", "another.gguf")
     assert advice.format(parent=path) in said_of(path / name)
 
 

@@ -12,6 +12,7 @@ from workers.model.checkpoint import Fp8Source, check_checkpoint, fp8_source
 
 Q = "model.layers.0.self_attn.q_proj"
 PROSE = "Give the checkpoint that it was made from: model.path=DIR."
+CODES: Tensors = {**PLAIN, f"{Q}.weight": ("U8", [4, 4])}
 
 
 def said_of(path: Path) -> str:
@@ -54,7 +55,7 @@ CONFIGS: list[tuple[Mapping[str, object], str]] = [
 def test_a_section_of_the_configuration_names_the_method(
     config: Mapping[str, object], said: str, tmp_path: Path
 ) -> None:
-    message = said_of(write_checkpoint(tmp_path / "model", config))
+    message = said_of(write_checkpoint(tmp_path / "model", config, CODES))
     assert message.startswith(f"The checkpoint {tmp_path / 'model'} is quantized already ({said}")
     assert PROSE in message
 
@@ -72,7 +73,7 @@ def test_a_section_of_the_configuration_names_the_method(
     ],
 )
 def test_a_quantizers_own_file_names_the_method(name: str, content: object, method: str, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "model")
+    path = write_checkpoint(tmp_path / "model", tensors=CODES)
     (path / name).write_text(json.dumps(content))
     assert f"is quantized already ({method}, by {name})" in said_of(path)
 
@@ -171,16 +172,18 @@ def test_a_mark_on_plain_values_can_be_deleted(marked: str, tmp_path: Path) -> N
     if marked == "file":
         (path / "quant_config.json").write_text("{}")
     place = f"{SECTION} of config.json" if marked == "config" else "quant_config.json"
-    assert said_of(path).endswith(
-        f"All its tensors hold plain values (BF16): if these are the whole weights, delete {place}."
+    said = said_of(path)
+    assert (
+        f"is marked as quantized ({'gptq' if marked == 'config' else 'awq'}, by {place}), but all its tensors " in said
     )
+    assert f"hold plain values (BF16). If these are the whole weights, delete {place}. If not, give the check" in said
 
 
 @pytest.mark.parametrize(
     "card", ["---\nlicense: mit\nbase_model: org/big-1.5\n---\n# x\n", "---\nbase_model:\n- org/big-1.5\n---\n"]
 )
 def test_the_model_card_names_what_to_type(card: str, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "model", {SECTION: {"quant_method": "awq"}})
+    path = write_checkpoint(tmp_path / "model", {SECTION: {"quant_method": "awq"}}, CODES)
     (path / "README.md").write_text(card)
     assert "made from: model.path=org/big-1.5 (the base model by its README.md)." in said_of(path)
 
@@ -234,7 +237,7 @@ def test_other_codes_under_the_name_of_fp8_are_refused(
 
 
 def test_a_damaged_section_of_fp8_is_named(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "model", {SECTION: {**FP8, "weight_block_size": "128"}})
+    path = write_checkpoint(tmp_path / "model", {SECTION: {**FP8, "weight_block_size": "128"}}, BLOCKS)
     assert f"{SECTION} of config.json, of {path}, is damaged: " in said_of(path)
 
 
