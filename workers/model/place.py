@@ -72,6 +72,7 @@ def check_place(path: Path) -> None:
     if not path.is_dir():
         raise SweepError(f"model.path={path} is no directory. Give a local checkpoint directory: model.path=DIR.")
     _check_hub_cache(path)
+    _check_links(path)
     _check_adapter(path)
     if not (path / "config.json").is_file():
         raise SweepError(f"model.path={path} has no config.json ({_contents(path)}). {_instead_of(path)}")
@@ -125,6 +126,16 @@ def _check_hub_cache(path: Path) -> None:
         + " or ".join(override("model.path", str(each)) for each in snapshots[:_N_NAMED])
         + "."
     )
+
+
+def _check_links(path: Path) -> None:
+    """Refuse links to nothing, as a hub cache's snapshot has them that was copied alone."""
+    files = [path / "config.json", *sorted(path.glob("*.safetensors*"))]
+    if broken := next((file for file in files if file.is_symlink() and not file.exists()), None):
+        raise SweepError(
+            f"{broken} is a link to {broken.readlink()}, which is not there. Copy the directory with what its links "
+            "lead to (cp -rL), or download the checkpoint again."
+        )
 
 
 def _check_adapter(path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sweep.core.errors import SweepError
+from sweep.plan.model import checkpoint_gb
 from tests.weights import write_checkpoint, write_weights
 from workers.model.checkpoint import check_checkpoint, loaded_files
 
@@ -143,6 +144,14 @@ def test_a_hub_cache_without_a_snapshot_and_the_whole_cache(tmp_path: Path) -> N
     assert said_of(tmp_path).endswith("Give one of its models by name: model.path=org/name.")
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-1-of-2.safetensors"])
+def test_a_snapshot_that_was_copied_without_its_blobs_is_named(name: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model")
+    (path / name).unlink(missing_ok=True)
+    (path / name).symlink_to("../../blobs/0a")
+    assert f"{path / name} is a link to ../../blobs/0a, which is not there. " in said_of(path)
+
+
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
 def test_an_adapter_alone_is_named_with_its_base(weights: str, tmp_path: Path) -> None:
     touched(tmp_path, weights)
@@ -165,12 +174,14 @@ def write_index(path: Path, *files: str) -> None:
 
 
 def test_a_copy_in_mistrals_layout_is_neither_loaded_nor_checked(tmp_path: Path) -> None:
-    path = touched(write_checkpoint(tmp_path / "model"), "consolidated.safetensors", "params.json")
+    path = touched(write_checkpoint(tmp_path / "model"), "params.json")
+    write_weights(path / "consolidated.safetensors")
     (path / "model.safetensors").rename(path / "model-1-of-1.safetensors")
     write_index(path, "model-1-of-1.safetensors")
     (path / "consolidated.safetensors.index.json").write_text('{"weight_map": {"w": "consolidated-9.safetensors"}}')
     check_checkpoint(path)
     assert loaded_files(path) == [path / "model-1-of-1.safetensors"]
+    assert checkpoint_gb(path) * 1e9 == (path / "model-1-of-1.safetensors").stat().st_size
 
 
 def test_shards_without_their_index_are_refused(tmp_path: Path) -> None:
