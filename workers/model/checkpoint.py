@@ -78,10 +78,10 @@ class Fp8Source:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Refuse what cannot be loaded safely as plain weights, before anything heavy is imported.
+    """Refuse what cannot be loaded safely as plain weights or FP8 beside scales, before anything heavy is imported.
 
     Raises: SweepError: no directory of a model; weights of another kind than safetensors; an adapter; weights that are
-        quantized.
+        quantized in another way.
     """
     check_place(path)
     check_unquantized(path)
@@ -166,9 +166,9 @@ def headers(file: Path) -> dict[str, Header]:
 
 
 def check_unquantized(path: Path) -> None:
-    """Refuse a checkpoint whose weights are quantized: see `fp8_source`.
+    """Refuse a checkpoint whose weights are quantized, but in FP8 beside scales, which are dequantized.
 
-    Raises: SweepError: names the method, and the place that says so.
+    Raises: SweepError: as `fp8_source`; names the method, and the place that says so.
     """
     fp8_source(path)
 
@@ -191,10 +191,12 @@ def fp8_source(path: Path) -> Fp8Source | None:
             "Merge them (PEFT: model.merge_and_unload().save_pretrained(DIR)), and give that: model.path=DIR."
         )
     found = tensor_mark(tensors)
-    if not said and found is None:
-        return None
-    if not said or found is None:
-        raise _quantized(path, said or [found])
+    if not said:
+        if found is None:
+            return None
+        raise _quantized(path, [found])
+    if found is None:
+        raise _quantized(path, said)
     try:
         sections = [msgspec.convert(mark.section, _Fp8) for mark in said]
     except msgspec.ValidationError as error:
