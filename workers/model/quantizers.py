@@ -23,6 +23,13 @@ FILES: Final = {
 }
 # compression_config is of compressed-tensors before 0.7, quantization of MLX.
 _SECTIONS: Final = ("quantization_config", "compression_config", "quantization")
+# Keys of sections that do not name their method.
+_KEYS: Final = {
+    "bitsandbytes": {"load_in_4bit", "load_in_8bit"},
+    "modelopt": {"quant_algo", "producer"},
+    "compressed-tensors": {"config_groups", "sparsity_config"},
+    "mlx": {"group_size"},
+}
 _PLAIN: Final = ("F64", "F32", "F16", "BF16", "BOOL", "C64")  # dtypes of values that stand for themselves
 _INTEGERS: Final = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 # A tensor that only checkpoints of the method have beside codes, by its name in the module that holds these. The first
@@ -89,13 +96,10 @@ def _method_of(section: Mapping[str, Json]) -> str:
     """The method that a section names, or that only its keys show."""
     if isinstance(named := section.get("quant_method"), str):
         return named.lower()
-    shown = {
-        "bitsandbytes": ("load_in_4bit", "load_in_8bit"),
-        "modelopt": ("quant_algo", "producer"),
-        "compressed-tensors": ("config_groups", "sparsity_config"),
-        "mlx": ("group_size",),
-    }
-    return next((method for method, keys in shown.items() if any(key in section for key in keys)), UNKNOWN)
+    for method, keys in _KEYS.items():
+        if not keys.isdisjoint(section):
+            return method
+    return UNKNOWN
 
 
 def tensor_mark(headers: Mapping[str, Header]) -> Mark | None:
