@@ -43,11 +43,11 @@ def quantize(
         weights |= {name: codes, f"{name}{ending}": scales if block else scales.reshape(())}
         meant[name] = values.bfloat16()
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    mark(path, block)
+    _mark(path, block)
     return meant
 
 
-def mark(path: Path, block: list[int] | None) -> None:
+def _mark(path: Path, block: list[int] | None) -> None:
     """Have config.json say that the weights are FP8."""
     file = path / "config.json"
     said = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": block}

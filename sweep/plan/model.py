@@ -24,13 +24,11 @@ from workers.model.checkpoint import (
     NOT_HELD,
     check_checkpoint,
     check_fit,
-    check_weights,
     checkpoint_names,
     file_key,
     key_value_heads,
     loaded_files,
     revision,
-    weight_files,
 )
 
 if TYPE_CHECKING:
@@ -189,7 +187,6 @@ def checkpoint_dir(config: ModelConfig) -> Path:
 
         path = loading.local_checkpoint(config.path)
     check_checkpoint(path)
-    check_weights(path)
     return path.resolve()
 
 
@@ -200,5 +197,5 @@ def _first(names: Sequence[str]) -> str:
 
 
 def checkpoint_gb(path: Path) -> float:
-    """Size of the weight files in GB (1e9 bytes)."""
-    return sum(file.stat().st_size for file in weight_files(path)) / 1e9
+    """Size of the weight files that are loaded in GB (1e9 bytes)."""
+    return sum(file.stat().st_size for file in loaded_files(path)) / 1e9

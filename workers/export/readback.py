@@ -17,7 +17,7 @@ from workers.export.compute import CPU, Compute
 from workers.export.folding import output_scales, scaled_rows
 from workers.export.layout import Inexpressible, Layout, Packing
 from workers.export.schemes import as_written
-from workers.model.tensors import HeldTensor, open_tensors
+from workers.model.tensors import HeldTensor, open_tensors, stored_tensors
 from workers.quant.calibration import fake_quantized
 from workers.quant.linear import LinearQuant
 
@@ -49,7 +49,7 @@ def check_export(
     _check_formats(read, recipe, linears, layout)
     scales = output_scales(recipe, quants, linears)
     with ExitStack() as stack:
-        tensors, originals = open_tensors(directory, stack), open_tensors(source, stack)
+        tensors, originals = stored_tensors(directory, stack), open_tensors(source, stack)
         written: dict[str, list[str]] = {}
         for name in tensors:
             written.setdefault(name.rpartition(".")[0], []).append(name)

@@ -9,7 +9,6 @@ weight's name, the scale under that name and ``_scale_inv`` or ``_scale``. It is
 spelling: one a block of `weight_block_size`, the last ones cut at the weight's edge, one a row, or one a tensor.
 """
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,14 +115,14 @@ def dequantized(codes: Tensor, scale: Tensor, block: tuple[int, int] | None) -> 
     return values * factors.repeat_interleave(block[1], -1)[..., :columns]
 
 
-def open_tensors(path: Path, stack: ExitStack) -> dict[str, HeldTensor]:
-    """The tensors of a checkpoint that its model may have, by their name on disk; only headers are read.
+def stored_tensors(path: Path, stack: ExitStack) -> dict[str, Stored]:
+    """All tensors of a checkpoint as they lie in its files, by name; only headers are read.
 
     Args:
         path: checkpoint directory.
         stack: closes the files; no tensor can be read afterwards.
 
-    Raises: SweepError: FP8 weights without a scale that fits them.
+    Raises: SweepError: a tensor of a dtype that torch does not have.
     """
     stored: dict[str, Stored] = {}
     for shard in loaded_files(path):
@@ -137,7 +136,19 @@ def open_tensors(path: Path, stack: ExitStack) -> dict[str, HeldTensor]:
                     "Give the checkpoint in 16 bits: model.path=DIR."
                 )
             stored[name] = Stored(file, shard, name, tuple(header.get_shape()), dtype)
-    source = fp8_source(path)
+    return stored
+
+
+def open_tensors(path: Path, stack: ExitStack) -> dict[str, HeldTensor]:
+    """The tensors of a checkpoint that its model may have, by their name on disk; only headers are read.
+
+    Args:
+        path: checkpoint directory.
+        stack: closes the files; no tensor can be read afterwards.
+
+    Raises: SweepError: weights that are quantized in another way than FP8, or FP8 without a scale that fits.
+    """
+    stored, source = stored_tensors(path, stack), fp8_source(path)
     if source is None:
         return {name: HeldTensor(stored=each, dtype=each.dtype) for name, each in stored.items()}
     dtype = getattr(torch, source.dtype)
@@ -173,7 +184,7 @@ def _scale_of(name: str, stored: dict[str, Stored]) -> Stored:
     )
 
 
-def _block(weight: Stored, scale: Stored, typed: Sequence[int] | None) -> tuple[int, int] | None:
+def _block(weight: Stored, scale: Stored, typed: tuple[int, int] | None) -> tuple[int, int] | None:
     """Rows and columns of a weight under one scale; None: a scale a row, or a single one.
 
     Args:
@@ -187,10 +198,10 @@ def _block(weight: Stored, scale: Stored, typed: Sequence[int] | None) -> tuple[
     if scale.dtype in _SCALE_DTYPES:
         if all(size == 1 for size in sizes):
             return None
-        if typed is not None and len(weight.shape) >= 2 and len(typed) == 2:
+        if typed is not None and len(weight.shape) >= 2:
             grid = tuple(-(-size // each) for size, each in zip(weight.shape[-2:], typed, strict=True))
             if sizes == (*weight.shape[:-2], *grid):
-                return typed[0], typed[1]
+                return typed
         elif len(weight.shape) == 2 and sizes in ((weight.shape[0],), (weight.shape[0], 1)):
             return None
     raise SweepError(

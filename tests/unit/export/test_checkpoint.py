@@ -291,7 +291,9 @@ def test_a_source_that_is_quantized_already_is_refused(tmp_path: Path) -> None:
     shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("layer-analysis"))
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(SweepError, match=r"quantized already \(gptq, by its config.json\).*model.path=DIR"):
+    with pytest.raises(
+        SweepError, match=r"marked as quantized \(gptq, by quantization_config of config.json\).*model.path=DIR"
+    ):
         check_expressible(source, recipe_of([group_format("int4", INT4, None)]), LINEARS)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from sweep.core.errors import SweepError
+from tests.weights import write_checkpoint
 from workers.model import checkpoint
-from workers.model.checkpoint import check_checkpoint, file_hash, revision, weight_files
+from workers.model.checkpoint import check_checkpoint, file_hash, revision
 
 LATER = 2_000_000_000  # seconds; a time at which nothing here was written
 
@@ -28,14 +29,20 @@ def directory(path: Path, **contents: bytes) -> Path:
 
 
 def two_shards(path: Path) -> Path:
-    return directory(path, config__json=b"{}", b__safetensors=b"second", a__safetensors=b"first", tokenizer__json=b"{}")
+    made = directory(path, config__json=b"{}", b__safetensors=b"second", a__safetensors=b"first", tokenizer__json=b"{}")
+    write_index(made, "a", "b")
+    return made
+
+
+def write_index(path: Path, *shards: str) -> None:
+    weight_map = {f"{shard}.weight": f"{shard}.safetensors" for shard in shards}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_a_directory_with_config_and_safetensors_is_taken(tmp_path: Path) -> None:
-    path = two_shards(tmp_path / "model")
+    path = write_checkpoint(tmp_path / "model")
     (path / "pytorch_model.bin").write_bytes(pickle.dumps({}))  # beside safetensors it is never loaded
     check_checkpoint(path)
-    assert [file.name for file in weight_files(path)] == ["a.safetensors", "b.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +53,7 @@ def test_a_directory_with_config_and_safetensors_is_taken(tmp_path: Path) -> Non
         ({"config__json": b"{}"}, "has no *.safetensors file. Download the weights, or give another model.path=DIR."),
         (
             {"config__json": b"{}", "pytorch_model__bin": b"x"},
-            "holds pickled weights (pytorch_model.bin), which can run code when loaded.",
+            "holds pickled weights (pytorch_model.bin). They can run code when loaded",
         ),
         ({"config__json": b"{}", "weights__pt": b"x"}, "holds pickled weights (weights.pt)"),
         (
@@ -64,53 +71,24 @@ def test_a_directory_that_cannot_be_loaded_safely_is_refused(
     assert str(error.value).startswith(f"model.path={path} {message}")
 
 
-@pytest.mark.parametrize(
-    ("config", "file", "said"),
-    [
-        (
-            {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}},
-            None,
-            "compressed-tensors",
-        ),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, None, "gptq"),
-        ({"quantization_config": {"quant_method": "awq"}}, None, "awq"),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, None, "fp8"),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, None, "bitsandbytes"),
-        ({"quantization_config": {"load_in_8bit": True}}, None, "unknown method"),
-        ({"quantization_config": "int8"}, None, "unknown method"),
-        ({"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}}, None, "compressed-tensors"),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, None, "compressed-tensors"),
-        ({}, "hf_quant_config.json", "modelopt, by its hf_quant_config.json"),
-        ({}, "quantize_config.json", "gptq, by its quantize_config.json"),
-        ({}, "quant_config.json", "awq, by its quant_config.json"),
-    ],
-)
-def test_what_is_quantized_already_is_no_source(config: object, file: str | None, said: str, tmp_path: Path) -> None:
-    path = directory(tmp_path / "model", config__json=json.dumps(config).encode(), model__safetensors=b"x")
-    if file is not None:
-        (path / file).write_text("{}")
-    with pytest.raises(SweepError, match=rf"is quantized already \({said}.*model\.path=DIR"):
-        check_checkpoint(path)
+@pytest.mark.parametrize("config", [b"{", b"[]", b"\xff", b'{"text_config": []}'])
+def test_what_makes_no_model_is_left_to_whoever_makes_it(config: bytes, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model")
+    (path / "config.json").write_bytes(config)
+    check_checkpoint(path)
 
 
-@pytest.mark.parametrize("config", [b"{", b"[]", b"\xff", b'{"text_config": []}', b'{"quantization_config": null}'])
-def test_what_is_not_known_to_be_quantized_is_taken(config: bytes, tmp_path: Path) -> None:
-    """A config.json that makes no model is refused where the model is made."""
-    check_checkpoint(directory(tmp_path / "model", config__json=config, model__safetensors=b"x"))
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SweepError, match=r"model\.path=.*/nowhere is no directory\. Give a local checkpoint directory"):
+        check_checkpoint(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("contents", [{}, {"config__json": b"{}", "model__safetensors": b"x"}])
-def test_an_adapter_is_no_checkpoint(contents: dict[str, bytes], tmp_path: Path) -> None:
-    path = directory(tmp_path / "model", adapter_config__json=b"{}", adapter_model__safetensors=b"x", **contents)
-    with pytest.raises(SweepError, match="holds an adapter"):
-        check_checkpoint(path)
-
-
-@pytest.mark.parametrize("name", ["nowhere", "file"])
-def test_what_is_no_directory_is_refused(name: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SweepError, match=rf"model\.path=.*/{name} is no directory\. Give a local checkpoint directory"):
-        check_checkpoint(tmp_path / name)
+def test_the_revision_is_of_what_is_loaded(tmp_path: Path) -> None:
+    """A copy in another layout is no other model."""
+    path = two_shards(tmp_path / "model")
+    before = revision(path)
+    (path / "consolidated.safetensors").write_bytes(b"firstsecond")
+    assert revision(path) == before
 
 
 def test_the_revision_does_not_depend_on_times_places_or_other_files(tmp_path: Path) -> None:
@@ -130,8 +108,10 @@ def test_the_revision_changes_with_what_the_model_is(change: str, tmp_path: Path
     before = revision(path)
     if change == "renamed":
         (path / "b.safetensors").rename(path / "c.safetensors")
+        write_index(path, "a", "c")
     elif change == "added":
         (path / "c.safetensors").write_bytes(b"")
+        write_index(path, "a", "b", "c")
     elif change == "swapped":
         (path / "a.safetensors").write_bytes(b"second")
         (path / "b.safetensors").write_bytes(b"first")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sweep.core.errors import SweepError
 from sweep.plan.model import Model
-from tests.fp8 import mark, quantize
+from tests.fp8 import quantize
 from tests.models import random_model, save_checkpoint
 from workers.model import loading
 from workers.model.tensors import dequantized, open_tensors
@@ -205,11 +205,3 @@ def test_names_on_disk_are_found_through_transformers_mapping(tmp_path: Path) ->
     assert model.linears.keys() - on_disk.keys() == {"lm_head"}
     (note,) = model.notes([model.groups["lm_head"]])
     assert "lm_head: scored, but exports must leave it in 16 bits" in note
-
-
-def test_a_mark_alone_makes_no_weight_fp8(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path / "model", "qwen3")
-    plain = read(path)
-    mark(path, [128, 128])
-    assert {name: tensor.sum() for name, tensor in read(path).items()} == {n: t.sum() for n, t in plain.items()}
-    assert Model(path).source_note is None
