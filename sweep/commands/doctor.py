@@ -4,7 +4,7 @@ import json
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
@@ -92,7 +92,7 @@ def grid_findings(grid: Grid, workers: Callable[[], Workers], plan: Callable[[],
             findings.append(Finding(subject=subject, verdict="error", text=str(error)))
     if findings[-1].verdict != "error":
         findings += [Finding(subject="model", verdict="warning", text=note) for note in plan().notes]
-        findings += [_data(each) for each in plan().plans.values()]
+        findings += [*_coverage(plan()), *(_data(each) for each in plan().plans.values())]
     return findings
 
 
@@ -168,6 +168,13 @@ def _grid(base: SweepConfig, plan: SweepPlan) -> Finding:
         verdict="warning",
         text=f"{text}, {skipped.total()} skipped: " + "; ".join(skipped),
     )
+
+
+def _coverage(plan: SweepPlan) -> Iterator[Finding]:
+    """What each model's layer groups cover of it."""
+    for label, coverage in plan.coverages.items():
+        verdict = "ok" if coverage.warning is None else "warning"
+        yield Finding(subject="coverage", verdict=verdict, text=f"{label}: {coverage.text}")
 
 
 def _data(plan: Plan) -> Finding:

@@ -30,8 +30,11 @@ def publish_store(overrides: Sequence[str], *, overwrite: bool, as_json: bool) -
         )
     with opened(config.store.uri) as store:
         rows = finished_trials(store, overrides, [to_plain(config)])
+        models = store.models()
         finished = [
-            FinishedTrial(trial=row, scores=store.scores(row.cell_id)) for row in rows if row.cell_id is not None
+            FinishedTrial(trial=row, scores=store.scores(row.cell_id), elements=models.get(row.model_revision))
+            for row in rows
+            if row.cell_id is not None
         ]
     root = (
         config.output_layout.root if "://" in config.output_layout.root else Path(config.output_layout.root).absolute()

@@ -18,6 +18,7 @@ from sweep.commands.run import Prepared, prepare, run_prepared
 from sweep.commands.validate import remarks
 from sweep.config.compose import expand
 from sweep.config.targets import Target
+from sweep.core.coverage import ModelCoverage
 from sweep.core.exits import EXIT_DONE
 from sweep.core.screen import say
 from sweep.core.sizes import n_samples_of
@@ -136,16 +137,19 @@ def recommend(request: Request, console: Console) -> int:
         own |= {"page": str(out / "index.html"), "export": str(exported)}
         print(json.dumps(own, indent=1))  # noqa: T201 -- machine-readable output, not for rich to wrap
         return EXIT_DONE
-    said = _recommended(made["balanced"], rows)
+    said = _recommended(made["balanced"], predicted["balanced"], rows)
     say(console, "\n".join(["", said, f"Page: {out / 'index.html'}", *remarks(context, rows)]))
     console.print(serve_line(exported, target), markup=False, highlight=False, soft_wrap=True)  # a line to copy
     return EXIT_DONE
 
 
-def _recommended(balanced: MixedRecipe, rows: Sequence[Measured]) -> str:
+def _recommended(balanced: MixedRecipe, figures: Figures, rows: Sequence[Measured]) -> str:
     on = [f"{row.measured_kl:.3g} measured on {row.dataset}" for row in rows if row.name == balanced.name]
     kl = f"KL {', '.join(on)}, {balanced.predicted_kl:.3g} predicted"
-    return f"Recommended: balanced, {balanced.effective_bits:.3f} bits a weight, {kl}."
+    whole = "" if figures.checkpoint_bits is None else f", {figures.checkpoint_bits:.3f} of the whole checkpoint"
+    bits = f"{balanced.effective_bits:.3f} bits a weight of the covered layers{whole}"
+    left = None if figures.coverage is None else figures.coverage.warning
+    return "\n".join([f"Recommended: balanced, {bits}, {kl}.", *([] if left is None else [f"Of the model {left}."])])
 
 
 def _with_measured(figures: Figures, row: Measured) -> Figures:
@@ -207,6 +211,7 @@ def render(
         f"the model is revision {made.model_revision[:12]}. "
         f"KL was measured on samples that neither calibrated nor scored ({counts(rows)}), "
         "in nats per prediction, with 90 % bootstrap intervals.",
+        *(f"The sweep {each.text}. All else stays in 16 bits." for each in _coverage(figures)),
         *remarks(context, rows),
         "![KL over size: the best mixes, one format for all, and the recommended recipes](front.svg)",
         "## Recipes",
@@ -226,6 +231,11 @@ def render(
     return "\n\n".join(parts) + "\n"
 
 
+def _coverage(figures: Sequence[Figures]) -> list[ModelCoverage]:
+    """What the recipes cover of the model: the same in all, so one; none where the store does not know."""
+    return [each.coverage for each in figures[:1] if each.coverage is not None]
+
+
 def to_html(page: str, title: str) -> str:
     """The page as one HTML file beside its picture."""
     body = MarkdownIt("commonmark").enable("table").render(page)
@@ -238,16 +248,18 @@ def _recipe_lines(figures: Sequence[Figures], rows: Sequence[Measured]) -> list[
     on = [f" on {dataset}" if len(datasets) > 1 else "" for dataset in datasets]
     kl_columns = " | ".join(["predicted KL (90 %)", *(f"measured KL{name} (90 %)" for name in on)])
     lines = [
-        f"| recipe | bits a weight | GB of weights | {kl_columns} | layer groups by format |",
-        f"|---|---:|---:|---:|{'---:|' * len(datasets)}---|",
+        f"| recipe | bits a covered weight | bits a weight of all | GB covered | GB of all weights | {kl_columns} "
+        "| layer groups by format |",
+        f"|---|{'---:|' * (5 + len(datasets))}---|",
     ]
     for each in figures:
         formats = ", ".join(f"{n} {label if label != '16' else 'in 16 bits'}" for label, n in each.formats.items())
-        gb = "-" if each.gb is None else f"{each.gb:.4g}"
         predicted = f"{each.predicted_kl:.3g}{_spread(each.predicted_kl_interval)}"
         own = [row for row in rows if row.name == each.name]
         measured = " | ".join(f"{row.measured_kl:.3g}{_spread(row.measured_kl_interval)}" for row in own)
-        sizes = f"{each.effective_bits:.3f} | {gb}"
+        gb = ["-" if size is None else f"{size:.4g}" for size in (each.gb_covered, each.gb)]
+        whole = "-" if each.checkpoint_bits is None else f"{each.checkpoint_bits:.3f}"
+        sizes = " | ".join([f"{each.effective_bits:.3f}", whole, *gb])
         lines.append(f"| [{each.name}]({each.name}.yaml) | {sizes} | {predicted} | {measured} | {formats} |")
     return lines
 

@@ -224,7 +224,11 @@ class _Events:
 
 def _finished(session: Session) -> list[FinishedTrial]:
     return [
-        FinishedTrial(trial=session.row(trial), scores=session.scores[trial.cell_id])
+        FinishedTrial(
+            trial=session.row(trial),
+            scores=session.scores[trial.cell_id],
+            elements=session.plan.models[trial.model_revision],
+        )
         for trial in session.plan.trials
         if trial.cell_id is not None and trial.cell_id in session.finished
     ]
@@ -265,7 +269,7 @@ def _beat(session: Session) -> None:
 
 
 def say_grid(session: Session, console: Console) -> None:
-    """Print the number of trials and cells, and how many are done or skipped."""
+    """Print the number of trials and cells, how many are done or skipped, and what they cover of the model."""
     counts = session.counts()
     cells = {trial.cell_id for trial in session.plan.trials if trial.cell_id}
     skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
@@ -274,6 +278,8 @@ def say_grid(session: Session, console: Console) -> None:
     say(console, f"{trials}{skipped}: {distinct}, {n_found} in the store already ({session.store.uri})")
     for reason, n in Counter(trial.reason for trial in session.plan.trials if trial.reason).most_common(3):
         say(console, f"  skipped {n}: {reason}", "dim")
+    for label, coverage in session.plan.coverages.items():
+        say(console, f"{label}: {coverage.text}", None if coverage.warning is None else "yellow", indent="  ")
 
 
 def say_first_result(session: Session, task: Task, display: Display) -> None:
@@ -301,6 +307,9 @@ def say_results(
         say(console, f"... and {len(shown) - _SUMMARY_RECIPES} more recipes, in the reports", "dim")
     done = f"{counts['done']} of {len(session.plan.trials)} trials done"
     say(console, f"\n{done}, {count(scored, 'cell')} scored, in {duration(seconds)}.")
+    for label, coverage in session.plan.coverages.items():
+        if coverage.warning is not None:
+            say(console, f"{label}: {coverage.warning}", "yellow", indent="  ")
     failed = [trial for trial in session.plan.trials if session.state(trial)[0] == "failed"]
     for trial in failed[:_SHOWN_FAILURES]:
         say(console, f"failed: {trial.config.model.name}: {trial.name}: {session.state(trial)[1]}", "red")

@@ -172,7 +172,11 @@ def show(console: Console, figures: Figures, tables: Tables) -> None:
 
 def _lines(figures: Figures, scored: Scored) -> Iterator[str]:
     bits = f"{figures.effective_bits:.3f} bits a weight of the covered layers"
+    if figures.checkpoint_bits is not None:
+        bits += f", {figures.checkpoint_bits:.3f} of the whole checkpoint"
     yield f"Recipe {figures.name} for {figures.target}: {bits}"
+    if figures.coverage is not None:
+        yield figures.coverage.text
     recipes = f"{scored.usable} of {scored.recipes} recipes scored on {scored.dataset}/{scored.size}"
     yield f"from {recipes} that the target runs as scored, and 16 bits"
     if figures.gb is not None:
@@ -220,8 +224,10 @@ def _show_ranks(console: Console, rows: Sequence[Ranked]) -> None:
 
 
 def _show_front(console: Console, points: Sequence[Point]) -> None:
-    heading, table = ["recipe", "bits", "GB", "predicted KL"], list[list[str]]()
+    heading, table = ["recipe", "bits", "of all", "GB of all", "predicted KL"], list[list[str]]()
     for point in points:
         gb = "-" if point.gb is None else f"{point.gb:.4g}"
-        table.append([point.format or "best mix", f"{point.effective_bits:.3f}", gb, f"{point.predicted_kl:.4g}"])
+        whole = "-" if point.checkpoint_bits is None else f"{point.checkpoint_bits:.3f}"
+        bits = [f"{point.effective_bits:.3f}", whole]
+        table.append([point.format or "best mix", *bits, gb, f"{point.predicted_kl:.4g}"])
     show_table(console, heading, table, figures=heading[1:])

@@ -1,6 +1,6 @@
 """Layer groups: linears that share a recipe, the part of the store that their row goes to, and their names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -19,12 +19,11 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStructure:
-    """The linears of a model, and numbers of elements."""
+    """The linears of a model, and numbers of elements; tied weights count once."""
 
     linears: tuple[Linear, ...]  # every nn.Linear, in the model's order
     parameters: int  # elements of all weights
-    embeddings: int  # of the token embedding
-    lm_head: int  # of the output layer; 0 where it is tied to the embedding
+    elements: Mapping[str, int]  # by kind, see sweep.core.coverage; lm_head: 0 where it is tied to the embeddings
     vocabulary: int
     packable: bool  # samples may share a row of a batch
     # The name of each linear in the checkpoint, by its name. Those whose weight is no tensor of its own there, but tied

@@ -11,6 +11,7 @@ import pyarrow as pa
 from sweep.config.compose import expand
 from sweep.config.schema import OWN_KINDS, CalibrationConfig, StoreConfig, SweepConfig, from_record, to_plain
 from sweep.core.batches import TOKEN_KINDS
+from sweep.core.coverage import ModelCoverage, coverage_of
 from sweep.core.errors import SweepError, require_known
 from sweep.core.groups import LayerGroup
 from sweep.core.sizes import n_samples_of, size_name
@@ -65,6 +66,14 @@ class Candidates:
         return np.array([group.weight_elements for group in self.groups], dtype=np.float64)
 
     @property
+    def coverage(self) -> ModelCoverage | None:
+        """What the groups cover of the model's weights; None: the store does not know them."""
+        if self.elements is None:
+            return None
+        groups = {group.name: group.weight_elements for group in self.groups}
+        return coverage_of(self.elements, groups, self.trial.coverage)
+
+    @property
     def other_bytes(self) -> float:
         """Bytes of all weights outside the covered layer groups, in 16 bits.
 
@@ -72,18 +81,13 @@ class Candidates:
 
         Raises: SweepError: the store does not know.
         """
-        if self.elements is None:
+        coverage = self.coverage
+        if coverage is None:
             raise SweepError(
                 f"The store does not know the size of {self.trial.model}: an earlier version swept it. "
                 "Type --bits instead of --gb, or sweep again."
             )
-        # A tied lm_head that is quantized is a copy: the embeddings are still there in 16 bits.
-        copied = (
-            sum(group.weight_elements for group in self.groups if group.is_lm_head)
-            if not self.elements["lm_head"]
-            else 0
-        )
-        return (self.elements["parameters"] + copied - float(self.weights.sum())) * UNQUANTIZED_BITS / 8
+        return (coverage.parameters - coverage.covered) * UNQUANTIZED_BITS / 8
 
     def gb(self, cost: float) -> float:
         """GB (1e9 bytes) of all weights where the covered groups take `cost` bits.
@@ -91,6 +95,11 @@ class Candidates:
         Raises: SweepError: as `other_bytes`.
         """
         return (cost / 8 + self.other_bytes) / 1e9
+
+    def checkpoint_bits(self, cost: float) -> float | None:
+        """Mean bits of all weights where the covered groups take `cost` bits; None: the store does not know them."""
+        coverage = self.coverage
+        return None if coverage is None else (cost + self.other_bytes * 8) / coverage.parameters
 
     @property
     def covers_lm_head(self) -> bool:
@@ -159,15 +168,12 @@ def read_candidates(
     candidates = _by_label(rows, configs, tables, groups, tokens)
     if tokens:
         _check_occurring(tokens, rows[0], tables.values())
-    revision = rows[0].model_revision
-    known = (record.models for record in store.runs().values() if revision in record.models)
-    elements = next((models[revision] for models in known), None)
     return Candidates(
         trial=rows[0],
         config=_shared([configs[row.trial_id] for row in rows], store.uri),
         groups=groups,
         formats=tuple(candidates.values()),
-        elements=elements,
+        elements=store.models().get(rows[0].model_revision),
         tokens=tokens,
         other_ranks=tuple(sorted({format_of(configs[row.trial_id]).label for row in others} - candidates.keys())),
     )

@@ -4,6 +4,7 @@ from collections import Counter
 
 import msgspec
 
+from sweep.core.coverage import ModelCoverage
 from sweep.core.errors import SweepError
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidates
@@ -29,6 +30,8 @@ class Figures(Sizes, frozen=True, kw_only=True):
     name: str
     target: str | None
     effective_bits: float  # mean bits a weight of the covered groups
+    checkpoint_bits: float | None  # of all weights; None: the store does not know the model's size
+    coverage: ModelCoverage | None  # what the groups cover of the model
     lm_head: str | None  # what becomes of it
     predicted_kl: float  # nats per prediction
     predicted_kl_interval: tuple[float, float] | None  # 90 %, over samples
@@ -44,6 +47,7 @@ class Figures(Sizes, frozen=True, kw_only=True):
         return Point(
             name=self.name,
             effective_bits=self.effective_bits,
+            checkpoint_bits=self.checkpoint_bits,
             gb=self.gb,
             predicted_kl=self.predicted_kl,
             measured_kl=self.measured_kl or None,
@@ -80,6 +84,8 @@ def figures_of(candidates: Candidates, problem: Problem, choice: IntArray, made:
         name=made.name,
         target=made.target,
         effective_bits=made.effective_bits,
+        checkpoint_bits=candidates.checkpoint_bits(made.effective_bits * float(candidates.weights.sum())),
+        coverage=candidates.coverage,
         lm_head=head,
         predicted_kl=total(problem.predicted_kl, choice),
         predicted_kl_interval=interval(candidates, choice),
@@ -152,6 +158,7 @@ def _point(candidates: Candidates, cost: float, predicted_kl: float, label: str 
     return Point(
         format=label,
         effective_bits=cost / float(candidates.weights.sum()),
+        checkpoint_bits=candidates.checkpoint_bits(cost),
         gb=None if candidates.elements is None else candidates.gb(cost),
         predicted_kl=predicted_kl,
     )

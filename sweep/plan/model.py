@@ -60,7 +60,7 @@ class Model:
             return msgspec.to_builtins(loading.structure(self.path))
 
         files = [file_key(file) for file in (self.path / "config.json", *loaded_files(self.path))]
-        key = [5, files, version("transformers")]
+        key = [6, files, version("transformers")]
         found = msgspec.convert(cache.remember("model-structure", key, compute), ModelStructure)
         check_fit(self.path, found)
         return found

@@ -16,6 +16,7 @@ from typing import Any, Final
 from sweep.config.schema import ModelConfig, SweepConfig
 from sweep.core import cache
 from sweep.core.batches import Plan
+from sweep.core.coverage import ModelCoverage, coverage_of, linear_kind, percent
 from sweep.core.errors import InvalidRecipe, SweepError
 from sweep.core.groups import ShapedGroup, parts_of
 from sweep.core.json import Json
@@ -35,8 +36,6 @@ SCORE_VERSION: Final = 1
 # Of formats whose weights' scales are rounded to bfloat16 (Format.rounds_scales), beside SCORE_VERSION, which all have.
 # 1: rounded before the codes are chosen; until then they were float32, and a runtime rounded them as it loaded them.
 ROUNDED_SCALES_VERSION: Final = 1
-
-ELEMENTS: Final = ("parameters", "embeddings", "lm_head")  # what a store keeps of each model: see SweepPlan.models
 
 _NVFP4_CAPABILITY: Final = (8, 9)  # of ModelOpt's kernel
 
@@ -71,9 +70,24 @@ class SweepPlan:
     tasks: Mapping[str, Task]  # by task id, with the cells of every size asked for
     plans: Mapping[str, Plan]  # by Task.plan_id
     windowed: frozenset[str]  # plans whose capture does not fit in a worker's memory at once
-    # Elements of each model, by revision: all `parameters`, of them `embeddings` and an untied `lm_head`.
+    # Elements of each model, by revision: all `parameters`, and by kind (sweep.core.coverage), which add up to them.
     models: Mapping[str, Mapping[str, int]]
     notes: tuple[str, ...]  # what a user should know of the checkpoints
+
+    @property
+    def coverages(self) -> dict[str, ModelCoverage]:
+        """What the trials cover, by model: ``tiny, lm_only``; several under one name are told apart by their number."""
+        found: dict[str, ModelCoverage] = {}
+        for trial in self.trials:
+            if trial.task_id is None:
+                continue
+            option = trial.config.sensitivity.coverage
+            groups = {group.name: group.weight_elements for group in self.tasks[trial.task_id].groups}
+            covered = coverage_of(self.models[trial.model_revision], groups, option)
+            label = f"{trial.config.model.name}, {option}"
+            if covered not in found.values():
+                found[f"{label} ({len(found) + 1})" if label in found else label] = covered
+        return found
 
     def pending(self, finished: Iterable[str]) -> dict[str, Task]:
         """Tasks that still lack cells, each with only those."""
@@ -390,8 +404,8 @@ def recipe_of(point: SweepConfig) -> Recipe:
 
 
 def elements_of(model: Model) -> dict[str, int]:
-    """Elements of a model, by the names in ELEMENTS."""
-    return {name: getattr(model.structure, name) for name in ELEMENTS}
+    """Elements of a model, as SweepPlan.models has them."""
+    return {"parameters": model.structure.parameters, **model.structure.elements}
 
 
 def _variant(point: SweepConfig) -> list[str]:
@@ -413,12 +427,27 @@ def _covered_groups(model: Model, recipe: Recipe) -> tuple[ShapedGroup, ...]:
         return any(quantizer_for(recipe.quant_cfg, module, place, "nn.Linear") is not None for place in places)
 
     groups = tuple(group for group in model.groups.values() if all(map(is_covered, group.modules)))
-    if not groups:
+    elements = model.structure.elements
+    if elements.get("conv1d") and not any(linear_kind(group.name) == "linears" for group in groups):
+        share = percent(elements["conv1d"] / model.structure.parameters)
         raise SweepError(
-            f"{model.path} has no linear that the recipe covers. "
-            "Choose sensitivity.coverage=all_layers, or another model."
+            f"{model.path}: its linears are transformers' Conv1D ({share} of its weights), which is not scored. "
+            "Choose another model: model.path=DIR."
         )
+    if not groups:
+        raise SweepError(f"{model.path} has no linear that the recipe covers. {_other_choice(elements)}")
     return groups
+
+
+def _other_choice(elements: Mapping[str, int]) -> str:
+    """What to type for a model whose recipe covers nothing: an option that covers something, else another model."""
+    options = {
+        "vision_linears": "sensitivity.coverage=all_layers covers its vision tower",
+        "lm_head": "sensitivity.lm_head=true covers its lm_head",
+    }
+    found = [words for kind, words in options.items() if elements.get(kind)]
+    experts = "Its experts are not scored yet. " if elements.get("experts") else ""
+    return experts + ("; ".join(found) or "Choose another model: model.path=DIR") + "."
 
 
 def _check_ranks(point: SweepConfig, format_: Format, model: Model, groups: Sequence[ShapedGroup]) -> None:

@@ -23,8 +23,8 @@ from sweep.store.records import ATTRIBUTES, SCHEMA_VERSION, SCORES_SCHEMA, Finis
 
 # Raise it when the text of a report or the set of files changes, so that folders published before are written anew.
 # 2: what every target makes of the recipe. 3: algorithm, scales and dtype. 4: scores by kind of token, intervals of
-# ratios.
-LAYOUT_VERSION = 4
+# ratios. 5: what the trial covers of the model's weights.
+LAYOUT_VERSION = 5
 MANIFEST = "quant-manifest.json"
 STATE = "autoquant-state.pt"  # the only file that git ignores
 FILES = (
@@ -66,6 +66,7 @@ def manifest_identity(finished: FinishedTrial) -> dict[str, Json]:
         "config": portable_config(trial),
         "served_as": served_as_of(trial),
         "summary": summarize(finished.scores),
+        "weights": finished.weights,
     }
     return json.loads(json.dumps(msgspec.to_builtins(identity)))  # as it reads back: lists for tuples
 

@@ -1,11 +1,12 @@
 """Index pages of the published tree: from a model's page down to every report."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import msgspec
 
+from sweep.core.coverage import ModelCoverage
 from sweep.core.groups import short_group
 from sweep.core.json import Json
 from sweep.core.text import count
@@ -31,6 +32,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     cell_id: str
     summary: Summary
     served_as: dict[str, dict[str, str | None]] = {}  # by target; a folder of an older layout has none
+    weights: ModelCoverage | None = None  # as served_as; None, too, where the store did not know
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ def render_index(path: str, manifests: Mapping[str, Manifest]) -> str:
         GENERATED,
         f"# Layer sensitivity of {' / '.join([model, *deeper])}",
         f"{count(len(below), 'report')}. {_LEGEND}",
+        *_coverages(below.values()),
     ]
     if not deeper:
         parts += ["## By quant pair", _children(below), *_grids(below)]
@@ -78,6 +81,12 @@ def render_index(path: str, manifests: Mapping[str, Manifest]) -> str:
     else:
         parts += ["## Reports", _reports(below)]
     return "\n\n".join(parts) + "\n"
+
+
+def _coverages(manifests: Iterable[Manifest]) -> list[str]:
+    """What the reports cover of the model, one sentence for all that cover the same."""
+    known = ((manifest.document.get("coverage"), manifest.figures.weights) for manifest in manifests)
+    return list(dict.fromkeys(f"`{option}` {weights.text}." for option, weights in known if weights is not None))
 
 
 def _children(below: Mapping[str, Manifest]) -> str:

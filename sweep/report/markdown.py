@@ -29,13 +29,20 @@ def facts_table(report: Report) -> str:
         "algorithm, scales": f"`{trial.algorithm}`, `{trial.scales}`",
         "computed in": trial.dtype or UNKNOWN,
         "effective bits": f"{summary.effective_bits:.3f} a weight, block scales counted",
-        "coverage": f"`{trial.coverage}`: {summary.n_measured} of {summary.n_groups} layer groups measured",
+        "coverage": _coverage(report),
         "method, engine": f"`{trial.method}`, `{trial.engine}`",
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(report.versions.items())) or "unknown",
         "trial, cell": f"`{trial.trial_id}`, `{trial.cell_id}`",
         **{f"on `{target}`": _served(status) for target, status in report.served_as.items()},
     }
     return "| measured | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in facts.items())
+
+
+def _coverage(report: Report) -> str:
+    """The layer groups that were measured, and what they are of the model."""
+    summary, weights = report.summary, report.weights
+    measured = f"`{report.trial.coverage}`: {summary.n_measured} of {summary.n_groups} layer groups measured"
+    return measured if weights is None else f"{measured}; the sweep {weights.text}"
 
 
 def _conversations(report: Report) -> str:
@@ -70,6 +77,8 @@ def sentences(report: Report) -> list[str]:
             "quantized. Interactions are not in it."
         )
     sentences = [f"**Total predicted KL: {total:.3g} nats per prediction**{interval}. {meaning}"]
+    if report.weights is not None and (left := report.weights.warning) is not None:
+        sentences.append(f"**Not the whole model**: {left}.")
     if total > 1 and report.trial.method == "gradient":
         sentences.append(
             "A total above 1 nat is outside the range of a small-perturbation estimate: "

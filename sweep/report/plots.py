@@ -26,8 +26,9 @@ class Point(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     name: str = ""
     format: str = ""  # its name if it is one format for all layer groups
-    effective_bits: float
-    gb: float | None  # 1e9 bytes of weights; None: unknown
+    effective_bits: float  # a weight of the covered layer groups
+    checkpoint_bits: float | None = None  # a weight of all; None: unknown, as in the next line
+    gb: float | None  # 1e9 bytes of all weights
     predicted_kl: float  # nats per prediction
     measured_kl: float | None = None  # None: not measured
 

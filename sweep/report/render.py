@@ -95,6 +95,7 @@ def render_json(report: Report) -> str:
             "num_calib_samples": summary.n_samples,
             "n_predictions": summary.n_predictions,
         },
+        "weights": report.weights,
         "trial": {"trial_id": trial.trial_id, "cell_id": trial.cell_id, "versions": report.versions},
         "units": _units(report),
         "totals": {

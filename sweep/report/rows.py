@@ -9,6 +9,7 @@ import numpy as np
 
 from sweep.config.targets import served_as
 from sweep.core.batches import TOKEN_KINDS
+from sweep.core.coverage import ModelCoverage
 from sweep.core.groups import short_group
 from sweep.core.json import Json
 from sweep.report.analysis import (
@@ -90,6 +91,7 @@ class Report:
     rows: list[ScoredGroup]  # most sensitive first
     not_measured: list[CoveredGroup]
     summary: Summary
+    weights: ModelCoverage | None  # what the cell covers of the model; None: the store does not know
     total_interval: list[float] | None
     token_shares: dict[str, float] | None  # of the trial's total score, as of each group's
     stability: RankStability | None
@@ -148,6 +150,7 @@ def analyse(finished: FinishedTrial) -> Report:
         rows=rows,
         not_measured=not_measured,
         summary=summary,
+        weights=finished.weights,
         total_interval=total_interval,
         token_shares=None if by_kind is None or not kinds else _token_shares(np.nansum(by_kind, axis=0), kinds),
         stability=None if samples is None else split_half_stability(samples),

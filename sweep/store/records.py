@@ -1,5 +1,6 @@
 """The rows that the store keeps: their columns, their types, their versions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal, get_args, get_type_hints
@@ -8,6 +9,7 @@ import msgspec
 import pyarrow as pa
 
 from sweep.core.batches import TOKEN_KINDS
+from sweep.core.coverage import ModelCoverage, coverage_of
 
 # Each schema names its version. A reader refuses a newer one and upgrades an older one.
 SCHEMA_VERSION = 1  # of validations and answers; 1: first layout
@@ -209,6 +211,15 @@ class FinishedTrial:
 
     trial: TrialRow
     scores: pa.Table
+    elements: Mapping[str, int] | None = None  # of the model, see RunRecord.models; None: the store does not know them
+
+    @property
+    def weights(self) -> ModelCoverage | None:
+        """What the cell covers of the model's weights; None: not known."""
+        if self.elements is None:
+            return None
+        groups = zip(self.scores["group"].to_pylist(), self.scores["weight_elements"].to_pylist(), strict=True)
+        return coverage_of(self.elements, dict(groups), self.trial.coverage)
 
 
 class RunRecord(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -306,6 +306,14 @@ class Store:
                 found[name.removesuffix(".json")] = record
         return found
 
+    def models(self) -> dict[str, dict[str, int]]:
+        """Elements of each model that was swept, by revision, as the run knew them that knew most: RunRecord.models."""
+        found: dict[str, dict[str, int]] = {}
+        for record in self.runs().values():
+            for revision, elements in record.models.items():
+                found[revision] = max(found.get(revision, {}), elements, key=len)
+        return found
+
     def run_record(self, path: str) -> RunRecord | None:
         """One heartbeat; None if it is damaged."""
 

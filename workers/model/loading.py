@@ -1,6 +1,7 @@
 """Checkpoints through transformers: structure without weights, token ids, loaded models. The home of `transformers`."""
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,9 +23,11 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from sweep.core.coverage import Holder, weight_kind
 from sweep.core.errors import SweepError
 from sweep.core.groups import Linear, ModelStructure
 from workers.model.checkpoint import check_checkpoint, check_complete
@@ -102,22 +105,18 @@ def structure(path: Path) -> ModelStructure:
         )
     except UNREADABLE as error:
         raise _no_model(path, error) from error
-    modules = model.named_modules()
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    elements = _elements(model, config)
     linears = tuple(
         Linear(name=name, n_inputs=module.in_features, n_outputs=module.out_features)
-        for name, module in modules
+        for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     )
     parameter_of = parameters_by_tensor(model, held)
     weights = {name: tensor for tensor, (name, is_whole) in parameter_of.items() if is_whole}
     return ModelStructure(
         linears=linears,
-        parameters=n_parameters - (head.weight.numel() if tied and head.weight is not embedding else 0),
-        embeddings=embedding.numel(),
-        lm_head=0 if tied or head is None else head.weight.numel(),
+        parameters=sum(elements.values()),
+        elements=elements,
         vocabulary=config.get_text_config().vocab_size,
         packable=config.model_type in PACKABLE,
         on_disk={
@@ -156,6 +155,29 @@ def parameters_by_tensor(model: PreTrainedModel, tensors: Iterable[str]) -> dict
         if name in known:
             found[tensor] = name, pattern is None
     return found
+
+
+def _elements(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, int]:
+    """Numbers of elements of a model's weights, by kind; tied weights count once."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+    found = Counter(embeddings=embedding.numel(), lm_head=0)
+    for name, parameter in model.named_parameters():  # each once, though several modules have it
+        holder = model.get_submodule(name.rpartition(".")[0])
+        if parameter is not embedding and not (tied and holder is head and name.endswith(".weight")):
+            found[weight_kind(name, parameter.shape, _holder(holder))] += parameter.numel()
+    return dict(found)
+
+
+def _holder(module: nn.Module) -> Holder:
+    """The kind of module, as sweep.core.coverage tells them apart."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, Conv1D):
+        return "conv1d"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "convolution" if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else "other"
 
 
 def read_tokenizer(path: Path) -> Any:
