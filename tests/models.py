@@ -9,6 +9,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -18,6 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -25,6 +29,7 @@ from transformers import (
 from sweep.core.batches import Sample
 
 VOCABULARY = 512
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}  # of qwen3_moe
 
 _TEXT: dict[str, Any] = {
     "hidden_size": 128,
@@ -50,15 +55,17 @@ _VISION: dict[str, Any] = {
 
 
 def random_model(kind: str, **text: Any) -> Any:
-    """A random model of `kind` (qwen3_vl, qwen2, qwen3, llama, mistral).
+    """A random model of `kind` (qwen3_vl, qwen2, qwen3, qwen3_moe, llama, mistral, gpt2).
 
     It is in evaluation mode, without gradients, its weights from a fixed seed.
     """
     classes: dict[str, tuple[Any, Any]] = {
+        "gpt2": (GPT2Config, GPT2LMHeadModel),
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     }
     torch.manual_seed(0)
     if kind == "qwen3_vl":

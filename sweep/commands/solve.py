@@ -12,10 +12,12 @@ from rich.console import Console
 
 from sweep.config.compose import expand
 from sweep.config.targets import Target
+from sweep.core.coverage import ModelCoverage
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
 from sweep.core.screen import say, show_next, show_table
 from sweep.formats.mixed import RECIPE_BEGINS, counted
+from sweep.formats.quantizer import UNQUANTIZED_BITS
 from sweep.mixed_precision.candidates import Candidates, kinds_typed, read_candidates, sized
 from sweep.mixed_precision.knapsack import Problem, cost_range
 from sweep.mixed_precision.recipe import SIXTEEN, Budget, Rules, problem_of, recipe_of_choice, rules_of, solved
@@ -175,12 +177,11 @@ def _lines(figures: Figures, scored: Scored) -> Iterator[str]:
     if figures.checkpoint_bits is not None:
         bits += f", {figures.checkpoint_bits:.3f} of the whole checkpoint"
     yield f"Recipe {figures.name} for {figures.target}: {bits}"
-    if figures.coverage is not None:
-        yield figures.coverage.text
     recipes = f"{scored.usable} of {scored.recipes} recipes scored on {scored.dataset}/{scored.size}"
     yield f"from {recipes} that the target runs as scored, and 16 bits"
-    if figures.gb is not None:
-        yield from _size(figures)
+    if figures.coverage is not None:
+        yield figures.coverage.text
+        yield from _size(figures, figures.coverage)
     spread = figures.predicted_kl_interval
     interval = "" if spread is None else f" (90 % interval over samples: {spread[0]:.3g} to {spread[1]:.3g})"
     yield f"predicted KL {figures.predicted_kl:.4g} nats per prediction{interval}"
@@ -194,15 +195,11 @@ def _lines(figures: Figures, scored: Scored) -> Iterator[str]:
         yield "most bits: " + ", ".join(most[:_SHOWN_GROUPS]) + more
 
 
-def _size(figures: Figures) -> Iterator[str]:
-    parts = {
-        "covered layers": figures.gb_covered,
-        "embeddings, in 16 bits": figures.gb_embeddings,
-        "lm_head, in 16 bits": figures.gb_lm_head,
-        "all else, in 16 bits": figures.gb_rest,
-    }
+def _size(figures: Figures, coverage: ModelCoverage) -> Iterator[str]:
     yield f"{figures.gb:.4g} GB of weights; lm_head: {figures.lm_head}"
-    yield from (f"  {gb:10.4g} GB  {name}" for name, gb in parts.items() if gb is not None)
+    yield f"  {figures.gb_covered:10.4g} GB  covered layers"
+    for each in coverage.not_covered:
+        yield f"  {each.elements * UNQUANTIZED_BITS / 8e9:10.4g} GB  {each.name}, in 16 bits"
 
 
 def _show_ranks(console: Console, rows: Sequence[Ranked]) -> None:

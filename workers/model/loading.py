@@ -105,7 +105,7 @@ def structure(path: Path) -> ModelStructure:
         )
     except UNREADABLE as error:
         raise _no_model(path, error) from error
-    elements = _elements(model, config)
+    elements = _elements(model)
     linears = tuple(
         Linear(name=name, n_inputs=module.in_features, n_outputs=module.out_features)
         for name, module in model.named_modules()
@@ -157,14 +157,13 @@ def parameters_by_tensor(model: PreTrainedModel, tensors: Iterable[str]) -> dict
     return found
 
 
-def _elements(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, int]:
-    """Numbers of elements of a model's weights, by kind; tied weights count once."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+def _elements(model: PreTrainedModel) -> dict[str, int]:
+    """Numbers of elements of a model's weights, by kind; tied weights, which transformers has made one, count once."""
+    embedding = model.get_input_embeddings().weight
     found = Counter(embeddings=embedding.numel(), lm_head=0)
-    for name, parameter in model.named_parameters():  # each once, though several modules have it
-        holder = model.get_submodule(name.rpartition(".")[0])
-        if parameter is not embedding and not (tied and holder is head and name.endswith(".weight")):
+    for name, parameter in model.named_parameters():
+        if parameter is not embedding:
+            holder = model.get_submodule(name.rpartition(".")[0])
             found[weight_kind(name, parameter.shape, _holder(holder))] += parameter.numel()
     return dict(found)
 

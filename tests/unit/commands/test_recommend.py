@@ -97,14 +97,18 @@ def test_the_page_has_the_picture_three_recipes_uniform_ones_and_the_line_that_s
     number = r"[-+\d.e]+"
     kl = rf"({number}) \(({number}) to ({number})\)"
     for name in NAMES:
-        line = rf"^\| \[{name}\]\({name}.yaml\) \| (\S+) \| (\S+) \| {kl} \| {kl} \|"
+        line = rf"^\| \[{name}\]\({name}.yaml\) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \| {kl} \| {kl} \|"
         found = re.search(line, page, re.M)
         assert found is not None, name
-        bits, size, predicted, low, high, measured, measured_low, measured_high = map(float, found.groups())
+        bits, whole, covered, size, predicted, *others = map(float, found.groups())
+        low, high, measured, measured_low, measured_high = others
         assert (bits, size) == (
             pytest.approx(made[name].effective_bits, abs=5e-4),
             pytest.approx(gb(made[name]), rel=5e-4),
         )
+        assert whole == pytest.approx(gb(made[name]) * 8e9 / MODEL.structure.parameters, abs=5e-4)
+        n_covered = sum(choice.group.weight_elements for choice in made[name].groups)
+        assert covered == pytest.approx(made[name].effective_bits * n_covered / 8e9, rel=5e-4)
         assert predicted == pytest.approx(made[name].predicted_kl, rel=5e-3)
         assert low < predicted < high
         assert measured_low < measured < measured_high

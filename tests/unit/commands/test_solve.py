@@ -59,14 +59,16 @@ def test_a_recipe_file_is_written_and_its_sizes_are_said(store: Store, capsys: p
         "vllm_sm90",
     )
     out = capsys.readouterr().out
-    assert "5.287 bits a weight of the covered layers\nfrom 3 of 3 recipes scored on wordnet_glosses/small" in out
+    # 25,000 weights: 52,875 bits, and 16 for each of the other 15,000
+    bits = "5.287 bits a weight of the covered layers, 11.715 of the whole checkpoint"
+    assert f"{bits}\nfrom 3 of 3 recipes scored on wordnet_glosses/small" in out
     # 52,875 bits; 8,000 embeddings and 7,000 others in 16 bits
     assert (
         "3.661e-05 GB of weights; lm_head: tied to the embeddings\n"
         "   6.609e-06 GB  covered layers\n     1.6e-05 GB  embeddings, in 16 bits\n" in out
     )
     assert (
-        "     1.4e-05 GB  all else, in 16 bits\n"
+        "     1.4e-05 GB  other weights, in 16 bits\n"
         "predicted KL 0.0645 nats per prediction (90 % interval over samples: 0.0323 to 0.0968)\n" in out
     )
     assert f"     3 layer groups: {INT4}\n" in out

@@ -17,7 +17,7 @@ from sweep.core.sizes import SIZES
 from sweep.plan import trials
 from sweep.plan.trials import PlannedTrial, SweepPlan, plan_sweep, versions
 from sweep.run.session import row_of
-from tests.models import save_checkpoint, write_captions
+from tests.models import EXPERTS, overrides_of, place_at, save_checkpoint, write_captions
 
 
 def plan(*overrides: str, device: Any = "cpu") -> SweepPlan:
@@ -421,3 +421,56 @@ def test_ranges_from_more_samples_are_a_trial_and_a_cell_of_their_own(own: list[
     assert row_of(wider[0], "done", None, "r").variant == ["calibration64"]
     with pytest.raises(SweepError, match=r"calibration\.n_samples=8 are fewer than dataset\.size=small"):
         plan(*own, *axes, "calibration.n_samples=8")
+
+
+def own_model(place: Path, kind: str, **text: Any) -> list[str]:
+    return overrides_of(place_at(place, kind, n_captions=16, **text))
+
+
+def test_the_share_that_trials_cover_follows_their_options(tmp_path: Path) -> None:
+    """Linears 294,912, embeddings and lm_head 65,536 each, norms 768; see tests/unit/model/test_kinds.py."""
+    own = own_model(tmp_path, "qwen3")
+    found = plan(*own, "dataset.size=small", "sensitivity.lm_head=false,true").coverages
+    assert [(label, each.covered, each.parameters) for label, each in found.items()] == [
+        ("model, lm_only", 294_912, 426_752),
+        ("model, lm_only (2)", 294_912 + 65_536, 426_752),
+    ]
+    assert [each.warning for each in found.values()] == [None, None]
+
+
+def test_the_vision_tower_is_covered_where_it_is_asked_for() -> None:
+    found = plan("sensitivity.coverage=lm_only,all_layers", "dataset.size=small").coverages
+    only, both = found["qwen3_vl_tiny, lm_only"], found["qwen3_vl_tiny, all_layers"]
+    assert (only.covered, both.covered) == (1_966_080, 1_966_080 + 1_572_864)
+    assert "all_layers" in only.text
+    assert "all_layers" not in both.text
+
+
+def test_experts_are_not_covered_and_the_rest_is_planned(tmp_path: Path) -> None:
+    (found,) = plan(*own_model(tmp_path, "qwen3_moe", **EXPERTS), "dataset.size=small").coverages.values()
+    assert (found.covered, found.parameters) == (98_304, 329_472)
+    assert found.warning == "not looked at: experts, 29.8 % of all weights (they are not scored yet)"
+
+
+@pytest.mark.parametrize("overrides", [(), ("sensitivity.lm_head=true",), ("sensitivity.coverage=all_layers",)])
+def test_a_model_of_conv1d_is_refused_by_that_name(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    own = own_model(tmp_path, "gpt2")
+    with pytest.raises(SweepError, match=r"its linears are transformers' Conv1D \(66\.3 % of its weights\)") as refused:
+        plan(*own, *overrides)
+    assert "all_layers" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("elements", "advice"),
+    [
+        ({"lm_head": 0}, "Choose another model: model.path=DIR."),
+        ({"lm_head": 5}, "sensitivity.lm_head=true covers its lm_head."),
+        (
+            {"lm_head": 0, "experts": 7},
+            "Its experts are not scored yet. Choose another model: model.path=DIR.",
+        ),
+        ({"lm_head": 0, "vision_linears": 3}, "sensitivity.coverage=all_layers covers its vision tower."),
+    ],
+)
+def test_a_model_of_which_nothing_is_covered_gets_advice_that_helps(elements: dict[str, int], advice: str) -> None:
+    assert trials._other_choice(elements) == advice
