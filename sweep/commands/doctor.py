@@ -172,7 +172,7 @@ def _grid(base: SweepConfig, plan: SweepPlan) -> Finding:
 
 def _coverage(plan: SweepPlan) -> Iterator[Finding]:
     """What each model's layer groups cover of it."""
-    for label, coverage in plan.coverages.items():
+    for label, coverage in plan.coverages:
         verdict = "ok" if coverage.warning is None else "warning"
         yield Finding(subject="coverage", verdict=verdict, text=f"{label}: {coverage.text}")
 

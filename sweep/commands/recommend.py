@@ -149,7 +149,9 @@ def _recommended(balanced: MixedRecipe, figures: Figures, rows: Sequence[Measure
     whole = "" if figures.checkpoint_bits is None else f", {figures.checkpoint_bits:.3f} of the whole checkpoint"
     bits = f"{balanced.effective_bits:.3f} bits a weight of the covered layers{whole}"
     left = None if figures.coverage is None else figures.coverage.warning
-    return "\n".join([f"Recommended: balanced, {bits}, {kl}.", *([] if left is None else [f"Of the model {left}."])])
+    return "\n".join(
+        [f"Recommended: balanced, {bits}, {kl}.", *([] if left is None else [f"{balanced.model}: {left}."])]
+    )
 
 
 def _with_measured(figures: Figures, row: Measured) -> Figures:

@@ -278,7 +278,7 @@ def say_grid(session: Session, console: Console) -> None:
     say(console, f"{trials}{skipped}: {distinct}, {n_found} in the store already ({session.store.uri})")
     for reason, n in Counter(trial.reason for trial in session.plan.trials if trial.reason).most_common(3):
         say(console, f"  skipped {n}: {reason}", "dim")
-    for label, coverage in session.plan.coverages.items():
+    for label, coverage in session.plan.coverages:
         say(console, f"{label}: {coverage.text}", None if coverage.warning is None else "yellow", indent="  ")
 
 
@@ -307,7 +307,7 @@ def say_results(
         say(console, f"... and {len(shown) - _SUMMARY_RECIPES} more recipes, in the reports", "dim")
     done = f"{counts['done']} of {len(session.plan.trials)} trials done"
     say(console, f"\n{done}, {count(scored, 'cell')} scored, in {duration(seconds)}.")
-    for label, coverage in session.plan.coverages.items():
+    for label, coverage in session.plan.coverages:
         if coverage.warning is not None:
             say(console, f"{label}: {coverage.warning}", "yellow", indent="  ")
     failed = [trial for trial in session.plan.trials if session.state(trial)[0] == "failed"]

@@ -75,19 +75,17 @@ class SweepPlan:
     notes: tuple[str, ...]  # what a user should know of the checkpoints
 
     @property
-    def coverages(self) -> dict[str, ModelCoverage]:
-        """What the trials cover, by model: ``tiny, lm_only``; several under one name are told apart by their number."""
-        found: dict[str, ModelCoverage] = {}
+    def coverages(self) -> tuple[tuple[str, ModelCoverage], ...]:
+        """What the trials cover of their models, each once, behind the model and its option: ``tiny, lm_only``."""
+        found: list[tuple[str, ModelCoverage]] = []
         for trial in self.trials:
             if trial.task_id is None:
                 continue
             option = trial.config.sensitivity.coverage
             groups = {group.name: group.weight_elements for group in self.tasks[trial.task_id].groups}
             covered = coverage_of(self.models[trial.model_revision], groups, option)
-            label = f"{trial.config.model.name}, {option}"
-            if covered not in found.values():
-                found[f"{label} ({len(found) + 1})" if label in found else label] = covered
-        return found
+            found.append((f"{trial.config.model.name}, {option}", covered))
+        return tuple(dict.fromkeys(found))
 
     def pending(self, finished: Iterable[str]) -> dict[str, Task]:
         """Tasks that still lack cells, each with only those."""

@@ -112,6 +112,8 @@ def test_the_page_has_the_picture_three_recipes_uniform_ones_and_the_line_that_s
         assert predicted == pytest.approx(made[name].predicted_kl, rel=5e-3)
         assert low < predicted < high
         assert measured_low < measured < measured_high
+    assert "\n\nThe sweep covers 41.0 % of 4.8 M parameters; not covered: linears of the vision tower 32.8 % (" in page
+    assert re.search(r"^Recommended: balanced, \S+ bits a weight of the covered layers, \S+ of the whole ", said, re.M)
     uniform = set(re.findall(r"^\| uniform (\S+) \|", page, re.M))
     assert {"wint8_afp16/default", "wint4_afp16/default", "wfp4_afp16/default"} < uniform
     assert "wfp4_afp16/mx" not in uniform  # the target computes it as another format
