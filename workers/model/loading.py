@@ -105,7 +105,7 @@ def structure(path: Path) -> ModelStructure:
         )
     except UNREADABLE as error:
         raise _no_model(path, error) from error
-    elements = _elements(model)
+    elements = _elements(model, model.get_input_embeddings().weight)
     linears = tuple(
         Linear(name=name, n_inputs=module.in_features, n_outputs=module.out_features)
         for name, module in model.named_modules()
@@ -157,9 +157,8 @@ def parameters_by_tensor(model: PreTrainedModel, tensors: Iterable[str]) -> dict
     return found
 
 
-def _elements(model: PreTrainedModel) -> dict[str, int]:
+def _elements(model: PreTrainedModel, embedding: nn.Parameter) -> dict[str, int]:
     """Numbers of elements of a model's weights, by kind; tied weights, which transformers has made one, count once."""
-    embedding = model.get_input_embeddings().weight
     found = Counter(embeddings=embedding.numel(), lm_head=0)
     for name, parameter in model.named_parameters():
         if parameter is not embedding:
