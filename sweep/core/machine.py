@@ -83,6 +83,15 @@ class Workers:
     nodes: tuple[Hardware, ...] = ()  # machines that have room for them now
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """How fast one worker computes while the others of its machine do."""
+
+    products: float  # multiply-adds a second of matrix products, in the dtype of the sweep
+    values: float  # values a second that are squared and summed (workers.quant.kernels.score_rows)
+    python: float  # seconds for Python's part of what takes the reference machine one second
+
+
 def memory_gb() -> float:
     """Memory of this machine that is available, in 1e9 bytes."""
     import psutil  # 10 ms that --help has not
