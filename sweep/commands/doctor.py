@@ -93,17 +93,19 @@ def grid_findings(grid: Grid, workers: Callable[[], Workers], plan: Callable[[],
         "model": lambda: _model(base, workers),
         "grid": lambda: _grid(base, plan()),
     }
-    findings: list[Finding] = []
-    for subject, check in checks.items():
-        try:
-            findings.append(check())
-        except SweepError as error:
-            findings.append(Finding(subject=subject, verdict="error", text=str(error)))
+    findings = [_checked(subject, check) for subject, check in checks.items()]
     if findings[-1].verdict != "error":
         findings += [Finding(subject="model", verdict="warning", text=note) for note in plan().notes]
         findings += [_data(each) for each in plan().plans.values()]
-        findings.append(_estimate(plan(), workers(), Store(base.store.uri)))
+        findings.append(_checked("estimate", lambda: _estimate(plan(), workers(), Store(base.store.uri))))
     return findings
+
+
+def _checked(subject: str, check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except SweepError as error:
+        return Finding(subject=subject, verdict="error", text=str(error))
 
 
 def _python() -> Finding:

@@ -90,6 +90,7 @@ class Speed:
     products: float  # multiply-adds a second of matrix products, in the dtype of the sweep
     values: float  # values a second that are squared and summed (workers.quant.kernels.score_rows)
     python: float  # seconds for Python's part of what takes the reference machine one second
+    crowd: float = 1.0  # times as long as a product takes now, beside other programs on the cores
 
 
 def memory_gb() -> float:

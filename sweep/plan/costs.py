@@ -127,8 +127,9 @@ SEARCHES: Final[Mapping[str, tuple[float, float]]] = {
 STOCK_PASSES: Final = 8.0  # forward passes of mtq.auto_quantize: calibration, gradients, every linear quantized as well
 DRIVER_GB: Final = 0.44  # resident, with Ray and pyarrow, Python 3.11
 TABLE_BYTES: Final = 3.0  # of the driver's tables, a byte of the store
-# Of the store: bytes of a file without rows, of a row without samples, of a sample's score (float32, of which zstd
-# saves 8 %), of a trial.
+# Of the store: bytes of a run's record and table, of a cell without rows, of a row without samples, of a sample's score
+# (float32, of which zstd saves 8 %), of a trial.
+RUN_BYTES: Final = 14_000
 FILE_BYTES: Final = 9_500
 ROW_BYTES: Final = 100
 SAMPLE_BYTES: Final = 3.7

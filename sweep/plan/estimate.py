@@ -1,13 +1,16 @@
 """What is left of a sweep will take: seconds by part, memory, bytes of store. Arithmetic on a plan and a speed."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Final
 
 from sweep.core.machine import Device, Speed, Workers
 from sweep.core.text import duration
 from sweep.plan import costs
 from sweep.plan.trials import SweepPlan
 from sweep.plan.work import Family
+
+_CROWDED: Final = 1.5  # what other programs then take of the cores shows in the time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,7 @@ class Estimate:
 
     cells: int  # still to be scored
     seconds: Seconds | None  # None: the workers' speed is not known
+    crowd: float  # see Speed.crowd
     worker_gb: float  # 1e9 bytes: resident in a worker, or allocated on its GPUs
     driver_gb: float  # resident
     store_mb: float  # 1e6 bytes, that are added
@@ -41,7 +45,7 @@ class Estimate:
         """Numbers by name, for programs."""
         found = {"worker_gb": self.worker_gb, "driver_gb": self.driver_gb, "store_mb": self.store_mb}
         if (parts := self.seconds) is not None:
-            found |= {name: getattr(parts, name) for name in Seconds.__dataclass_fields__} | {"seconds": parts.total}
+            found |= asdict(parts) | {"seconds": parts.total, "crowd": self.crowd}
         return found
 
     def text(self, device: Device) -> str:
@@ -54,7 +58,8 @@ class Estimate:
             return f"{space}; how long is not known, as the speed of these workers is not"
         named = {"start": parts.start, "model": parts.load, "capture": parts.capture, "scores": parts.scoring}
         steps = ", ".join(f"{name} {duration(seconds)}" for name, seconds in {**named, "reports": parts.end}.items())
-        return f"about {duration(parts.total)} ({steps}) where nothing else runs; {space}"
+        free = " on free cores, which they are not now," if self.crowd > _CROWDED else ""
+        return f"about {duration(parts.total)}{free} ({steps}); {space}"
 
 
 def estimated(
@@ -76,9 +81,10 @@ def estimated(
     return Estimate(
         cells=len(cells),
         seconds=None if speed is None else _seconds(plan, families, workers, cores, speed, cells),
+        crowd=1.0 if speed is None else speed.crowd,
         worker_gb=largest / 1e9 + device_costs.process_gb,
         driver_gb=costs.DRIVER_GB + n_bytes * costs.TABLE_BYTES / 1e9,
-        store_mb=(n_bytes + costs.FILE_BYTES) / 1e6,
+        store_mb=(n_bytes + costs.RUN_BYTES) / 1e6 if cells else 0.0,
     )
 
 

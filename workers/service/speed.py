@@ -9,12 +9,14 @@ from typing import Final
 
 import torch
 
+from sweep.core.errors import SweepError
 from sweep.core.machine import Device, Speed, n_cores
 from workers.quant import kernels
 
 _SECONDS: Final = 0.2  # that each of the three is measured for
-_ROWS: Final = 2048  # of a batch, at most
-# Compilations of argparse.py a second of processor time, AMD EPYC, Python 3.11, 2026-11-26.
+_ROWS: Final = 2048  # of a product, at most: what batches have
+_LAUNCHES: Final = 50  # between two waits for a GPU
+# Compilations of argparse.py in a second of one core, AMD EPYC, Python 3.11, 2026-11-26.
 _REFERENCE_COMPILATIONS: Final = 75.0
 
 
@@ -23,30 +25,41 @@ def measured_speed(device: Device, dtype: str, n_rows: int, shape: tuple[int, in
 
     Args:
         device: of the workers, which are on this machine.
-        dtype: of the sweep, a name of torch's.
+        dtype: of the sweep, a name of torch's. Products of scores are float32 on a CPU in any case.
         n_rows: that a product has.
         shape: inputs and outputs of a typical linear.
-        n_workers: that compute at a time.
+        n_workers: that share this machine's cores, or one of its GPUs.
+
+    Raises: SweepError: PyTorch cannot compute on this machine's GPUs.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SweepError(
+            f"torch {torch.__version__} cannot use the NVIDIA GPU that is here. "
+            "Install its build for the driver's CUDA (nvidia-smi names it), or type cluster.device=cpu."
+        )
     rows, (n_in, n_out) = min(n_rows, _ROWS), shape
-    place = {"device": device, "dtype": getattr(torch, dtype)}
-    x_TI, weight_OI = torch.randn(rows, n_in, **place), torch.randn(n_out, n_in, **place)
-    product = x_TI @ weight_OI.T
-    seconds = product[None].float() if device == "cpu" else product[None]
+    chosen = torch.float32 if device == "cpu" else getattr(torch, dtype)
+    x_TI = torch.randn(rows, n_in, device=device, dtype=chosen)
+    weight_OI = torch.randn(n_out, n_in, device=device, dtype=chosen)
+    product_TO = x_TI @ weight_OI.T
     sums = torch.zeros(2, 1, rows, device=device)
 
     def multiply() -> None:
         torch.mm(x_TI, weight_OI.T)
 
     def square() -> None:
-        kernels.score_rows(product, seconds, product, [rows], [rows], sums[0], sums[1])
+        kernels.score_rows(product_TO, product_TO[None], product_TO, [rows], [rows], sums[0], sums[1])
 
     n_threads = min(n_workers, n_cores()) if device == "cpu" else 1
-    share = n_workers / n_threads  # of a core or a GPU, that workers take turns on
+    turns = n_workers / n_threads  # that workers take on a core or a GPU
+    products, crowd = _rate(multiply, n_threads, device)
+    values, _ = _rate(square, n_threads, device)
+    compilations, _ = _rate(_compile, 1, "cpu")
     return Speed(
-        products=_rate(multiply, n_threads, device) * rows * n_in * n_out / share,
-        values=_rate(square, n_threads, device) * rows * n_out / share,
-        python=_REFERENCE_COMPILATIONS / _rate(_compile, 1, "cpu"),
+        products=products * rows * n_in * n_out / turns,
+        values=values * rows * n_out / turns,
+        python=_REFERENCE_COMPILATIONS / compilations,
+        crowd=crowd,
     )
 
 
@@ -54,24 +67,32 @@ def _compile() -> None:
     compile(inspect.getsource(argparse), "argparse.py", "exec")
 
 
-def _rate(call: Callable[[], None], n_threads: int, device: Device) -> float:
-    """Calls a second of one of several threads that all call."""
+def _rate(call: Callable[[], None], n_threads: int, device: Device) -> tuple[float, float]:
+    """Calls a second of one of several threads that all call, and wall seconds that such a second takes now.
 
-    def timed(_: int) -> float:
+    On a CPU that is a second of processor time: what other programs take of the cores may end before the sweep begins.
+    """
+
+    def timed(_: int) -> tuple[float, float]:
         torch.set_num_threads(1)
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        # Not what other programs take of the cores: they may have ended when the sweep runs.
+        _wait(device)
         clock = time.thread_time if device == "cpu" else time.perf_counter
-        n, started = 0, clock()
+        n, started, started_wall = 0, clock(), time.perf_counter()
         while clock() - started < _SECONDS:
-            for _ in range(1 if device == "cpu" else 50):  # a GPU is waited for now and then
+            for _ in range(1 if device == "cpu" else _LAUNCHES):
                 call()
                 n += 1
-            if device == "cuda":
-                torch.cuda.synchronize()
-        return n / (clock() - started)
+            _wait(device)
+        return n / (clock() - started), (time.perf_counter() - started_wall) / (clock() - started)
 
+    n_before = torch.get_num_threads()
     with ThreadPoolExecutor(n_threads) as pool:
-        return sum(pool.map(timed, range(n_threads))) / n_threads
+        rates, crowds = zip(*pool.map(timed, range(n_threads)), strict=True)
+    torch.set_num_threads(n_before)
+    return sum(rates) / n_threads, sum(crowds) / n_threads
+
+
+def _wait(device: Device) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
