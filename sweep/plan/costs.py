@@ -42,6 +42,7 @@ class Costs:
     attention: float  # multiply-adds of the products of attention, counted as products of linears
     divergence: float  # values a logit of the KL divergence
     layer: float  # seconds of Python: a decoder layer on a batch, both passes
+    replayed: float  # the share of it that a layer costs in another pass over the same batch: CUDA graphs
     visit: float  # a module under one format of its weight
     column: float  # a module under one recipe with one range of its inputs
     row: float  # a row of the store
@@ -77,6 +78,7 @@ COSTS: Final[Mapping[Device, Costs]] = {
         attention=1.4,
         divergence=10.0,
         layer=1.5e-3,
+        replayed=1.0,
         visit=2e-3,
         column=6e-4,
         row=1e-3,
@@ -86,21 +88,23 @@ COSTS: Final[Mapping[Device, Costs]] = {
         process_gb=0.72,
         is_asynchronous=False,
     ),
-    # 2026-11-25 and -26, H100, torch 2.11.0+cu130, Python 3.12, bfloat16: from tests/bench/RESULTS.md. A profile of 16
-    # recipes gave 0.54 s of squaring and summing to 0.09 of quantizing; a forward pass of a layer on a batch 1.6 ms of
-    # GPU time; the host's launches 50 ms for 16 groups of 28 modules under one recipe.
+    # 2026-11-25 and -26, H100, torch 2.11.0+cu130, Python 3.12, bfloat16: from tests/bench/RESULTS.md, where none was
+    # measured for this. 4B shape, 7,042 tokens: 16 recipes took 0.54 s of squaring and summing to 0.09 of quantizing, a
+    # capture 1.24 s, 270 cells 13 to 20 s (bound by the host), a KL trial 15.6 s (0.50 of 1.34 s in products, 0.24 in
+    # attention).
     "cuda": Costs(
         integer=1.0,
         float8=1.0,
         blocks=2.0,
         weight=1.0,
-        activation=8.0,
-        logit=10.0,
+        activation=3.0,
+        logit=6.0,
         attention=2.0,
-        divergence=6.0,
+        divergence=3.0,
         layer=5e-3,
-        visit=1.5e-3,
-        column=1.5e-4,
+        replayed=0.1,
+        visit=1.1e-3,
+        column=1.2e-4,
         row=1e-4,
         load=1.5,
         load_gb=0.4,

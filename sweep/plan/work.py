@@ -157,7 +157,8 @@ class Family:
             passes = self._passes(backward=False, size=column.size)
             head, n_predictions = self._head(column.size, 1), self._plan.n_predictions(column.size)
             n_logits = n_predictions * self._structure.vocabulary
-            layers = Work(passes.products - head.products, passes.values - head.values, passes.python)
+            python = passes.python * costs.replayed
+            layers = Work(passes.products - head.products, passes.values - head.values, python)
             work += layers.times(left) + Work(n_logits * self._hidden, n_logits * costs.divergence)
             chosen, n_rows = column.task.format, self._rows(group.name, column.size)
             values = group.weight_elements * costs.quantized(chosen.weight)

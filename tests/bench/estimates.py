@@ -9,6 +9,7 @@ python -m tests.bench.estimates quant_pair=wfp8_afp8 dataset.size=16,128   # one
 # pyright: basic
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -20,6 +21,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 
 from tests.bench.checkpoint import make_checkpoint
@@ -66,9 +69,9 @@ def measured(overrides: Sequence[str], out: Path) -> dict[str, Any]:
 def _run(command: Sequence[str], out: Path) -> dict[str, Any]:
     """Run a sweep to its end: seconds from the command on, by part; the driver's and the workers' peak; the store."""
     started = time.time()
-    peak = [0.0]
+    watched = _Watched()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        watcher = Thread(target=_watch, args=(process, peak))
+        watcher = Thread(target=watched.watch, args=(process,))
         watcher.start()
         assert process.stdout is not None
         lines = list(process.stdout)
@@ -91,30 +94,50 @@ def _run(command: Sequence[str], out: Path) -> dict[str, Any]:
             "scoring": last - min(info["first_at"] for info in workers) - capture,
             "end": ended - last,
             "worker_gb": max(info["peak_gb"] or 0.0 for info in run["worker_info"]),
-            "driver_gb": peak[0],
+            "driver_gb": watched.peak_gb,
             "store_mb": sum(file.stat().st_size for file in store.rglob("*") if file.is_file()) / 1e6,
         },
+        # Processor seconds of the busiest worker between its first and its last task: with other programs on the cores
+        # these are what capture and scoring take on free ones.
+        "worker_cpu": max(watched.cpu(info["pid"], info["first_at"], info["last_at"]) for info in workers),
         "trials": run["trials"],
         "workers": run["workers"],
     }
 
 
-def _watch(process: subprocess.Popen[str], peak: list[float]) -> None:
-    """The most memory that was resident in a process, in 1e9 bytes."""
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            return
-        high = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
-        peak[0] = max([peak[0], *(int(kb) * 1024 / 1e9 for kb in high)])
-        time.sleep(0.1)
+class _Watched:
+    """The driver's peak memory, and processor seconds of its descendants over time."""
+
+    def __init__(self) -> None:
+        self.peak_gb = 0.0  # 1e9 bytes, resident
+        self._samples: dict[int, list[tuple[float, float]]] = {}  # seconds since 1970 and processor seconds, by process
+
+    def watch(self, process: subprocess.Popen[str]) -> None:
+        """Sample until the process ends."""
+        driver = psutil.Process(process.pid)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                self.peak_gb = max(self.peak_gb, driver.memory_info().rss / 1e9)
+                for child in driver.children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        used = child.cpu_times()
+                        self._samples.setdefault(child.pid, []).append((time.time(), used.user + used.system))
+            time.sleep(0.1)
+
+    def cpu(self, pid: int, start: float, end: float) -> float:
+        """Processor seconds of a process between two moments."""
+        times, used = zip(*self._samples[pid], strict=True)
+        first, last = np.interp([start, end], times, used)
+        return float(last - first)
 
 
 def _ratios(figures: dict[str, Any]) -> dict[str, Any]:
     """Estimated over measured, of what both have."""
     estimated, taken = figures.get("estimated") or {}, figures.get("measured") or {}
-    return {f"{key}_ratio": estimated[key] / taken[key] for key in estimated if taken.get(key)}
+    found = {f"{key}_ratio": estimated[key] / taken[key] for key in estimated if taken.get(key)}
+    if estimated and taken:
+        found["worker_cpu_ratio"] = (estimated["capture"] + estimated["scoring"]) / figures["worker_cpu"]
+    return found
 
 
 def main() -> None:
