@@ -13,11 +13,12 @@ from sweep.core.errors import SweepError
 from sweep.core.machine import Device, Speed, n_cores
 from workers.quant import kernels
 
-_SECONDS: Final = 0.2  # that each of the three is measured for
+_SECONDS: Final = 0.2  # that products and element-wise work are measured for
 _ROWS: Final = 2048  # of a product, at most: what batches have
 _LAUNCHES: Final = 50  # between two waits for a GPU
-# Compilations of argparse.py in a second of one core, AMD EPYC, Python 3.11, 2026-11-26.
-_REFERENCE_COMPILATIONS: Final = 75.0
+_COMPILATIONS: Final = 15
+# Of one compilation of argparse.py, AMD EPYC, Python 3.11, 2026-11-26.
+_REFERENCE_SECONDS: Final = 0.0125
 
 
 def measured_speed(device: Device, dtype: str, n_rows: int, shape: tuple[int, int], n_workers: int) -> Speed:
@@ -54,17 +55,19 @@ def measured_speed(device: Device, dtype: str, n_rows: int, shape: tuple[int, in
     turns = n_workers / n_threads  # that workers take on a core or a GPU
     products, crowd = _rate(multiply, n_threads, device)
     values, _ = _rate(square, n_threads, device)
-    compilations, _ = _rate(_compile, 1, "cpu")
     return Speed(
         products=products * rows * n_in * n_out / turns,
         values=values * rows * n_out / turns,
-        python=_REFERENCE_COMPILATIONS / compilations,
+        python=min(_compilation() for _ in range(_COMPILATIONS)) / _REFERENCE_SECONDS,
         crowd=crowd,
     )
 
 
-def _compile() -> None:
-    compile(inspect.getsource(argparse), "argparse.py", "exec")
+def _compilation() -> float:
+    """Processor seconds of one compilation; the fastest of several shows the machine, the others its load."""
+    source, started = inspect.getsource(argparse), time.thread_time()
+    compile(source, "argparse.py", "exec")
+    return time.thread_time() - started
 
 
 def _rate(call: Callable[[], None], n_threads: int, device: Device) -> tuple[float, float]:
