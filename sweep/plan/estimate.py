@@ -58,8 +58,8 @@ class Estimate:
             return f"{space}; how long is not known, as the speed of these workers is not"
         named = {"start": parts.start, "model": parts.load, "capture": parts.capture, "scores": parts.scoring}
         steps = ", ".join(f"{name} {duration(seconds)}" for name, seconds in {**named, "reports": parts.end}.items())
-        free = " on free cores, which they are not now," if self.crowd > _CROWDED else ""
-        return f"about {duration(parts.total)}{free} ({steps}); {space}"
+        free = " on free cores, which other programs use now" if self.crowd > _CROWDED else ""
+        return f"about {duration(parts.total)} ({steps}){free}; {space}"
 
 
 def estimated(

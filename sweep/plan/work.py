@@ -1,7 +1,7 @@
 """The work, the memory and the rows of tasks that share a capture, counted as the engines do them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -223,11 +223,11 @@ class Family:
         """Bytes of its cells: scores of samples, of all tokens and of each kind but prompts, which are the rest."""
         batches = self._batches(self._largest)
         has_pictures = any(batch.all_pictures for batch in batches)
-        n_kinds = 2 + has_pictures + any(bool((batch.kinds == ANSWER).any()) for batch in batches)
-        by_size = {size: ROW_BYTES + n_samples_of(size) * n_kinds * SAMPLE_BYTES for size in self._sizes}
-        return sum(
-            FILE_BYTES + round(len(task.groups) * by_size[size]) for task in self.tasks for size in task.cells
-        )  # fmt: skip
+        of_text = 2 + has_pictures + any(bool((batch.kinds == ANSWER).any()) for batch in batches)
+        kinds = sum(2 if is_vision(group.name) else of_text for group in self._groups)  # of all rows of a cell
+        sizes = [n_samples_of(size) for task in self.tasks for size in task.cells]
+        by_cell = FILE_BYTES + len(self._groups) * ROW_BYTES
+        return round(len(sizes) * by_cell + sum(sizes) * kinds * SAMPLE_BYTES)
 
     # Shapes
 
@@ -257,15 +257,11 @@ class Family:
 
 
 def families(tasks: Iterable[Task], plan: SweepPlan, workers: Workers) -> list[Family]:
-    """Tasks in families that share a capture."""
-    found: list[list[Task]] = []
+    """Tasks in families of one model, data set, method, engine and set of groups: a worker captures once for each."""
+    found: dict[tuple[Hashable, ...], list[Task]] = {}
     for task in tasks:
-        shared = next((family for family in found if task.shares_capture_with(family[0])), None)
-        if shared is None:
-            found.append([task])
-        else:
-            shared.append(task)
-    return [Family(family, plan, workers) for family in found]
+        found.setdefault((task.model, task.plan_id, task.groups, task.engine, task.method), []).append(task)
+    return [Family(family, plan, workers) for family in found.values()]
 
 
 def _total(works: Iterable[Work]) -> Work:

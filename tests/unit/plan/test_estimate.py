@@ -115,6 +115,12 @@ def test_workers_share_the_scoring_by_whole_layers(own: list[str]) -> None:
     assert family(plan, many).share == 1 / (2 * n_layers)  # split by recipe, too
 
 
+def test_the_stock_engine_runs_a_recipe_a_worker(own: list[str]) -> None:
+    plan = planned(own, f"{INT8},wfp8_afp8", "sensitivity.engine=modelopt")
+    assert (family(plan).share, family(plan, replace(ONE, count=2)).share) == (1.0, 0.5)
+    assert family(plan).capture == Work()
+
+
 def test_seconds_are_work_over_speed_and_python_scales(own: list[str]) -> None:
     plan = planned(own, INT8)
     found = families(plan.pending(()).values(), plan, ONE)
@@ -150,7 +156,7 @@ def test_the_store_has_two_scores_a_sample_of_a_text(own: list[str]) -> None:
     plan = planned(own, INT8)
     n_groups = len(next(iter(plan.tasks.values())).groups)
     by_row = costs.ROW_BYTES + 16 * 2 * costs.SAMPLE_BYTES
-    assert family(plan).store_bytes == costs.FILE_BYTES + round(n_groups * by_row)
+    assert family(plan).store_bytes == round(costs.FILE_BYTES + n_groups * by_row)
 
 
 def test_memory_counts_the_process_and_its_capture(own: list[str]) -> None:
