@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="tiny, qwen3_vl_4b_shape, or a directory")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--window", default="0.3", help="GB of a worker in the case of windows")
+    parser.add_argument("--window", default="0.6", help="GB of a worker in the case of windows")
     parser.add_argument("--scratch", type=Path, help="where the checkpoint is kept between runs")
     args = parser.parse_args()
     cases = {"typed": args.overrides} if args.overrides else {name: CASES[name] for name in args.cases.split(",")}
