@@ -21,10 +21,13 @@ from sweep.config.schema import SweepConfig
 from sweep.core.batches import Plan
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE, EXIT_WRONG_INPUT
-from sweep.core.machine import Workers, n_cores, n_gpus
+from sweep.core.machine import Speed, Workers, n_cores, n_gpus
 from sweep.core.text import count
+from sweep.plan.costs import known_speed
+from sweep.plan.estimate import estimated
 from sweep.plan.model import checkpoint_dir, checkpoint_gb
 from sweep.plan.trials import SweepPlan, plan_sweep
+from sweep.plan.work import Family, families
 from sweep.run.resources import pick_workers
 from sweep.store.integrity import Finding, check_store
 from sweep.store.store import Store
@@ -60,7 +63,7 @@ def examine_store(overrides: Sequence[str], *, as_json: bool) -> int:
 def _say(findings: Sequence[Finding], *, as_json: bool, as_lines: bool = False) -> int:
     """Print findings. Returns the exit code: 2 if one of them is an error."""
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1))  # noqa: T201 -- machine-readable output
+        print(json.dumps([_plain(finding) for finding in findings], indent=1))  # noqa: T201 -- machine-readable output
     elif as_lines:  # subjects are paths, which are copied from the screen
         for finding in findings:
             verdict = Text(f"{finding.verdict:8}", style=COLOURS[finding.verdict])
@@ -71,6 +74,12 @@ def _say(findings: Sequence[Finding], *, as_json: bool, as_lines: bool = False) 
             table.add_row(Text(finding.verdict, style=COLOURS[finding.verdict]), finding.subject, Text(finding.text))
         Console().print(table)
     return EXIT_WRONG_INPUT if any(finding.verdict == "error" for finding in findings) else EXIT_DONE
+
+
+def _plain(finding: Finding) -> dict[str, str | dict[str, float]]:
+    """A finding as JSON has it; without figures where it has none."""
+    found = asdict(finding)
+    return found if finding.figures else {key: value for key, value in found.items() if key != "figures"}
 
 
 def grid_findings(grid: Grid, workers: Callable[[], Workers], plan: Callable[[], SweepPlan]) -> list[Finding]:
@@ -84,16 +93,19 @@ def grid_findings(grid: Grid, workers: Callable[[], Workers], plan: Callable[[],
         "model": lambda: _model(base, workers),
         "grid": lambda: _grid(base, plan()),
     }
-    findings: list[Finding] = []
-    for subject, check in checks.items():
-        try:
-            findings.append(check())
-        except SweepError as error:
-            findings.append(Finding(subject=subject, verdict="error", text=str(error)))
+    findings = [_checked(subject, check) for subject, check in checks.items()]
     if findings[-1].verdict != "error":
         findings += [Finding(subject="model", verdict="warning", text=note) for note in plan().notes]
         findings += [*_coverage(plan()), *(_data(each) for each in plan().plans.values())]
+        findings.append(_checked("estimate", lambda: _estimate(plan(), workers(), Store(base.store.uri))))
     return findings
+
+
+def _checked(subject: str, check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except SweepError as error:
+        return Finding(subject=subject, verdict="error", text=str(error))
 
 
 def _python() -> Finding:
@@ -188,6 +200,33 @@ def _data(plan: Plan) -> Finding:
         f"{plan.n_predictions(plan.size):,} predictions"
     )
     return Finding(subject="data", verdict="ok", text=text)
+
+
+def _estimate(plan: SweepPlan, workers: Workers, store: Store) -> Finding:
+    """What the cells that the store lacks will take, at the speed of the workers' machine."""
+    cells = {trial.cell_id for trial in plan.trials if trial.cell_id}
+    found = families(plan.pending(filter(store.is_finished, cells)).values(), plan, workers)
+    estimate = estimated(plan, found, workers, n_cores(), _speed(found, workers) if found else None)
+    text, figures = estimate.text(workers.device), estimate.figures
+    known = [node.memory_gb for node in workers.nodes if node.unknown is None and workers.device == "cpu"]
+    needed = estimate.worker_gb * (workers.per_node or workers.count) + estimate.driver_gb
+    if found and known and needed > min(known):
+        text += f". {min(known):.1f} GB are available: type cluster.workers=N for fewer, or sensitivity.memory_gb=GB"
+        return Finding(subject="estimate", verdict="warning", text=text, figures=figures)
+    return Finding(subject="estimate", verdict="ok", text=text, figures=figures)
+
+
+def _speed(found: Sequence[Family], workers: Workers) -> Speed | None:
+    """The speed of one worker: measured, if they are on this machine, else that of the slowest GPU; None: not known."""
+    if workers.address is None:
+        from workers.service.speed import measured_speed  # imports PyTorch: only when all else is right
+
+        n_rows, shape = found[0].typical
+        n_sharing = workers.count if workers.device == "cpu" else max(1, int(1 / workers.gpus_each))
+        return measured_speed(workers.device, found[0].dtype, n_rows, shape, n_sharing)
+    speeds = [known_speed(gpu.name) for node in workers.nodes for gpu in node.gpus]
+    known = [speed for speed in speeds if speed is not None]
+    return min(known, key=lambda speed: speed.products) if known and len(known) == len(speeds) else None
 
 
 def _existing(path: Path) -> Path:

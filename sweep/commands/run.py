@@ -90,8 +90,6 @@ def run_prepared(prepared: Prepared, console: Console, started: float) -> int:
     for node in workers.nodes:
         if node.warning is not None:
             say(console, node.warning, "yellow")
-    for note in plan.notes:
-        say(console, note, "yellow")
     store = Store(base.store.uri)
     store.files.check_writable("store.uri")
     store.drop_leftovers()
@@ -105,6 +103,8 @@ def run_prepared(prepared: Prepared, console: Console, started: float) -> int:
         Files(root).check_writable("output_layout.root")
         if not base.output_layout.overwrite:
             _check_folders(plan, root)
+    for note in plan.notes:
+        say(console, note, "yellow")
     say_grid(session, console)
     try:
         with interruptible():

@@ -83,6 +83,16 @@ class Workers:
     nodes: tuple[Hardware, ...] = ()  # machines that have room for them now
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """How fast one worker computes while the others of its machine do."""
+
+    products: float  # multiply-adds a second of matrix products, in the dtype of the sweep
+    values: float  # values a second that are squared and summed (workers.quant.kernels.score_rows)
+    python: float  # seconds for Python's part of what takes the reference machine one second
+    crowd: float = 1.0  # times as long as a product takes now, beside other programs on the cores
+
+
 def memory_gb() -> float:
     """Memory of this machine that is available, in 1e9 bytes."""
     import psutil  # 10 ms that --help has not

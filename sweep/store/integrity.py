@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from sweep.core.errors import SweepError
@@ -33,6 +33,7 @@ class Finding:
     subject: str
     verdict: Literal["ok", "warning", "error"]
     text: str
+    figures: dict[str, float] = field(default_factory=dict[str, float])  # of the text, for programs; see the subject
 
 
 def check_store(store: Store) -> list[Finding]:

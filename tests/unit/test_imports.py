@@ -216,6 +216,10 @@ def test_what_plans_and_lists_imports_nothing_heavy(module: str) -> None:
     assert loaded_after(f"import {module}") == []
 
 
+def test_doctor_loads_nothing_heavy_to_say_that_there_is_no_model() -> None:
+    assert loaded_after("from sweep.cli import main\nassert main(['doctor', 'model.path=/nowhere/model']) == 2") == []
+
+
 def test_exporting_imports_without_a_word() -> None:
     """ModelOpt warns of this transformers where it is imported first."""
     done = subprocess.run(

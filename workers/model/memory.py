@@ -69,13 +69,32 @@ def capture_bytes(groups: Sequence[ShapedGroup], work: Workload) -> int:
     return round(values * work.itemsize)
 
 
-def fixed_bytes(groups: Sequence[ShapedGroup], work: Workload) -> int:
-    """Bytes of all else: the model, logits, and the operands of the widest layer group."""
+def fixed_bytes(groups: Sequence[ShapedGroup], work: Workload, *, reserve: float = _RESERVE) -> int:
+    """Bytes of all else: the model, logits, and the operands of the widest layer group.
+
+    Args:
+        groups: that are scored.
+        work: of scoring them.
+        reserve: what a model of 1 GB or more has beside these on a GPU; 0: it has nothing, as on a CPU.
+    """
     logits = min(work.n_tokens, HEAD_ROWS) * work.vocabulary * (work.itemsize + 3 * 4)
     operands = max(
         _rows(group, work) * (group.n_inputs * (work.n_inputs + 1) + group.n_outputs * _PRODUCTS) for group in groups
     )
-    return round(work.model_bytes + logits + operands * work.itemsize + _RESERVE * min(1.0, work.model_bytes / 1e9))
+    return round(work.model_bytes + logits + operands * work.itemsize + reserve * min(1.0, work.model_bytes / 1e9))
+
+
+def divergence_bytes(work: Workload, n_predictions: int, hidden: int) -> int:
+    """Bytes of method=kl_div: the model, two hidden states a token, log-probabilities, and those of one batch twice.
+
+    Args:
+        work: of scoring.
+        n_predictions: over all samples.
+        hidden: values of a hidden state.
+    """
+    kept = 2 * work.n_tokens * hidden + n_predictions * work.vocabulary
+    batch = min(n_predictions, work.batch_tokens) * work.vocabulary * (work.itemsize + 2 * 4)
+    return work.model_bytes + kept * work.itemsize + batch
 
 
 def n_rows(batches: Iterable[Batch]) -> int:

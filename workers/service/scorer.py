@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 from torch import nn
@@ -112,12 +113,12 @@ class Scorer:
         Returns: `model_loads`; seconds: `load_seconds`, `capture_seconds` (the unquantized model's passes),
             `busy_seconds` (with tasks, captures included); `first_at` and `last_at`: when it was first and last busy,
             seconds since 1970;
-            `peak_gb`: the most memory that was allocated, in 1e9 bytes, over all its GPUs; None on a CPU.
+            `peak_gb`: the most memory, in 1e9 bytes, that was allocated over all its GPUs; on a CPU, that was resident.
         """
         peak_gb = (
             sum(torch.cuda.max_memory_allocated(index) for index in range(self._n_gpus)) / 1e9
             if self.device.type == "cuda"
-            else None
+            else getrusage(RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         )
         return {"model_loads": self.model_loads, "peak_gb": peak_gb, **self._clock.figures()}
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from sweep.cli import main
+from sweep.core import machine
+from sweep.run import resources
 from tests.own import write_chats
 
 
@@ -36,6 +38,36 @@ def test_the_bundled_model_on_this_machine_is_fine(capsys: pytest.CaptureFixture
     assert "qwen3_vl_tiny" in found["model"][1]
 
 
+def test_the_sweep_is_estimated_for_people_and_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["quant_pair=wint8_aint8", "dataset.size=small", f"store.uri={tmp_path}/store"]
+    assert main(["doctor", "--json", *overrides]) == 0
+    by_subject = {finding["subject"]: finding for finding in json.loads(capsys.readouterr().out)}
+    estimate = by_subject["estimate"]
+    assert estimate["text"].startswith("about ")
+    figures = estimate["figures"]
+    parts = ("start", "load", "capture", "scoring", "end")
+    assert figures["seconds"] == pytest.approx(sum(figures[part] for part in parts))
+    assert min(figures[name] for name in (*parts, "worker_gb", "driver_gb", "store_mb")) > 0
+    assert "figures" not in by_subject["grid"]
+
+
+def test_workers_that_need_more_memory_than_there_is_are_a_warning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "memory_gb", lambda: 1.0)
+    found = findings(capsys, "quant_pair=wint8_aint8", "dataset.size=small", "cluster.workers=2", code=0)
+    assert found["estimate"][0] == "warning"
+    assert "1.0 GB are available: type cluster.workers=N" in found["estimate"][1]
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "n_gpus", lambda: 1)
+    found = findings(capsys, "quant_pair=wint8_aint8", "dataset.size=small", "cluster.device=cuda", code=2)
+    assert "cannot use the NVIDIA GPU that is here" in found["estimate"][1]
+
+
 def test_data_are_read_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_chats(tmp_path / "chats", 20)
     found = findings(capsys, "dataset=chat", f"dataset.path={path}", "dataset.size=small", code=0)
@@ -63,6 +95,7 @@ def test_everything_that_would_stop_a_run_is_said_at_once(tmp_path: Path, capsys
     assert "cluster.device=cpu" in found["workers"][1]
     assert "store.uri=DIR" in found["store"][1]
     assert "model.path=DIR" in found["model"][1]
+    assert "estimate" not in found
 
 
 def test_skipped_points_are_a_warning_with_their_reason(capsys: pytest.CaptureFixture[str]) -> None:
