@@ -5,7 +5,6 @@ a family needs more to show what is its own.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,9 +32,9 @@ _MIXED = ["linear_attention", "full_attention"]
 _LINEAR_ATTENTION: dict[str, Any] = {
     "layer_types": _MIXED,
     "linear_num_key_heads": 8,
-    "linear_num_value_heads": 16,
+    "linear_num_value_heads": 8,
     "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
+    "linear_value_head_dim": 32,
 }
 _EXPERTS: dict[str, Any] = {
     "num_experts": 8,
@@ -57,7 +56,7 @@ _LATENT: dict[str, Any] = {  # multi-head latent attention: low-rank queries, ke
     "n_group": 1,
     "topk_group": 1,
 }
-# Per-layer embeddings are Gemma 3n's and 4's; the upper half of the layers takes keys and values from below.
+# The upper half of the layers takes keys and values from below; layers of full attention take keys for values.
 _SHARED: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_kv_shared_layers": 2,
@@ -66,6 +65,8 @@ _SHARED: dict[str, Any] = {
     "hidden_size_per_layer_input": 128,
     "vocab_size_per_layer_input": 4112,
     "tie_word_embeddings": True,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 2,
 }
 
 # Model type of transformers, and what its configuration has beside `_TEXT`.
@@ -80,23 +81,22 @@ _TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("phi3", {}),  # one matrix for q/k/v, one for gate/up
     "qwen3_5": ("qwen3_5_text", _LINEAR_ATTENTION),
-    "qwen3_next": ("qwen3_next", _LINEAR_ATTENTION | _EXPERTS | {"mlp_only_layers": [0, 1]}),
+    "qwen3_next": ("qwen3_next", _LINEAR_ATTENTION | _EXPERTS | {"mlp_only_layers": [0]}),
     "qwen3_moe": ("qwen3_moe", _EXPERTS),
     "deepseek_v3": ("deepseek_v3", _LATENT),
-    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
-    "gemma3n": ("gemma3n_text", _SHARED | {"laurel_rank": 64, "activation_sparsity_pattern": [0.0] * 4}),
-    "gemma4": ("gemma4_text", _SHARED | {"attention_k_eq_v": True, "num_global_key_value_heads": 2}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 128}),
+    "gemma4": ("gemma4_text", _SHARED),
 }
 _VISION_MODELS: Final = {"qwen2_5_vl": "qwen2_5_vl", "gemma3_vlm": "gemma3", "llava": "llava", "internvl": "internvl"}
 FAMILIES: Final = (*_TEXT_MODELS, *_VISION_MODELS)
-WITH_EXPERTS: Final = ("qwen3_moe",)
+WITH_EXPERTS: Final = ("qwen3_moe", "qwen3_next")
 
 
 def save_family(directory: Path, family: str) -> Path:
-    """A checkpoint directory of one of FAMILIES with the bundled model's tokenizer, as a hub has it."""
+    """A checkpoint directory of one of FAMILIES with the bundled model's tokenizer, and names as a hub has them."""
     if (kind := _VISION_MODELS.get(family)) is not None:
         save_vision(directory, kind, hidden_size=128, intermediate_size=256)
-        _rewrite(directory, _HUB_NAMES.get(family, lambda name: name))
+        _round(directory)
         return directory
     model_type, fields = _TEXT_MODELS[family]
     torch.manual_seed(0)
@@ -107,20 +107,27 @@ def save_family(directory: Path, family: str) -> Path:
             parameter.data.normal_(0, 0.08)
     model.to(torch.bfloat16).save_pretrained(directory)
     save_tokenizer(directory, family)
+    if fields.get("num_kv_shared_layers"):
+        _add_unused(directory, config)
     return directory
 
 
-def _qwen2_5_vl(name: str) -> str:
-    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+def _add_unused(directory: Path, config: transformers.PreTrainedConfig) -> None:
+    """Add keys and values of the layers that take those of a layer below: published checkpoints hold them unused."""
+    file = directory / "model.safetensors"
+    weights = load_file(file)
+    for layer in range(config.num_hidden_layers - config.num_kv_shared_layers, config.num_hidden_layers):
+        below = layer - config.num_kv_shared_layers  # of the same kind
+        names = [f"model.layers.{below}.self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm")]
+        weights |= {
+            name.replace(f".{below}.", f".{layer}."): weights[name].clone() for name in names if name in weights
+        }
+    save_file(weights, file, metadata={"format": "pt"})
 
 
-# Names of tensors in the checkpoints that are published, from those that save_pretrained gives.
-_HUB_NAMES: dict[str, Callable[[str], str]] = {"qwen2_5_vl": _qwen2_5_vl}
-
-
-def _rewrite(directory: Path, renamed: Callable[[str], str]) -> None:
-    """Put a checkpoint's weights into bfloat16, under other names."""
+def _round(directory: Path) -> None:
+    """Put a checkpoint's weights into bfloat16."""
     file, config = directory / "model.safetensors", directory / "config.json"
-    weights = {renamed(name): tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}))
