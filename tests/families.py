@@ -69,6 +69,13 @@ _SHARED: dict[str, Any] = {
     "num_global_key_value_heads": 2,
 }
 
+_CONVOLUTIONS: dict[str, Any] = {  # under the names that vLLM reads, too
+    "conv_dim": 128,
+    "block_dim": 128,
+    "block_auto_adjust_ff_dim": False,
+    "tie_word_embeddings": True,
+}
+
 # Model type of transformers, and what its configuration has beside `_TEXT`.
 _TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -84,19 +91,23 @@ _TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("qwen3_next", _LINEAR_ATTENTION | _EXPERTS | {"mlp_only_layers": [0]}),
     "qwen3_moe": ("qwen3_moe", _EXPERTS),
     "deepseek_v3": ("deepseek_v3", _LATENT),
-    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 128}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], **_CONVOLUTIONS}),
     "gemma4": ("gemma4_text", _SHARED),
 }
 _VISION_MODELS: Final = {"qwen2_5_vl": "qwen2_5_vl", "gemma3_vlm": "gemma3", "llava": "llava", "internvl": "internvl"}
 FAMILIES: Final = (*_TEXT_MODELS, *_VISION_MODELS)
 WITH_EXPERTS: Final = ("qwen3_moe", "qwen3_next")
+# Tensors that multiply nothing, which readers leave: keys and values of layers that have those of a layer below.
+UNUSED: Final = {"gemma4": r"layers\.[23]\.self_attn\.[kv]_"}
+# What published checkpoints call a tower that transformers 5.24 saves under a shorter name.
+_HUB_NAMES: Final = {family: ("vision_tower.", "vision_tower.vision_model.") for family in ("gemma3_vlm", "llava")}
 
 
 def save_family(directory: Path, family: str) -> Path:
     """A checkpoint directory of one of FAMILIES with the bundled model's tokenizer, and names as a hub has them."""
     if (kind := _VISION_MODELS.get(family)) is not None:
         save_vision(directory, kind, hidden_size=128, intermediate_size=256)
-        _round(directory)
+        _publish(directory, *_HUB_NAMES.get(family, ("", "")))
         return directory
     model_type, fields = _TEXT_MODELS[family]
     torch.manual_seed(0)
@@ -125,9 +136,9 @@ def _add_unused(directory: Path, config: transformers.PreTrainedConfig) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def _round(directory: Path) -> None:
-    """Put a checkpoint's weights into bfloat16."""
+def _publish(directory: Path, prefix: str, published: str) -> None:
+    """Put a checkpoint's weights into bfloat16, with another prefix."""
     file, config = directory / "model.safetensors", directory / "config.json"
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}
+    weights = {name.replace(prefix, published, 1): tensor.bfloat16() for name, tensor in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}))

@@ -3,6 +3,7 @@
 What must be covered is counted in the checkpoint's own files.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sweep.cli import main
-from tests.families import FAMILIES, WITH_EXPERTS, save_family
+from tests.families import FAMILIES, UNUSED, WITH_EXPERTS, save_family
 from tests.ray.test_sweep import ROOT
 
 DATA = ["model=hf_causal_lm", "dataset=wordnet_glosses", "dataset.size=small", "target=vllm_sm90"]
@@ -36,9 +37,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, place: Path) -> str:
-    """A family with an export of six bits a weight, in INT8 and INT4."""
+    """A family with an export of 4.6 bits a weight, in INT4 and INT8: too few to leave a layer group in 16."""
     name, recipe, own = str(request.param), f"{place}/{request.param}.yaml", [f"store.uri={place / 'store'}"]
-    assert main(["solve", "--bits", "6", "--out", recipe, *DATA, *own, f"model.path={place / name}"]) == 0
+    assert main(["solve", "--bits", "4.6", "--out", recipe, *DATA, *own, f"model.path={place / name}"]) == 0
     out = f"{place}/{name}-export"
     assert main(["export", recipe, "--format", "compressed-tensors", "--out", out, *own, "cluster.device=cpu"]) == 0
     return name
@@ -47,7 +48,10 @@ def family(request: pytest.FixtureRequest, place: Path) -> str:
 def test_the_decoders_linears_are_quantized_and_all_else_is_kept(family: str, place: Path) -> None:
     source, export = (load_file(place / name / "model.safetensors") for name in (family, f"{family}-export"))
     quantized = {name for name in source if f"{name}_scale" in export}
-    decoder = {name: weight for name, weight in source.items() if is_decoder_linear(name, weight)}
+    unused = re.compile(UNUSED.get(family, "(?!)"))
+    decoder = {
+        name: weight for name, weight in source.items() if is_decoder_linear(name, weight) and not unused.search(name)
+    }
     assert quantized <= decoder.keys()
     share = sum(decoder[name].numel() for name in quantized) / sum(map(torch.numel, decoder.values()))
     assert (share < 0.9) if family in WITH_EXPERTS else (share > 0.99), (share, sorted(decoder.keys() - quantized))

@@ -1,5 +1,6 @@
 """vLLM's parser and weight loaders read exports of every family that it has, in two formats beside each other."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from sweep.formats.mixed import MixedRecipe
 from sweep.plan.model import Model
 from sweep.plan.trials import plan_sweep
 from tests.exports import recipe_of
-from tests.families import FAMILIES, save_family
+from tests.families import FAMILIES, UNUSED, save_family
 from tests.serving.conftest import Point, format_of
 from workers.export.calibrated import calibrated
 from workers.export.checkpoint import write_checkpoint
@@ -72,7 +73,9 @@ def test_vllm_reads_each_family_as_exported(read: dict[str, Read], family: str) 
     """Every fused linear has one group's scheme, as often as the recipe has it; all is filled, nothing left over."""
     recipe, answer = read[family].recipe, read[family].answer
     assert answer.get("error") is None
-    assert (answer["unfilled"], answer["surplus"]) == ({}, [])
+    left = re.compile(UNUSED.get(family, "(?!)") + r"|\.layer_scalar")  # a buffer, which vLLM fills apart
+    surplus = [name for name in answer["surplus"] if not left.search(name) and not is_vision(name)]
+    assert (answer["unfilled"], surplus) == ({}, [])  # a tower's last layers have no use
     schemes = {name: found and found[0] for name, found in answer["schemes"].items()}
     promised: list[str] = []
     for choice in recipe.groups:
