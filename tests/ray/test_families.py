@@ -55,7 +55,7 @@ def test_the_decoders_linears_are_quantized_and_all_else_is_kept(family: str, pl
     assert quantized <= decoder.keys()
     share = sum(decoder[name].numel() for name in quantized) / sum(map(torch.numel, decoder.values()))
     assert (share < 0.9) if family in WITH_EXPERTS else (share > 0.99), (share, sorted(decoder.keys() - quantized))
-    assert {export[name].dtype for name in quantized if name in export} == {torch.int8}
+    assert {export[name].dtype for name in quantized if name in export} <= {torch.int8}
     assert {name for name in quantized if f"{name}_packed" in export}  # INT4
     parts = {f"{name}{part}" for name in quantized for part in ("", *SCALES)}
     assert export.keys() - parts == source.keys() - quantized

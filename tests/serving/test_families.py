@@ -43,15 +43,19 @@ def read(vllm: Callable[..., list[dict[str, Any]]], tmp_path_factory: pytest.Tem
     """Exports of all families, read in one process."""
     root = tmp_path_factory.mktemp("families")
     torch.set_num_threads(1)
-    recipes = {family: exported(save_family(root / family, family), root / f"{family}-export") for family in FAMILIES}
+    recipes = {
+        family: exported(save_family(root / family, family), root / f"{family}-export", lm_head=family == "mistral")
+        for family in FAMILIES
+    }
     answers = vllm("schemes", 90, [root / f"{family}-export" for family in FAMILIES])
     found = zip(recipes.items(), answers, strict=True)
     return {family: Read(recipe=recipe, answer=answer) for (family, recipe), answer in found}
 
 
-def exported(source: Path, directory: Path) -> MixedRecipe:
+def exported(source: Path, directory: Path, *, lm_head: bool) -> MixedRecipe:
     """Export a checkpoint in two formats in turn, over the groups that a sweep covers, as `sweep export` does."""
     own = ["model=hf_causal_lm", f"model.path={source}", "dataset=wordnet_glosses", "dataset.size=small"]
+    own.append(f"sensitivity.lm_head={str(lm_head).lower()}")
     plan = plan_sweep(expand(["quant_pair=wint8_aint8", *own], multirun=False).points, "cpu")
     (task,), (batches,) = plan.tasks.values(), plan.plans.values()
     model = Model(source)
@@ -82,4 +86,6 @@ def test_vllm_reads_each_family_as_exported(read: dict[str, Read], family: str) 
         point = choice.format and next(point for point in SCHEMES if format_of(point).label == choice.format)
         promised += [SCHEMES[point]] if point else []
     assert sorted(filter(None, schemes.values())) == sorted(promised)
-    assert not any(scheme for name, scheme in schemes.items() if is_vision(name) or "lm_head" in name)
+    assert not any(scheme for name, scheme in schemes.items() if is_vision(name))
+    heads = [scheme for name, scheme in schemes.items() if "lm_head" in name]
+    assert heads == ["CompressedTensorsWNA16" if family == "mistral" else None]
