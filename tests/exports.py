@@ -58,10 +58,13 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 }
 
 
-def recipe_of(formats: Sequence[GroupFormat | None], path: Path | None = None) -> MixedRecipe:
-    """A recipe in which the language model's groups get the formats in turn."""
+def recipe_of(
+    formats: Sequence[GroupFormat | None], path: Path | None = None, groups: Sequence[LayerGroup] | None = None
+) -> MixedRecipe:
+    """A recipe in which layer groups get the formats in turn. Args: groups: None: all of the language model."""
     model = Model(bundled_model_dir() if path is None else path)
-    groups = [group for name, group in model.groups.items() if "visual" not in name and "lm_head" not in name]
+    if groups is None:
+        groups = [group for name, group in model.groups.items() if "visual" not in name and "lm_head" not in name]
     choices = []
     for i, group in enumerate(groups):
         chosen = formats[i % len(formats)]

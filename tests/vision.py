@@ -63,12 +63,18 @@ def template(kind: str) -> str:
     )
 
 
-def save_vision(directory: Path, kind: str) -> Path:
-    """A checkpoint directory of a small random model of one of FAMILIES, in float32."""
+def save_vision(directory: Path, kind: str, **text: Any) -> Path:
+    """A checkpoint directory of a small random model of one of FAMILIES, in float32.
+
+    Args:
+        directory: of the checkpoint.
+        kind: one of FAMILIES or OTHERS.
+        text: fields of the language model's configuration instead of those of `_TEXT`.
+    """
     tokenizer = save_tokenizer(directory, kind)
     ids = dict(zip(_SPECIAL, tokenizer.convert_tokens_to_ids(list(_SPECIAL)), strict=True))
     torch.manual_seed(0)
-    model = _MODELS[kind](ids)
+    model = _MODELS[kind](ids, _TEXT | text)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.08)
@@ -94,11 +100,11 @@ def save_tokenizer(directory: Path, kind: str) -> Any:
     return tokenizer
 
 
-def _qwen(config: Any, model: Any, patch: int, **vision: Any) -> Any:
+def _qwen(config: Any, model: Any, patch: int, text: dict[str, Any], **vision: Any) -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}
     rope |= {} if "fullatt_block_indexes" in vision else {"mrope_interleaved": True}
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
-    text = _TEXT | {"rope_parameters": rope} | (moe if "Moe" in config.__name__ else {})
+    text = text | {"rope_parameters": rope} | (moe if "Moe" in config.__name__ else {})
     if "fullatt_block_indexes" in vision:
         text["hidden_size"] = 128  # heads of 32 values
     vision |= {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 4, "patch_size": patch}
@@ -107,34 +113,34 @@ def _qwen(config: Any, model: Any, patch: int, **vision: Any) -> Any:
     return model(config(text_config=text, vision_config=vision, **tokens, tie_word_embeddings=False))
 
 
-def _internvl(ids: dict[str, int]) -> Any:
+def _internvl(ids: dict[str, int], text: dict[str, Any]) -> Any:
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.InternVLConfig(
         vision_config=vision | {"image_size": [56, 56], "patch_size": [14, 14], "norm_type": "layer_norm"},
-        text_config={"model_type": "qwen2"} | _TEXT,
+        text_config={"model_type": "qwen2"} | text,
         image_token_id=ids["<IMG_CONTEXT>"],
         image_seq_length=4,
     )
     return transformers.InternVLForConditionalGeneration(config)
 
 
-def _llava(ids: dict[str, int]) -> Any:
+def _llava(ids: dict[str, int], text: dict[str, Any]) -> Any:
     vision = {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128, "image_size": 56}
     config = transformers.LlavaConfig(
         vision_config=vision
         | {"num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14, "projection_dim": 32},
-        text_config={"model_type": "llama"} | _TEXT,
+        text_config={"model_type": "llama"} | text,
         image_token_index=ids["<image>"],
         image_seq_length=16,
     )
     return transformers.LlavaForConditionalGeneration(config)
 
 
-def _gemma3(ids: dict[str, int]) -> Any:
+def _gemma3(ids: dict[str, int], text: dict[str, Any]) -> Any:
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.Gemma3Config(
         vision_config=vision | {"image_size": 56, "patch_size": 14, "vision_use_head": False},
-        text_config=_TEXT | {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+        text_config=text | {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
         mm_tokens_per_image=4,
         boi_token_index=ids["<start_of_image>"],
         eoi_token_index=ids["<end_of_image>"],
@@ -143,43 +149,43 @@ def _gemma3(ids: dict[str, int]) -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-def _aya(ids: dict[str, int]) -> Any:
+def _aya(ids: dict[str, int], text: dict[str, Any]) -> Any:
     vision = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "image_size": 56}
     config = transformers.AyaVisionConfig(
         vision_config=vision
         | {"num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 14, "vision_use_head": False},
-        text_config={"model_type": "cohere2"} | {key: value for key, value in _TEXT.items() if key != "head_dim"},
+        text_config={"model_type": "cohere2"} | {key: value for key, value in text.items() if key != "head_dim"},
         image_token_index=ids["<|IMG_PATCH|>"],
         tie_word_embeddings=False,
     )
     return transformers.AyaVisionForConditionalGeneration(config)
 
 
-def _ovis(ids: dict[str, int]) -> Any:
+def _ovis(ids: dict[str, int], text: dict[str, Any]) -> Any:
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.Ovis2Config(
         vision_config=vision | {"image_size": 56, "patch_size": 14, "vocab_size": 96, "hidden_stride": 2},
-        text_config={"model_type": "qwen2"} | _TEXT,
+        text_config={"model_type": "qwen2"} | text,
         image_token_id=ids["<IMG_ATOM>"],
         visual_indicator_token_ids=[ids[f"<IMG_{name}>"] for name in ("START", "GRID", "COL", "ROW", "END")],
-        vocab_size=_TEXT["vocab_size"],
-        hidden_size=_TEXT["hidden_size"],
+        vocab_size=text["vocab_size"],
+        hidden_size=text["hidden_size"],
         tie_word_embeddings=False,
     )
     return transformers.Ovis2ForConditionalGeneration(config)
 
 
-_MODELS: dict[str, Callable[[dict[str, int]], Any]] = {
-    "qwen3_vl": lambda _: _qwen(
-        *(transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration, 16),
+_MODELS: dict[str, Callable[[dict[str, int], dict[str, Any]], Any]] = {
+    "qwen3_vl": lambda _, text: _qwen(
+        *(transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration, 16, text),
         **{"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
     ),
-    "qwen3_vl_moe": lambda _: _qwen(
-        *(transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration, 16),
+    "qwen3_vl_moe": lambda _, text: _qwen(
+        *(transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration, 16, text),
         **{"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
     ),
-    "qwen2_5_vl": lambda _: _qwen(
-        *(transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration, 14),
+    "qwen2_5_vl": lambda _, text: _qwen(
+        *(transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration, 14, text),
         **{"fullatt_block_indexes": [1], "window_size": 56},
     ),
     "internvl": _internvl,

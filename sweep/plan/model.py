@@ -74,7 +74,7 @@ class Model:
 
             return [list(modules) for modules in modelopt.layer_groups(self.linears).values()]
 
-        key = [1, version("nvidia-modelopt"), list(self.linears)]
+        key = [2, version("nvidia-modelopt"), list(self.linears)]
         found: dict[str, ShapedGroup] = {}
         for modules in cache.remember("layer-groups", key, compute):
             linears = [self.linears[module] for module in modules]

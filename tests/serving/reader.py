@@ -97,17 +97,19 @@ def built(directory: str):
         max_model_len=256,
         limit_mm_per_prompt=pictures(directory),
     ).create_engine_config()
+    _one_process()
     with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
-        _one_process(config)
         return initialize_model(config), config
 
 
-def _one_process(config) -> None:
+def _one_process() -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 
     if not torch.distributed.is_initialized():
-        init_distributed_environment(1, 0, f"file:///tmp/vllm-reader-{os.getpid()}", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
+        with set_current_vllm_config(VllmConfig()):  # of no model: with a group for experts, which some models need
+            init_distributed_environment(1, 0, f"file:///tmp/vllm-reader-{os.getpid()}", 0, "gloo")
+            ensure_model_parallel_initialized(1, 1)
 
 
 def read(directory: str) -> dict:
@@ -281,7 +283,15 @@ def main(verb: str, argument: str, *directories: str) -> None:
                 torch.cuda.empty_cache()
             else:
                 answer |= serve(directory, **json.loads(Path(argument).read_text()))
-        except (AssertionError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            AssertionError,
+            AttributeError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             answer["error"] = f"{type(error).__name__}: {error}"
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()

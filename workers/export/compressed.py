@@ -1,7 +1,7 @@
 """Checkpoints in compressed-tensors' format: formats as schemes, named in config.json module by module."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -118,9 +118,10 @@ def quantization_config(
     """
     schemes = schemes_of(recipe)
     targets: dict[str, list[str]] = {label: [] for label in schemes}
+    built = {linear.name for linear in linears}
     for choice in recipe.groups:
         if choice.format is not None:
-            targets[choice.format] += choice.group.modules
+            targets[choice.format] += [*choice.group.modules, *_doubled_keys(choice.group.modules, built)]
     formats = {scheme.format for scheme in schemes.values()}
     quantized = set(chain.from_iterable(targets.values()))
     ignored = [*(linear.name for linear in linears if linear.name not in quantized), *others]
@@ -139,6 +140,16 @@ def quantization_config(
         ignore=ignored,
     )
     return {**config.model_dump(mode="json"), "version": compressed_tensors.__version__}
+
+
+def _doubled_keys(modules: Sequence[str], built: Collection[str]) -> list[str]:
+    """Names of the `v_proj` that a layer group lacks because its model takes the keys for values, as Gemma 4 does.
+
+    vLLM 0.32 loads the keys twice then, into a q/k/v that has a scheme only if all three are named
+    (`_match_fused_layer` of its compressed_tensors/utils.py).
+    """
+    missing = [f"{module.removesuffix('.k_proj')}.v_proj" for module in modules if module.endswith(".self_attn.k_proj")]
+    return [module for module in missing if module not in built]
 
 
 def schemes_of(recipe: MixedRecipe) -> dict[str, QuantizationScheme]:

@@ -4,7 +4,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,20 @@ from workers.quant.linear import rounded_range
 
 block_formats.register()
 tensor_formats.register()
+
+# Linears that vLLM 0.32 fuses and ModelOpt's rules leave apart; those of one prefix are a layer group. These rules are
+# asked before ModelOpt's, of whose groups they join whole ones. Source: `packed_modules_mapping` and
+# `orig_to_new_stacked` of vllm/model_executor/models and vllm/models, with the names of the fused modules.
+_FUSED: Final = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"(.*\.)(?:q_a_proj|kv_a_proj_with_mqa)",  # deepseek_v2: fused_qkv_a_proj
+        r"(.*\.feed_forward\.)w[13]",  # lfm2: w13
+        r"(.*\.linear_attn\.)[qkvg]_proj",  # olmo_hybrid: in_proj_qkvg
+        # bailing_moe_v3: qkvb_proj; glm5next: in_proj_qkvbfg_a; kimi_k3: in_proj_qkvgfab; inkling: qkvr
+        r"(.*\.self_attn\.)(?:[qkvbr]_proj|g_a_proj|forget_gate\.f_a_proj)",
+    )
+)
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -58,7 +72,7 @@ def build_extensions(names: Iterable[str]) -> None:
 
 
 def layer_groups(linears: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Linears that must share a recipe because runtimes fuse them, by ModelOpt's rules.
+    """Linears that must share a recipe because runtimes fuse them, by vLLM's fusions and ModelOpt's rules.
 
     Args:
         linears: module names in the model's order.
@@ -72,6 +86,9 @@ def layer_groups(linears: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _group_key(name: str) -> str:
+    for pattern in _FUSED:
+        if match := pattern.fullmatch(name):
+            return f"{match.group(1)}{pattern.pattern}"
     for rule in AutoQuantizeGradientSearcher.quant_grouping_rules:
         match = None if callable(rule) else re.match(rule, name)
         key = rule(None, name) if callable(rule) else match and match.group(1)
@@ -313,7 +330,8 @@ def auto_quantize_scores(
         batches: calibrated and scored on, all of them, with the loss summed over predictions.
         covered: names of the modules to score; all others, convolutions too, stay unquantized.
 
-    Returns: raw score by layer group, in the model's order.
+    Returns: raw score by layer group of ModelOpt's, named by its first module, in the model's order. A group of
+        `layer_groups` has the sum of those of ModelOpt's that it joins.
     """
     # 16 bits let any search pass: only the scores are used.
     state = auto_quantize_state(model, [(quant_cfg, algorithm)], batches, covered, bits=16.0, verbose=False)

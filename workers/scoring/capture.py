@@ -131,10 +131,11 @@ class Recorder:
                 yield batch
                 self._check_filled()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:
-                output.requires_grad_()  # the first linears: nothing before them takes a gradient
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:  # the first linears: nothing before them takes a gradient
+                # A copy, for a model may change it in place, as Gemma 3n does, and no leaf may be changed.
+                output = output.requires_grad_().clone()
             x_TI, y_TO = args[0].detach().flatten(0, -2), output.detach().flatten(0, -2)
             found = self._seen.get(x_TI.data_ptr())
             if (buffer := self._buffers.get(name)) is None:
@@ -154,6 +155,7 @@ class Recorder:
                 buffer.g_TO[rows] = gradient.detach().flatten(0, -2)
 
             output.register_hook(keep_gradient)
+            return output
 
         return keep
 

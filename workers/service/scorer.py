@@ -363,8 +363,7 @@ class Scorer:
                     except AssertionError as error:  # ModelOpt's calibrator met a NaN
                         yield wanted[0], [(state, NotFinite(f"{task.label}: ModelOpt {error}."))]
                         break
-                reached = [group.name for group in task.groups if not called.isdisjoint(group.modules)]
-                scores[size] = {group.name: None for group in task.groups} | {name: found.get(name) for name in reached}
+                scores[size] = {group.name: _joined(found, group, called) for group in task.groups}
             for part in wanted if len(scores) == len(task.cells) else ():
                 yield part, [(state, _auto_quantize_scores(part, task.label, scores))]
 
@@ -424,6 +423,11 @@ def _measured(part: Part, states: Sequence[TaskState], waiting: Sequence[_Waitin
             by_size[size] = [None if scores is None else scores[size] for scores in whole]
         result.append((state, broken or by_size))
     return part, result
+
+
+def _joined(scores: Mapping[str, float], group: ShapedGroup, called: Collection[str]) -> float | None:
+    """A layer group's score: the sum of those of ModelOpt's groups that it joins, None where no module was called."""
+    return None if set(called).isdisjoint(group.modules) else sum(scores.get(name, 0.0) for name in group.modules)
 
 
 def _auto_quantize_scores(part: Part, label: str, scores: Mapping[str, Mapping[str, float | None]]) -> Measured:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,17 @@ def test_another_scheme_in_config_json_is_seen(tmp_path: Path, base: Any, token_
     config.write_text(config.read_text().replace('"group_size": 128', '"group_size": 64'))
     with pytest.raises(Inexpressible, match=r"layers\.0\.self_attn\.q_proj"):
         check_export(tmp_path, SOURCE, recipe, quants, LINEARS)
+
+
+def test_a_layer_whose_keys_are_its_values_names_both() -> None:
+    """As Gemma 4 has it: there is no `v_proj`, and vLLM gives q/k/v a scheme only if all three are named."""
+    recipe = recipe_of([name and group_format(name, *FORMATS[name]) for name in MIXED])
+    linears = [linear for linear in LINEARS if not linear.name.endswith("layers.1.self_attn.v_proj")]
+    (index,) = (i for i, each in enumerate(recipe.groups) if each.group.name.endswith("layers.1.self_attn.q_proj"))
+    groups = list(recipe.groups)
+    groups[index] = replace(groups[index], group=replace(groups[index].group, modules=groups[index].group.modules[:2]))
+    config = quantization_config(replace(recipe, groups=tuple(groups)), linears)
+    assert config == quantization_config(recipe, LINEARS)
 
 
 def test_every_linear_is_a_target_or_ignored() -> None:

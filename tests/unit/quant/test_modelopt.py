@@ -1,5 +1,6 @@
 """Our scores against stock mtq.auto_quantize on the same batches: one format a call, fp32, CPU."""
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,30 @@ def test_groups_are_what_runtimes_fuse_named_by_their_first_module() -> None:
         "m.0.self_attn.o_proj": ("m.0.self_attn.o_proj",),
         "m.0.mlp.gate_proj": ("m.0.mlp.gate_proj", "m.0.mlp.up_proj"),
     }
+
+
+@pytest.mark.parametrize(
+    ("parent", "groups"),
+    [
+        ("self_attn", ["q_a_proj kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "o_proj"]),  # latent attention
+        ("linear_attn", ["in_proj_qkv in_proj_z", "in_proj_b in_proj_a", "out_proj"]),  # Qwen3.5
+        ("linear_attn", ["q_proj k_proj v_proj g_proj", "a_proj", "b_proj", "o_proj"]),  # OLMo hybrid
+        (
+            "self_attn",
+            ["q_proj k_proj v_proj forget_gate.f_a_proj b_proj g_a_proj", "forget_gate.f_b_proj", "g_b_proj"],
+        ),
+        ("feed_forward", ["w1 w3", "w2"]),  # LFM2
+        ("cross_attn", ["k_proj v_proj", "out_proj"]),
+        ("mlp.shared_expert", ["gate_proj up_proj", "down_proj"]),
+        ("mlp.experts", ["0.gate_proj 0.up_proj 0.down_proj 1.gate_proj 1.up_proj 1.down_proj"]),
+        ("mixer", ["in_proj", "x_proj", "dt_proj", "out_proj"]),  # Mamba
+        ("self_attn", ["q_proj"]),  # Gemma 4: keys and values are those of a layer below
+    ],
+)
+def test_groups_of_a_family_are_what_vllm_fuses(parent: str, groups: list[str]) -> None:
+    expected = [tuple(f"m.0.{parent}.{name}" for name in group.split()) for group in groups]
+    expected += [tuple(name.replace("m.0.", "m.1.") for name in modules) for modules in expected]
+    assert list(layer_groups(chain.from_iterable(expected)).values()) == expected
 
 
 def test_a_preset_is_plain_data_that_nobody_shares() -> None:

@@ -76,6 +76,35 @@ def test_modules_that_no_batch_calls_are_absent() -> None:
     )
 
 
+class InPlace(nn.Module):
+    """A model that changes the output of its first linear in place, as Gemma 3n does."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.embedding, self.first, self.head = nn.Embedding(64, 8), nn.Linear(8, 8), nn.Linear(8, 64)
+        self.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, **_arguments: Any) -> Any:
+        hidden = self.first(self.embedding(input_ids))
+        if self.in_place:
+            hidden *= 3.0
+        else:
+            hidden = hidden * 3.0
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+def test_an_output_may_be_changed_in_place() -> None:
+    segments = make_plan([Sample(token_ids=np.arange(10))], packed=False).segments
+    found: list[Any] = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        found.append(capture(InPlace(in_place=in_place), segments, ["first"])["first"])
+    assert found[0].g_TO.abs().sum() > 0
+    assert torch.equal(found[0].g_TO, found[1].g_TO)
+    np.testing.assert_array_equal(found[0].y_square_sums, found[1].y_square_sums)
+
+
 class Routed(nn.Module):
     """A model with a linear, `expert`, that is called on the tokens before a number, and an ordinary one."""
 

@@ -15,6 +15,7 @@ from sweep.config.compose import expand
 from sweep.core.groups import is_vision
 from sweep.plan.trials import SweepPlan, plan_sweep
 from sweep.store.store import Store
+from tests.families import save_family
 from tests.models import overrides_of, place_at
 from workers.service.scorer import Scorer
 from workers.task import Progress, Task
@@ -355,3 +356,17 @@ def test_a_cell_that_was_finished_meanwhile_is_not_scored_again(place: Path, tmp
 )
 def test_only_a_lost_cuda_context_ends_the_process(error: BaseException, is_fault: bool) -> None:
     assert Scorer.is_device_fault(error) == is_fault
+
+
+def test_stock_auto_quantize_agrees_where_runtimes_fuse_what_it_scores_apart(tmp_path: Path) -> None:
+    """Latent attention: `q_a_proj` and `kv_a_proj_with_mqa` are one layer group here, and two in ModelOpt."""
+    save_family(tmp_path / "model", "deepseek_v3")
+    own = ["dataset=wordnet_glosses", "dataset.captions_path=null", "quant_pair=wint4_afp16"]
+    found: list[list[dict[str, Any]]] = []
+    for engine in ("layerwise", "modelopt"):
+        wanted = plan(tmp_path, *own, "dataset.size=small", f"sensitivity.engine={engine}")
+        score(Scorer(str(tmp_path / "store"), "cpu"), wanted)
+        found.append(rows(tmp_path / "store", wanted))
+    assert [row["group"].rpartition(".")[2] for row in found[0][:4]] == ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"]
+    assert all(row["score"] > 0 for row in found[0])
+    np.testing.assert_allclose([row["score"] for row in found[1]], [row["score"] for row in found[0]], rtol=1e-5)
