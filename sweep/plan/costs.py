@@ -46,10 +46,12 @@ class Costs:
     visit: float  # a module under one format of its weight
     column: float  # a module under one recipe with one range of its inputs
     row: float  # a row of the store
+    start: float  # until workers load the model, whatever Python's speed: Ray's waits; on a GPU CUDA and its libraries
     load: float  # a model's, but for its bytes
     load_gb: float  # a GB of it
     warm_up: float  # before the first score: kernels compiled, libraries loaded
-    process_gb: float  # resident in a worker without a model; on a GPU its own memory alone is counted
+    process_gb: float  # resident in a worker without a model; on a GPU what cuBLAS and fragments take
+    driver_gb: float  # resident in the driver, with Ray and pyarrow, on a GPU with torch's CUDA libraries
     is_asynchronous: bool  # whether Python runs beside the device
 
     def quantized(self, quantizer: Quantizer | None) -> float:
@@ -82,16 +84,18 @@ COSTS: Final[Mapping[Device, Costs]] = {
         visit=2e-3,
         column=6e-4,
         row=1e-3,
+        start=8.0,
         load=0.3,
         load_gb=0.7,
         warm_up=0.0,
         process_gb=0.72,
+        driver_gb=0.44,
         is_asynchronous=False,
     ),
-    # 2026-11-25 and -26, H100, torch 2.11.0+cu130, Python 3.12, bfloat16: from tests/bench/RESULTS.md, where none was
-    # measured for this. 4B shape, 7,042 tokens: 16 recipes took 0.54 s of squaring and summing to 0.09 of quantizing, a
-    # capture 1.24 s, 270 cells 13 to 20 s (bound by the host), a KL trial 15.6 s (0.50 of 1.34 s in products, 0.24 in
-    # attention).
+    # 2026-11-26, H100, torch 2.11.0+cu130, Python 3.12, bfloat16: start, load and memory of thirteen sweeps of three
+    # models (tests.bench.estimates); the rest from tests/bench/RESULTS.md. 4B shape, 7,042 tokens: 16 recipes took
+    # 0.54 s of squaring and summing to 0.09 of quantizing, a capture 1.24 s, 270 cells 13 to 20 s (bound by the host),
+    # a KL trial 15.6 s (0.50 of 1.34 s in products, 0.24 in attention).
     "cuda": Costs(
         integer=1.0,
         float8=1.0,
@@ -106,18 +110,22 @@ COSTS: Final[Mapping[Device, Costs]] = {
         visit=1.1e-3,
         column=1.2e-4,
         row=1e-4,
-        load=1.5,
-        load_gb=0.4,
+        start=19.0,
+        load=0.25,
+        load_gb=0.13,
         warm_up=3.0,
-        process_gb=0.0,
+        process_gb=0.06,
+        driver_gb=0.76,
         is_asynchronous=True,
     ),
 }
-# Seconds of the reference machine until workers load the model: the driver and Ray, and what the cores import for
-# workers, one after another where there are more workers than cores.
+# Seconds of the reference machine until workers load the model, beside Costs.start: imports, and those of workers that
+# wait for a core.
 START: Final = 8.0
 START_WORKER: Final = 9.0
-# And after the last score: Tune and Ray stop, tables are printed; a trial's report, and a row of it.
+# And after the last score: Tune and Ray stop, which takes the same everywhere; tables are printed; a trial's report, a
+# row of it.
+STOP: Final = 2.0
 END: Final = 3.0
 END_TRIAL: Final = 8e-3
 END_ROW: Final = 2e-4
@@ -129,7 +137,6 @@ SEARCHES: Final[Mapping[str, tuple[float, float]]] = {
     "smoothquant": (2.0, 1.0),
 }
 STOCK_PASSES: Final = 8.0  # forward passes of mtq.auto_quantize: calibration, gradients, every linear quantized as well
-DRIVER_GB: Final = 0.44  # resident, with Ray and pyarrow, Python 3.11
 TABLE_BYTES: Final = 3.0  # of the driver's tables, a byte of the store
 # Of the store: bytes of a run's record and table, of a cell without rows, of a row without samples, of a sample's score
 # (float32, of which zstd saves 8 %), of a trial.

@@ -83,7 +83,7 @@ def estimated(
         seconds=None if speed is None else _seconds(plan, families, workers, cores, speed, cells),
         crowd=1.0 if speed is None else speed.crowd,
         worker_gb=largest / 1e9 + device_costs.process_gb,
-        driver_gb=costs.DRIVER_GB + n_bytes * costs.TABLE_BYTES / 1e9,
+        driver_gb=device_costs.driver_gb + n_bytes * costs.TABLE_BYTES / 1e9,
         store_mb=(n_bytes + costs.RUN_BYTES) / 1e6 if cells else 0.0,
     )
 
@@ -97,9 +97,9 @@ def _seconds(
     n_rows = sum(len(task.groups) for task in reported)
     crowd = max(1.0, (workers.per_node or workers.count) / cores)  # workers that start on a core
     return Seconds(
-        start=(costs.START + costs.START_WORKER * crowd) * speed.python,
+        start=own.start + (costs.START + costs.START_WORKER * (crowd - 1)) * speed.python,
         load=sum(own.load + own.load_gb * size for size in sizes.values()) * speed.python,
         capture=own.warm_up + sum(own.seconds(family.capture, speed) for family in families),
         scoring=sum(own.seconds(family.scoring.times(family.share), speed) for family in families),
-        end=(costs.END + costs.END_TRIAL * len(reported) + costs.END_ROW * n_rows) * speed.python,
+        end=costs.STOP + (costs.END + costs.END_TRIAL * len(reported) + costs.END_ROW * n_rows) * speed.python,
     )

@@ -182,13 +182,7 @@ class Family:
         windows = self._windows
         states = (len(windows) + 1) * work.n_tokens * self._hidden * work.itemsize if len(windows) > 1 else 0
         captured = [memory.capture_bytes(_groups_of(window), work) for window in windows]
-        return self._fixed_bytes + max(captured) + states
-
-    @property
-    def _fixed_bytes(self) -> int:
-        if self._workers.device == "cpu":
-            return memory.fixed_bytes(self._groups, self._workload, reserve=0.0)
-        return memory.fixed_bytes(self._groups, self._workload)
+        return memory.fixed_bytes(self._groups, work, reserve=0.0) + max(captured) + states
 
     @cached_property
     def _windows(self) -> list[list[Part]]:

@@ -75,7 +75,7 @@ def fixed_bytes(groups: Sequence[ShapedGroup], work: Workload, *, reserve: float
     Args:
         groups: that are scored.
         work: of scoring them.
-        reserve: what a model of 1 GB or more has beside these on a GPU; 0: it has nothing, as on a CPU.
+        reserve: room that is left beside these for a model of 1 GB or more; 0 for an estimate of what is used.
     """
     logits = min(work.n_tokens, HEAD_ROWS) * work.vocabulary * (work.itemsize + 3 * 4)
     operands = max(

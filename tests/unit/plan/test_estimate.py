@@ -128,10 +128,10 @@ def test_seconds_are_work_over_speed_and_python_scales(own: list[str]) -> None:
     assert parts is not None
     work = found[0].scoring
     assert parts.scoring == pytest.approx(work.products / 1e9 + work.values / 1e9 + work.python)
-    assert parts.start == costs.START + costs.START_WORKER
+    assert parts.start == COSTS["cpu"].start + costs.START
     slow = estimated(plan, found, replace(ONE, count=4), 2, replace(SPEED, python=2.0)).seconds
     assert slow is not None
-    assert slow.start == 2 * (costs.START + 2 * costs.START_WORKER)
+    assert slow.start == COSTS["cpu"].start + 2 * (costs.START + costs.START_WORKER)  # a second wave of workers
 
 
 def test_python_runs_beside_a_gpu_and_not_beside_a_cpu() -> None:
