@@ -94,6 +94,8 @@ def grid_findings(grid: Grid, workers: Callable[[], Workers], plan: Callable[[],
         "grid": lambda: _grid(base, plan()),
     }
     findings = [_checked(subject, check) for subject, check in checks.items()]
+    if findings[-1].verdict == "error" and findings[-1].text in {finding.text for finding in findings[:-1]}:
+        findings.pop()  # planning stops at what has its own finding
     if findings[-1].verdict != "error":
         findings += [Finding(subject="model", verdict="warning", text=note) for note in plan().notes]
         findings += [*_coverage(plan()), *(_data(each) for each in plan().plans.values())]

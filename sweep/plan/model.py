@@ -181,7 +181,7 @@ def checkpoint_dir(config: ModelConfig) -> Path:
         not path.exists()
         and config.path is not None
         and config.path.count("/") == 1
-        and not config.path.startswith((".", "~"))
+        and not config.path.startswith((".", "~", "/"))
     ):
         from workers.model import loading
 

@@ -183,9 +183,7 @@ def fp8_source(path: Path) -> Fp8Source | None:
     Raises: SweepError: weights that are quantized in any other way, by config.json, by a file that quantizers put
         beside it, or by the dtypes and names of tensors; an adapter's weights that are not merged; damaged files.
     """
-    said = _said(path)
-    if any(mark.method != "fp8" for mark in said):
-        raise _quantized(path, said)
+    said = check_marks(path)
     tensors = _tensors(path)
     if (lora := lora_tensor(tensors)) is not None:
         raise SweepError(
@@ -208,6 +206,17 @@ def fp8_source(path: Path) -> Fp8Source | None:
     if odd:
         raise _quantized(path, [*said, Mark(method="codes that are not E4M3", place=odd[0], section={})])
     return Fp8Source(block=sections[0].weight_block_size, dtype=_dtype(path))
+
+
+def check_marks(path: Path) -> list[Mark]:
+    """The marks of FP8 in config.json and in files beside it; no weight file need be there.
+
+    Raises: SweepError: marks of any other quantizer.
+    """
+    said = _said(path)
+    if any(mark.method != "fp8" for mark in said):
+        raise _quantized(path, said)
+    return said
 
 
 def _is_other_code(name: str, header: Header) -> bool:

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from sweep.core.coverage import Holder, weight_kind
 from sweep.core.errors import SweepError
 from sweep.core.groups import Linear, ModelStructure
-from workers.model.checkpoint import check_checkpoint, check_complete
+from workers.model.checkpoint import check_checkpoint, check_complete, check_marks
 from workers.model.tensors import meta_tensors, open_tensors
 
 # Model types whose attention keeps samples of one row apart when their positions start again at 0; each has a test.
@@ -54,9 +54,12 @@ def local_checkpoint(path: str) -> Path:
     if not directory.exists() and looks_like_hub_id:
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        settings = ["*.json", "*.txt", "*.model", "*.jinja"]
         try:
-            directory = Path(snapshot_download(path, allow_patterns=patterns))
+            small = Path(snapshot_download(path, allow_patterns=settings))
+            if (small / "config.json").is_file():
+                check_marks(small)  # before gigabytes are fetched
+            directory = Path(snapshot_download(path, allow_patterns=[*settings, "model*.safetensors"]))
         except (OSError, ValueError) as error:
             raise SweepError(
                 f"Checkpoint {path!r} is neither a local directory nor in reach on the hub "

@@ -90,7 +90,6 @@ def test_everything_that_would_stop_a_run_is_said_at_once(tmp_path: Path, capsys
         "workers",
         "store",
         "model",
-        "grid",
     }
     assert "cluster.device=cpu" in found["workers"][1]
     assert "store.uri=DIR" in found["store"][1]

@@ -1,6 +1,7 @@
 """Checkpoints through transformers: right packing, the tokenizer's own tokens, no code that runs, no random weight."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,32 @@ def test_only_a_model_that_reads_images_as_qwen3_vl_does_takes_scenes(tmp_path: 
     assert loading.image_tokens(save_checkpoint(tmp_path / "vl", "qwen3_vl")) == expected
     with pytest.raises(SweepError, match=r"'qwen3' does not\. Choose a text data set\."):
         loading.image_tokens(save_checkpoint(tmp_path / "text", "qwen3"))
+
+
+@pytest.mark.parametrize("method", [None, "awq"])
+def test_weights_of_a_hub_id_are_fetched_once_nothing_speaks_against_them(
+    method: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, snapshot = save_checkpoint(tmp_path / "source", "qwen3"), tmp_path / "snapshot"
+    snapshot.mkdir()
+    if method is not None:
+        changed_config(source, quantization_config={"quant_method": method})
+    fetched: list[str] = []
+
+    def fetch(repository: str, allow_patterns: list[str]) -> str:
+        assert repository == "org/name"
+        for file in source.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                fetched.append(file.name)
+                shutil.copyfile(file, snapshot / file.name)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    if method is None:
+        assert loading.local_checkpoint("org/name") == snapshot
+        assert fetched.count("model.safetensors") == 1
+    else:
+        with pytest.raises(SweepError, match=r"quantized already \(awq, by quantization_config of config.json\)"):
+            loading.local_checkpoint("org/name")
+        assert "config.json" in fetched
+        assert "model.safetensors" not in fetched
