@@ -23,14 +23,16 @@ from sweep.core.errors import SweepError
 from workers.model.checkpoint import fp8_source, loaded_files
 
 _SCALES: Final = ("_scale_inv", "_scale")  # after a weight's name
-# Scales of inputs and caches, which stand beside FP8 weights by the names of their modules.
+# Scales of inputs, queries and caches: the last words of their names, in the linears, their attention or below it.
 _OTHER_SCALES: Final = (
     "input_scale",
     "input_scale_inv",
     "activation_scale",
     "activation_scale_inv",
+    "q_scale",
     "k_scale",
     "v_scale",
+    "kv_scale",
 )
 _DTYPES: Final = {
     "F64": torch.float64,
@@ -153,12 +155,9 @@ def open_tensors(path: Path, stack: ExitStack) -> dict[str, HeldTensor]:
         return {name: HeldTensor(stored=each, dtype=each.dtype) for name, each in stored.items()}
     dtype = getattr(torch, source.dtype)
     scales = {name: _scale_of(name, stored) for name, each in stored.items() if each.dtype == torch.float8_e4m3fn}
-    taken = {scale.name for scale in scales.values()}
-    modules = {name.rpartition(".")[0] for name in scales}
     found: dict[str, HeldTensor] = {}
     for name, each in stored.items():
-        module, _, local = name.rpartition(".")
-        if name in taken or (module in modules and local in _OTHER_SCALES):
+        if _is_scale(name, stored):
             continue
         if (scale := scales.get(name)) is None:
             found[name] = HeldTensor(stored=each, dtype=each.dtype)
@@ -171,6 +170,32 @@ def open_tensors(path: Path, stack: ExitStack) -> dict[str, HeldTensor]:
 def meta_tensors(held: dict[str, HeldTensor]) -> dict[str, Tensor]:
     """Tensors of the same shapes and dtypes without values."""
     return {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in held.items()}
+
+
+def _is_scale(name: str, stored: dict[str, Stored]) -> bool:
+    """Whether a tensor of an FP8 checkpoint is a scale, of weights that are there or not.
+
+    Raises: SweepError: the weight beside it is in no FP8: whether it is to be multiplied is not known.
+    """
+    local = name.rpartition(".")[2]
+    if local in _OTHER_SCALES:
+        return True
+    for ending in _SCALES:
+        weight = name.removesuffix(ending)
+        if weight == name or (weight not in stored and not local.startswith("weight_")):
+            continue
+        if weight in stored and stored[weight].dtype != torch.float8_e4m3fn:
+            raise SweepError(
+                f"{stored[name].shard} holds a scale, {name}, of a weight in {_named(stored[weight].dtype)}: whether "
+                "it is multiplied already is not known. Download the checkpoint again, or give it in 16 bits: "
+                "model.path=DIR."
+            )
+        return True
+    return False
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _scale_of(name: str, stored: dict[str, Stored]) -> Stored:
@@ -196,16 +221,16 @@ def _block(weight: Stored, scale: Stored, typed: tuple[int, int] | None) -> tupl
     """
     sizes = scale.shape
     if scale.dtype in _SCALE_DTYPES:
-        if all(size == 1 for size in sizes):
-            return None
         if typed is not None and len(weight.shape) >= 2:
             grid = tuple(-(-size // each) for size, each in zip(weight.shape[-2:], typed, strict=True))
             if sizes == (*weight.shape[:-2], *grid):
                 return typed
-        elif len(weight.shape) == 2 and sizes in ((weight.shape[0],), (weight.shape[0], 1)):
+        a_row = ((weight.shape[0],), (weight.shape[0], 1)) if typed is None and len(weight.shape) == 2 else ()
+        # A single scale of two dimensions is a grid that was cut, where there should be blocks.
+        if sizes in ((), (1,), *a_row) or (typed is None and all(size == 1 for size in sizes)):
             return None
     raise SweepError(
-        f"{scale.shard} holds {scale.name} with sizes {[*sizes]} in {str(scale.dtype).removeprefix('torch.')}, which "
+        f"{scale.shard} holds {scale.name} with sizes {[*sizes]} in {_named(scale.dtype)}, which "
         f"fits no layout of {weight.name} {[*weight.shape]} (config.json: weight_block_size={typed}). Known are a "
         "scale a block, a row or a tensor. Give the checkpoint in 16 bits: model.path=DIR."
     )
