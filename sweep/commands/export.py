@@ -25,6 +25,7 @@ from sweep.plan.model import Model, checkpoint_dir
 from sweep.run.resources import own_device
 from sweep.store.outputs import OutputDirectory, OutputFile, place_of, typed_path
 from sweep.store.store import Store
+from workers.model.checkpoint import NOT_HELD
 
 _PROMPT_TOKENS: Final = 8192
 _PROCESSORS: Final = ("preprocessor_config.json", "video_preprocessor_config.json")
@@ -55,6 +56,7 @@ def export(recipe_path: str, overrides: Sequence[str], *, file_format: str, out:
     check_cells(recipe, config, Store(config.store.uri))
     _check_apart(path, model)
     if file_format in EXPORTS:
+        check_held(recipe, model)
         if (target := target_called(recipe.target)) is not None:
             check_readable(recipe, target, file_format)
             check_shapes(recipe, target, model)
@@ -87,6 +89,15 @@ def checked_text(recipe: MixedRecipe, file_format: str, model: Model) -> str:
         file.write_text(text, encoding="utf-8")
         check_modelopt(*read_modelopt(file), recipe, model.linears)
     return text
+
+
+def check_held(recipe: MixedRecipe, model: Model) -> None:
+    """Refuse to quantize what no reader of the checkpoint would find: see `Model.without_weights`."""
+    for group in model.without_weights(each.group for each in recipe.groups if each.format is not None):
+        raise SweepError(
+            f"{group.short_name} cannot be exported quantized: its weight in {model.path} is {NOT_HELD}. Solve again "
+            f"with --exclude {group.name.rpartition('.')[2]}, which leaves it in 16 bits."
+        )
 
 
 def _check_apart(path: Path, model: Model) -> None:

@@ -15,6 +15,7 @@ from sweep.core.groups import is_vision
 Holder = Literal["linear", "conv1d", "embedding", "convolution", "other"]  # the module that has a weight as its own
 
 _UNKNOWN: Final = "unknown"  # an older program has recorded `parameters`, `embeddings` and `lm_head` alone
+OTHER_HEAD: Final = "other_head"  # an output layer that is not named lm_head; 0: tied to the embeddings
 _MATRIX, _VISION_MATRIX = "matrix.", "vision_matrix."
 _ROUTER: Final = re.compile(r"router|\.gate(\.|$)")
 # Linears that every preset of ModelOpt 0.47 switches off by name, beside routers.
@@ -34,6 +35,7 @@ _KINDS: Final[Mapping[str, _Words]] = {
     "linears": _Words("linears", "the recipe's patterns leave them out", warns=True),
     "vision_linears": _Words("linears of the vision tower", "the recipe's patterns leave them out"),
     "lm_head": _Words("lm_head", "sensitivity.lm_head=true covers it"),
+    OTHER_HEAD: _Words("output layer", "only one that is named lm_head is scored"),
     "embeddings": _Words("embeddings", "a table that is looked up"),
     "other_embeddings": _Words("position and other embeddings", "tables that are looked up or added"),
     "experts": _Words("experts", "they are not scored yet", warns=True),
@@ -115,13 +117,12 @@ def coverage_of(elements: Mapping[str, int], groups: Mapping[str, int], option: 
         left["lm_head"] += covered["lm_head"]
     for kind, n in covered.items():
         left[kind if kind in left else _UNKNOWN] -= n
+    shared = not left["lm_head"] and not covered["lm_head"] and OTHER_HEAD not in elements
     return ModelCoverage(
         parameters=parameters,
         covered=covered.total(),
         not_covered=tuple(
-            _not_covered(
-                kind, n, parameters, _advice(kind, option, shared=not left["lm_head"] and not covered["lm_head"])
-            )
+            _not_covered(kind, n, parameters, _advice(kind, option, shared=shared))
             for kind, n in left.most_common()
             if n > 0
         ),

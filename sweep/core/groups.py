@@ -32,6 +32,8 @@ class ModelStructure:
     missing: tuple[str, ...]  # parameters that the checkpoint does not hold
     mismatched: tuple[str, ...]  # tensors of another shape, in words: "NAME [2, 3], not [2, 4]"
     unused: tuple[str, ...]  # tensors of the checkpoint that the model does not have
+    other_head: str | None  # the output layer, if it is not named lm_head: no layer group has it
+    untied: tuple[str, ...]  # parameters that config.json ties to others, but the checkpoint has other values of
     from_fp8: int  # elements that the checkpoint holds in FP8
 
 

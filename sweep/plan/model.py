@@ -60,21 +60,22 @@ class Model:
             return msgspec.to_builtins(loading.structure(self.path))
 
         files = [file_key(file) for file in (self.path / "config.json", *loaded_files(self.path))]
-        key = [6, files, version("transformers")]
+        key = [7, files, version("transformers")]
         found = msgspec.convert(cache.remember("model-structure", key, compute), ModelStructure)
         check_fit(self.path, found)
         return found
 
     @cached_property
     def groups(self) -> dict[str, ShapedGroup]:
-        """The layer groups of all linears, by name, in the model's order."""
+        """The layer groups of all linears but an output layer of unusual name, by name, in the model's order."""
+        names = [name for name in self.linears if name != self.structure.other_head]
 
         def compute() -> list[list[str]]:
             from workers.quant import modelopt
 
-            return [list(modules) for modules in modelopt.layer_groups(self.linears).values()]
+            return [list(modules) for modules in modelopt.layer_groups(names).values()]
 
-        key = [2, version("nvidia-modelopt"), list(self.linears)]
+        key = [2, version("nvidia-modelopt"), names]
         found: dict[str, ShapedGroup] = {}
         for modules in cache.remember("layer-groups", key, compute):
             linears = [self.linears[module] for module in modules]
@@ -116,6 +117,11 @@ class Model:
             notes.append(
                 f"{self.path} holds {count(len(found.unused), 'tensor')} that transformers' model does not have "
                 f"({_first(found.unused)}): exports keep them as they are, in no layer group"
+            )
+        if found.untied:
+            notes.append(
+                f"config.json of {self.path} ties {_first(found.untied)} to other weights, but the files hold values "
+                "of its own, which are scored: runtimes may not take them. Write tie_word_embeddings: false there"
             )
         if apart := [group.short_name for group in self.without_weights(groups)]:
             notes.append(

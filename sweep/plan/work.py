@@ -228,7 +228,8 @@ class Family:
     @cached_property
     def _linears(self) -> list[Linear]:
         """Linears of the model but for its output layer."""
-        return [linear for linear in self._structure.linears if not linear.name.endswith("lm_head")]
+        others = self._structure.other_head
+        return [each for each in self._structure.linears if not each.name.endswith("lm_head") and each.name != others]
 
     @cached_property
     def _hidden(self) -> int:

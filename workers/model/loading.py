@@ -1,8 +1,9 @@
 """Checkpoints through transformers: structure without weights, token ids, loaded models. The home of `transformers`."""
 
 import inspect
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
     DynamicCache,
@@ -27,11 +29,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from sweep.core.coverage import Holder, weight_kind
+from sweep.core.coverage import OTHER_HEAD, Holder, weight_kind
 from sweep.core.errors import SweepError
 from sweep.core.groups import Linear, ModelStructure
+from sweep.core.text import count
 from workers.model.checkpoint import check_checkpoint, check_complete, check_marks
-from workers.model.tensors import meta_tensors, open_tensors
+from workers.model.tensors import HeldTensor, meta_tensors, open_tensors
 
 # Model types whose attention keeps samples of one row apart when their positions start again at 0; each has a test.
 # Any other model gets batches of equal lengths, which is right for every architecture and slower on a GPU.
@@ -91,31 +94,35 @@ def structure(path: Path) -> ModelStructure:
     transformers loads tensors without values, with the shapes that the headers of the weight files have, into a model
     without values: what it misses, renames and joins here is what it will when it loads them.
 
-    Raises: SweepError: the configuration makes no model, or FP8 weights lack their scales.
+    Raises: SweepError: the configuration makes no model, or one that predicts no next tokens; tensors that make no
+        parameter together; FP8 weights without their scales.
     """
     config = read_config(path)
     with ExitStack() as stack:
         held = open_tensors(path, stack)
         tensors = meta_tensors(held)
-    try:
-        model, info = _model_class(config).from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            device_map={"": "meta"},
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except UNREADABLE as error:
-        raise _no_model(path, error) from error
-    elements = _elements(model, model.get_input_embeddings().weight)
+        try:
+            model, info = _model_class(config).from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except UNREADABLE as error:
+            _check_parts(path, config, tensors)
+            raise _no_model(path, error) from error
+        head = _output_layer(path, model)
+        parameter_of = parameters_by_tensor(model, held)
+        copies, untied = _tie_copies(model, held, {name: tensor for tensor, (name, _) in parameter_of.items()})
+    elements = _elements(model, model.get_input_embeddings().weight, head)
     linears = tuple(
         Linear(name=name, n_inputs=module.in_features, n_outputs=module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     )
-    parameter_of = parameters_by_tensor(model, held)
-    weights = {name: tensor for tensor, (name, is_whole) in parameter_of.items() if is_whole}
+    weights = {name: tensor for tensor, (name, is_whole) in parameter_of.items() if is_whole and name not in copies}
     return ModelStructure(
         linears=linears,
         parameters=sum(elements.values()),
@@ -132,6 +139,8 @@ def structure(path: Path) -> ModelStructure:
             f"{name} {[*found]}, not {[*expected]}" for name, found, expected in sorted(info["mismatched_keys"])
         ),
         unused=tuple(sorted(held.keys() - parameter_of.keys())),
+        other_head=None if _has_usual_name(head) else head,
+        untied=untied,
         from_fp8=sum(tensors[name].numel() for name, each in held.items() if each.scale is not None),
     )
 
@@ -160,14 +169,110 @@ def parameters_by_tensor(model: PreTrainedModel, tensors: Iterable[str]) -> dict
     return found
 
 
-def _elements(model: PreTrainedModel, embedding: nn.Parameter) -> dict[str, int]:
-    """Numbers of elements of a model's weights, by kind; tied weights, which transformers has made one, count once."""
+def _elements(model: PreTrainedModel, embedding: nn.Parameter, head: str) -> dict[str, int]:
+    """Numbers of elements of a model's weights, by kind; tied weights, which transformers has made one, count once.
+
+    Args:
+        model: any state of it.
+        embedding: of its tokens.
+        head: name of its output layer.
+    """
     found = Counter(embeddings=embedding.numel(), lm_head=0)
+    if not _has_usual_name(head):
+        found[OTHER_HEAD] = 0  # where it is tied
     for name, parameter in model.named_parameters():
         if parameter is not embedding:
-            holder = model.get_submodule(name.rpartition(".")[0])
-            found[weight_kind(name, parameter.shape, _holder(holder))] += parameter.numel()
+            module = name.rpartition(".")[0]
+            is_other_head = name == f"{head}.weight" and not _has_usual_name(head)
+            holder = _holder(model.get_submodule(module))
+            kind = OTHER_HEAD if is_other_head else weight_kind(name, parameter.shape, holder)
+            found[kind] += parameter.numel()
     return dict(found)
+
+
+def _output_layer(path: Path, model: PreTrainedModel) -> str:
+    """The name of the module that makes logits of next tokens.
+
+    Raises: SweepError: the model has none, has an encoder, or fills in masked tokens.
+    """
+    kind, head = type(model), model.get_output_embeddings()
+    masked, causal = (
+        mapping.get(type(model.config), None) for mapping in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    )
+    why = None
+    if model.config.is_encoder_decoder:
+        why = "it reads with an encoder and writes with a decoder"
+    elif kind is masked and kind is not causal:
+        why = "it fills in masked tokens"
+    elif head is None:
+        why = "it has no output layer"
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if why is not None or name is None:
+        raise SweepError(
+            f"{path} is no causal language model: config.json names {kind.__name__}, and {why or 'it has no logits'}. "
+            "Scores and KL are of next tokens. Choose a model that predicts them: model.path=DIR."
+        )
+    return name
+
+
+def _has_usual_name(head: str) -> bool:
+    """Whether an output layer has the name by which ModelOpt's presets and the coverage know it."""
+    return head.rpartition(".")[2] == "lm_head"
+
+
+def _tie_copies(
+    model: PreTrainedModel, held: Mapping[str, HeldTensor], tensor_of: Mapping[str, str]
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Make one of parameters that config.json ties and the checkpoint holds twice, as transformers does with values.
+
+    Args:
+        model: without values; it is changed.
+        held: of its checkpoint, to be read: both of such a pair are.
+        tensor_of: a tensor on disk, by the parameter that it makes.
+
+    Returns: the parameters that are copies; those that have other values than what they are tied to, and stay apart.
+    """
+    copies, untied = set[str](), list[str]()
+    for copy, origin in model.all_tied_weights_keys.items():
+        if not tensor_of.keys() >= {copy, origin} or model.get_parameter(copy) is model.get_parameter(origin):
+            continue
+        ours, theirs = held[tensor_of[copy]], held[tensor_of[origin]]
+        if ours.shape == theirs.shape and torch.equal(ours.read(), theirs.read()):
+            module, _, leaf = copy.rpartition(".")
+            setattr(model.get_submodule(module), leaf, model.get_parameter(origin))
+            copies.add(copy)
+        else:
+            untied.append(copy)
+    return frozenset(copies), tuple(untied)
+
+
+def _check_parts(path: Path, config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that make no parameter together, as experts do of which one lacks a matrix or has another shape.
+
+    Raises: SweepError: names the parameter, and the tensors by their number and sizes.
+    """
+    with torch.device("meta"):
+        model = _model_class(config)(config)
+    parts: dict[str, dict[str, Counter[tuple[int, ...]]]] = {}  # by parameter, by name without numbers
+    for tensor, (name, is_whole) in parameters_by_tensor(model, tensors).items():
+        if not is_whole:
+            kinds = parts.setdefault(name, {})
+            kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor), Counter())[tuple(tensors[tensor].shape)] += 1
+    odd = {
+        name: kinds
+        for name, kinds in parts.items()
+        if any(len(sizes) > 1 for sizes in kinds.values()) or len({sizes.total() for sizes in kinds.values()}) > 1
+    }
+    if odd:
+        name, kinds = min(odd.items())
+        found = "; ".join(
+            f"{kind}: " + ", ".join(f"{n} of {[*size]}" for size, n in sizes.most_common())
+            for kind, sizes in kinds.items()
+        )
+        raise SweepError(
+            f"The checkpoint {path} lacks tensors, or has them in a wrong shape: {name} is made of equally many of one "
+            f"shape, but there are {found} ({count(len(odd), 'such parameter')}). Download it again."
+        )
 
 
 def _holder(module: nn.Module) -> Holder:

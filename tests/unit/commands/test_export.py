@@ -16,12 +16,12 @@ import pytest
 import torch
 from modelopt.recipe import load_recipe
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import workers.export.calibrated
 import workers.export.checkpoint
 from sweep.cli import main
-from sweep.commands.export import serve_line
+from sweep.commands.export import check_held, serve_line
 from sweep.config.compose import expand
 from sweep.config.schema import to_record
 from sweep.config.targets import target_called
@@ -671,3 +671,20 @@ def test_an_export_has_the_ranges_that_validate_measured_with(
 
 def ranges(quant: LinearQuant) -> tuple[torch.Tensor | None, ...]:
     return quant.weight_amax, quant.input_amax, quant.pre_quant_scale
+
+
+def test_a_copy_of_tied_embeddings_is_not_exported_quantized(tmp_path: Path, recipe: MixedRecipe) -> None:
+    """A runtime ties the head to the embeddings, and would not see it."""
+    path = tmp_path / "model"
+    shutil.copytree(bundled_model_dir(), path, ignore=shutil.ignore_patterns("layer-analysis"))
+    weights = load_file(path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"].clone()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    model = Model(path)
+    first = recipe.groups[0]
+    head = replace(first, group=replace(first.group, name="lm_head", modules=("lm_head",)))
+    with pytest.raises(
+        SweepError, match=r"lm_head cannot be exported quantized: .* Solve again with --exclude lm_head"
+    ):
+        check_held(replace(recipe, groups=(*recipe.groups, head)), model)
+    check_held(replace(recipe, groups=(*recipe.groups, replace(head, format=None))), model)

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from sweep.core.coverage import coverage_of
 from sweep.core.errors import SweepError
+from sweep.plan.model import Model
+from sweep.plan.trials import elements_of
 from tests.models import random_model, random_samples, save_checkpoint
 from workers.data.batches import make_plan
 from workers.model import loading
@@ -150,3 +154,51 @@ def test_weights_of_a_hub_id_are_fetched_once_nothing_speaks_against_them(
             loading.local_checkpoint("org/name")
         assert "config.json" in fetched
         assert "model.safetensors" not in fetched
+
+
+TINY: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+HEADS: dict[str, Any] = {"num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "why"),
+    [
+        ("LlamaModel", transformers.LlamaConfig(**TINY, **HEADS), "it has no output layer"),
+        ("LlamaForSequenceClassification", transformers.LlamaConfig(**TINY, **HEADS), "it has no output layer"),
+        ("BertForMaskedLM", transformers.BertConfig(**TINY, **HEADS), "it fills in masked tokens"),
+        (
+            "T5ForConditionalGeneration",
+            transformers.T5Config(vocab_size=512, d_model=64, num_layers=1, d_ff=64),
+            "an encoder",
+        ),
+    ],
+)
+def test_what_predicts_no_next_token_is_refused_by_name(
+    architecture: str, config: Any, why: str, tmp_path: Path
+) -> None:
+    getattr(transformers, architecture)(config).save_pretrained(tmp_path)
+    with pytest.raises(SweepError, match=f"is no causal language model: config.json names {architecture}") as error:
+        loading.structure(tmp_path)
+    assert why in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "elements"),
+    [
+        ("head", transformers.RwkvForCausalLM(transformers.RwkvConfig(**TINY, attention_hidden_size=64)), 512 * 64),
+        ("output_projection", transformers.BioGptForCausalLM(transformers.BioGptConfig(**TINY, **HEADS)), 0),  # tied
+    ],
+)
+def test_an_output_layer_of_another_name_is_in_no_layer_group(
+    name: str, model: Any, elements: int, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    found = Model(tmp_path)
+    assert name in found.linears
+    assert name not in {module for group in found.groups.values() for module in group.modules}
+    assert found.structure.elements["other_head"] == elements
+    covered = {group.name: group.weight_elements for group in found.groups.values()}
+    coverage = coverage_of(elements_of(found), covered, "lm_only")
+    assert coverage.covered + sum(each.elements for each in coverage.not_covered) == coverage.parameters
+    assert ("output layer" in coverage.text) is bool(elements)
+    assert "sensitivity.lm_head" not in coverage.text

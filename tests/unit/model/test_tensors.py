@@ -14,7 +14,7 @@ from torch import Tensor
 from sweep.core.errors import SweepError
 from sweep.plan.model import Model
 from tests.fp8 import quantize
-from tests.models import random_model, save_checkpoint
+from tests.models import EXPERTS, random_model, save_checkpoint
 from workers.model import loading
 from workers.model.tensors import dequantized, open_tensors
 
@@ -79,8 +79,10 @@ def test_scales_of_inputs_and_caches_are_no_tensors_of_the_model(tmp_path: Path)
     names = read(path).keys()
     quantize(path, None, "_scale")
     file = path / "model.safetensors"
-    module = NAME.removesuffix(".weight")
+    module, attention = NAME.removesuffix(".weight"), "model.layers.1.self_attn"
     extra = {f"{module}.{name}": torch.tensor(0.25) for name in ("input_scale", "k_scale", "v_scale")}
+    extra |= {f"{attention}.{name}": torch.tensor(0.25) for name in ("k_scale", "v_scale", "attn.q_scale")}
+    extra["model.layers.7.mlp.up_proj.weight_scale"] = torch.tensor(0.25)  # of a weight that is not there
     save_file(load_file(file) | extra, file, metadata={"format": "pt"})
     assert read(path).keys() == names
 
@@ -121,6 +123,14 @@ def other_grid(weights: dict[str, Tensor]) -> None:
     weights[f"{NAME}_scale_inv"] = torch.ones(3, 1)
 
 
+def cut_grid(weights: dict[str, Tensor]) -> None:
+    weights[f"{NAME}_scale_inv"] = weights[f"{NAME}_scale_inv"][:1]
+
+
+def plain_beside_scale(weights: dict[str, Tensor]) -> None:
+    weights[NAME] = weights[NAME].bfloat16()
+
+
 def bytes_for_scales(weights: dict[str, Tensor]) -> None:
     weights[f"{NAME}_scale_inv"] = torch.ones(2, 1, dtype=torch.uint8)
 
@@ -130,6 +140,8 @@ def bytes_for_scales(weights: dict[str, Tensor]) -> None:
     [
         (without_scale, f"{NAME} in FP8 without a scale"),
         (other_grid, r"sizes \[3, 1\] in float32, which fits no layout of .* \[256, 128\]"),
+        (cut_grid, r"sizes \[1, 1\] in float32, which fits no layout of .* \[256, 128\]"),
+        (plain_beside_scale, f"holds a scale, {NAME}_scale_inv, of a weight in bfloat16: whether"),
         (bytes_for_scales, rf"codes that are not E4M3, by {NAME}_scale_inv is U8"),
     ],
 )
@@ -205,3 +217,46 @@ def test_names_on_disk_are_found_through_transformers_mapping(tmp_path: Path) ->
     assert model.linears.keys() - on_disk.keys() == {"lm_head"}
     (note,) = model.notes([model.groups["lm_head"]])
     assert "lm_head: scored, but exports must leave it in 16 bits" in note
+
+
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"  # [32, 128], of four
+
+
+def without_an_experts_matrix(weights: dict[str, Tensor]) -> None:
+    del weights[EXPERT]
+
+
+def with_a_smaller_expert(weights: dict[str, Tensor]) -> None:
+    weights[EXPERT] = weights[EXPERT][:-8].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(without_an_experts_matrix, "3 of [32, 128]"), (with_a_smaller_expert, "3 of [32, 128], 1 of [24, 128]")],
+)
+def test_experts_of_which_one_does_not_fit_are_named(
+    change: Callable[[dict[str, Tensor]], None], said: str, tmp_path: Path
+) -> None:
+    path = save_checkpoint(tmp_path / "model", "qwen3_moe", **EXPERTS)
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SweepError, match=r"layers\.1\.mlp\.experts\.gate_up_proj is made of equally many") as caught:
+        _ = Model(path).structure
+    assert f"model.layers.*.mlp.experts.*.up_proj.weight: {said}" in str(caught.value)
+    assert "model.layers.*.mlp.experts.*.gate_proj.weight: 4 of [32, 128]" in str(caught.value)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_head_may_lie_in_the_checkpoint_too(equal: bool, tmp_path: Path) -> None:
+    """As transformers loads it: one parameter if both have the same values, else two, which is said."""
+    path = save_checkpoint(tmp_path / "model", "qwen3", tie_word_embeddings=True)
+    weights = load_file(path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * (1 if equal else 2)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    found, loaded = Model(path).structure, loading.load(path, dtype=torch.float32, device="cpu")
+    assert found.parameters == sum(parameter.numel() for parameter in loaded.parameters())
+    assert found.elements["lm_head"] == (0 if equal else 512 * 128)
+    assert ("lm_head" in found.on_disk) is not equal
+    notes = [note for note in Model(path).notes([]) if "ties lm_head.weight to other" in note]
+    assert len(notes) == (0 if equal else 1)
