@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +27,7 @@ from sweep.core.text import count
 from sweep.plan.costs import known_speed
 from sweep.plan.estimate import estimated
 from sweep.plan.model import checkpoint_dir, checkpoint_gb
-from sweep.plan.trials import SweepPlan, plan_sweep
+from sweep.plan.trials import PlannedTrial, SweepPlan, plan_sweep
 from sweep.plan.work import Family, families
 from sweep.run.resources import pick_workers
 from sweep.store.integrity import Finding, check_store
@@ -213,9 +214,25 @@ def _estimate(plan: SweepPlan, workers: Workers, store: Store) -> Finding:
     known = [node.memory_gb for node in workers.nodes if node.unknown is None and workers.device == "cpu"]
     needed = estimate.worker_gb * (workers.per_node or workers.count) + estimate.driver_gb
     if found and known and needed > min(known):
-        text += f". {min(known):.1f} GB are available: type cluster.workers=N for fewer, or sensitivity.memory_gb=GB"
+        text += f". {min(known):.1f} GB are available: {_less_memory(plan, min(known) - estimate.driver_gb)}"
         return Finding(subject="estimate", verdict="warning", text=text, figures=figures)
     return Finding(subject="estimate", verdict="ok", text=text, figures=figures)
+
+
+def _less_memory(plan: SweepPlan, room_gb: float) -> str:
+    """What to type for workers that need less memory. Args: room_gb: of a machine, for weights."""
+    dtype, weights_gb = max(
+        ((trial.dtype, _weights_gb(plan, trial)) for trial in plan.trials if trial.cell_id), key=itemgetter(1)
+    )
+    if weights_gb < room_gb:
+        return "type cluster.workers=N for fewer, or sensitivity.memory_gb=GB"
+    half = dtype == "float32" and weights_gb / 2 < room_gb
+    others = "type model.dtype=bfloat16, or " if half else ""
+    return f"the weights alone are {weights_gb:.1f} GB in {dtype}: {others}use machines with more memory, or GPUs"
+
+
+def _weights_gb(plan: SweepPlan, trial: PlannedTrial) -> float:
+    return plan.models[trial.model_revision]["parameters"] * (2 if trial.dtype == "bfloat16" else 4) / 1e9
 
 
 def _speed(found: Sequence[Family], workers: Workers) -> Speed | None:

@@ -60,6 +60,19 @@ def test_workers_that_need_more_memory_than_there_is_are_a_warning(
     assert "1.0 GB are available: type cluster.workers=N" in found["estimate"][1]
 
 
+def test_weights_that_alone_need_more_memory_get_other_advice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less than the driver needs there is no room for any."""
+    overrides = ["quant_pair=wint8_aint8", "dataset.size=small", "cluster.workers=1"]
+    estimate = findings(capsys, *overrides, code=0)["estimate"][1]
+    driver_gb = float(estimate.partition(" GB the driver")[0].rpartition(" ")[2])
+    monkeypatch.setattr(machine, "memory_gb", lambda: driver_gb - 0.1)
+    text = findings(capsys, *overrides, code=0)["estimate"][1]
+    assert "the weights alone are 0.0 GB in float32: use machines with more memory, or GPUs" in text
+    assert "cluster.workers=N" not in text
+
+
 def test_a_gpu_that_pytorch_cannot_use_is_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
