@@ -95,7 +95,7 @@ def structure(path: Path) -> ModelStructure:
     without values: what it misses, renames and joins here is what it will when it loads them.
 
     Raises: SweepError: the configuration makes no model, or one that predicts no next tokens; tensors that make no
-        parameter together; FP8 weights without their scales.
+        parameter together, or one twice; FP8 weights without their scales.
     """
     config = read_config(path)
     with ExitStack() as stack:
@@ -115,6 +115,7 @@ def structure(path: Path) -> ModelStructure:
             raise _no_model(path, error) from error
         head = _output_layer(path, model)
         parameter_of = parameters_by_tensor(model, held)
+        _check_once(path, parameter_of)
         copies, untied = _tie_copies(model, held, {name: tensor for tensor, (name, _) in parameter_of.items()})
     elements = _elements(model, model.get_input_embeddings().weight, head)
     linears = tuple(
@@ -141,7 +142,7 @@ def structure(path: Path) -> ModelStructure:
         unused=tuple(sorted(held.keys() - parameter_of.keys())),
         other_head=None if _has_usual_name(head) else head,
         untied=untied,
-        from_fp8=sum(tensors[name].numel() for name, each in held.items() if each.scale is not None),
+        from_fp8=sum(tensors[name].numel() for name in parameter_of if held[name].scale is not None),
     )
 
 
@@ -244,6 +245,20 @@ def _tie_copies(
         else:
             untied.append(copy)
     return frozenset(copies), tuple(untied)
+
+
+def _check_once(path: Path, parameter_of: Mapping[str, tuple[str, bool]]) -> None:
+    """Refuse several tensors for one parameter, as a checkpoint has that was saved under old and new names.
+
+    Raises: SweepError: names them.
+    """
+    tensors: dict[str, str] = {}
+    for tensor, (name, is_whole) in parameter_of.items():
+        if is_whole and (other := tensors.setdefault(name, tensor)) != tensor:
+            raise SweepError(
+                f"{path} holds {name} twice, as {other} and as {tensor}: which one a runtime takes is not known. "
+                "Remove one, or download the checkpoint again."
+            )
 
 
 def _check_parts(path: Path, config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> None:

@@ -260,3 +260,24 @@ def test_a_tied_head_may_lie_in_the_checkpoint_too(equal: bool, tmp_path: Path) 
     assert ("lm_head" in found.on_disk) is not equal
     notes = [note for note in Model(path).notes([]) if "ties lm_head.weight to other" in note]
     assert len(notes) == (0 if equal else 1)
+
+
+def test_a_parameter_under_two_names_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "model", "qwen3")
+    weights = load_file(path / "model.safetensors")
+    weights[NAME.removeprefix("model.")] = 2 * weights[NAME]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SweepError, match=f"holds {NAME} twice, as .* Remove one") as caught:
+        _ = Model(path).structure
+    assert f" {NAME.removeprefix('model.')}" in str(caught.value)
+
+
+def test_weights_that_no_model_builds_are_no_part_of_its_share_in_fp8(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "model", "qwen3")
+    quantize(path, [128, 128], "_scale_inv")
+    before, weights = Model(path).structure, load_file(path / "model.safetensors")
+    for ending in ("", "_scale_inv"):
+        weights[f"{NAME.replace('.1.', '.2.')}{ending}"] = weights[f"{NAME}{ending}"].clone()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    found = Model(path).structure
+    assert (found.from_fp8, found.unused) == (before.from_fp8, (NAME.replace(".1.", ".2."),))
