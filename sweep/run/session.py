@@ -131,14 +131,18 @@ class Session:
         self.store.write_run(self.run_id, record)
 
     def end(self, code: int | None) -> Counter[str]:
-        """Read from the store which cells are finished, and record the end of the run. Returns trials by state."""
+        """Read from the store which cells are finished, and record the end of the run. Returns trials by state.
+
+        A run with nothing left to score is recorded if it knows more of a model than the store does.
+        """
         for cell in (cell for task in self.tasks.values() for cell in task.cells.values()):
             if (rows := self.store.whole_scores(cell)) is not None:
                 self.scores[cell] = rows
         self.finished = set(self.scores)
         self.write_trials(running=False)
         counts = self.counts()
-        if self.tasks:
+        known = self.store.models()
+        if self.tasks or any(len(known.get(model, {})) < len(kinds) for model, kinds in self.record.models.items()):
             self.record.ended_at, self.record.exit_code = now(), exit_code(counts) if code is None else code
             self.beat()
         if self._written:

@@ -137,6 +137,20 @@ def test_a_run_that_knows_more_counts(tmp_path: Path) -> None:
     assert store.models() == {"r1": MOE}
 
 
+def test_a_run_with_nothing_left_to_score_teaches_the_store_what_it_knows(moe: list[str], tmp_path: Path) -> None:
+    store, grid = Store(str(tmp_path / "store")), expand(moe, multirun=True)
+    plan = plan_sweep(grid.points, "cpu")
+    ((revision, elements),) = plan.models.items()
+    old = {name: elements[name] for name in ("parameters", "embeddings", "lm_head")}
+    store.write_run("a", RunRecord(run_id="a", models={revision: old}, ended_at="2026-01-01T00:00:00+00:00"))
+    for n_records in (2, 2):
+        session = Session(grid, plan, store)
+        session.tasks = {}
+        session.end(None)
+        assert store.models() == {revision: elements}
+        assert len(store.runs()) == n_records
+
+
 @pytest.mark.parametrize("elements", [MOE, OLD, None])
 def test_published_reports_say_it(
     elements: Mapping[str, int] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
