@@ -198,12 +198,13 @@ def _output_layer(path: Path, model: PreTrainedModel) -> str:
     """
     kind, head = type(model), model.get_output_embeddings()
     masked, causal = (
-        mapping.get(type(model.config), None) for mapping in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+        getattr(mapping.get(type(model.config), None), "__name__", None)
+        for mapping in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
     )
     why = None
     if model.config.is_encoder_decoder:
         why = "it reads with an encoder and writes with a decoder"
-    elif kind is masked and kind is not causal:
+    elif kind.__name__ == masked != causal:
         why = "it fills in masked tokens"
     elif head is None:
         why = "it has no output layer"
