@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -262,6 +262,15 @@ def _check_once(path: Path, parameter_of: Mapping[str, tuple[str, bool]]) -> Non
             )
 
 
+def _fit(kinds: Collection[Counter[tuple[int, ...]]]) -> bool:
+    """Whether each kind of part has one shape, and all have equally many. Args: kinds: numbers of parts by shape."""
+    return all(len(sizes) == 1 for sizes in kinds) and len({sizes.total() for sizes in kinds}) == 1
+
+
+def _sizes(sizes: Counter[tuple[int, ...]]) -> str:
+    return ", ".join(f"{n} of {[*size]}" for size, n in sizes.most_common())
+
+
 def _check_parts(path: Path, config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that make no parameter together, as experts do of which one lacks a matrix or has another shape.
 
@@ -274,17 +283,10 @@ def _check_parts(path: Path, config: PreTrainedConfig, tensors: Mapping[str, Ten
         if not is_whole:
             kinds = parts.setdefault(name, {})
             kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor), Counter())[tuple(tensors[tensor].shape)] += 1
-    odd = {
-        name: kinds
-        for name, kinds in parts.items()
-        if any(len(sizes) > 1 for sizes in kinds.values()) or len({sizes.total() for sizes in kinds.values()}) > 1
-    }
+    odd = sorted(name for name, kinds in parts.items() if not _fit(kinds.values()))
     if odd:
-        name, kinds = min(odd.items())
-        found = "; ".join(
-            f"{kind}: " + ", ".join(f"{n} of {[*size]}" for size, n in sizes.most_common())
-            for kind, sizes in kinds.items()
-        )
+        name = odd[0]
+        found = "; ".join(f"{kind}: {_sizes(sizes)}" for kind, sizes in parts[name].items())
         raise SweepError(
             f"The checkpoint {path} lacks tensors, or has them in a wrong shape: {name} is made of equally many of one "
             f"shape, but there are {found} ({count(len(odd), 'such parameter')}). Download it again."
