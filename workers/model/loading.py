@@ -276,8 +276,11 @@ def _check_parts(path: Path, config: PreTrainedConfig, tensors: Mapping[str, Ten
 
     Raises: SweepError: names the parameter, and the tensors by their number and sizes.
     """
-    with torch.device("meta"):
-        model = _model_class(config)(config)
+    try:
+        with torch.device("meta"):
+            model = _model_class(config)(config)
+    except UNREADABLE:
+        return  # the caller says what is wrong with the configuration
     parts: dict[str, dict[str, Counter[tuple[int, ...]]]] = {}  # by parameter, by name without numbers
     for tensor, (name, is_whole) in parameters_by_tensor(model, tensors).items():
         if not is_whole:
