@@ -369,7 +369,7 @@ def _check_structure(context: RecipeContext, server: Server) -> None:
     """
     if server.root is None or not Path(server.root).is_absolute() or not (Path(server.root) / "config.json").is_file():
         return
-    if Model(Path(server.root)).structure.linears != context.model.structure.linears:
+    if Model(Path(server.root)).configured_linears != context.model.structure.linears:
         raise _another_model(server, context, f"{server.root} has other linears")
 
 

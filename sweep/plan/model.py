@@ -65,6 +65,16 @@ class Model:
         check_fit(self.path, found)
         return found
 
+    @property
+    def configured_linears(self) -> tuple[Linear, ...]:
+        """Linears of the model that config.json builds, whatever the weight files hold: an export's, among others.
+
+        Raises: SweepError: the configuration makes no model.
+        """
+        from workers.model import loading
+
+        return loading.configured_linears(self.path)
+
     @cached_property
     def groups(self) -> dict[str, ShapedGroup]:
         """The layer groups of all linears but an output layer of unusual name, by name, in the model's order."""

@@ -118,11 +118,7 @@ def structure(path: Path) -> ModelStructure:
         _check_once(path, parameter_of)
         copies, untied = _tie_copies(model, held, {name: tensor for tensor, (name, _) in parameter_of.items()})
     elements = _elements(model, model.get_input_embeddings().weight, head)
-    linears = tuple(
-        Linear(name=name, n_inputs=module.in_features, n_outputs=module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    )
+    linears = _linears(model)
     weights = {name: tensor for tensor, (name, is_whole) in parameter_of.items() if is_whole and name not in copies}
     return ModelStructure(
         linears=linears,
@@ -143,6 +139,27 @@ def structure(path: Path) -> ModelStructure:
         other_head=None if _has_usual_name(head) else head,
         untied=untied,
         from_fp8=sum(tensors[name].numel() for name in parameter_of if held[name].scale is not None),
+    )
+
+
+def configured_linears(path: Path) -> tuple[Linear, ...]:
+    """The linears of the model that config.json builds, whatever its weight files hold: an export's, among others.
+
+    Raises: SweepError: the configuration makes no model.
+    """
+    config = read_config(path)
+    try:
+        with torch.device("meta"):
+            return _linears(_model_class(config)(config))
+    except UNREADABLE as error:
+        raise _no_model(path, error) from error
+
+
+def _linears(model: nn.Module) -> tuple[Linear, ...]:
+    return tuple(
+        Linear(name=name, n_inputs=module.in_features, n_outputs=module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
     )
 
 

@@ -95,6 +95,7 @@ def test_an_export_has_the_names_on_disk_and_every_other_tensor(renamed: Path, t
         f"model.{name.removesuffix('.weight')}" for name in quantized
     }
     assert config["ignore"] == ["lm_head"]
+    assert Model(export).configured_linears == Model(renamed).structure.linears  # as `validate --served` compares them
     theirs: Any = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
     ours = loading.load(renamed, dtype=torch.float32, device="cpu")
     with torch.no_grad():
