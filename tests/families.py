@@ -12,22 +12,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.vision import save_tokenizer, save_vision
+from tests.vision import TEXT, save_tokenizer, save_vision
 
-_TEXT: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 4112,
-    "max_position_embeddings": 2048,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "tie_word_embeddings": False,
-}
+_TEXT: dict[str, Any] = TEXT | {"hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": False}
 _MIXED = ["linear_attention", "full_attention"]
 _LINEAR_ATTENTION: dict[str, Any] = {
     "layer_types": _MIXED,

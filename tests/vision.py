@@ -18,7 +18,7 @@ from workers.model import answers
 # Read through transformers' own processor, by no word of ours about them.
 OTHERS = ("aya_vision", "ovis2")
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "internvl", "llava", "gemma3")
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -69,12 +69,12 @@ def save_vision(directory: Path, kind: str, **text: Any) -> Path:
     Args:
         directory: of the checkpoint.
         kind: one of FAMILIES or OTHERS.
-        text: fields of the language model's configuration instead of those of `_TEXT`.
+        text: fields of the language model's configuration instead of those of `TEXT`.
     """
     tokenizer = save_tokenizer(directory, kind)
     ids = dict(zip(_SPECIAL, tokenizer.convert_tokens_to_ids(list(_SPECIAL)), strict=True))
     torch.manual_seed(0)
-    model = _MODELS[kind](ids, _TEXT | text)
+    model = _MODELS[kind](ids, TEXT | text)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.08)

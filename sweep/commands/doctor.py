@@ -32,6 +32,7 @@ from sweep.plan.work import Family, families
 from sweep.run.resources import pick_workers
 from sweep.store.integrity import Finding, check_store
 from sweep.store.store import Store
+from workers.model.memory import itemsize_of
 
 # Releases that were tested; another one may work and is warned about.
 _TESTED = {"nvidia-modelopt": "0.47", "ray": "2.60", "transformers": "5.", "torch": "2."}
@@ -232,7 +233,7 @@ def _less_memory(plan: SweepPlan, room_gb: float) -> str:
 
 
 def _weights_gb(plan: SweepPlan, trial: PlannedTrial) -> float:
-    return plan.models[trial.model_revision]["parameters"] * (2 if trial.dtype == "bfloat16" else 4) / 1e9
+    return plan.models[trial.model_revision]["parameters"] * itemsize_of(trial.dtype) / 1e9
 
 
 def _speed(found: Sequence[Family], workers: Workers) -> Speed | None:

@@ -30,6 +30,7 @@ from workers.model.checkpoint import (
     loaded_files,
     revision,
 )
+from workers.model.place import is_hub_id
 
 if TYPE_CHECKING:
     from workers.model.loading import PreTrainedModel
@@ -193,12 +194,7 @@ def checkpoint_dir(config: ModelConfig) -> Path:
     Raises: SweepError: there is none, or it cannot be loaded safely.
     """
     path = bundled_model_dir() if config.path is None else Path(config.path).expanduser()
-    if (
-        not path.exists()
-        and config.path is not None
-        and config.path.count("/") == 1
-        and not config.path.startswith((".", "~", "/"))
-    ):
+    if config.path is not None and is_hub_id(config.path):
         from workers.model import loading
 
         path = loading.local_checkpoint(config.path)

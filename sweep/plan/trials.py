@@ -305,7 +305,7 @@ class _Planner:
             return 0.0
         plan = self.plans[task.plan_id]
         parts = [part.groups for part in parts_of(task.groups)]
-        model_bytes = model.structure.parameters * (2 if task.model.dtype == "bfloat16" else 4)
+        model_bytes = model.structure.parameters * memory.itemsize_of(task.model.dtype)
         work = memory.workload(
             plan,
             max(map(plan.segments_of, task.samples)),

@@ -50,7 +50,7 @@ class Family:
     @property
     def model_bytes(self) -> int:
         """Of the weights, in the dtype of the sweep."""
-        return self._structure.parameters * (2 if self.dtype == "bfloat16" else 4)
+        return self._structure.parameters * memory.itemsize_of(self.dtype)
 
     @property
     def typical(self) -> tuple[int, tuple[int, int]]:

@@ -89,25 +89,6 @@ def check_checkpoint(path: Path) -> None:
     check_unquantized(path)
 
 
-def check_weights(path: Path) -> None:
-    """Refuse files that were cut short, are missing from a sharded checkpoint, or are empty; reads headers only.
-
-    Raises: SweepError: names the file.
-    """
-    if (index := path / INDEX).is_file():
-        missing = sorted(name for name in _shards(index) if not (path / name).is_file())
-        if missing:
-            raise SweepError(
-                f"{path} lacks {missing[0]} ({len(missing)} such files), which {index.name} names. "
-                "Download the checkpoint again."
-            )
-    for file in settings_files(path):
-        _check_fetched(file)
-    for file in loaded_files(path):
-        if not headers(file):
-            raise SweepError(f"{file} is empty: it holds no tensor. Download it again.")
-
-
 def check_fit(path: Path, structure: ModelStructure) -> None:
     """Refuse weights that are not those of the model that config.json names.
 
@@ -269,11 +250,24 @@ def _quantized(path: Path, marks: Sequence[Mark]) -> SweepError:
 
 
 def _tensors(path: Path) -> dict[str, Header]:
-    """All tensors that are loaded, by name. Raises: SweepError: a weight file is missing or damaged."""
-    check_weights(path)
+    """All tensors that are loaded, by name; headers are read, no values.
+
+    Raises: SweepError: names a file that was cut short, is missing from a sharded checkpoint, or is empty.
+    """
+    if (index := path / INDEX).is_file():
+        missing = sorted(name for name in _shards(index) if not (path / name).is_file())
+        if missing:
+            raise SweepError(
+                f"{path} lacks {missing[0]} ({len(missing)} such files), which {index.name} names. "
+                "Download the checkpoint again."
+            )
+    for file in settings_files(path):
+        _check_fetched(file)
     found: dict[str, Header] = {}
     for file in loaded_files(path):
-        found |= headers(file)
+        if not (tensors := headers(file)):
+            raise SweepError(f"{file} is empty: it holds no tensor. Download it again.")
+        found |= tensors
     return found
 
 

@@ -34,6 +34,7 @@ from sweep.core.errors import SweepError
 from sweep.core.groups import Linear, ModelStructure
 from sweep.core.text import count
 from workers.model.checkpoint import check_checkpoint, check_complete, check_marks
+from workers.model.place import is_hub_id
 from workers.model.tensors import HeldTensor, meta_tensors, open_tensors
 
 # Model types whose attention keeps samples of one row apart when their positions start again at 0; each has a test.
@@ -53,8 +54,7 @@ def local_checkpoint(path: str) -> Path:
     Raises: SweepError: neither, or pickled weights only.
     """
     directory = Path(path).expanduser()
-    looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if not directory.exists() and looks_like_hub_id:
+    if is_hub_id(path):
         from huggingface_hub import snapshot_download
 
         settings = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -149,10 +149,15 @@ def configured_linears(path: Path) -> tuple[Linear, ...]:
     """
     config = read_config(path)
     try:
-        with torch.device("meta"):
-            return _linears(_model_class(config)(config))
+        return _linears(_empty_model(config))
     except UNREADABLE as error:
         raise _no_model(path, error) from error
+
+
+def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that a configuration builds, without values. Raises: one of UNREADABLE: it builds none."""
+    with torch.device("meta"):
+        return _model_class(config)(config)
 
 
 def _linears(model: nn.Module) -> tuple[Linear, ...]:
@@ -294,8 +299,7 @@ def _check_parts(path: Path, config: PreTrainedConfig, tensors: Mapping[str, Ten
     Raises: SweepError: names the parameter, and the tensors by their number and sizes.
     """
     try:
-        with torch.device("meta"):
-            model = _model_class(config)(config)
+        model = _empty_model(config)
     except UNREADABLE:
         return  # the caller says what is wrong with the configuration
     parts: dict[str, dict[str, Counter[tuple[int, ...]]]] = {}  # by parameter, by name without numbers

@@ -36,6 +36,11 @@ class Workload:
     n_inputs: int  # recipes of the inputs that are kept side by side, those of other sizes counted
 
 
+def itemsize_of(dtype: str) -> int:
+    """Bytes of a value in a model's dtype. Args: dtype: float32 or bfloat16."""
+    return 2 if dtype == "bfloat16" else 4
+
+
 def workload(plan: Plan, n_segments: int, *, n_inputs: int, dtype: str, model_bytes: int, vocabulary: int) -> Workload:
     """The workload of scoring tasks of one model and data set together.
 
@@ -53,7 +58,7 @@ def workload(plan: Plan, n_segments: int, *, n_inputs: int, dtype: str, model_by
         n_patches=sum(sum(batch.patch_counts) for batch in batches),
         batch_tokens=max(sum(batch.lengths) for batch in batches),
         batch_patches=max(sum(batch.patch_counts) for batch in batches),
-        itemsize=2 if dtype == "bfloat16" else 4,
+        itemsize=itemsize_of(dtype),
         model_bytes=model_bytes,
         vocabulary=vocabulary,
         n_inputs=n_inputs,

@@ -62,6 +62,11 @@ class _Adapter(msgspec.Struct):
     base_model_name_or_path: str | None = None
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a typed path, at which nothing lies here, can be a model of the hub: ``ORG/NAME``."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
+
+
 def check_place(path: Path) -> None:
     """Refuse what is no directory with config.json and safetensors that transformers loads.
 
