@@ -269,9 +269,9 @@ def _candidate(row: TrialRow, config: SweepConfig, table: pa.Table, tokens: tupl
         by_kind = kind_scores(table)
         if by_kind is None:
             raise _without_kinds(row, config.store.uri)
-        kl = np.where(
-            np.isfinite(kl), by_kind[:, [TOKEN_KINDS.index(kind) for kind in tokens]].sum(1) * kl_per_score, kl
-        )
+        part = by_kind[:, [TOKEN_KINDS.index(kind) for kind in tokens]].sum(1)
+        # A part may be negative with method=fisher, where other tokens undo more than these do: they add no KL.
+        kl = np.where(np.isfinite(kl), np.maximum(part, 0) * kl_per_score, kl)
     samples = kind_samples(table, tokens) if tokens else sample_matrix(table)
     return Candidate(
         format=format_of(config),
@@ -332,6 +332,7 @@ def _check_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]
             "sensitivity.coverage": row.coverage,
             "sensitivity.lm_head": str(config.sensitivity.lm_head).lower(),
             "sensitivity.method": row.method,
+            "sensitivity.draws": "null" if row.draws is None else str(row.draws),
             "sensitivity.engine": row.engine,
             "sensitivity.scales": config.sensitivity.scales,
             "model.dtype": config.model.dtype,
@@ -373,7 +374,9 @@ def _of_one_revision(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig
     latest, _ = _score_version(max(rows, key=lambda row: row.created_at))
     found: list[TrialRow] = []
     for row in rows:
-        (shared, own), (_, now) = _score_version(row), _parted(score_version(recipe_of(configs[row.trial_id]).format))
+        config = configs[row.trial_id]
+        mine = score_version(recipe_of(config).format, config.sensitivity.method)
+        (shared, own), (_, now) = _score_version(row), _parted(mine)
         if (shared, own) == (latest, now):
             found.append(row)
     if not found:

@@ -21,7 +21,7 @@ from sweep.report.markdown import (
     tokens_text,
 )
 from sweep.report.rows import Report
-from sweep.store.records import ATTRIBUTES, RECIPE, UNKNOWN, FinishedTrial
+from sweep.store.records import ATTRIBUTES, NUMBERS, RECIPE, UNKNOWN, FinishedTrial
 
 REPORT_VERSION = 1  # of the JSON's layout
 
@@ -56,6 +56,7 @@ def render_markdown(report: Report) -> str:
 
 _SCORE_UNITS: Final = {
     "gradient": "nats squared, summed over tokens and outputs",
+    "fisher": "nats squared, summed over samples: of each the mean over draws of (sum over tokens and outputs)^2",
     "kl_div": "nats, summed over predictions",
 }
 
@@ -75,6 +76,7 @@ def render_json(report: Report) -> str:
             "dtype": trial.dtype,
             **({"tp": trial.tp} if trial.tp > 1 else {}),
             **({"calibration": trial.calibration} if trial.calibration is not None else {}),
+            **({"draws": trial.draws} if trial.draws is not None else {}),
             "auto_quantize_bits": summary.effective_bits,
             "auto_quantize_method": trial.method,
             "auto_quantize_score_size": summary.n_samples,
@@ -134,9 +136,7 @@ def largest(finished: Iterable[FinishedTrial]) -> list[FinishedTrial]:
     """Of trials that differ in their size alone the one with the most samples; in the order given."""
     best: dict[tuple[str, ...], FinishedTrial] = {}
     for one in finished:
-        key = tuple(
-            str(getattr(one.trial, name) or UNKNOWN) for name in (*ATTRIBUTES, "tp", "calibration") if name != "size"
-        )
+        key = tuple(str(getattr(one.trial, name) or UNKNOWN) for name in (*ATTRIBUTES, *NUMBERS) if name != "size")
         if key not in best or n_samples_of(best[key].trial.size) < n_samples_of(one.trial.size):
             best[key] = one
     return [*best.values()]

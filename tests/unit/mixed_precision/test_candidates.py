@@ -139,7 +139,7 @@ def test_only_formats_with_rounded_scales_must_be_of_todays_rounding(tmp_path: P
     assert predicted_kl_of(found(tmp_path)) == others
     with pytest.raises(SweepError, match=r"no trial of qwen3_vl_tiny that this version scored.*`sweep run` again"):
         found(tmp_path, "quant_pair=wint4_afp16")
-    now = f'{{"score": "{score_version(format_of(INT4))}"}}'
+    now = f'{{"score": "{score_version(format_of(INT4), "gradient")}"}}'
     add(store, INT4, [0.3] * 5, "sensitivity.scales=fused", minute=9, versions=now)
     assert predicted_kl_of(found(tmp_path)) == {**others, INT4: [0.3] * 5}
 
