@@ -209,13 +209,20 @@ def _by_label(
 def _beside(
     recipe: MixedRecipe | None, rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig], uri: str
 ) -> Sequence[TrialRow]:
-    """Keep the trials of a recipe's model and samples, if there is one. Raises: SweepError: none is left."""
+    """Keep the trials of a recipe's model, samples and method, if there is one. Raises: SweepError: none is left.
+
+    Its method and draws are those of its cells, as far as they are among the rows.
+    """
     if recipe is None:
         return rows
     n_samples = recipe.calibration_samples
     ranges = recipe.size if n_samples is None else size_name(n_samples)
     found: list[TrialRow] = []
+    cells = {choice.cell_id for choice in recipe.groups}
+    methods = {(row.method, row.draws) for row in rows if row.cell_id in cells}
     for row in rows:
+        if methods and (row.method, row.draws) not in methods:
+            continue
         config = configs[row.trial_id]
         format_ = format_of(config)
         alike = (row.model_revision, row.dataset_revision) == (recipe.model_revision, recipe.dataset_revision)
@@ -382,7 +389,7 @@ def _of_one_revision(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig
     if not found:
         raise SweepError(
             f"The store holds no trial of {rows[0].model} that this version scored: it rounds the scales of integer "
-            "weights as runtimes hold them, which those trials did not. Type the same `sweep run` again."
+            "weights as runtimes hold them, or draws labels otherwise, which those trials did not. Type the same `sweep run` again."
         )
     return found
 

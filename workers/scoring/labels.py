@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -71,15 +72,15 @@ def drawn_labels(logits_TV: Tensor, uniforms_DT: Tensor) -> Tensor:
     return found_DT.clamp_(max=logits_TV.shape[1] - 1)  # logits that are NaN, whose scores will name the sample
 
 
-def _uniforms(batch: Batch, draws: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _uniforms(batch: Batch, draws: int) -> npt.NDArray[np.float64]:
     """Numbers from 0 to below 1, [draws, rows]; those of the first draws are the same whatever their number."""
     tokens = batch.by_sample(batch.tensors["input_ids"].flatten())
-    found: list[np.ndarray[tuple[int, int], np.dtype[np.float64]]] = []
+    found: list[npt.NDArray[np.float64]] = []
     for ids, pictures in zip(tokens, batch.pictures, strict=True):
         sha = hashlib.sha256(ids.astype("<i8").tobytes())
         for picture in pictures:
             sha.update(f"picture:{picture.content}:".encode())
         # 53 bits, as float64 has them.
         numbers = np.random.Philox(key=int.from_bytes(sha.digest()[:16], "little")).random_raw(draws * len(ids))
-        found.append((numbers >> np.uint64(11)).reshape(draws, len(ids)) * 2.0**-53)
+        found.append((numbers >> np.uint64(11)).reshape(draws, len(ids)).astype(np.float64) * 2.0**-53)
     return np.concatenate(found, axis=1)
