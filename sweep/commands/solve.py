@@ -86,6 +86,7 @@ def solve_command(request: Request) -> int:
     target = Target.from_config(config.target)
     with opened(config.store.uri) as store:
         candidates = read_candidates(store, request.overrides, tokens=tokens)
+    _check_recapture(request, candidates)
     if request.gb is not None:
         candidates = sized(candidates)
     rules = rules_of(request.pins, request.excludes, request.uniform_layer, target, candidates)
@@ -131,6 +132,15 @@ def solve_command(request: Request) -> int:
         say(console, f"Written: {out}")
         show_next(console, *_next_steps(request, out, target))
     return EXIT_DONE
+
+
+def _check_recapture(request: Request, candidates: Candidates) -> None:
+    """Refuse to mix two methods' scores. Raises: SweepError: --recapture's would be others than the store's."""
+    if request.recapture and candidates.trial.method == "fisher":
+        raise SweepError(
+            "--recapture scores again by the data's own labels, as sensitivity.method=gradient does; these are of "
+            "method=fisher. Type sensitivity.method=gradient, or leave --recapture out."
+        )
 
 
 def _next_steps(request: Request, out: Path, target: Target) -> tuple[str, str]:

@@ -132,7 +132,8 @@ class ProjectionSums:
         layout = self._layout
         rows_TCD = rows_CDT.permute(2, 0, 1).double().contiguous()
         samples = layout.sample_sums(rows_TCD)
-        whole = samples.repeat_interleave(layout.lengths, dim=0, output_size=len(rows_TCD))
+        lengths = layout.lengths.to(samples.device)
+        whole = samples.repeat_interleave(lengths, dim=0, output_size=len(rows_TCD))
         parts_TC = (rows_TCD * whole).mean(2)
         return layout.over_runs(rows_TCD, "sum"), layout.over_runs(parts_TC, "max")
 
