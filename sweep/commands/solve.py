@@ -78,10 +78,6 @@ def solve_command(request: Request) -> int:
         known.
     """
     tokens = kinds_typed(request.tokens)
-    if tokens and request.recapture:
-        raise SweepError(
-            "--recapture scores again by all tokens, --tokens decides by some. Type one of the two without the other."
-        )
     config = expand(request.overrides, multirun=True).points[0]
     target = Target.from_config(config.target)
     with opened(config.store.uri) as store:
@@ -135,7 +131,11 @@ def solve_command(request: Request) -> int:
 
 
 def _check_recapture(request: Request, candidates: Candidates) -> None:
-    """Refuse to mix two methods' scores. Raises: SweepError: --recapture's would be others than the store's."""
+    """Refuse to mix scores. Raises: SweepError: --recapture's would be of other tokens or labels than the store's."""
+    if candidates.tokens and request.recapture:
+        raise SweepError(
+            "--recapture scores again by all tokens, --tokens decides by some. Type one of the two without the other."
+        )
     if request.recapture and candidates.trial.method == "fisher":
         raise SweepError(
             "--recapture scores again by the data's own labels, as sensitivity.method=gradient does; these are of "

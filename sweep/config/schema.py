@@ -34,7 +34,9 @@ _SINCE: Mapping[str, Mapping[str, Plain]] = {  # of keys that earlier configs la
     "cluster": {"address": "local", "dashboard": "auto"},
 }
 _Item = TypeVar("_Item", str, str | None)
-DRAWS: Final = 8  # of method=fisher: so many leave a group's KL a noise that that of 128 samples exceeds
+# Labels that method=fisher draws. Bundled model, 128 samples: the score of a group has a standard deviation of 5 % from
+# as many draws, and of 5.5 % from the samples themselves.
+DRAWS: Final = 8
 _MOST_DRAWS: Final = 256
 OWN_KINDS = ("text", "images", "chat")  # of data sets that users bring
 

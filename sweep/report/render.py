@@ -145,17 +145,29 @@ def largest(finished: Iterable[FinishedTrial]) -> list[FinishedTrial]:
 def summary_table(finished: Sequence[FinishedTrial], top: int, target: Target) -> list[tuple[str, ...]]:
     """A table for the end of a run: a heading, then one row a trial.
 
-    A row has the trial's `top` most sensitive layer groups, and how the target runs its recipe.
+    A row has the trial's `top` most sensitive layer groups, and how the target runs its recipe; its method, where there
+    are several.
     """
+    methods = ("method",) if len({one.trial.method for one in finished}) > 1 else ()
     names = (name.removeprefix("quant_") for name in RECIPE)
     groups = "most sensitive layer groups (share of the total)"
-    rows = [(*names, "size", "bits", "KL/pred.", f"on {target.name}", groups)]
+    rows = [(*names, *methods, "size", "bits", "KL/pred.", f"on {target.name}", groups)]
     for one in finished:
         trial, summary = one.trial, summarize(one.scores)
         served = target.status(trial.quant_pair, trial.quant_granularity, trial.algorithm).words
         kl = "-" if summary.total_predicted_kl is None else f"{summary.total_predicted_kl:.3g}"
         groups = ", ".join(most_sensitive(one.scores, top)) or "nothing measured"
-        rows.append((*trial.recipe, trial.size, f"{summary.effective_bits:.2f}", kl, served, groups))
+        rows.append(
+            (
+                *trial.recipe,
+                *(getattr(trial, name) for name in methods),
+                trial.size,
+                f"{summary.effective_bits:.2f}",
+                kl,
+                served,
+                groups,
+            )
+        )
     return rows
 
 

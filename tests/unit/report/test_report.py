@@ -326,6 +326,13 @@ def test_a_report_and_its_published_scores_leave_projections_out() -> None:
     assert render_json(analyse(drawn)) == render_json(analyse(SMALL))
 
 
+def test_the_table_tells_methods_apart_where_there_are_several() -> None:
+    drawn, target = replace(SMALL, trial=replace(SMALL.trial, method="fisher", draws=8)), TARGETS["vllm_sm90"]
+    heading, *rows = summary_table([SMALL, drawn], 1, target)
+    assert [row[heading.index("method")] for row in rows] == ["gradient", "fisher"]
+    assert "method" not in summary_table([drawn], 1, target)[0]
+
+
 def test_titles_and_paths_tell_numbers_of_draws_apart() -> None:
     two, eight = (replace(SMALL, trial=replace(SMALL.trial, method="fisher", draws=draws)) for draws in (2, 8))
     assert largest([two, eight, eight]) == [two, eight]
