@@ -105,7 +105,7 @@ class ProjectionSums:
     """
 
     def __init__(self, layout: Layout, n_draws: int, n_columns: int, device: torch.device) -> None:
-        self._layout = layout
+        self._layout, self._n_draws, self._n_columns = layout, n_draws, n_columns
         # Sums of g * dy over the outputs and linears.
         self._rows = torch.zeros(n_columns, n_draws, layout.ends[-1], device=device)
         self._squares = torch.zeros(len(layout.samples), n_columns, dtype=torch.float64, device=device)
@@ -122,6 +122,7 @@ class ProjectionSums:
         """See RowSums."""
         step = max(1, int(_FLOAT64_BYTES / (8 * self._rows[0].numel())))
         runs, maxes = zip(*map(self._run_figures, self._rows.split(step)), strict=True)
+        del self._rows  # by far the largest; results of several groups are waited for at a time
         return torch.cat([torch.cat(runs, dim=1).flatten(), torch.cat(maxes, dim=1).flatten(), self._squares.flatten()])
 
     def _run_figures(self, rows_CDT: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +140,7 @@ class ProjectionSums:
 
     def found(self, values: FloatArray) -> Sums:
         """See RowSums."""
-        layout, (n_columns, n_draws, _) = self._layout, self._rows.shape
+        layout, n_columns, n_draws = self._layout, self._n_columns, self._n_draws
         n_runs = len(layout.run_samples)
         runs, maxes, squares = np.split(values, np.cumsum([n_runs * n_columns * n_draws, n_runs * n_columns]))
         by_kind = layout.by_kind(
