@@ -66,7 +66,8 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, default=70.0, help="1e9 bytes, of a GPU or of the machine")
     args = parser.parse_args()
     bench = subject(args.model, args.device)
-    del bench.tasks[args.recipes :]
+    if args.recipes is not None:
+        del bench.tasks[args.recipes :]
     for draws in (None, args.draws) if args.device == "cuda" else ():  # warm: kernels, quantizers, ranges
         trials(bench, draws, args.memory_gb)
     figures: dict[str, Any] = {"model": args.model, "draws": args.draws, "cells": len(bench.tasks)}
