@@ -1,6 +1,6 @@
 """Tasks, progress and pictures of a sweep: the plain values that driver and workers exchange."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Final, Literal
@@ -31,8 +31,9 @@ class Task:
     label: str  # "wfp8_afp8/default", for people
     model: ModelSpec
     plan_id: str  # digest of the plan's largest size: equal ids share a capture
-    method: Literal["gradient", "kl_div"]
+    method: Literal["gradient", "fisher", "kl_div"]
     engine: Literal["layerwise", "modelopt"]
+    draws: int | None = None  # of method=fisher: labels drawn at each prediction
     quant_cfg: tuple[Entry, ...]  # ModelOpt's ordered entries
     format: Format  # of the groups' linears
     groups: tuple[ShapedGroup, ...]  # in the model's order
@@ -80,8 +81,12 @@ class Task:
 
     def shares_capture_with(self, other: "Task") -> bool:
         """Whether a worker can score both tasks from one capture, layer by layer."""
-        mine, others = ((task.model, task.plan_id, task.groups, task.engine, task.method) for task in (self, other))
-        return mine == others and self.engine == "layerwise"
+        return self.captured == other.captured and self.engine == "layerwise"
+
+    @property
+    def captured(self) -> tuple[Hashable, ...]:
+        """What tasks have in common that share a capture."""
+        return self.model, self.plan_id, self.groups, self.engine, self.method, self.draws
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

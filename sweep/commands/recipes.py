@@ -8,7 +8,7 @@ import msgspec
 from rich.console import Console
 
 from sweep.core.screen import say, show_table
-from sweep.store.records import ATTRIBUTES, RECIPE, UNKNOWN, TrialRow
+from sweep.store.records import ATTRIBUTES, NUMBERS, RECIPE, UNKNOWN, TrialRow
 
 _SHOWN = 40  # recipes on the screen
 
@@ -27,9 +27,7 @@ class RecipeCount(msgspec.Struct, frozen=True):
 def by_recipe(trials: Iterable[tuple[TrialRow, str]]) -> list[RecipeCount]:
     """Count trials by recipe and by the word that is given with each, in the order of the first of each recipe."""
     trials = list(trials)
-    others = [
-        name for name in (*ATTRIBUTES, "tp", "calibration") if name not in (*RECIPE, "size") and _differs(trials, name)
-    ]
+    others = [name for name in (*ATTRIBUTES, *NUMBERS) if name not in (*RECIPE, "size") and _differs(trials, name)]
     names = [*others, *RECIPE]
     counts: dict[tuple[str, ...], Counter[str]] = {}
     for row, word in trials:

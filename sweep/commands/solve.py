@@ -78,14 +78,11 @@ def solve_command(request: Request) -> int:
         known.
     """
     tokens = kinds_typed(request.tokens)
-    if tokens and request.recapture:
-        raise SweepError(
-            "--recapture scores again by all tokens, --tokens decides by some. Type one of the two without the other."
-        )
     config = expand(request.overrides, multirun=True).points[0]
     target = Target.from_config(config.target)
     with opened(config.store.uri) as store:
         candidates = read_candidates(store, request.overrides, tokens=tokens)
+    _check_recapture(request, candidates)
     if request.gb is not None:
         candidates = sized(candidates)
     rules = rules_of(request.pins, request.excludes, request.uniform_layer, target, candidates)
@@ -131,6 +128,19 @@ def solve_command(request: Request) -> int:
         say(console, f"Written: {out}")
         show_next(console, *_next_steps(request, out, target))
     return EXIT_DONE
+
+
+def _check_recapture(request: Request, candidates: Candidates) -> None:
+    """Refuse to mix scores. Raises: SweepError: --recapture's would be of other tokens or labels than the store's."""
+    if candidates.tokens and request.recapture:
+        raise SweepError(
+            "--recapture scores again by all tokens, --tokens decides by some. Type one of the two without the other."
+        )
+    if request.recapture and candidates.trial.method == "fisher":
+        raise SweepError(
+            "--recapture scores again by the data's own labels, as sensitivity.method=gradient does; these are of "
+            "method=fisher. Type sensitivity.method=gradient, or leave --recapture out."
+        )
 
 
 def _next_steps(request: Request, out: Path, target: Target) -> tuple[str, str]:

@@ -209,13 +209,20 @@ def _by_label(
 def _beside(
     recipe: MixedRecipe | None, rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig], uri: str
 ) -> Sequence[TrialRow]:
-    """Keep the trials of a recipe's model and samples, if there is one. Raises: SweepError: none is left."""
+    """Keep the trials of a recipe's model, samples and method, if there is one. Raises: SweepError: none is left.
+
+    Its method and draws are those of its cells, as far as they are among the rows.
+    """
     if recipe is None:
         return rows
     n_samples = recipe.calibration_samples
     ranges = recipe.size if n_samples is None else size_name(n_samples)
     found: list[TrialRow] = []
+    cells = {choice.cell_id for choice in recipe.groups}
+    methods = {(row.method, row.draws) for row in rows if row.cell_id in cells}
     for row in rows:
+        if methods and (row.method, row.draws) not in methods:
+            continue
         config = configs[row.trial_id]
         format_ = format_of(config)
         alike = (row.model_revision, row.dataset_revision) == (recipe.model_revision, recipe.dataset_revision)
@@ -269,9 +276,9 @@ def _candidate(row: TrialRow, config: SweepConfig, table: pa.Table, tokens: tupl
         by_kind = kind_scores(table)
         if by_kind is None:
             raise _without_kinds(row, config.store.uri)
-        kl = np.where(
-            np.isfinite(kl), by_kind[:, [TOKEN_KINDS.index(kind) for kind in tokens]].sum(1) * kl_per_score, kl
-        )
+        part = by_kind[:, [TOKEN_KINDS.index(kind) for kind in tokens]].sum(1)
+        # A part may be negative with method=fisher, where other tokens undo more than these do: they add no KL.
+        kl = np.where(np.isfinite(kl), np.maximum(part, 0) * kl_per_score, kl)
     samples = kind_samples(table, tokens) if tokens else sample_matrix(table)
     return Candidate(
         format=format_of(config),
@@ -332,6 +339,7 @@ def _check_one_kind(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig]
             "sensitivity.coverage": row.coverage,
             "sensitivity.lm_head": str(config.sensitivity.lm_head).lower(),
             "sensitivity.method": row.method,
+            "sensitivity.draws": "null" if row.draws is None else str(row.draws),
             "sensitivity.engine": row.engine,
             "sensitivity.scales": config.sensitivity.scales,
             "model.dtype": config.model.dtype,
@@ -373,13 +381,16 @@ def _of_one_revision(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig
     latest, _ = _score_version(max(rows, key=lambda row: row.created_at))
     found: list[TrialRow] = []
     for row in rows:
-        (shared, own), (_, now) = _score_version(row), _parted(score_version(recipe_of(configs[row.trial_id]).format))
+        config = configs[row.trial_id]
+        mine = score_version(recipe_of(config).format, config.sensitivity.method)
+        (shared, own), (_, now) = _score_version(row), _parted(mine)
         if (shared, own) == (latest, now):
             found.append(row)
     if not found:
         raise SweepError(
             f"The store holds no trial of {rows[0].model} that this version scored: it rounds the scales of integer "
-            "weights as runtimes hold them, which those trials did not. Type the same `sweep run` again."
+            "weights as runtimes hold them, or draws labels otherwise, which those trials did not. "
+            "Type the same `sweep run` again."
         )
     return found
 

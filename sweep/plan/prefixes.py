@@ -84,10 +84,11 @@ def _is_larger(row: TrialRow, trial: PlannedTrial) -> bool:
     config = trial.config
     names = all(getattr(row, section) == getattr(config, section).name for section in _NAMED)
     sensitivity = config.sensitivity
-    kind = (sensitivity.coverage, sensitivity.method, sensitivity.engine, sensitivity.quant_algorithm)
+    kind = (sensitivity.coverage, sensitivity.method, sensitivity.draws)
+    kind += (sensitivity.engine, sensitivity.quant_algorithm)
     return (
         names
-        and kind == (row.coverage, row.method, row.engine, row.algorithm)
+        and kind == (row.coverage, row.method, row.draws, row.engine, row.algorithm)
         and sensitivity.scales == row.scales
         and all(getattr(row, name) == getattr(trial, name) for name in _ALIKE)
         and n_samples_of(row.size) > n_samples_of(config.dataset.size)
@@ -101,7 +102,7 @@ def prefix_rows(scores: pa.Table, cell_id: str, predictions: Sequence[int], meth
         scores: the other's (SCORES_SCHEMA).
         cell_id: of the cell.
         predictions: of each of its samples.
-        method: gradient or kl_div.
+        method: gradient, fisher or kl_div.
 
     Returns: None: the rows keep no scores of single samples, or none of these samples reaches some layer group.
     """
@@ -115,6 +116,9 @@ def prefix_rows(scores: pa.Table, cell_id: str, predictions: Sequence[int], meth
             continue
         if not row["sample_scores"] or (row["score"] and not any(row["sample_scores"][:n_samples])):
             return None
+        if row["projections"] is not None:
+            n_draws = len(row["projections"]) // len(row["sample_scores"])
+            row["projections"] = row["projections"][: n_samples * n_draws]
         row["sample_scores"] = row["sample_scores"][:n_samples]
         score = float(np.sum(row["sample_scores"], dtype=np.float64))
         row |= per_prediction(score, n_predictions, method) | _kinds(row, score, n_samples)
@@ -134,8 +138,9 @@ def _kinds(row: Mapping[str, list[float] | float | None], score: float, n_sample
             sums[kind] = float(np.sum(leading, dtype=np.float64))
             found[f"sample_scores_{kind}"] = leading if any(leading) else None
     rest = score - sum(sums.values())
-    # Without a prompt what is left is rounding, and belongs to the largest.
-    if row["score_prompt"] == 0 or rest < 0:
+    # Without a prompt what is left is rounding, and belongs to the largest. Squares are never negative; parts of
+    # projections may be.
+    if row["score_prompt"] == 0 or (rest < 0 and row["projections"] is None):
         sums[max(sums, key=sums.__getitem__)] += rest
         rest = 0.0
     return found | {f"score_{kind}": sums.get(kind, rest) for kind in TOKEN_KINDS}

@@ -36,6 +36,9 @@ SCORE_VERSION: Final = 1
 # Of formats whose weights' scales are rounded to bfloat16 (Format.rounds_scales), beside SCORE_VERSION, which all have.
 # 1: rounded before the codes are chosen; until then they were float32, and a runtime rounded them as it loaded them.
 ROUNDED_SCALES_VERSION: Final = 1
+# Of method=fisher, beside those: how labels are drawn and projections summed (workers.scoring.labels).
+# 1: Philox numbers by sample, draw and position; softmax in fp32, in steps of 2^-46.
+DRAWING_VERSION: Final = 1
 
 _NVFP4_CAPABILITY: Final = (8, 9)  # of ModelOpt's kernel
 
@@ -134,13 +137,15 @@ def version(package: str) -> str:
     return metadata.version(package)
 
 
-def score_version(chosen: Format) -> str:
-    """The version of the arithmetic of a format's scores: ``1``, ``1+bf16_scales.1``.
+def score_version(chosen: Format, method: str) -> str:
+    """The version of the arithmetic of a format's scores: ``1``, ``1+bf16_scales.1``, ``1+fisher.1``.
 
     What stands before the plus is every format's: scores that differ there are never mixed
-    (sweep.store.integrity.revisions). What follows is that of the formats concerned, alone.
+    (sweep.store.integrity.revisions). What follows is that of the formats and the method concerned, alone.
     """
-    return f"{SCORE_VERSION}+bf16_scales.{ROUNDED_SCALES_VERSION}" if chosen.rounds_scales else str(SCORE_VERSION)
+    own = [f"bf16_scales.{ROUNDED_SCALES_VERSION}"] if chosen.rounds_scales else []
+    own += [f"fisher.{DRAWING_VERSION}"] if method == "fisher" else []
+    return "+".join([str(SCORE_VERSION), *own])
 
 
 def versions(score: str) -> dict[str, str]:
@@ -204,6 +209,8 @@ class _Planner:
         calibration = None if task_id is None else self.tasks[task_id].calibration
         if calibration is not None:
             asked.append(f"calibrated on {calibration}")
+        if sensitivity.draws is not None:
+            asked.append(f"{sensitivity.draws} draws")
         name = f"{point.quant_pair.name}-{point.quant_granularity.name}-{point.dataset.size}"
         format_ = None if task_id is None else self.tasks[task_id].format
         return PlannedTrial(
@@ -217,7 +224,7 @@ class _Planner:
             cell_id=cell_id,
             task_id=task_id,
             reason=reason,
-            score_version=str(SCORE_VERSION) if format_ is None else score_version(format_),
+            score_version=str(SCORE_VERSION) if format_ is None else score_version(format_, sensitivity.method),
         )
 
     def elements(self) -> dict[str, dict[str, int]]:
@@ -250,8 +257,10 @@ class _Planner:
         }
         if recipe.format.is_fused:
             common["scales"] = "fused"
-        if recipe.format.rounds_scales:
-            common["score_version"] = score_version(recipe.format)
+        if (own := score_version(recipe.format, point.sensitivity.method)) != str(SCORE_VERSION):
+            common["score_version"] = own
+        if point.sensitivity.draws is not None:
+            common["draws"] = point.sensitivity.draws
         if recipe.format.tp > 1:
             common["tp"] = recipe.format.tp
         calibration = calibration_of(point, recipe.format)
@@ -268,6 +277,7 @@ class _Planner:
                 plan_id=plan_id,
                 method=point.sensitivity.method,
                 engine=point.sensitivity.engine,
+                draws=point.sensitivity.draws,
                 quant_cfg=recipe.quant_cfg,
                 format=recipe.format,
                 groups=groups,
@@ -313,6 +323,7 @@ class _Planner:
             dtype=task.model.dtype,
             model_bytes=model_bytes,
             vocabulary=model.structure.vocabulary,
+            draws=task.draws,
         )
         # Of unlike GPUs the smallest decides about windows: taken for kept where it is not, a capture costs that GPU
         # seconds an assignment; taken for not kept where it is, only the first result comes later. Whether a task is

@@ -17,7 +17,7 @@ from sweep.plan.trials import SweepPlan
 from workers.model import memory
 from workers.task import Task
 
-_BOTH_PASSES: Final = 3.5  # of attention, in forward passes; a linear's backward pass costs as much as its forward pass
+_BACKWARD: Final = 2.5  # of attention, in forward passes; of a linear it costs as much as its forward pass
 _UNITS_EACH: Final = 4  # pieces of work a worker, at least: see sweep.run.task_queue
 _GPU_SHARE: Final = 0.97  # of a GPU's memory that is free for a worker
 
@@ -67,19 +67,19 @@ class Family:
         if self._first.engine == "modelopt":
             return Work()
         if self._first.method == "kl_div":
-            return self._passes(backward=False)
-        work = self._passes(backward=True)
+            return self._passes()
+        work = self._passes(backward=self._first.draws or 1)
         # Hidden states first, then each worker runs the layers from the top down to those that it scores.
-        return work + self._passes(backward=False) if len(self._windows) > 1 else work
+        return work + self._passes() if len(self._windows) > 1 else work
 
     @cached_property
     def scoring(self) -> Work:
         """Of all workers together."""
         if self._first.engine == "modelopt":
-            passes = [self._passes(backward=False, size=size) for task in self.tasks for size in task.cells]
+            passes = [self._passes(size=size) for task in self.tasks for size in task.cells]
             return _total(passes).times(STOCK_PASSES) + self._rows_written
         if self._first.method == "kl_div":  # and each recipe runs the layers on the way to its groups
-            work = _total(map(self._divergence, self._groups)) + self._passes(backward=False).times(len(self.tasks))
+            work = _total(map(self._divergence, self._groups)) + self._passes().times(len(self.tasks))
             return work + self._rows_written
         return _total(map(self._group, self._groups)) + self._rows_written
 
@@ -94,20 +94,20 @@ class Family:
             n_slices = min(n_slices, 1 if count == 1 else math.ceil(_UNITS_EACH * count / n_parts))
         return math.ceil(n_parts * n_slices / count) / (n_parts * n_slices)
 
-    def _passes(self, *, backward: bool, size: str | None = None) -> Work:
-        """A forward pass of the model, with the loss, and a backward pass."""
+    def _passes(self, *, backward: int = 0, size: str | None = None) -> Work:
+        """A forward pass of the model, with the loss, and so many backward passes."""
         costs, size = self._costs, size or self._largest
         batches = self._batches(size)
         vision_learns = any(is_vision(group.name) for group in self._groups)
         products = values = 0.0
         for linear in self._linears:
             n_rows, in_vision = self._rows(linear.name, size), is_vision(linear.name)
-            passes = 2 if backward and (vision_learns or not in_vision) else 1
+            passes = 1 + backward * (vision_learns or not in_vision)
             products += n_rows * linear.n_inputs * linear.n_outputs * passes
             values += n_rows * (linear.n_inputs + linear.n_outputs) * costs.activation * passes / 2
         attention = sum(map(_attended, batches)) * 2 * self._hidden * self._n_layers
-        products += attention * costs.attention * (_BOTH_PASSES if backward else 1)
-        n_passes = 2 if backward else 1
+        products += attention * costs.attention * (1 + backward * _BACKWARD)
+        n_passes = 1 + backward
         work = Work(products, values, len(batches) * self._n_layers * costs.layer * n_passes / 2)
         return work + self._head(size, n_passes)
 
@@ -137,7 +137,9 @@ class Family:
             if chosen.inputs is not None:
                 inputs[column.key] = column.task, max(n_rows, inputs.get(column.key, (column.task, 0))[1])
                 work += Work(n_rows * elements)
-            work += Work(0.0, n_rows * group.n_outputs, len(group.modules) * costs.column)
+            # A column squares and sums two values an output; one a draw and one more, where labels are drawn.
+            sums = 1.0 if self._first.draws is None else (1 + self._first.draws) / 2
+            work += Work(0.0, n_rows * group.n_outputs * sums, len(group.modules) * costs.column)
         for task, n_rows in weights.values():
             n_quantized, n_products = SEARCHES[task.format.algorithm]
             each = (costs.quantized(task.format.weight) + costs.weight) * n_quantized
@@ -154,7 +156,7 @@ class Family:
         first = 0 if group.layer_index is None or is_vision(group.name) else group.layer_index
         left = 1 - first / max(1, self._n_layers)
         for column in self._columns():
-            passes = self._passes(backward=False, size=column.size)
+            passes = self._passes(size=column.size)
             head, n_predictions = self._head(column.size, 1), self._plan.n_predictions(column.size)
             n_logits = n_predictions * self._structure.vocabulary
             python = passes.python * costs.replayed
@@ -180,7 +182,9 @@ class Family:
             n_predictions = self._plan.n_predictions(self._largest)
             return memory.divergence_bytes(work, n_predictions, self._hidden)
         windows = self._windows
-        states = (len(windows) + 1) * work.n_tokens * self._hidden * work.itemsize if len(windows) > 1 else 0
+        states = (
+            (len(windows) + work.n_gradients) * work.n_tokens * self._hidden * work.itemsize if len(windows) > 1 else 0
+        )
         captured = [memory.capture_bytes(_groups_of(window), work) for window in windows]
         return memory.fixed_bytes(self._groups, work, reserve=0.0) + max(captured) + states
 
@@ -208,17 +212,22 @@ class Family:
             dtype=self.dtype,
             model_bytes=self.model_bytes,
             vocabulary=self._structure.vocabulary,
+            draws=self._first.draws,
         )
 
     # Store
 
     @property
     def store_bytes(self) -> int:
-        """Bytes of its cells: scores of samples, of all tokens and of each kind but prompts, which are the rest."""
+        """Bytes of its cells: scores of samples, of all tokens and of each kind but prompts, which are the rest.
+
+        Projections have as many bytes a sample and draw.
+        """
         batches = self._batches(self._largest)
         has_pictures = any(batch.all_pictures for batch in batches)
         of_text = 2 + has_pictures + any(bool((batch.kinds == ANSWER).any()) for batch in batches)
         kinds = sum(2 if is_vision(group.name) else of_text for group in self._groups)  # of all rows of a cell
+        kinds += len(self._groups) * (self._first.draws or 0)
         sizes = [n_samples_of(size) for task in self.tasks for size in task.cells]
         by_cell = FILE_BYTES + len(self._groups) * ROW_BYTES
         return round(len(sizes) * by_cell + sum(sizes) * kinds * SAMPLE_BYTES)
@@ -255,7 +264,7 @@ def families(tasks: Iterable[Task], plan: SweepPlan, workers: Workers) -> list[F
     """Tasks in families of one model, data set, method, engine and set of groups: a worker captures once for each."""
     found: dict[tuple[Hashable, ...], list[Task]] = {}
     for task in tasks:
-        found.setdefault((task.model, task.plan_id, task.groups, task.engine, task.method), []).append(task)
+        found.setdefault(task.captured, []).append(task)
     return [Family(family, plan, workers) for family in found.values()]
 
 

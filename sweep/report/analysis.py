@@ -7,6 +7,7 @@ of every correlation and total, and never counts as 0.
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from sweep.core.batches import TOKEN_KINDS
 
+_ROUNDING: Final = 1e-6  # relative: of differences of float32 values
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
@@ -169,8 +171,10 @@ def kind_samples(scores: pa.Table, kinds: Collection[str]) -> FloatArray | None:
         part = np.array([samples or none for samples in scores[f"sample_scores_{kind}"].to_pylist()])
         prompt -= part
         found += part * (kind in kinds)
-    # What is left is rounded to float32 as the parts are; NaN where nothing was measured.
-    return found + np.maximum(prompt, 0) if "prompt" in kinds else found + 0 * whole
+    # What is left is rounded to float32 as the parts are; more than that is negative with method=fisher alone, where it
+    # undoes what other kinds do. NaN where nothing was measured.
+    prompt = np.where((prompt < 0) & (prompt > -_ROUNDING * whole), 0, prompt)
+    return found + prompt if "prompt" in kinds else found + 0 * whole
 
 
 def sample_predictions(scores: pa.Table) -> FloatArray | None:

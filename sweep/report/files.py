@@ -37,7 +37,8 @@ FILES = (
 )
 _IDENTITY = ("trial_id", "cell_id", "model_revision", "dataset_revision", *ATTRIBUTES)
 _PUBLISHED_SCHEMA = pa.schema(
-    [field for field in SCORES_SCHEMA if not field.name.startswith("sample_")], metadata=SCORES_SCHEMA.metadata
+    [field for field in SCORES_SCHEMA if not field.name.startswith(("sample_", "projections"))],
+    metadata=SCORES_SCHEMA.metadata,
 )
 
 

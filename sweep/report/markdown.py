@@ -71,7 +71,7 @@ def sentences(report: Report) -> list[str]:
         "The sum over groups of score / (2 x predictions): the second-order estimate of the KL divergence "
         "that quantizing one group alone causes. Interactions between groups are not in it."
     )
-    if report.trial.method != "gradient":
+    if report.trial.method == "kl_div":
         meaning = (
             "The sum over groups of the KL divergence from the original model, measured with that group alone "
             "quantized. Interactions are not in it."
@@ -79,7 +79,7 @@ def sentences(report: Report) -> list[str]:
     sentences = [f"**Total predicted KL: {total:.3g} nats per prediction**{interval}. {meaning}"]
     if report.weights is not None and (left := report.weights.warning) is not None:
         sentences.append(f"**Not the whole model**: {left}.")
-    if total > 1 and report.trial.method == "gradient":
+    if total > 1 and report.trial.method != "kl_div":
         sentences.append(
             "A total above 1 nat is outside the range of a small-perturbation estimate: "
             "trust the ranking, not the size."
@@ -168,6 +168,11 @@ def tokens_text(report: Report) -> str:
         "Shares of the score by the kind of token at whose position an error arises, not of the token whose prediction "
         "suffers from it: an error at an image is felt in the answers that look at it.",
     ]
+    if report.trial.method == "fisher":
+        parts[0] += (
+            " A share is negative where errors at these tokens undo those at others, whose shares then add up to more "
+            "than 100%."
+        )
     standing: dict[str, list[str]] = {}
     for row in report.rows:
         for kind, share in (row.token_shares or {}).items():
@@ -217,11 +222,12 @@ def groups_table(report: Report) -> str:
 
 def columns_text(method: str) -> str:
     """The meaning of the columns of `groups_table`."""
-    score = (
-        "sum over tokens and outputs of (dLoss/dy · error of y)²"
-        if method == "gradient"
-        else "sum over predictions of KL(original ‖ quantized)"
-    )
+    score = {
+        "gradient": "sum over tokens and outputs of (dLoss/dy · error of y)²",
+        "fisher": "sum over samples of the mean over draws of (sum over tokens and outputs of dLoss/dy · error of y)², "
+        "with labels that the model itself draws",
+        "kl_div": "sum over predictions of KL(original ‖ quantized)",
+    }[method]
     return (
         "- **predicted KL**: nats per prediction with this group alone quantized; "
         "**interval**: 90% bootstrap over samples.\n"

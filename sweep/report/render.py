@@ -21,7 +21,7 @@ from sweep.report.markdown import (
     tokens_text,
 )
 from sweep.report.rows import Report
-from sweep.store.records import ATTRIBUTES, RECIPE, UNKNOWN, FinishedTrial
+from sweep.store.records import ATTRIBUTES, NUMBERS, RECIPE, UNKNOWN, FinishedTrial
 
 REPORT_VERSION = 1  # of the JSON's layout
 
@@ -56,6 +56,7 @@ def render_markdown(report: Report) -> str:
 
 _SCORE_UNITS: Final = {
     "gradient": "nats squared, summed over tokens and outputs",
+    "fisher": "nats squared, summed over samples: of each the mean over draws of (sum over tokens and outputs)^2",
     "kl_div": "nats, summed over predictions",
 }
 
@@ -75,6 +76,7 @@ def render_json(report: Report) -> str:
             "dtype": trial.dtype,
             **({"tp": trial.tp} if trial.tp > 1 else {}),
             **({"calibration": trial.calibration} if trial.calibration is not None else {}),
+            **({"draws": trial.draws} if trial.draws is not None else {}),
             "auto_quantize_bits": summary.effective_bits,
             "auto_quantize_method": trial.method,
             "auto_quantize_score_size": summary.n_samples,
@@ -134,9 +136,7 @@ def largest(finished: Iterable[FinishedTrial]) -> list[FinishedTrial]:
     """Of trials that differ in their size alone the one with the most samples; in the order given."""
     best: dict[tuple[str, ...], FinishedTrial] = {}
     for one in finished:
-        key = tuple(
-            str(getattr(one.trial, name) or UNKNOWN) for name in (*ATTRIBUTES, "tp", "calibration") if name != "size"
-        )
+        key = tuple(str(getattr(one.trial, name) or UNKNOWN) for name in (*ATTRIBUTES, *NUMBERS) if name != "size")
         if key not in best or n_samples_of(best[key].trial.size) < n_samples_of(one.trial.size):
             best[key] = one
     return [*best.values()]
@@ -145,17 +145,29 @@ def largest(finished: Iterable[FinishedTrial]) -> list[FinishedTrial]:
 def summary_table(finished: Sequence[FinishedTrial], top: int, target: Target) -> list[tuple[str, ...]]:
     """A table for the end of a run: a heading, then one row a trial.
 
-    A row has the trial's `top` most sensitive layer groups, and how the target runs its recipe.
+    A row has the trial's `top` most sensitive layer groups, and how the target runs its recipe; its method, where there
+    are several.
     """
+    methods = ("method",) if len({one.trial.method for one in finished}) > 1 else ()
     names = (name.removeprefix("quant_") for name in RECIPE)
     groups = "most sensitive layer groups (share of the total)"
-    rows = [(*names, "size", "bits", "KL/pred.", f"on {target.name}", groups)]
+    rows = [(*names, *methods, "size", "bits", "KL/pred.", f"on {target.name}", groups)]
     for one in finished:
         trial, summary = one.trial, summarize(one.scores)
         served = target.status(trial.quant_pair, trial.quant_granularity, trial.algorithm).words
         kl = "-" if summary.total_predicted_kl is None else f"{summary.total_predicted_kl:.3g}"
         groups = ", ".join(most_sensitive(one.scores, top)) or "nothing measured"
-        rows.append((*trial.recipe, trial.size, f"{summary.effective_bits:.2f}", kl, served, groups))
+        rows.append(
+            (
+                *trial.recipe,
+                *(getattr(trial, name) for name in methods),
+                trial.size,
+                f"{summary.effective_bits:.2f}",
+                kl,
+                served,
+                groups,
+            )
+        )
     return rows
 
 

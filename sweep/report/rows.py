@@ -123,7 +123,8 @@ def analyse(finished: FinishedTrial) -> Report:
     kinds, by_kind = occurring(scores), kind_scores(scores)
     rows: list[ScoredGroup] = []
     not_measured: list[CoveredGroup] = []
-    table = scores.select([name for name in scores.column_names if not name.startswith("sample_")]).to_pylist()
+    by_sample = ("sample_", "projections")
+    table = scores.select([name for name in scores.column_names if not name.startswith(by_sample)]).to_pylist()
     for i in ranking(score).tolist():
         finite = {key: value for key, value in table[i].items() if not isinstance(value, float) or math.isfinite(value)}
         row = dict.fromkeys(table[i]) | finite | {"layer": table[i]["group"]}

@@ -165,6 +165,7 @@ def row_of(trial: PlannedTrial, state: TrialState, reason: str | None, run_id: s
         **attributes,
         tp=trial.tp,
         calibration=trial.calibration,
+        draws=trial.config.sensitivity.draws,
         trial_id=trial.trial_id,
         cell_id=trial.cell_id,
         model_revision=trial.model_revision,

@@ -14,11 +14,13 @@ from sweep.core.coverage import ModelCoverage, coverage_of
 # Each schema names its version. A reader refuses a newer one and upgrades an older one.
 SCHEMA_VERSION = 1  # of validations and answers; 1: first layout
 # 2: scores by kind of token, and predictions a sample; before, a row had its score and that of each sample.
-SCORES_VERSION = 2
+# 3: projections, of method=fisher.
+SCORES_VERSION = 3
 # 2: algorithm, scales and dtype are columns; before, the config named the first two, and the trial id hid the third.
 # 3: tp is a column; before, all ranges a token were found over all inputs.
 # 4: calibration is a column; before, ranges were found by the samples that were scored.
-TRIALS_VERSION = 4
+# 5: draws is a column, of method=fisher.
+TRIALS_VERSION = 5
 
 UNKNOWN: Final = "unknown"  # shown for an attribute that an older program has not recorded
 
@@ -31,7 +33,9 @@ SCORES_SCHEMA = pa.schema(
         pa.field("group", pa.string(), nullable=False),  # first module of the group, as ModelOpt names it
         pa.field("modules", pa.list_(pa.string()), nullable=False),
         pa.field("layer_index", pa.int32()),  # NULL outside decoder blocks
-        pa.field("score", pa.float64()),  # sum over tokens and outputs of (dLoss/dy * dy)^2; NULL: never called
+        # Sum over tokens and outputs of (dLoss/dy * dy)^2; of method=fisher the sum over samples of the mean square of
+        # their projections; NULL: never called.
+        pa.field("score", pa.float64()),
         pa.field("sensitivity", pa.float64()),  # score / n_predictions
         pa.field("predicted_kl", pa.float64()),  # score / (2 n_predictions), nats per prediction
         pa.field("n_predictions", pa.int64(), nullable=False),  # positions whose next token is valid
@@ -45,11 +49,16 @@ SCORES_SCHEMA = pa.schema(
         pa.field("sample_scores", pa.list_(pa.float32())),  # one a sample, in data set order; sums to `score`
         pa.field("sample_predictions", pa.list_(pa.int32())),  # one a sample; sums to `n_predictions`
         # The score by kind of the input token at whose position g and dy are taken, see sweep.core.batches.TOKEN_KINDS;
-        # they sum to `score`. NULL: scored by ModelOpt, or by an older program.
+        # they sum to `score`. NULL: scored by ModelOpt, or by an older program. Of method=fisher a part is the mean of
+        # that kind's projection times the whole one, and negative where it undoes what other kinds do.
         *(pa.field(f"score_{kind}", pa.float64()) for kind in TOKEN_KINDS),
         pa.field("score_top_token", pa.float64()),  # largest of a single position; NULL as well where it is not known
         # The samples' scores by kind, as `sample_scores`; NULL: all 0. What is left of those is the prompt's.
         *(pa.field(f"sample_scores_{kind}", pa.list_(pa.float32())) for kind in TOKEN_KINDS if kind != "prompt"),
+        # Of method=fisher, [samples x draws], the draws of a sample side by side: the sum over tokens, outputs and
+        # modules of dLoss/dy * dy, signed, under labels that the model draws. The square of the sum of several groups'
+        # is what the mix of their formats scores. NULL: another method.
+        pa.field("projections", pa.list_(pa.float32())),
     ],
     metadata={"schema_version": str(SCORES_VERSION)},
 )
@@ -61,7 +70,7 @@ def per_prediction(score: float | None, n_predictions: int, method: str) -> dict
     Args:
         score: None: never called.
         n_predictions: of all samples.
-        method: gradient or kl_div.
+        method: gradient, fisher or kl_div.
     """
     divisor = n_predictions if method == "kl_div" else 2 * n_predictions
     return {
@@ -118,6 +127,7 @@ ATTRIBUTES: Final = {
     "engine": "sensitivity.engine",
     **RECIPE,
 }
+NUMBERS: Final = ("tp", "calibration", "draws")  # columns of TrialRow that few trials have, beside these
 VARIANT: Final = tuple(RECIPE)[2:]  # what distinguishes trials of one pair and granularity
 # Values that go without saying in published paths, which older programs wrote without these attributes.
 USUAL: Final = {"algorithm": "max", "scales": "private"}
@@ -145,6 +155,7 @@ class TrialRow:
     tp: int = 1  # ranks that each find the inputs' range of a token; 1 for formats without one: see Format.on_ranks
     # Leading samples that find ranges and scales of the inputs; None: those that are scored, or it has none to find.
     calibration: int | None = None
+    draws: int | None = None  # of method=fisher: labels drawn at each prediction
     state: TrialState
     reason: str | None  # why it failed or was skipped
     config: str  # composed config, JSON
@@ -172,9 +183,9 @@ class TrialRow:
 
     @property
     def _own_words(self) -> list[str]:
-        """What few trials have: ``tp 8``, ``calibration 512``."""
-        ranks = [f"tp {self.tp}"] if self.tp > 1 else []
-        return ranks if self.calibration is None else [*ranks, f"calibration {self.calibration}"]
+        """What few trials have: ``tp 8``, ``calibration 512``, ``draws 8``."""
+        numbers = {"tp": self.tp if self.tp > 1 else None, "calibration": self.calibration, "draws": self.draws}
+        return [f"{name} {number}" for name, number in numbers.items() if number is not None]
 
     @property
     def setting(self) -> str:

@@ -60,20 +60,26 @@ def _trials_2(table: pa.Table) -> pa.Table:
     added = [unrecorded(row, msgspec.json.decode(row["config"])) for row in rows]
     for name in ("algorithm", "scales", "dtype"):
         table = table.append_column(TRIALS_SCHEMA.field(name), _texts([row[name] for row in added]))
-    return table.select([name for name in TRIALS_SCHEMA.names if name not in ("tp", "calibration")])
+    return table.select([name for name in TRIALS_SCHEMA.names if name not in ("tp", "calibration", "draws")])
 
 
 def _trials_3(table: pa.Table) -> pa.Table:
     """Trials of version 2 with a column for their ranks: one."""
     ones = pa.repeat(pa.scalar(1, pa.int32()), len(table))
     table = table.append_column(TRIALS_SCHEMA.field("tp"), ones)
-    return table.select([name for name in TRIALS_SCHEMA.names if name != "calibration"])
+    return table.select([name for name in TRIALS_SCHEMA.names if name not in ("calibration", "draws")])
 
 
 def _trials_4(table: pa.Table) -> pa.Table:
     """Trials of version 3 with a column for the samples that calibrate: those that are scored."""
+    table = table.append_column(TRIALS_SCHEMA.field("calibration"), pa.nulls(len(table), pa.int32()))
+    return table.select([name for name in TRIALS_SCHEMA.names if name != "draws"])
+
+
+def _trials_5(table: pa.Table) -> pa.Table:
+    """Trials of version 4 with a column for the labels that they drew: none."""
     nothing = pa.nulls(len(table), pa.int32())
-    return table.append_column(TRIALS_SCHEMA.field("calibration"), nothing).select(TRIALS_SCHEMA.names)
+    return table.append_column(TRIALS_SCHEMA.field("draws"), nothing).select(TRIALS_SCHEMA.names)
 
 
 def _texts(values: Sequence[str | None]) -> pa.Array:
@@ -86,10 +92,20 @@ def _texts(values: Sequence[str | None]) -> pa.Array:
 
 def _scores_2(table: pa.Table) -> pa.Table:
     """Scores of version 1 with columns for kinds of tokens, and for the samples' predictions: not known."""
-    for field in SCORES_SCHEMA:
+    return _with_nulls(table, [name for name in SCORES_SCHEMA.names if name != "projections"])
+
+
+def _scores_3(table: pa.Table) -> pa.Table:
+    """Scores of version 2 with a column for projections: none."""
+    return _with_nulls(table, SCORES_SCHEMA.names)
+
+
+def _with_nulls(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """The columns of a table of scores that have these names, NULL where it lacks them."""
+    for field in map(SCORES_SCHEMA.field, names):
         if field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(len(table), field.type))
-    return table.select(SCORES_SCHEMA.names)
+    return table.select(names)
 
 
 # By a table's first column and version: the function that makes its rows those of the next version.
@@ -97,5 +113,7 @@ UPGRADES: Final[dict[tuple[str, int], Callable[[pa.Table], pa.Table]]] = {
     ("trial_id", 1): _trials_2,
     ("trial_id", 2): _trials_3,
     ("trial_id", 3): _trials_4,
+    ("trial_id", 4): _trials_5,
     ("cell_id", 1): _scores_2,
+    ("cell_id", 2): _scores_3,
 }

@@ -8,8 +8,9 @@ those of the samples that the KL is measured on. On a CPU every fourth decoder l
 
 python -m tests.bench.chat MODEL_DIR [--device cuda]
 
-prints one JSON line: Spearman's rank correlation of predicted and measured KL, and the median of their ratio, by format
-and by the samples that were scored.
+prints one JSON line: Spearman's rank correlation of predicted and measured KL, and the median and the 10 to 90 % range
+of their ratio, by format and by the samples that were scored; those of the chats also by --draws labels that the model
+draws (method=fisher).
 """
 
 # pyright: basic
@@ -156,10 +157,10 @@ def values(found: list[Scores] | None) -> list[float]:
     return [next(iter(scores.values())).score for scores in found if not isinstance(scores, NotFinite)]
 
 
-def predicted_kl(bench: Subject, plan: Plan) -> np.ndarray:
+def predicted_kl(bench: Subject, plan: Plan, draws: int | None = None) -> np.ndarray:
     """By the gradients on a plan's samples: [groups, formats], nats per prediction."""
     rows, engine, jobs = (
-        capture(bench.model, plan.segments, bench.modules),
+        capture(bench.model, plan.segments, bench.modules, draws),
         Engine(bench.model.device),
         bench.jobs(plan),
     )
@@ -181,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--draws", type=int, default=8)
     args = parser.parse_args()
     path, device = args.model, torch.device(args.device)
     torch.set_num_threads(n_cores())
@@ -201,6 +203,8 @@ def main() -> None:
     }
     predicted = {name: predicted_kl(bench, plan) for name, plan in scored.items()}
     lap("scores")
+    predicted["chats, fisher"] = predicted_kl(bench, scored["chats"], args.draws)
+    lap("projections")
     other = make_plan(chats[N_SCORED:], packed=True)
     measured = measured_kl(bench, other)
     lap("kl")
@@ -209,6 +213,9 @@ def main() -> None:
             name: {
                 "spearman": round(spearman(kl[:, index], measured[:, index]), 4),
                 "median_ratio": float(f"{np.median(kl[:, index] / measured[:, index]):.3g}"),
+                "ratio_10_90": [
+                    float(f"{each:.3g}") for each in np.quantile(kl[:, index] / measured[:, index], [0.1, 0.9])
+                ],
             }
             for name, kl in predicted.items()
         }
@@ -218,7 +225,13 @@ def main() -> None:
     report(
         "chat",
         device,
-        {"groups": len(bench.groups), "predictions": counts, "formats": figures, "seconds": seconds},
+        {
+            "groups": len(bench.groups),
+            "draws": args.draws,
+            "predictions": counts,
+            "formats": figures,
+            "seconds": seconds,
+        },
     )
 
 

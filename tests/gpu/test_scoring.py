@@ -63,6 +63,64 @@ def test_bits_do_not_depend_on_what_is_scored_beside(captured: Any) -> None:
         assert again[-1 - index]["medium"].score == again[index]["medium"].score == together[-1 - index]["medium"].score
 
 
+@pytest.mark.parametrize("n_draws", [1, 8, 11])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_projections_are_those_of_plain_pytorch(dtype: torch.dtype, n_draws: int) -> None:
+    """Of rows whose outputs are no multiple of a block, with and without each term; nothing past an end is written."""
+    from workers.quant import kernels
+
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+    n_rows, n_out, ends, second_ends = 70, 2_000, [70, 33, 70], [70, 33, 0]
+    first, seconds, g_DTO = random(n_rows, n_out), random(3, n_rows, n_out), random(n_draws, n_rows, n_out)
+    for term, own, own_ends, own_second_ends in (
+        (first, seconds, ends, second_ends),
+        (None, seconds, ends, [70, 33, 70]),
+        (first, seconds[:, :0], ends, [0, 0, 0]),
+    ):
+        found, expected = [
+            (torch.full((3, n_draws, n_rows), 7.0, device="cuda"), torch.full((3, n_rows), 7.0, device="cuda"))
+            for _ in range(2)
+        ]
+        kernels.project_rows(term, own, g_DTO, own_ends, own_second_ends, *found)
+        kernels.project_rows_plain(term, own, g_DTO, own_ends, own_second_ends, *expected)
+        torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5 * n_out**0.5)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=0)
+        assert (found[0][1, :, 33:] == 7).all()
+        alone = torch.zeros(1, n_draws, n_rows, device="cuda"), torch.zeros(1, n_rows, device="cuda")
+        kernels.project_rows(term, own[:1], g_DTO, own_ends[:1], own_second_ends[:1], *alone)
+        assert torch.equal(alone[0][0], found[0][0])
+        fewer = torch.zeros(3, 1, n_rows, device="cuda"), torch.zeros(3, n_rows, device="cuda")
+        kernels.project_rows(term, own, g_DTO[:1], own_ends, own_second_ends, *fewer)
+        assert torch.equal(fewer[0][0, 0], found[0][0, 0])  # nor on the draws beside it
+
+
+def test_a_kernels_signed_sum_keeps_six_digits() -> None:
+    from workers.quant import kernels
+
+    first, g_DTO = (torch.randn(*shape, device="cuda") for shape in ((300, 9_728), (8, 300, 9_728)))
+    found, square = torch.zeros(1, 8, 300, device="cuda"), torch.zeros(1, 300, device="cuda")
+    kernels.project_rows(first, first[None, :0], g_DTO, [300], [0], found, square)
+    exact = (first.double() * g_DTO.double()).sum(2)
+    spread = float(exact.square().mean().sqrt()) * 300**0.5
+    assert float((found[0].double().sum(1) - exact.sum(1)).abs().max()) < 1e-6 * spread
+
+
+@pytest.mark.parametrize("recipes", [RECIPES, RECIPES[::-1]])
+def test_projections_do_not_depend_on_what_is_scored_beside(captured: Any, recipes: list[Any]) -> None:
+    from workers.scoring.capture import capture
+
+    model, rows, plan = captured
+    drawn = model, capture(model, plan.segments, [name for name in rows if "mlp" in name], 3), plan
+    together = scores(drawn, recipes, "small", "medium")
+    for index, recipe in enumerate(recipes):
+        (alone,) = scores(drawn, [recipe], "small")
+        assert (alone["small"].projections == together[index]["small"].projections).all(), recipe
+
+
 def test_scores_are_within_half_a_percent_of_float32(captured: Any) -> None:
     from workers.quant.modelopt import Quantizers, quantized
 

@@ -34,6 +34,7 @@ class Workload:
     model_bytes: int
     vocabulary: int
     n_inputs: int  # recipes of the inputs that are kept side by side, those of other sizes counted
+    n_gradients: int = 1  # g of each linear: one, or as many as there are draws
 
 
 def itemsize_of(dtype: str) -> int:
@@ -41,7 +42,16 @@ def itemsize_of(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
-def workload(plan: Plan, n_segments: int, *, n_inputs: int, dtype: str, model_bytes: int, vocabulary: int) -> Workload:
+def workload(
+    plan: Plan,
+    n_segments: int,
+    *,
+    n_inputs: int,
+    dtype: str,
+    model_bytes: int,
+    vocabulary: int,
+    draws: int | None = None,
+) -> Workload:
     """The workload of scoring tasks of one model and data set together.
 
     Args:
@@ -51,6 +61,7 @@ def workload(plan: Plan, n_segments: int, *, n_inputs: int, dtype: str, model_by
         dtype: of the model.
         model_bytes: of the weights.
         vocabulary: its size.
+        draws: see Task.
     """
     batches = [batch for segment in plan.segments[:n_segments] for batch in segment]
     return Workload(
@@ -62,15 +73,16 @@ def workload(plan: Plan, n_segments: int, *, n_inputs: int, dtype: str, model_by
         model_bytes=model_bytes,
         vocabulary=vocabulary,
         n_inputs=n_inputs,
+        n_gradients=draws or 1,
     )
 
 
 def capture_bytes(groups: Sequence[ShapedGroup], work: Workload) -> int:
     """Bytes of x and g of layer groups, and of the autograd graph of one batch through them."""
-    values = sum(
-        (group.n_inputs + group.n_outputs) * (_rows(group, work) + _GRAPH_SHARE * _batch_rows(group, work))
-        for group in groups
-    )
+    values = 0.0
+    for group in groups:
+        values += (group.n_inputs + work.n_gradients * group.n_outputs) * _rows(group, work)
+        values += (group.n_inputs + group.n_outputs) * _GRAPH_SHARE * _batch_rows(group, work)
     return round(values * work.itemsize)
 
 
@@ -143,9 +155,9 @@ def part_windows(parts: Sequence[Part], work: Workload, n_bytes: float, n_halvin
     state_bytes = work.n_tokens * hidden * work.itemsize
     found = windows(parts, sizes, room)
     n_states = 0
-    # Several windows start at a hidden state each, which the pass before the first keeps, and end at a gradient.
-    while len(found) > 1 and n_states <= len(found):
-        n_states = len(found) + 1
+    # Several windows start at a hidden state each, which the pass before the first keeps, and end at its gradients.
+    while len(found) > 1 and n_states < len(found) + work.n_gradients:
+        n_states = len(found) + work.n_gradients
         found = windows(parts, sizes, room - n_states * state_bytes)
     return found
 

@@ -1,12 +1,13 @@
-"""The two element-wise steps of gradient scoring: plain PyTorch on a CPU, one Triton kernel each on a GPU."""
+"""The element-wise steps of scoring by gradients: plain PyTorch on a CPU, one Triton kernel each on a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-COLUMNS: Final = 8  # recipes that one launch of score_rows takes
+COLUMNS: Final = 8  # recipes that one launch of score_rows or project_rows takes
+DRAWS: Final = 8  # that one launch of project_rows takes
 _CHUNK_ROWS: Final = 1024  # rows that a CPU works on at a time: they stay in its cache
 
 
@@ -54,7 +55,64 @@ def score_rows(
 
         kernels_triton.score_rows(first, seconds, gradient, ends, second_ends, score, square)
         return
-    room = torch.empty(_CHUNK_ROWS, gradient.shape[1])
+    for column, rows, dy in _errors(first, seconds, ends, second_ends):
+        torch.linalg.vecdot(dy, dy, out=square[column, rows])
+        dy.mul_(gradient[rows])
+        torch.linalg.vecdot(dy, dy, out=score[column, rows])
+
+
+def project_rows(
+    first: Tensor | None,
+    seconds: Tensor,
+    gradients: Tensor,
+    ends: Sequence[int],
+    second_ends: Sequence[int],
+    projection: Tensor,
+    square: Tensor,
+) -> None:
+    """Sums of each row of g * dy, signed, for several draws of g, and of dy^2, in float32, for several recipes at once.
+
+    Args:
+        first: as for `score_rows`.
+        seconds: as for `score_rows`.
+        gradients: g of each draw, [draws, rows, out].
+        ends: as for `score_rows`.
+        second_ends: as for `score_rows`.
+        projection: [recipes, draws, rows] float32, receives the sums of g * dy.
+        square: [recipes, rows] float32, receives the sums of dy^2.
+    """
+    if gradients.is_cuda:
+        from workers.quant import kernels_triton
+
+        kernels_triton.project_rows(first, seconds, gradients, ends, second_ends, projection, square)
+    else:
+        project_rows_plain(first, seconds, gradients, ends, second_ends, projection, square)
+
+
+def project_rows_plain(
+    first: Tensor | None,
+    seconds: Tensor,
+    gradients: Tensor,
+    ends: Sequence[int],
+    second_ends: Sequence[int],
+    projection: Tensor,
+    square: Tensor,
+) -> None:
+    """`project_rows` in PyTorch, on any device: products of a row are added up in halves of halves."""
+    for column, rows, dy in _errors(first, seconds, ends, second_ends):
+        torch.linalg.vecdot(dy, dy, out=square[column, rows])
+        for draw, gradient in enumerate(gradients):
+            torch.linalg.vecdot(dy, gradient[rows].float(), out=projection[column, draw, rows])
+
+
+def _errors(
+    first: Tensor | None, seconds: Tensor, ends: Sequence[int], second_ends: Sequence[int]
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """Each recipe's dy in float32, some rows at a time, in memory that the next ones overwrite. Args: as `score_rows`.
+
+    Yields: the recipe's number, the rows, and their dy.
+    """
+    room = torch.empty(_CHUNK_ROWS, seconds.shape[2], device=seconds.device)
     for column, end in enumerate(ends):
         for start in range(0, end, _CHUNK_ROWS):
             rows = slice(start, min(end, start + _CHUNK_ROWS))
@@ -62,9 +120,7 @@ def score_rows(
             if first is None:
                 dy.copy_(seconds[column, rows])
             elif second_ends[column]:
-                torch.add(first[rows], seconds[column, rows], out=dy)
+                torch.add(first[rows].float(), seconds[column, rows].float(), out=dy)
             else:
                 dy.copy_(first[rows])
-            torch.linalg.vecdot(dy, dy, out=square[column, rows])
-            dy.mul_(gradient[rows])
-            torch.linalg.vecdot(dy, dy, out=score[column, rows])
+            yield column, rows, dy

@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from workers.quant.kernels import COLUMNS
+from workers.quant.kernels import COLUMNS, DRAWS
 
 _DELTA_BLOCK = 4096  # elements a program
 _QUANTIZE_BLOCK = 1024
 _ROW_BLOCK = 512  # outputs read at once, of COLUMNS recipes
+_PROJECT_BLOCK = 128  # the same for COLUMNS recipes and DRAWS draws: 64 sums a thread of four warps
 
 
 @triton.jit
@@ -68,6 +69,55 @@ def _score_rows_kernel(
     inside_column = row < tl.load(ends + column)
     tl.store(score + to, tl.sum(scores, 1), inside_column)
     tl.store(square + to, tl.sum(squares, 1), inside_column)
+
+
+@triton.jit(
+    do_not_specialize=["n_draws", "second_stride", "gradient_stride", "column_stride", "draw_stride", "square_stride"]
+)
+def _project_rows_kernel(
+    first,
+    second,
+    gradient,
+    ends,
+    second_ends,
+    projection,
+    square,
+    n_out,
+    n_draws,
+    second_stride,
+    gradient_stride,
+    column_stride,
+    draw_stride,
+    square_stride,
+    HAS_FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DRAWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, COLUMNS)
+    draw = tl.arange(0, DRAWS)
+    start = row.to(tl.int64) * n_out
+    # [columns, draws, outputs] of everything; dy has one draw, g one column.
+    second_start = column.to(tl.int64)[:, None, None] * second_stride + start
+    gradient_start = draw.to(tl.int64)[None, :, None] * gradient_stride + start
+    with_second = (row < tl.load(second_ends + column))[:, None, None]
+    is_draw = (draw < n_draws)[None, :, None]
+    sums = tl.zeros((COLUMNS, DRAWS, BLOCK), tl.float32)
+    squares = tl.zeros((COLUMNS, 1, BLOCK), tl.float32)
+    for block in range(0, n_out, BLOCK):
+        at = block + tl.arange(0, BLOCK)[None, None, :]
+        inside = at < n_out
+        dy = tl.load(second + second_start + at, with_second & inside, 0.0).to(tl.float32)
+        if HAS_FIRST:
+            dy += tl.load(first + start + at, inside, 0.0).to(tl.float32)
+        g = tl.load(gradient + gradient_start + at, is_draw & inside, 0.0).to(tl.float32)
+        sums += dy * g
+        squares += dy * dy
+    inside_column = row < tl.load(ends + column)
+    to = column[:, None] * column_stride + draw[None, :] * draw_stride + row
+    tl.store(projection + to, tl.sum(sums, 2), inside_column[:, None] & (draw < n_draws)[None, :])
+    tl.store(square + column * square_stride + row, tl.sum(tl.sum(squares, 2), 1), inside_column)
 
 
 @triton.jit
@@ -140,6 +190,48 @@ def score_rows(
         BLOCK=_ROW_BLOCK,
         num_warps=4,
     )
+
+
+def project_rows(
+    first: Tensor | None,
+    seconds: Tensor,
+    gradients: Tensor,
+    ends: Sequence[int],
+    second_ends: Sequence[int],
+    projection: Tensor,
+    square: Tensor,
+) -> None:
+    """See workers.quant.kernels.project_rows.
+
+    One kernel serves any number of recipes and up to DRAWS draws, as in `score_rows`. Each of its sums takes every
+    128th product of a row; those are then added up in halves of halves.
+    """
+    if not seconds.numel():
+        assert first is not None
+        seconds = first[None]  # never read: all `second_ends` are 0
+    for start in range(0, len(gradients), DRAWS):
+        some, into = gradients[start : start + DRAWS], projection[:, start : start + DRAWS]
+        _project_rows_kernel[(max(ends),)](
+            seconds if first is None else first,
+            seconds,
+            some,
+            _table(tuple(ends), gradients.device),
+            _table(tuple(second_ends), gradients.device),
+            into,
+            square,
+            gradients.shape[2],
+            len(some),
+            seconds.stride(0),
+            some.stride(0),
+            into.stride(0),
+            into.stride(1),
+            square.stride(0),
+            HAS_FIRST=first is not None,
+            COLUMNS=COLUMNS,
+            DRAWS=DRAWS,
+            BLOCK=_PROJECT_BLOCK,
+            num_warps=4,
+        )
 
 
 def fake_quantize(values: Tensor, amax: Tensor, num_bits: int | tuple[int, int], *, narrow_range: bool) -> Tensor:

@@ -1,7 +1,8 @@
 """Capture: one forward and backward pass of the unquantized model that keeps every linear's input and output gradient.
 
 For each linear its input x [rows, in] and the gradient g [rows, out] of the summed loss with respect to its output.
-That is all that any recipe's score needs, so the model runs once, not once a recipe.
+That is all that any recipe's score needs, so the model runs once, not once a recipe. Where labels are drawn, there is a
+backward pass and a g for each draw, of the same forward pass.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -18,9 +19,10 @@ from sweep.core.batches import Batch
 from sweep.core.errors import SweepError
 from sweep.core.groups import is_vision
 from workers.model.decoder import decoder_of
-from workers.model.forward import attention_of, batch_to, labels_of, summed_loss
+from workers.model.forward import attention_of, batch_to, summed_loss
 from workers.model.hooks import removed_after
 from workers.model.memory import HEAD_ROWS
+from workers.scoring.labels import Targets, targets_of
 from workers.scoring.layout import FloatArray, Layout, Segments, layout_of, patch_kinds, token_kinds
 
 
@@ -29,15 +31,22 @@ class Rows:
     """One linear's inputs and output gradients, over all segments."""
 
     x_TI: Tensor  # [rows, in], model dtype; linears with the same input tensor share it
-    g_TO: Tensor  # [rows, out], dLoss/dy, model dtype
+    g_DTO: Tensor  # [draws, rows, out], dLoss/dy, model dtype; one, of the data's own labels, where none are drawn
+    is_drawn: bool
     y_square_sums: FloatArray  # [samples], in data set order: sum of squares of the unquantized output
     input_amaxes: FloatArray  # [samples], in data set order: largest |x|; NaN if there is one
     layout: Layout
     # Calibration ranges found so far, see workers.quant.modelopt.Quantizers.inputs; shared as x is.
     input_ranges: dict[tuple[str, int], Tensor]
 
+    @property
+    def g_TO(self) -> Tensor:
+        """[rows, out], of the data's own labels."""
+        (g_TO,) = self.g_DTO
+        return g_TO
 
-def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dict[str, Rows]:
+
+def capture(model: nn.Module, segments: Segments, modules: Sequence[str], draws: int | None = None) -> dict[str, Rows]:
     """Run segments of a plan through the model and keep the named linears' inputs and output gradients.
 
     Modules below the first named one take no part in the backward pass.
@@ -46,6 +55,7 @@ def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dic
         model: evaluation mode, no parameter requiring a gradient (workers.model.loading.load).
         segments: leading segments of the plan, in canonical order.
         modules: names of nn.Linear modules of `model`.
+        draws: labels that the model draws at each prediction; None: the data's own count.
 
     Returns: rows by module name; a module that no batch called is absent.
 
@@ -53,61 +63,43 @@ def capture(model: nn.Module, segments: Segments, modules: Sequence[str]) -> dic
     """
     parameter = next(model.parameters())
     decoder = decoder_of(model)
-    recorder = Recorder(segments, parameter.device)
+    recorder = Recorder(segments, parameter.device, draws)
     attention = attention_of(chain.from_iterable(segments), parameter.device)
     with recorder.attached(model, modules), attention, torch.enable_grad():
         for batch in recorder.batches():
-            inputs, labels = batch_to(batch, parameter.device, parameter.dtype), labels_of(batch)
+            inputs, targets = batch_to(batch, parameter.device, parameter.dtype), targets_of(batch, draws)
             if decoder is not None:
-                backward_from(decoder.output(inputs), decoder.head, labels)
+                output_BTH = decoder.output(inputs)
+                recorder.backward(output_BTH, recorder.head_gradients(output_BTH, decoder.head, targets))
             else:
-                _backward(summed_loss(model(**inputs, use_cache=False).logits, labels))
+                logits_TV = model(**inputs, use_cache=False).logits.flatten(0, 1)
+                for _ in recorder.backward_losses(logits_TV, targets):
+                    pass
     return recorder.rows()
-
-
-def backward_from(output_BTH: Tensor, head: nn.Module, labels: Tensor) -> None:
-    """Backward pass of the summed loss through head and model, with the logits of at most HEAD_ROWS rows in memory.
-
-    Args:
-        output_BTH: the final norm's output, with the graph that made it.
-        head: the output layer, from [rows, hidden] to logits.
-        labels: [batch, tokens], already shifted.
-    """
-    gradient_BTH = output_BTH.new_zeros(output_BTH.shape)
-    tensors = (output_BTH.detach(), labels[..., None], gradient_BTH)
-    pieces = [tensor.flatten(0, 1).split(HEAD_ROWS) for tensor in tensors]
-    for piece_TH, piece_labels, piece_gradient_TH in zip(*pieces, strict=True):
-        leaf_TH = piece_TH.detach().requires_grad_(output_BTH.requires_grad)
-        _backward(summed_loss(head(leaf_TH)[None], piece_labels))
-        if leaf_TH.grad is not None:
-            piece_gradient_TH.copy_(leaf_TH.grad)
-    if output_BTH.requires_grad:
-        output_BTH.backward(gradient_BTH)
-
-
-def _backward(loss: Tensor) -> None:
-    if loss.requires_grad:  # not if no captured module took part
-        loss.backward()
 
 
 class _Buffer:
     """Memory for all rows of one module; rows that no call fills stay 0 and add nothing to any score."""
 
-    def __init__(self, layout: Layout, in_features: int, y_TO: Tensor, shares: "_Buffer | None") -> None:
+    def __init__(self, layout: Layout, in_features: int, y_TO: Tensor, n_passes: int, shares: "_Buffer | None") -> None:
         n_rows = layout.ends[-1]
         self.layout, self.shares = layout, shares
         # On the module's device: its input may come from another GPU.
         self.x_TI = y_TO.new_zeros(n_rows, in_features) if shares is None else shares.x_TI
-        self.g_TO = y_TO.new_zeros(n_rows, y_TO.shape[1])
+        self.g_DTO = y_TO.new_zeros(n_passes, n_rows, y_TO.shape[1])
         self.y_squares_T = torch.zeros(n_rows, device=y_TO.device)  # sum of squares of each row of the output
         self.batch, self.end = -1, 0  # the last batch that called it, and the rows filled then
 
 
 class Recorder:
-    """Forward hooks that keep x, and put a backward hook on the output that keeps g."""
+    """Forward hooks that keep x, and put a backward hook on the output that keeps g.
 
-    def __init__(self, segments: Segments, device: torch.device) -> None:
-        self._segments, self._device = segments, device
+    Every backward pass goes through a method of it, which knows the number of the draw whose g it keeps.
+    """
+
+    def __init__(self, segments: Segments, device: torch.device, draws: int | None) -> None:
+        self._segments, self._device, self._draws = segments, device, draws
+        self._pass = 0  # number of the draw
         self._layouts: dict[Fraction, Layout] = {}  # by rows a patch; 0: rows are tokens
         self._buffers: dict[str, _Buffer] = {}
         self._n_batch = -1
@@ -140,7 +132,8 @@ class Recorder:
             found = self._seen.get(x_TI.data_ptr())
             if (buffer := self._buffers.get(name)) is None:
                 layout = self._layout(name, len(x_TI))
-                buffer = self._buffers[name] = _Buffer(layout, x_TI.shape[1], y_TO, found and found[0])
+                buffer = _Buffer(layout, x_TI.shape[1], y_TO, self._draws or 1, found and found[0])
+                self._buffers[name] = buffer
             rows = self._rows(name, buffer, len(x_TI))
             if buffer.shares is None:
                 buffer.x_TI[rows] = x_TI
@@ -152,12 +145,63 @@ class Recorder:
             buffer.y_squares_T[rows] = row_square_sums(y_TO)
 
             def keep_gradient(gradient: Tensor) -> None:
-                buffer.g_TO[rows] = gradient.detach().flatten(0, -2)
+                buffer.g_DTO[self._pass, rows] = gradient.detach().flatten(0, -2)
 
             output.register_hook(keep_gradient)
             return output
 
         return keep
+
+    def head_gradients(self, output_BTH: Tensor, head: nn.Module, targets: Targets) -> Tensor:
+        """The gradient of the summed loss at the final norm's output: [passes, batch, tokens, hidden].
+
+        The logits of at most HEAD_ROWS rows are in memory.
+
+        Args:
+            output_BTH: the final norm's output.
+            head: the output layer, from [rows, hidden] to logits.
+            targets: of the batch.
+        """
+        gradients_DBTH = output_BTH.new_zeros(targets.n_passes, *output_BTH.shape)
+        gradients_DTH = gradients_DBTH.flatten(1, 2)
+        for start in range(0, gradients_DTH.shape[1], HEAD_ROWS):
+            rows = slice(start, start + HEAD_ROWS)
+            leaf_TH = output_BTH.detach().flatten(0, 1)[rows].requires_grad_(output_BTH.requires_grad)
+            for number in self.backward_losses(head(leaf_TH), targets, start):
+                if leaf_TH.grad is not None:
+                    gradients_DTH[number, rows] = leaf_TH.grad
+                    leaf_TH.grad = None
+        return gradients_DBTH
+
+    def backward_losses(self, logits_TV: Tensor, targets: Targets, start: int = 0) -> Generator[int]:
+        """A backward pass of the summed loss for each draw. Args: as of Targets.of. Yields: its number, after it."""
+        if not logits_TV.requires_grad:  # no captured module took part
+            return
+        for number, labels_T in enumerate(labels := targets.of(logits_TV, start)):
+            self._pass = number
+            summed_loss(logits_TV[None], labels_T).backward(retain_graph=number + 1 < len(labels))
+            yield number
+
+    def backward(
+        self, output: Tensor, gradients: Sequence[Tensor] | Tensor, leaf: Tensor | None = None
+    ) -> list[Tensor]:
+        """A backward pass from an output for each draw.
+
+        Args:
+            output: with the graph that made it.
+            gradients: of the loss at it, one a draw.
+            leaf: a tensor that it was made from.
+
+        Returns: of each draw the gradient at `leaf`, if that takes one.
+        """
+        found: list[Tensor] = []
+        for number, gradient in enumerate(gradients) if output.requires_grad else ():
+            self._pass = number
+            output.backward(gradient, retain_graph=number + 1 < len(gradients))
+            if leaf is not None and leaf.grad is not None:
+                found.append(leaf.grad)
+                leaf.grad = None
+        return found
 
     def rows(self) -> dict[str, Rows]:
         """The recorded rows, by module name."""
@@ -170,7 +214,8 @@ class Recorder:
             input_amaxes, input_ranges = shared[buffer.shares or buffer]
             found[name] = Rows(
                 x_TI=buffer.x_TI,
-                g_TO=buffer.g_TO,
+                g_DTO=buffer.g_DTO,
+                is_drawn=self._draws is not None,
                 y_square_sums=layout.by_sample(buffer.y_squares_T.double(), "sum"),
                 input_amaxes=input_amaxes,
                 layout=layout,

@@ -33,6 +33,7 @@ from workers.scoring.capture import Rows, square_sum
 from workers.scoring.host_copy import start_host_copy
 from workers.scoring.layout import Layout
 from workers.scoring.scores import GroupScore, NotFinite, Scores, first_not_finite
+from workers.scoring.sums import Errors, ProjectionSums, RowSums, SquareSums
 from workers.scoring.weights import QuantizedWeight, Weights
 
 _PRODUCT_BYTES = 2e9  # of dx Q(W)^T held at once
@@ -250,16 +251,21 @@ class _GroupSums:
 
     def __init__(self, group: _Group) -> None:
         rows = list(group.rows.values())  # not kept: their memory may be needed before the results are
-        self._name, self._jobs, self._columns, self._layout = group.name, group.jobs, group.columns, rows[0].layout
+        first, n_columns = rows[0], len(group.columns)
+        self._name, self._jobs, self._columns, self._layout = group.name, group.jobs, group.columns, first.layout
         self._y_squares = np.sum([seen.y_square_sums for seen in rows], axis=0)  # of each sample
         self._amaxes = np.max([seen.input_amaxes for seen in rows], axis=0)
         self._place = {name: place for place, name in enumerate(group.rows)}
-        # [modules, 2, columns, rows]: sums of (g * dy)^2 and of dy^2 over the outputs.
-        n_rows, device = rows[0].x_TI.shape[0], rows[0].x_TI.device
-        self._sums = torch.zeros(len(rows), 2, len(self._columns), n_rows, device=device)
+        device = first.x_TI.device
+        self._sums: RowSums
+        if first.is_drawn:
+            self._sums = ProjectionSums(first.layout, len(first.g_DTO), n_columns, device)
+        else:
+            self._sums = SquareSums(first.layout, len(rows), n_columns, device)
         # Of each module and weight recipe, the jobs that have it and the sum of dW^2.
         self._weights: list[tuple[tuple[int, ...], Tensor | float]] = []
         self._w_squares: dict[str, Tensor] = {}
+        self._n_squares = 0
         self._on_host: Callable[[], Tensor] | None = None
 
     def add(self, visit: _Visit, rows: Rows, columns: Sequence[_Column], w_square: Tensor | None) -> None:
@@ -281,7 +287,7 @@ class _GroupSums:
         by_weight: Tensor | None = None  # x dW^T
         if delta is not None:
             n_rows = max(column.end for column in columns)
-            by_weight = rows.g_TO.new_empty(n_rows, n_out, dtype=dtype)
+            by_weight = rows.g_DTO.new_empty(n_rows, n_out, dtype=dtype)
             for start, end in _pieces(rows.layout):
                 if start < n_rows:
                     _matmul(rows.x_TI[start:end], delta, by_weight[start:end])
@@ -292,47 +298,38 @@ class _GroupSums:
             together = columns[first : first + step]
             ends = [column.end for column in together]
             input_ends = [0 if self._jobs[column.job].format.inputs is None else column.end for column in together]
-            by_inputs = rows.g_TO.new_empty(len(together), max(input_ends), n_out, dtype=dtype)  # dx Q(W)^T
+            by_inputs = rows.g_DTO.new_empty(len(together), max(input_ends), n_out, dtype=dtype)  # dx Q(W)^T
             for place, column in enumerate(together):
                 if input_ends[place]:
                     deltas = visit.inputs[self._jobs[column.job].format.input_id, column.calibration]
                     for start, end in column.pieces:
                         _matmul(deltas[start:end], weight, by_inputs[place, start:end])
-            scores, squares = self._sums[self._place[visit.name], :, together[0].index : together[-1].index + 1]
-            kernels.score_rows(by_weight, by_inputs, rows.g_TO, ends, input_ends, scores, squares)
+            errors = Errors(first=by_weight, seconds=by_inputs, g_DTO=rows.g_DTO, ends=ends, second_ends=input_ends)
+            self._sums.add(self._place[visit.name], slice(together[0].index, together[-1].index + 1), errors)
 
     def close(self) -> None:
         """Sum rows to samples and start the copy of all sums to the host, without waiting for the GPU."""
-        by_row = self._sums.flatten(0, 2).T.to(torch.float64, memory_format=torch.contiguous_format)
-        n_modules, _, n_columns, _ = self._sums.shape
-        modules = self._layout.sample_sums(by_row).unflatten(1, (n_modules, -1)).unbind(1)
-        samples = sum(modules[1:], start=modules[0])
-        scores_TC = by_row.unflatten(1, (n_modules, 2, n_columns))[:, :, 0].sum(1)
-        runs = self._layout.run_figures(scores_TC)
         squares = [*self._w_squares.values(), *(square for _, square in self._weights if isinstance(square, Tensor))]
-        self._on_host = start_host_copy(torch.cat([torch.stack(squares), runs.flatten(), samples.flatten()]))
+        self._n_squares = len(squares)
+        self._on_host = start_host_copy(torch.cat([torch.stack(squares), self._sums.figures()]))
 
     def results(self) -> list[Scores]:
         """Each job's scores. Waits for the copy that `close` has started, not for kernels launched since."""
         assert self._on_host is not None
-        jobs, n_columns = self._jobs, len(self._columns)
-        layout, values = self._layout, self._on_host().numpy()
-        parts = np.cumsum([2 * len(layout.run_samples) * n_columns, 2 * len(layout.samples) * n_columns][::-1])
-        in_rows = values[-parts[0] :].reshape(-1, 2 * n_columns)
-        run_sums, run_maxes = values[-parts[1] : -parts[0]].reshape(2, -1, n_columns).transpose(0, 2, 1)
-        # One row for each column, so that the order of its sum doesn't depend on the others.
-        samples, by_kind = layout.in_order(in_rows.T), layout.by_kind(run_sums)
-        squares = iter(values[: -parts[1]].tolist())
+        jobs, layout, values = self._jobs, self._layout, self._on_host().numpy()
+        sums = self._sums.found(values[self._n_squares :])
+        squares = iter(values[: self._n_squares].tolist())
         w_square = sum(next(squares) for _ in self._w_squares)
         dw_squares = [0.0] * len(jobs)
         for indices, square in self._weights:
             value = next(squares) if isinstance(square, Tensor) else square
             for index in indices:
                 dw_squares[index] += value
-        all_finite = bool(np.isfinite(samples).all())
+        all_finite = bool(np.isfinite(sums.samples).all() and np.isfinite(sums.squares).all())
         sizes = {size: n_samples for job in jobs for size, n_samples in job.sizes.items()}
-        sums = {size: samples[:, :n].sum(axis=1) for size, n in sizes.items()}
-        tops = {size: layout.largest(run_maxes, n) for size, n in sizes.items()}
+        totals = {size: sums.samples[:, :n].sum(axis=1) for size, n in sizes.items()}
+        dy_squares = {size: sums.squares[:, :n].sum(axis=1) for size, n in sizes.items()}
+        tops = {size: layout.largest(sums.run_maxes, n) for size, n in sizes.items()}
         y_squares = {size: float(self._y_squares[:n].sum()) for size, n in sizes.items()}
         amaxes = {size: float(self._amaxes[:n].max()) for size, n in sizes.items()}
         found: list[dict[str, GroupScore] | NotFinite] = [{} for _ in jobs]
@@ -342,20 +339,21 @@ class _GroupSums:
                 if isinstance(by_size, NotFinite):
                     continue
                 n_samples = job.sizes[size]
-                scores = samples[column.index, :n_samples]
+                scores = sums.samples[column.index, :n_samples]
                 if not all_finite and (reason := first_not_finite(scores, "score")) is not None:
                     by_size = found[column.job] = NotFinite.of(self._name, job.name, reason)
                     continue
                 by_size[size] = GroupScore(
-                    score=float(sums[size][column.index]),
+                    score=float(totals[size][column.index]),
                     sample_scores=scores,
-                    kind_scores=by_kind[column.index, :, :n_samples],
+                    kind_scores=sums.by_kind[column.index, :, :n_samples],
                     top_token_score=float(tops[size][column.index]),
-                    dy_square_sum=float(sums[size][n_columns + column.index]),
+                    dy_square_sum=float(dy_squares[size][column.index]),
                     y_square_sum=y_squares[size],
                     dw_square_sum=dw_squares[column.job],
                     w_square_sum=w_square,
                     input_amax=amaxes[size],
+                    projections=None if sums.projections is None else sums.projections[column.index, :n_samples],
                 )
         return list(found)
 

@@ -82,8 +82,11 @@ class Layout:
 
     def run_figures(self, by_row: Tensor, n_segments: int = 0) -> Tensor:
         """Sums and largest values over the rows of each run: [2, runs, ...]. Args: as for `sample_sums`."""
-        lengths = self.run_lengths[: self.run_ends[n_segments - 1]]
-        return torch.stack([_reduced(by_row, lengths, "sum"), _reduced(by_row, lengths, "max")])
+        return torch.stack([self.over_runs(by_row, "sum", n_segments), self.over_runs(by_row, "max", n_segments)])
+
+    def over_runs(self, by_row: Tensor, reduce: Literal["sum", "max"], n_segments: int = 0) -> Tensor:
+        """The sum of the rows of each run, or the largest and at least 0: [runs, ...]. Args: as for `sample_sums`."""
+        return _reduced(by_row, self.run_lengths[: self.run_ends[n_segments - 1]], reduce)
 
     def by_sample(self, by_row: Tensor, reduce: Literal["sum", "max"]) -> FloatArray:
         """The sum or largest of the rows of each sample, [samples] in data set order. Args: by_row: [rows]."""

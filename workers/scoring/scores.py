@@ -25,13 +25,17 @@ class GroupScore:
     score: float  # the sum of `sample_scores`
     # [n_samples], in data set order; 0 for a sample that never reached the group
     sample_scores: npt.NDArray[np.float64]
-    kind_scores: npt.NDArray[np.float64]  # [kinds of tokens, n_samples], see TOKEN_KINDS; they sum to `score`
+    # [kinds of tokens, n_samples], see TOKEN_KINDS; they sum to `score`. Of projections a kind's is the mean over draws
+    # of its own times the sample's, which may be negative.
+    kind_scores: npt.NDArray[np.float64]
     top_token_score: float  # the largest of a single row
     dy_square_sum: float  # of the errors of the outputs
     y_square_sum: float  # of the unquantized outputs
     dw_square_sum: float  # of the errors of the weights
     w_square_sum: float  # of the unquantized weights
     input_amax: float  # largest |x|
+    # [n_samples, draws], of method=fisher: sums of g * dy over the sample's rows, signed; None: another method
+    projections: npt.NDArray[np.float64] | None = None
 
     @property
     def output_rel_error(self) -> float | None:

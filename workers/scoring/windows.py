@@ -1,8 +1,9 @@
 """Capture a window of decoder layers at a time, where the inputs and gradients of all linears would not fit in memory.
 
 One forward without gradients keeps each window's hidden input. Then, from the top down, each window's layers alone run
-again with gradients, from that hidden state, and back from the gradient that the window above has left at it. So all
-windows together cost one forward more than one capture, however many they are, and give the same bits.
+again with gradients, from that hidden state, and back from the gradient that the window above has left at it (one a
+draw, where labels are drawn). So all windows together cost one forward more than one capture, however many they are,
+and give the same bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from workers.model.decoder import Decoder, Trace, decoder_of
-from workers.model.forward import attention_of, batch_to, labels_of
-from workers.scoring.capture import Recorder, Rows, backward_from, capture
+from workers.model.forward import attention_of, batch_to
+from workers.scoring.capture import Recorder, Rows, capture
+from workers.scoring.labels import targets_of
 from workers.scoring.layout import Segments
 
 
@@ -27,7 +29,7 @@ class _Window:
 
 
 def captures(
-    model: nn.Module, segments: Segments, windows: Sequence[Sequence[str]]
+    model: nn.Module, segments: Segments, windows: Sequence[Sequence[str]], draws: int | None = None
 ) -> Iterator[tuple[int, dict[str, Rows]]]:
     """Capture modules as `workers.scoring.capture.capture` does, but a window at a time.
 
@@ -37,6 +39,7 @@ def captures(
         windows: module names. A window's decoder layers are all below those of another or all above; it may name
             modules outside the decoder layers too, and those cost a pass of their own, except for the head in the
             topmost window.
+        draws: as for `capture`.
 
     Yields: a window's index and its rows, from the last decoder layers to the first, then windows without decoder
         layers. For a model of another type than workers.model.loading.PACKABLE in the order given, each an ordinary
@@ -45,40 +48,43 @@ def captures(
 
     Raises: ValueError: two windows share a decoder layer, or reach into each other's.
     """
-    for index, rows in _captures(model, segments, windows):
+    for index, rows in _captures(model, segments, windows, draws):
         yield index, rows
         rows.clear()
 
 
 def _captures(
-    model: nn.Module, segments: Segments, windows: Sequence[Sequence[str]]
+    model: nn.Module, segments: Segments, windows: Sequence[Sequence[str]], draws: int | None
 ) -> Iterator[tuple[int, dict[str, Rows]]]:
     decoder = decoder_of(model)
     if decoder is None or len(windows) == 1:
         for index, modules in enumerate(windows):
-            yield index, capture(model, segments, modules)
+            yield index, capture(model, segments, modules, draws)
         return
     inner, rest = _arranged(decoder, windows)
-    recorded = _Recorded(model, decoder, segments, [window.start for window in inner])
+    recorded = _Recorded(model, decoder, segments, [window.start for window in inner], draws)
     stop = len(decoder.layers)
     for window in inner:
         rows = recorded.rows(window, stop, is_lowest=window is inner[-1])
-        rows |= _ordinary(model, segments, window)  # not a second dictionary: the caller empties this one
+        rows |= _ordinary(model, segments, window, draws)  # not a second dictionary: the caller empties this one
         yield window.index, rows
         stop = window.start
     del recorded
     for window in rest:
-        yield window.index, _ordinary(model, segments, window)
+        yield window.index, _ordinary(model, segments, window, draws)
 
 
 class _Recorded:
-    """Every batch's trace through the decoder, and the gradient at the input of the last window that ran."""
+    """Every batch's trace through the decoder, and the gradients at the input of the last window that ran."""
 
-    def __init__(self, model: nn.Module, decoder: Decoder, segments: Segments, starts: Sequence[int]) -> None:
+    def __init__(
+        self, model: nn.Module, decoder: Decoder, segments: Segments, starts: Sequence[int], draws: int | None
+    ) -> None:
         parameter = next(model.parameters())
         self._model, self._decoder, self._segments, self._device = model, decoder, segments, parameter.device
+        self._draws = draws
         self._traces: list[Trace] = []
-        self._gradients: list[Tensor | None] = []  # by batch
+        self._gradients: list[list[Tensor] | None] = []  # by batch, one a draw
         with attention_of(chain.from_iterable(segments), parameter.device):
             for batch in chain.from_iterable(segments) if starts else ():
                 self._traces.append(decoder.record(batch_to(batch, parameter.device, parameter.dtype), starts)[0])
@@ -86,18 +92,17 @@ class _Recorded:
 
     def rows(self, window: _Window, stop: int, *, is_lowest: bool) -> dict[str, Rows]:
         """Run a window's layers, up to the start of the one above."""
-        recorder = Recorder(self._segments, self._device)
+        recorder = Recorder(self._segments, self._device, self._draws)
         attention = attention_of(chain.from_iterable(self._segments), self._device)
         with recorder.attached(self._model, window.inside), attention, torch.enable_grad():
             for number, batch in enumerate(recorder.batches()):
-                trace, gradient = self._traces[number], self._gradients[number]
+                trace, gradients = self._traces[number], self._gradients[number]
                 hidden = trace.hidden.pop(window.start).requires_grad_(not is_lowest)
                 top = self._decoder.run(trace, hidden, window.start, stop)
-                if gradient is None:
-                    backward_from(self._decoder.norm(top), self._decoder.head, labels_of(batch))
-                else:
-                    top.backward(gradient)
-                self._gradients[number] = hidden.grad
+                if gradients is None:
+                    top, targets = self._decoder.norm(top), targets_of(batch, self._draws)
+                    gradients = recorder.head_gradients(top, self._decoder.head, targets)
+                self._gradients[number] = recorder.backward(top, gradients, hidden)
         return recorder.rows()
 
 
@@ -126,5 +131,5 @@ def _arranged(decoder: Decoder, windows: Sequence[Sequence[str]]) -> tuple[list[
     return inner, rest
 
 
-def _ordinary(model: nn.Module, segments: Segments, window: _Window) -> dict[str, Rows]:
-    return capture(model, segments, window.outside) if window.outside else {}
+def _ordinary(model: nn.Module, segments: Segments, window: _Window, draws: int | None) -> dict[str, Rows]:
+    return capture(model, segments, window.outside, draws) if window.outside else {}

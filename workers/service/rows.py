@@ -84,6 +84,8 @@ class TaskWriter:
                 "sample_scores": found.sample_scores.astype(np.float32),
                 "score_top_token": found.top_token_score,
             }
+            if found.projections is not None:
+                row["projections"] = found.projections.astype(np.float32).ravel()
             for kind, samples in zip(TOKEN_KINDS, found.kind_scores, strict=True):
                 row[f"score_{kind}"] = float(samples.sum())
                 if kind != "prompt" and samples.any():

@@ -49,9 +49,15 @@ class _Captured:
     """A capture that is kept for later tasks."""
 
     plan_id: str
+    draws: int | None
     n_segments: int
     modules: frozenset[str]
     rows: Mapping[str, Rows]
+
+    def holds(self, task: Task, n_segments: int, modules: Collection[str]) -> bool:
+        """Whether these linears' rows are there, of a task's data and draws in that many segments."""
+        is_alike = (self.plan_id, self.draws) == (task.plan_id, task.draws)
+        return is_alike and n_segments <= self.n_segments and self.modules.issuperset(modules)
 
 
 class Scorer:
@@ -247,7 +253,7 @@ class Scorer:
             yield _measured(*rest)
 
     def _layerwise(self, assigned: "_Assignment") -> Iterator[tuple[Part, _Start]]:
-        """method=gradient: each part, and a function that starts the scoring of one of its groups."""
+        """method=gradient and fisher: each part, and a function that starts the scoring of one of its groups."""
         for window, rows in self._windows(assigned):
 
             def start(group: ShapedGroup, jobs: Sequence[Job], rows: Mapping[str, Rows] = rows) -> _Waiting:
@@ -287,6 +293,7 @@ class Scorer:
             dtype=tasks[0].model.dtype,
             model_bytes=self._model_bytes(),
             vocabulary=self._vocabulary,
+            draws=tasks[0].draws,
         )
 
         def windows(parts: Sequence[Part]) -> list[list[Part]]:
@@ -294,7 +301,8 @@ class Scorer:
 
         wanted = assigned.wanted()
         lacking = assigned.lacking()
-        held = self._captured is not None and {*modules_of(lacking)} <= self._captured.modules
+        captured, n_segments = self._captured, len(assigned.segments)
+        held = captured is not None and captured.holds(tasks[0], n_segments, modules_of(lacking))
         if held or not lacking or len(windows(lacking)) == 1:
             for part in wanted:  # among those lacking, unless its file was damaged
                 yield [part], self._rows(assigned, modules_of(lacking if part in lacking else [*lacking, part]))
@@ -304,7 +312,8 @@ class Scorer:
                 yield several, self._rows(assigned, modules_of(several))
                 continue
             self._captured = self._divergence = None
-            passes = captures(self._model, assigned.segments, [modules_of(window) for window in found])
+            named = [modules_of(window) for window in found]
+            passes = captures(self._model, assigned.segments, named, tasks[0].draws)
             for index, rows in self._clock.timed_items("capture_seconds", passes):
                 yield found[index], rows
 
@@ -325,13 +334,12 @@ class Scorer:
 
     def _rows(self, assigned: "_Assignment", modules: tuple[str, ...]) -> Mapping[str, Rows]:
         """The captured rows of these modules at least, from the kept capture if it holds them."""
-        plan_id, n_segments = assigned.states[0].task.plan_id, len(assigned.segments)
-        held = self._captured
-        if held is None or held.plan_id != plan_id or held.n_segments < n_segments or not set(modules) <= held.modules:
+        task, n_segments, held = assigned.states[0].task, len(assigned.segments), self._captured
+        if held is None or not held.holds(task, n_segments, modules):
             self._captured = self._divergence = held = None  # frees its memory first
             with self._clock.timed("capture_seconds"):
-                rows = capture(self._model, assigned.segments, modules)
-            self._captured = held = _Captured(plan_id, n_segments, frozenset(modules), rows)
+                rows = capture(self._model, assigned.segments, modules, task.draws)
+            self._captured = held = _Captured(task.plan_id, task.draws, n_segments, frozenset(modules), rows)
         return held.rows
 
     def _explained(self, error: NotFinite) -> NotFinite:

@@ -147,6 +147,17 @@ def test_kinds_of_token_that_cannot_decide_are_refused(
     assert not Path("outputs").exists()
 
 
+def test_projections_are_not_mixed_with_scores_around_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, versions = Store(str(tmp_path)), '{"score": "1+fisher.1"}'
+    for minute, recipe in enumerate((INT4, FP8)):
+        add(store, recipe, [0.1] * 5, "sensitivity.method=fisher", minute=minute, draws=8, versions=versions)
+    assert solve(store, "--bits", "8", "--recapture", "1") == 2
+    assert "Type sensitivity.method=gradient, or leave --recapture out" in capsys.readouterr().err
+    assert solve(store, "--bits", "8", "--out", str(tmp_path / "mix.yaml")) == 0
+
+
 def test_a_store_that_does_not_know_kinds_of_token_is_refused(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert solve(store, "--bits", "5", "--tokens", "image") == 2
     assert "not known by kind of token: an older program scored it" in capsys.readouterr().err

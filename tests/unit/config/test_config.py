@@ -300,6 +300,13 @@ def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_spelling() -> None
     [
         (["quant_pair=glob(zzz*)"], "quant_pair=... matches nothing"),
         (["store.uri=a,b"], "store.uri is one for the whole grid"),
+        (["sensitivity.draws=8"], "method=gradient has none. Type sensitivity.method=fisher, or leave"),
+        (
+            ["sensitivity.draws=8", "sensitivity.method=kl_div"],
+            "method=kl_div has none. Type sensitivity.method=fisher",
+        ),
+        (["sensitivity.draws=0", "sensitivity.method=fisher"], "sensitivity.draws=0 is not allowed. Type 1 to 256."),
+        (["sensitivity.engine=modelopt", "sensitivity.method=fisher"], "Type sensitivity.method=gradient, or engine="),
         (["sensitivity.memory_gb=4,8"], "sensitivity.memory_gb is one for the whole grid"),
         (["grid=demo,origin"], "grid is one for the whole grid"),
         (["sensitivity.engine=modelopt", "sensitivity.scales=fused"], "Type sensitivity.scales=private"),

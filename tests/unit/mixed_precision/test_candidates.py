@@ -11,6 +11,7 @@ from sweep.config.targets import Target
 from sweep.core.errors import SweepError
 from sweep.formats.format import Format
 from sweep.mixed_precision.candidates import Candidates, read_candidates, sized
+from sweep.mixed_precision.recipe import recipe_of_choice
 from sweep.mixed_precision.shapes import other_ranks_line
 from sweep.plan.trials import recipe_of, score_version
 from sweep.store.store import Store
@@ -70,6 +71,41 @@ def test_the_kinds_of_token_that_are_named_count(tmp_path: Path) -> None:
     np.testing.assert_allclose(some.sample_kl[0], whole.sample_kl[0] / 2, rtol=1e-6)
     assert some.sample_predictions is not None
     assert some.sample_predictions.tolist() == [10, 40]
+
+
+def test_kinds_that_undo_others_add_nothing(tmp_path: Path) -> None:
+    """Projections of a kind of token may have a negative part, and a knapsack has no use for a negative KL."""
+    parts = {"image": (-0.25, 0.5, 0.5, 0.5, 0.5), "prompt": (1.25, 0.5, 0.5, 0.5, 0.5)}
+    store = store_at(tmp_path, {INT4: (0.1,) * 5}, by_kind=parts)
+    (image,) = read_candidates(store, [f"store.uri={tmp_path}"], tokens=("image",)).formats
+    (prompt,) = read_candidates(store, [f"store.uri={tmp_path}"], tokens=("prompt",)).formats
+    assert image.predicted_kl == pytest.approx([0, 0.05, 0.05, 0.05, 0.05])
+    assert prompt.predicted_kl == pytest.approx([0.125, 0.05, 0.05, 0.05, 0.05])
+    assert prompt.sample_kl is not None
+    assert prompt.sample_kl.sum(1) == pytest.approx(prompt.predicted_kl)
+
+
+def test_methods_and_numbers_of_draws_are_not_mixed(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    fisher = ("sensitivity.method=fisher", f"store.uri={tmp_path}")
+    add(store, INT4, [0.1] * 5, *fisher, minute=1, draws=8)
+    with pytest.raises(SweepError, match=r"sensitivity\.method=fisher or sensitivity\.method=gradient"):
+        read_candidates(store, [f"store.uri={tmp_path}"])
+    add(store, FP8, [0.1] * 5, *fisher, "sensitivity.draws=2", minute=2, draws=2)
+    with pytest.raises(SweepError, match=r"sensitivity\.draws=2 or sensitivity\.draws=8"):
+        read_candidates(store, [f"store.uri={tmp_path}", "sensitivity.method=fisher"])
+
+
+def test_what_stands_beside_a_recipe_was_scored_by_its_method(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    fisher = ("sensitivity.method=fisher", f"store.uri={tmp_path}")
+    add(store, INT4, [0.1] * 5, *fisher, minute=1, draws=8, versions='{"score": "1+fisher.1"}')
+    for method, others in (("gradient", {INT4, INT8, FP8}), ("fisher", {INT4})):
+        candidates = read_candidates(store, [f"store.uri={tmp_path}", f"sensitivity.method={method}"])
+        recipe = recipe_of_choice(candidates, np.zeros(5, dtype=np.int64), "recipe", None)
+        beside = read_candidates(store, [f"store.uri={tmp_path}"], beside=recipe)
+        assert {each.format.label for each in beside.formats} == others
+        assert beside.trial.method == method
 
 
 @pytest.mark.parametrize(
@@ -139,7 +175,7 @@ def test_only_formats_with_rounded_scales_must_be_of_todays_rounding(tmp_path: P
     assert predicted_kl_of(found(tmp_path)) == others
     with pytest.raises(SweepError, match=r"no trial of qwen3_vl_tiny that this version scored.*`sweep run` again"):
         found(tmp_path, "quant_pair=wint4_afp16")
-    now = f'{{"score": "{score_version(format_of(INT4))}"}}'
+    now = f'{{"score": "{score_version(format_of(INT4), "gradient")}"}}'
     add(store, INT4, [0.3] * 5, "sensitivity.scales=fused", minute=9, versions=now)
     assert predicted_kl_of(found(tmp_path)) == {**others, INT4: [0.3] * 5}
 

@@ -1,6 +1,7 @@
 """Memory of scoring, and scoring with less: windows, the same bits, a warning, a refusal in time."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from sweep.config.compose import expand
 from sweep.core.batches import Picture, Plan, Sample
 from sweep.core.errors import SweepError
-from sweep.core.groups import ShapedGroup, parts_of
+from sweep.core.groups import Part, ShapedGroup, parts_of
 from sweep.core.machine import Gpu, Hardware
 from sweep.plan.model import Model
 from sweep.plan.trials import SweepPlan, plan_sweep
@@ -67,6 +68,8 @@ def test_pictures_of_1000_tokens_are_4000_patches_of_qwen3_vl_in_windows_and_lea
     picture = Picture(content="a", shape=(4000, 1536), n_rows=4000, tensors={})
     chats = [Sample(token_ids=np.arange(1050), pictures=(picture,)) for _ in range(3)]
     plan = make_plan(chats, packed=True)
+    drawn = memory.workload(plan, 1, n_inputs=1, dtype="bfloat16", model_bytes=10**9, vocabulary=1000, draws=8)
+    assert drawn.n_gradients == 8
     found = memory.workload(plan, 1, n_inputs=1, dtype="bfloat16", model_bytes=10**9, vocabulary=1000)
     assert (found.n_tokens, found.n_patches, found.batch_tokens, found.batch_patches) == (3150, 12000, 1050, 4000)
     tower, layer = group(0, 1024, 4096, "visual"), group(0, 2560, 9728)
@@ -141,14 +144,35 @@ def scored(place: Path, store: Path, memory_gb: float | None = None) -> tuple[di
     return {path.parent.name: path.read_bytes() for path in store.glob("scores/*/*.parquet")}, warnings
 
 
+def test_draws_take_a_gradient_each_of_x_one() -> None:
+    group = ShapedGroup(name="m.layers.0.a", modules=("m.layers.0.a",), weight_elements=6, n_inputs=2, n_outputs=3)
+    load = Workload(
+        n_tokens=100,
+        n_patches=0,
+        batch_tokens=100,
+        batch_patches=0,
+        itemsize=4,
+        model_bytes=0,
+        vocabulary=1,
+        n_inputs=0,
+    )
+    one, eight = (capture_bytes([group], replace(load, n_gradients=n)) for n in (1, 8))
+    assert eight - one == 7 * 3 * 100 * 4
+    parts = [Part(f"m.layers.{n}", (group,)) for n in range(8)]
+    room = fixed_bytes([group], load) + 4 * eight + 12 * 100 * 2 * 4
+    # Two windows start at a hidden state each, and end at eight gradients or at one: 10 states, or 3.
+    assert len(memory.part_windows(parts, replace(load, n_gradients=8), room)) == 2
+    assert len(memory.part_windows(parts, replace(load, n_gradients=8), room - 3 * 100 * 2 * 4)) == 3
+
+
 def test_windows_give_the_same_bits(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = scored(place, tmp_path / "whole")
     seen: list[int] = []
     real = scorer.captures
 
-    def counted(model: Any, segments: Any, chosen: Any) -> Any:
+    def counted(model: Any, segments: Any, chosen: Any, draws: Any) -> Any:
         seen.append(len(chosen))
-        return real(model, segments, chosen)
+        return real(model, segments, chosen, draws)
 
     monkeypatch.setattr(scorer, "captures", counted)
     wanted = plan(place)

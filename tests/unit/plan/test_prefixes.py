@@ -34,7 +34,7 @@ def score(store: Store, wanted: SweepPlan) -> None:
     store.write_trials("r", [row_of(trial, "done", None, "r") for trial in wanted.trials])
 
 
-@pytest.mark.parametrize("method", ["gradient", "kl_div"])
+@pytest.mark.parametrize("method", ["gradient", "fisher", "kl_div"])
 @pytest.mark.parametrize("size", ["small", "64"])
 def test_a_smaller_size_is_the_leading_samples_scores(place: Path, tmp_path: Path, size: str, method: str) -> None:
     large, small = (plan(place, each, f"sensitivity.method={method}") for each in ("medium", size))
@@ -50,6 +50,11 @@ def test_a_smaller_size_is_the_leading_samples_scores(place: Path, tmp_path: Pat
             assert mine[name] == pytest.approx(its[name], rel=1e-6, abs=1e-6 * its["score"])
         assert sum(mine[name] for name in KINDS) == pytest.approx(mine["score"], rel=1e-12)
         np.testing.assert_allclose(mine["sample_scores"], its["sample_scores"], rtol=1e-6)
+        if method == "fisher":
+            assert len(mine["projections"]) == 8 * mine["n_samples"]
+            np.testing.assert_allclose(mine["projections"], its["projections"], rtol=1e-6)
+        else:
+            assert mine["projections"] is None
         same = ("group", "modules", "n_samples", "n_predictions", "sample_predictions", "weight_rel_error")
         assert [mine[name] for name in same] == [its[name] for name in same]
         assert mine["output_rel_error"] is mine["input_amax"] is mine["score_top_token"] is None

@@ -100,6 +100,26 @@ def test_formats_whose_scales_runtimes_round_have_a_score_version_and_cells_of_t
     assert versions(fused["wint8_afp16"].score_version)["score"] == "1+bf16_scales.1"
 
 
+def test_draws_and_the_way_they_are_drawn_are_part_of_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that go without saying are the ones typed."""
+
+    def drawn(*overrides: str) -> PlannedTrial:
+        return by_name("quant_pair=wint8_aint8", "sensitivity.method=fisher", *overrides)["wint8_aint8/default/small"]
+
+    usual, eight, two = drawn(), drawn("sensitivity.draws=8"), drawn("sensitivity.draws=2")
+    assert (usual.cell_id, usual.trial_id) == (eight.cell_id, eight.trial_id)
+    assert len({usual.cell_id, two.cell_id}) == len({usual.trial_id, two.trial_id}) == 2
+    assert usual.score_version == "1+fisher.1"
+    monkeypatch.setattr(trials, "DRAWING_VERSION", 2)
+    assert drawn().cell_id != usual.cell_id
+    found = plan("quant_pair=wint8_aint8", "sensitivity.method=gradient,fisher")
+    one, other = found.tasks.values()
+    assert (one.draws, other.draws) == (None, 8)
+    assert not one.shares_capture_with(other)
+    (fewer,) = plan("quant_pair=wint8_aint8", "sensitivity.method=fisher", "sensitivity.draws=2").tasks.values()
+    assert not fewer.shares_capture_with(other)
+
+
 def test_equal_cells_are_one_task_with_every_size_asked_for() -> None:
     found = plan("quant_pair=wint8_afp16", "quant_granularity=default,a_per_token_dynamic", "dataset.size=large,small")
     (task,) = found.tasks.values()
@@ -128,6 +148,7 @@ SAME_CELL = {
     "a larger size": ["dataset.size=small,medium"],
     "captions left uncut": ["dataset.max_tokens=500"],
     "dtype spelt out": ["model.dtype=float32"],
+    "no draws": ["sensitivity.draws=null"],
 }
 OTHER_CELL = {
     "pair": ["quant_pair=wint8_afp8"],
@@ -137,6 +158,7 @@ OTHER_CELL = {
     "lm_head": ["sensitivity.lm_head=true"],
     "dtype": ["model.dtype=bfloat16"],
     "engine": ["sensitivity.engine=modelopt"],
+    "method": ["sensitivity.method=fisher"],
     "cut captions": ["dataset.max_tokens=3"],
     "data set": ["dataset=wordnet_glosses", "dataset.captions_path=null"],
 }

@@ -165,6 +165,17 @@ def test_scores_by_kind_of_token() -> None:
     np.testing.assert_allclose(whole, analysis.sample_matrix(scores))
 
 
+def test_a_prompt_whose_errors_undo_those_of_others_stays_negative() -> None:
+    """What float32 has left below 0 where there is no prompt does not."""
+    parts = {"image": (1.25,) * 5, "prompt": (-0.25,) * 5}
+    scores = scored.scores("c", [0.1] * 5, by_kind=parts)
+    np.testing.assert_allclose(analysis.kind_samples(scores, ["prompt"]), [[-0.625, -1.875]] * 5)
+    rest = scored.scores("c", [0.1] * 5, by_kind={"image": (1 / 3,) * 5, "answer": (2 / 3 * (1 + 1e-7),) * 5})
+    found = analysis.kind_samples(rest, ["prompt"])
+    assert found is not None
+    assert (found >= 0).all()
+
+
 def test_rows_of_older_programs_have_no_kinds() -> None:
     scores = table([[1.0, 1.0], None])
     assert (analysis.kind_scores(scores), analysis.occurring(scores), analysis.sample_predictions(scores)) == (

@@ -136,7 +136,8 @@ def test_the_manifest_sums_every_other_file(tmp_path: Path) -> None:
 def test_published_scores_and_config_read_with_stock_tools(tmp_path: Path) -> None:
     publish(GRID, tmp_path)
     scores = pq.read_table(tmp_path / FOLDER / "scores.parquet")
-    assert scores.column_names == [name for name in SCORES_SCHEMA.names if not name.startswith("sample_")]
+    kept = [name for name in SCORES_SCHEMA.names if not name.startswith(("sample_", "projections"))]
+    assert scores.column_names == kept
     assert "score_image" in scores.column_names
     assert scores["score"].to_pylist() == [4.0, None]
     assert list(yaml.safe_load((tmp_path / FOLDER / "composed-config.yaml").read_text())) == [

@@ -11,7 +11,7 @@ import pytest
 from sweep.commands.recipes import by_recipe
 from sweep.config.targets import all_targets
 from sweep.core.batches import TOKEN_KINDS
-from sweep.report.files import folder_of, manifest_identity
+from sweep.report.files import folder_of, manifest_identity, published_scores
 from sweep.report.index import Manifest, render_index
 from sweep.report.render import largest, render_json, render_markdown, summary_table
 from sweep.report.rows import analyse, portable_config
@@ -304,6 +304,42 @@ def test_every_title_and_table_tells_algorithms_scales_and_dtypes_apart() -> Non
     lines = render_index(base, documents).splitlines()
     cells = [line.split(" | ")[1:4] for line in lines if line.startswith("| [")]
     assert cells == [list(variant.values()) for variant in VARIANTS]
+
+
+def test_negative_shares_are_explained() -> None:
+    finished = by_kind([{"prompt": 12.0, "image": -3.0}], [1])
+    drawn = replace(finished, trial=replace(finished.trial, method="fisher", draws=8))
+    text = render_markdown(analyse(drawn))
+    assert "| 1 | `layers.0.mlp.down_proj` | -33.3% | 133.3% |" in text
+    assert "A share is negative where errors at these tokens undo those at others" in text
+    assert "A share is negative" not in render_markdown(analyse(finished))
+    assert "mean over draws of (sum over tokens and outputs of dLoss/dy" in text
+    assert json.loads(render_json(analyse(drawn)))["scheme"]["draws"] == 8
+
+
+def test_a_report_and_its_published_scores_leave_projections_out() -> None:
+    scores = SMALL.scores.drop_columns(["projections"]).append_column(
+        SCORES_SCHEMA.field("projections"), pa.array([[1.0, 2.0]] * len(SMALL.scores), pa.list_(pa.float32()))
+    )
+    drawn = replace(SMALL, scores=scores)
+    assert "projections" not in published_scores(drawn).column_names
+    assert render_json(analyse(drawn)) == render_json(analyse(SMALL))
+
+
+def test_the_table_tells_methods_apart_where_there_are_several() -> None:
+    drawn, target = replace(SMALL, trial=replace(SMALL.trial, method="fisher", draws=8)), TARGETS["vllm_sm90"]
+    heading, *rows = summary_table([SMALL, drawn], 1, target)
+    assert [row[heading.index("method")] for row in rows] == ["gradient", "fisher"]
+    assert "method" not in summary_table([drawn], 1, target)[0]
+
+
+def test_titles_and_paths_tell_numbers_of_draws_apart() -> None:
+    two, eight = (replace(SMALL, trial=replace(SMALL.trial, method="fisher", draws=draws)) for draws in (2, 8))
+    assert largest([two, eight, eight]) == [two, eight]
+    assert eight.trial.title == f"{SMALL.trial.title}, draws 8"
+    assert [folder_of(one.trial)[-1] for one in (two, eight)] == [
+        f"{folder_of(SMALL.trial)[-1].replace('gradient', 'fisher')}-draws{draws}" for draws in (2, 8)
+    ]
 
 
 def test_titles_paths_and_tables_tell_numbers_of_ranks_apart_where_there_are_several() -> None:

@@ -118,7 +118,7 @@ def test_bf16_models_score_as_in_float64(name: str, captured: Any) -> None:
         weights = {module: model.get_submodule(module).weight.detach().bfloat16() for module in group.modules}
         x = rows[group.name].x_TI.bfloat16()
         own = {
-            module: replace(rows[module], x_TI=x, g_TO=rows[module].g_TO.bfloat16(), input_ranges={})
+            module: replace(rows[module], x_TI=x, g_DTO=rows[module].g_DTO.bfloat16(), input_ranges={})
             for module in group.modules
         }
         found: Any = Engine(torch.device("cpu")).score_group(weights, own, [replace(job(name), sizes={"small": 16})])()

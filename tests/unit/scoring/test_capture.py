@@ -13,7 +13,8 @@ from sweep.core.errors import SweepError
 from tests.models import random_model, random_samples
 from workers.data.batches import make_plan
 from workers.model.forward import batch_to, labels_of, summed_loss
-from workers.scoring.capture import backward_from, capture
+from workers.scoring.capture import Recorder, capture
+from workers.scoring.labels import Targets
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +31,16 @@ def hidden_and_labels(model: Any) -> tuple[Tensor, Tensor]:
     return hidden, labels_of(batch)
 
 
+def pieces_through_head(hidden: Tensor, head: nn.Module, labels: Tensor) -> None:
+    recorder = Recorder([], torch.device("cpu"), None)
+    recorder.backward(hidden, recorder.head_gradients(hidden, head, Targets(labels.flatten(), None)))
+
+
 def test_the_gradient_is_that_of_all_logits_at_once(model: Any) -> None:
     hidden, labels = hidden_and_labels(model)
     whole, pieces = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     summed_loss(model.lm_head(whole), labels).backward()
-    backward_from(pieces, model.lm_head, labels)
+    pieces_through_head(pieces, model.lm_head, labels)
     torch.testing.assert_close(pieces.grad, whole.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -42,7 +48,7 @@ def test_no_more_than_512_rows_of_logits_are_held(model: Any) -> None:
     hidden, labels = hidden_and_labels(model)
     n_rows: list[int] = []
     handle = model.lm_head.register_forward_hook(lambda _module, _args, output: n_rows.append(len(output)))
-    backward_from(hidden.requires_grad_(), model.lm_head, labels)
+    pieces_through_head(hidden.requires_grad_(), model.lm_head, labels)
     handle.remove()
     assert n_rows == [512] * (hidden.shape[1] // 512) + [hidden.shape[1] % 512]
 

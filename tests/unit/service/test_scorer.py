@@ -17,6 +17,7 @@ from sweep.plan.trials import SweepPlan, plan_sweep
 from sweep.store.store import Store
 from tests.families import save_family
 from tests.models import overrides_of, place_at
+from workers.model import memory
 from workers.service.scorer import Scorer
 from workers.task import Progress, Task
 
@@ -88,6 +89,65 @@ def test_a_cells_bits_do_not_depend_on_what_is_asked_beside_it(
     assert not list(tmp_path.glob("parts/*"))
     assert len(found) == (1 if ask is the_last_alone else 6) * (1 + sizes.count(","))
     assert found == {cell: together[cell] for cell in found}
+
+
+FISHER = ["sensitivity.method=fisher", "sensitivity.draws=3"]
+
+
+@pytest.fixture(scope="module")
+def drawn(place: Path) -> dict[str, bytes]:
+    """The cells of all recipes and two sizes with labels that the model draws."""
+    score(Scorer(str(place / "drawn"), "cpu"), plan(place, *GRID, *FISHER, "dataset.size=small,64"))
+    return cells(place / "drawn")
+
+
+@pytest.mark.parametrize("way", ["one by one", "the smaller size alone", "windows", "two workers, last layer first"])
+def test_projections_have_the_same_bits_however_they_are_scored(
+    way: str, place: Path, drawn: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = "small" if way == "the smaller size alone" else "small,64"
+    wanted, scorer = plan(place, *GRID, *FISHER, f"dataset.size={size}"), Scorer(str(tmp_path), "cpu")
+    tasks = list(wanted.tasks.values())
+    if way == "one by one":
+        one_by_one(scorer, wanted)
+    elif way == "two workers, last layer first":
+        for layer in (1, 0):
+            other = Scorer(str(tmp_path), "cpu")
+            other_tasks = tasks[::-1]
+            list(other.score(other_tasks, wanted.plans[tasks[0].plan_id], [f"model.language_model.layers.{layer}"]))
+    else:
+        if way == "windows":
+            monkeypatch.setattr(memory, "part_windows", lambda parts, *_: [[part] for part in parts])
+        score(scorer, wanted)
+    found = cells(tmp_path)
+    assert len(found) == 6 * (1 + size.count(","))
+    assert found == {cell: drawn[cell] for cell in found}
+
+
+def test_a_row_of_projections_has_its_score(place: Path, tmp_path: Path) -> None:
+    wanted = plan(place, "quant_pair=wint4_afp16", *FISHER, "dataset.size=small")
+    score(Scorer(str(tmp_path), "cpu"), wanted)
+    for row in rows(tmp_path, wanted):
+        u = np.array(row["projections"], dtype=np.float64).reshape(row["n_samples"], 3)
+        np.testing.assert_allclose(row["sample_scores"], np.square(u).mean(1), rtol=1e-6)
+        assert row["score"] == pytest.approx(np.square(u).mean(1).sum(), rel=1e-6)
+        assert row["predicted_kl"] == row["score"] / (2 * row["n_predictions"])
+        parts = [row[f"score_{kind}"] for kind in ("first_token", "image", "prompt", "answer")]
+        assert sum(parts) == pytest.approx(row["score"], rel=1e-9)
+        assert row["score_top_token"] > 0
+        assert row["output_rel_error"] > 0
+
+
+def test_another_methods_capture_is_replaced(place: Path, drawn: dict[str, bytes], tmp_path: Path) -> None:
+    """And so is one of other draws, by a worker that goes on with the next task."""
+    scorer = Scorer(str(tmp_path), "cpu")
+    pair = "quant_pair=wint4_afp16"
+    for method in ([], [FISHER[0], "sensitivity.draws=2"], FISHER):
+        score(scorer, plan(place, pair, *method, "dataset.size=small,64"))
+    found = cells(tmp_path)
+    assert len(found) == 3 * 2
+    assert len(found.keys() & drawn.keys()) == 2
+    assert all(found[cell] == drawn[cell] for cell in found.keys() & drawn.keys())
 
 
 def test_a_capture_that_is_too_small_is_replaced(place: Path, together: dict[str, bytes], tmp_path: Path) -> None:

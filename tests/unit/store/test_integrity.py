@@ -346,13 +346,27 @@ def test_an_older_programs_rows_are_upgraded_step_by_step(root: Path, monkeypatc
 
 def test_scores_of_version_1_know_no_kinds_of_tokens(root: Path) -> None:
     now = rows(PARTS[0])
-    added = [name for name in now.column_names if name.startswith(("score_", "sample_scores_", "sample_predictions"))]
+    added = [
+        name
+        for name in now.column_names
+        if name.startswith(("score_", "sample_scores_", "sample_predictions", "projections"))
+    ]
     old = now.drop_columns(added).replace_schema_metadata({"schema_version": "1"})
     (root / SCORES).write_bytes(encode(old, SCORES))
     found = Store(str(root)).scores(CELL)
     assert found.schema.equals(SCORES_SCHEMA, check_metadata=True)
     assert found.drop_columns(added).equals(now.drop_columns(added))
     assert all(found[name].null_count == len(found) for name in added)
+
+
+def test_scores_of_version_2_have_no_projections(root: Path) -> None:
+    now = rows(PARTS[0])
+    old = now.drop_columns(["projections"]).replace_schema_metadata({"schema_version": "2"})
+    (root / SCORES).write_bytes(encode(old, SCORES))
+    found = Store(str(root)).scores(CELL)
+    assert found.schema.equals(SCORES_SCHEMA, check_metadata=True)
+    assert found.drop_columns(["projections"]).equals(now.drop_columns(["projections"]))
+    assert found["projections"].null_count == len(found)
 
 
 def test_what_killed_writers_left_goes_and_what_is_being_written_stays(root: Path) -> None:

@@ -75,6 +75,7 @@ def trial(trial_id: str = "t", second: int = 0, **changed: Any) -> TrialRow:
         "reason": None,
         "tp": 1,
         "calibration": None,
+        "draws": None,
         "created_at": datetime(2026, 1, 1, 0, 0, second, tzinfo=UTC),
     }
     return replace(TrialRow(**text), **(event | changed))  # pyright: ignore[reportArgumentType]
@@ -241,7 +242,7 @@ def test_a_file_of_a_newer_schema_version_is_refused_and_kept(store: Store) -> N
 def of_version_1(*rows: TrialRow) -> bytes:
     """A file of trials as version 1 wrote it: without algorithm, scales, dtype and tp."""
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=TRIALS_SCHEMA)
-    table = table.drop_columns(["algorithm", "scales", "dtype", "tp", "calibration"]).replace_schema_metadata(
+    table = table.drop_columns(["algorithm", "scales", "dtype", "tp", "calibration", "draws"]).replace_schema_metadata(
         {"schema_version": "1"}
     )
     return encode(table, "trials/run-old.parquet")
@@ -276,7 +277,8 @@ def test_a_typed_dtype_of_version_1_is_the_one_of_its_config(tmp_path: Path) -> 
 
 def test_a_trial_of_version_2_was_scored_on_one_rank(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    table = pa.Table.from_pylist([asdict(trial())], schema=TRIALS_SCHEMA).drop_columns(["tp", "calibration"])
+    table = pa.Table.from_pylist([asdict(trial())], schema=TRIALS_SCHEMA)
+    table = table.drop_columns(["tp", "calibration", "draws"])
     table = table.replace_schema_metadata({"schema_version": "2"})
     store.files.write("trials/run-old.parquet", encode(table, "trials/run-old.parquet"))
     assert store.trials() == {"t": trial(tp=1)}
@@ -286,7 +288,7 @@ def test_a_program_of_version_1_says_that_the_trials_are_newer(tmp_path: Path) -
     store = Store(str(tmp_path))
     store.write_trials("r", [trial()])
     older = TRIALS_SCHEMA.with_metadata({"schema_version": "1"})
-    with pytest.raises(SweepError, match=r"has schema version 4; this program reads 1\. Use the program that wrote it"):
+    with pytest.raises(SweepError, match=r"has schema version 5; this program reads 1\. Use the program that wrote it"):
         decode(store.files.read("trials/run-r.parquet"), "trials/run-r.parquet", "here", older)
 
 
