@@ -224,6 +224,8 @@ def _solve_options(solve: argparse.ArgumentParser) -> None:
     solve.add_argument("--uniform-layer", action="store_true", help="one format for all groups of a decoder layer")
     again = "apply the recipe, capture and score again, solve again; N times"
     solve.add_argument("--recapture", type=int, default=0, metavar="N", help=again)
+    linear = "the sum of each layer group's KL alone, without the interactions that method=fisher knows"
+    solve.add_argument("--linear", action="store_true", help=linear)
     front = "the Pareto front at N budgets, as table and picture"
     solve.add_argument("--front", dest="n_front", type=int, nargs="?", const=24, metavar="N", help=front)
     ranks = "layer groups by predicted KL, and by predicted KL per GB saved"

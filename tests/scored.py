@@ -1,6 +1,7 @@
 """A store with made-up scores, for tests of `solve`: two decoder layers of two groups each, and one group outside."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -40,6 +41,7 @@ def scores(
     predicted_kl: Sequence[float | None],
     bits: float = 8.0,
     by_kind: Mapping[str, Sequence[float]] | None = None,
+    signs: Sequence[float] | None = None,
 ) -> pa.Table:
     """Rows of one cell; None: never called. Two samples, of which the first has a quarter of the score.
 
@@ -48,6 +50,8 @@ def scores(
         predicted_kl: of each group.
         bits: a weight.
         by_kind: part of each group's score, by kind of token; then the samples' predictions are known, too: 10 and 40.
+        signs: 1 or -1, of each group's projections, of one draw a sample: groups of one sign add up, of two undo each
+            other. Then the samples' predictions are known, too.
     """
     rows: list[dict[str, Any]] = []
     for (group, modules, layer, elements), kl in zip(GROUPS, predicted_kl, strict=True):
@@ -64,7 +68,9 @@ def scores(
         row["sensitivity"] = None if score is None else score / N_PREDICTIONS
         row |= {"n_predictions": N_PREDICTIONS, "n_samples": 2, "effective_bits": bits}
         row |= {"sample_scores": None if score is None else [score / 4, score * 3 / 4]}
-        if by_kind is not None:
+        if signs is not None and score is not None:
+            row["projections"] = [signs[len(rows)] * math.sqrt(each) for each in (score / 4, score * 3 / 4)]
+        if by_kind is not None or signs is not None:
             row |= {"sample_predictions": [10, N_PREDICTIONS - 10]}
         if by_kind is not None and score is not None:
             parts = {kind: score * by_kind.get(kind, NO_PART)[len(rows)] for kind in TOKEN_KINDS}
@@ -82,13 +88,14 @@ def add(
     *overrides: str,
     minute: int = 0,
     by_kind: Mapping[str, Sequence[float]] | None = None,
+    signs: Sequence[float] | None = None,
     **changed: Any,
 ) -> str:
     """Enter one finished trial; returns its cell. `changed` are columns of its row."""
     pair, granularity = recipe.split("/")
     config = expand([f"quant_pair={pair}", f"quant_granularity={granularity}", *overrides], multirun=False).points[0]
     cell_id = f"{pair}-{granularity}-{config.dataset.size}-{minute}"
-    store.write_part(cell_id, "m", scores(cell_id, predicted_kl, by_kind=by_kind))
+    store.write_part(cell_id, "m", scores(cell_id, predicted_kl, by_kind=by_kind, signs=signs))
     store.complete(cell_id, {"m": None})
     row: dict[str, Any] = {
         "trial_id": cell_id,

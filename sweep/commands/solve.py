@@ -15,6 +15,7 @@ from sweep.config.targets import Target
 from sweep.core.coverage import ModelCoverage
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
+from sweep.core.sample_kl import TRUSTED_KL
 from sweep.core.screen import say, show_next, show_table
 from sweep.formats.mixed import RECIPE_BEGINS, counted
 from sweep.formats.quantizer import UNQUANTIZED_BITS
@@ -44,6 +45,7 @@ class Request:
     uniform_layer: bool
     out: str | None
     recapture: int  # how often the model is captured again with the recipe applied
+    linear: bool  # leave interactions of layer groups out
     n_front: int | None
     rank: bool
     tokens: str | None  # kinds of token whose scores alone count, "answer,image"
@@ -82,6 +84,8 @@ def solve_command(request: Request) -> int:
     target = Target.from_config(config.target)
     with opened(config.store.uri) as store:
         candidates = read_candidates(store, request.overrides, tokens=tokens)
+    if request.linear:
+        candidates = replace(candidates, interaction_weight=None)
     _check_recapture(request, candidates)
     if request.gb is not None:
         candidates = sized(candidates)
@@ -197,6 +201,12 @@ def _lines(figures: Figures, scored: Scored) -> Iterator[str]:
     yield f"predicted KL {figures.predicted_kl:.4g} nats per prediction{interval}"
     if figures.tokens:
         yield f"  counting {counted(figures.tokens)}"
+    if figures.joint is not None:
+        joint = figures.joint
+        yield f"  {joint.linear_kl:.4g} as the sum of each layer group alone; interactions count {joint.weight:.0%},"
+        yield f"  as far as samples agree on them; no mix of this size is better by more than {joint.gap:.1%}"
+    if figures.predicted_kl > TRUSTED_KL:
+        yield f"  above {TRUSTED_KL:g} nats an estimate of small changes ends: trust the order, not the size"
     for label, n in figures.formats.items():
         yield f"  {n:4d} layer groups: {label if label != SIXTEEN else '16 bits'}"
     most = figures.most_bits

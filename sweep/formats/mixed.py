@@ -25,9 +25,9 @@ from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, Attributes, Qua
 
 RECIPE_VERSION: Final = 1  # of the file's layout
 RECIPE_BEGINS: Final = re.compile(rb"recipe_version: \d+\nname: ")  # by which such a file is known again
-# Keys that may be missing: `tp` is left out where it is 1, `tokens` where all count; files of earlier programs lack the
-# others.
-_OPTIONAL: Final = frozenset({"tp", "tokens", "samples", "calibration_samples", "dtype", "store"})
+# Keys that may be missing: `tp` is left out where it is 1, `tokens` where all count, `joint_kl` where it is not known;
+# files of earlier programs lack the others.
+_OPTIONAL: Final = frozenset({"tp", "tokens", "joint_kl", "samples", "calibration_samples", "dtype", "store"})
 _NESTED: Final = frozenset({"formats", "groups"})  # keys whose values are looked at one by one
 Value = str | int | float | bool | None  # of a key that a user may type
 
@@ -69,6 +69,7 @@ class _RecipeNode(msgspec.Struct, kw_only=True):
     coverage: Coverage
     target: str | None
     tokens: tuple[str, ...] = ()
+    joint_kl: float | None = None
     samples: dict[str, Value] | None = None
     calibration_samples: int | None = None
     dtype: str | None = None
@@ -113,6 +114,8 @@ class MixedRecipe:
     target: str | None  # runtime and hardware that it was made for
     # Kinds of token (TOKEN_KINDS) whose scores alone decided and make up its predicted KL; empty: all.
     tokens: tuple[str, ...] = ()
+    # Predicted KL of the whole mix, nats per prediction, with the interactions of its groups; None: they are not known.
+    joint_kl: float | None = None
     # Where it came from; None: an earlier program has not recorded it.
     samples: Mapping[str, Value] | None = None  # the other keys of the data set's configuration
     calibration_samples: int | None = None  # that found the ranges of the inputs; None: those of `size`
@@ -123,7 +126,12 @@ class MixedRecipe:
 
     @property
     def predicted_kl(self) -> float:
-        """Sum over groups, nats per prediction: the KL of single groups adds up as long as it is small."""
+        """Nats per prediction: `joint_kl`; without it the sum over groups, which add up as long as they are small."""
+        return self.linear_kl if self.joint_kl is None else self.joint_kl
+
+    @property
+    def linear_kl(self) -> float:
+        """Sum of the KL of each group alone, nats per prediction."""
         return sum(choice.predicted_kl for choice in self.groups)
 
     @property
@@ -149,8 +157,9 @@ class MixedRecipe:
             groups=tuple(map(_group_node, self.groups)),
         )
         document = {"recipe_version": RECIPE_VERSION, **msgspec.to_builtins(node)}
-        if not self.tokens:
-            del document["tokens"]
+        for name, is_known in (("tokens", bool(self.tokens)), ("joint_kl", self.joint_kl is not None)):
+            if not is_known:
+                del document[name]
         document["totals"] = {"effective_bits": self.effective_bits, "predicted_kl": self.predicted_kl}
         return yaml_text(document)
 
@@ -198,6 +207,8 @@ class MixedRecipe:
                 f"{where}: calibration_samples is {node.calibration_samples}. It is null, or at least the "
                 f"{n_scored} samples of size {node.size}. Have `sweep solve` write it again."
             )
+        if node.joint_kl is not None:
+            _check_kl(node.joint_kl, f"{where}: joint_kl")
         own = {name: getattr(node, name) for name in node.__struct_fields__ if name not in _NESTED}
         return cls(**own, formats=formats, groups=groups)
 
@@ -254,11 +265,7 @@ def _format(node: _FormatNode) -> GroupFormat:
 
 
 def _choice(node: _GroupNode, formats: Mapping[str, GroupFormat], where: str) -> GroupChoice:
-    if not 0 <= node.predicted_kl < float("inf"):
-        raise SweepError(
-            f"{where}: group {node.group!r}: predicted_kl is {node.predicted_kl}. It is a number of 0 or more. "
-            "Have `sweep solve` write it again."
-        )
+    _check_kl(node.predicted_kl, f"{where}: group {node.group!r}: predicted_kl")
     if node.format is not None:
         require_known(f"format of group {node.group!r} in {where}", node.format, formats)
     return GroupChoice(
@@ -267,6 +274,11 @@ def _choice(node: _GroupNode, formats: Mapping[str, GroupFormat], where: str) ->
         cell_id=node.cell_id,
         predicted_kl=node.predicted_kl,
     )
+
+
+def _check_kl(value: float, where: str) -> None:
+    if not 0 <= value < float("inf"):
+        raise SweepError(f"{where} is {value}. It is a number of 0 or more. Have `sweep solve` write it again.")
 
 
 def _read(document: dict[str, Any], where: str) -> _RecipeNode:

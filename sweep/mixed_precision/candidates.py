@@ -30,6 +30,7 @@ from sweep.report.analysis import (
     sample_matrix,
     sample_predictions,
 )
+from sweep.report.interactions import Float32Array, counted_projections, interaction_weight
 from sweep.store.records import TrialRow
 from sweep.store.select import finished_trials
 from sweep.store.store import Store
@@ -45,6 +46,9 @@ class Candidate:
     sample_kl: FloatArray | None = field(repr=False)  # [groups, samples], adds up to predicted_kl
     # [samples], predictions of each; None: not known.
     sample_predictions: FloatArray | None = field(default=None, repr=False)
+    # [groups, samples, draws], root nats: see sweep.report.interactions. None: not scored by method=fisher, or by some
+    # kinds of token alone.
+    projections: Float32Array | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,9 @@ class Candidates:
     # Kinds of token whose scores alone are in predicted_kl; empty: all are.
     tokens: tuple[str, ...] = ()
     other_ranks: tuple[str, ...] = ()  # labels of formats that were scored on other numbers of ranks than the target's
+    # Of the interactions of groups, 0 to 1, see sweep.report.interactions.interaction_weight; None: they are not known,
+    # or not asked for, and a mix has the sum of its groups' KL.
+    interaction_weight: float | None = None
 
     @property
     def weights(self) -> FloatArray:
@@ -168,11 +175,14 @@ def read_candidates(
     candidates = _by_label(rows, configs, tables, groups, tokens)
     if tokens:
         _check_occurring(tokens, rows[0], tables.values())
+    formats = tuple(candidates.values())
+    projections = [each.projections for each in formats if each.projections is not None]
     return Candidates(
         trial=rows[0],
         config=_shared([configs[row.trial_id] for row in rows], store.uri),
         groups=groups,
-        formats=tuple(candidates.values()),
+        formats=formats,
+        interaction_weight=interaction_weight(projections) if len(projections) == len(formats) else None,
         elements=store.models().get(rows[0].model_revision),
         tokens=tokens,
         other_ranks=tuple(sorted({format_of(configs[row.trial_id]).label for row in others} - candidates.keys())),
@@ -269,24 +279,48 @@ def _groups(table: pa.Table) -> tuple[LayerGroup, ...]:
 
 
 def _candidate(row: TrialRow, config: SweepConfig, table: pa.Table, tokens: tuple[str, ...]) -> Candidate:
-    kl, score = float_column(table, "predicted_kl"), float_column(table, "score")
-    with np.errstate(invalid="ignore", divide="ignore"):
-        kl_per_score = np.where(score > 0, kl / score, 0.0)
+    kl, counts, projections = float_column(table, "predicted_kl"), sample_predictions(table), None
     if tokens:
-        by_kind = kind_scores(table)
-        if by_kind is None:
-            raise _without_kinds(row, config.store.uri)
-        part = by_kind[:, [TOKEN_KINDS.index(kind) for kind in tokens]].sum(1)
-        # A part may be negative with method=fisher, where other tokens undo more than these do: they add no KL.
-        kl = np.where(np.isfinite(kl), np.maximum(part, 0) * kl_per_score, kl)
-    samples = kind_samples(table, tokens) if tokens else sample_matrix(table)
+        kl, samples = _of_kinds(row, config.store.uri, table, tokens)
+    elif (projections := counted_projections(table)) is not None:
+        samples = np.square(projections, dtype=np.float64).sum(2)
+    else:
+        samples = _scaled(sample_matrix(table), kl, float_column(table, "score"))
     return Candidate(
         format=format_of(config),
         cell_id=row.cell_id or "",
         predicted_kl=np.where(np.isfinite(kl), kl, np.inf),
-        sample_kl=None if samples is None else np.nan_to_num(samples * kl_per_score[:, None]),
-        sample_predictions=sample_predictions(table),
+        sample_kl=samples,
+        sample_predictions=counts,
+        projections=projections,
     )
+
+
+def _of_kinds(
+    row: TrialRow, uri: str, table: pa.Table, tokens: tuple[str, ...]
+) -> tuple[FloatArray, FloatArray | None]:
+    """Predicted KL of some kinds of token alone: of each group, and of its samples.
+
+    Raises: SweepError: it is not known by kind.
+    """
+    kl, score, by_kind = float_column(table, "predicted_kl"), float_column(table, "score"), kind_scores(table)
+    if by_kind is None:
+        raise _without_kinds(row, uri)
+    part = by_kind[:, [TOKEN_KINDS.index(kind) for kind in tokens]].sum(1)
+    samples = _scaled(kind_samples(table, tokens), kl, score)
+    # A part may be negative with method=fisher, where other tokens undo more than these do: they add no KL.
+    return np.where(np.isfinite(kl), np.maximum(part, 0) * _ratio(kl, score), kl), samples
+
+
+def _ratio(kl: FloatArray, score: FloatArray) -> FloatArray:
+    """KL of a score of 1, of each group."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(score > 0, kl / score, 0.0)
+
+
+def _scaled(samples: FloatArray | None, kl: FloatArray, score: FloatArray) -> FloatArray | None:
+    """Scores of samples as KL. Args: samples: [groups, samples]; kl, score: of the groups."""
+    return None if samples is None else np.nan_to_num(samples * _ratio(kl, score)[:, None])
 
 
 def _without_kinds(row: TrialRow, uri: str) -> SweepError:

@@ -1,6 +1,7 @@
 """The best mix of formats under a budget: a multiple-choice knapsack, solved to the optimum by HiGHS.
 
-Takes arrays of predicted KL and size, and returns the chosen option of each layer group.
+Takes arrays of predicted KL and size, and returns the chosen option of each layer group. Where interactions of the
+groups are known the optimum of the sum is where sweep.mixed_precision.interactions begins.
 """
 
 import logging
@@ -17,13 +18,13 @@ import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array, vstack
 
+from sweep.mixed_precision.interactions import Form, Interactions, improved, least_value
+from sweep.mixed_precision.pricing import priced, total
 from sweep.report.analysis import FloatArray, IntArray
 
 _GAP: Final = 1e-9  # relative: predicted KLs are not known to more digits
 _ROUNDING: Final = 1e-12  # relative: so much over the budget is the rounding of the budget itself
 _SCALE: Final = 1e6  # of the budget inside HiGHS
-_DOUBLINGS: Final = 200  # of a price until the choices fit: then they are the cheapest
-_HALVINGS: Final = 80  # until it is exact
 _SECONDS: Final = 20.0  # then the best choice so far counts, and its gap is said; real scores take less than one
 _TIME_IS_UP: Final = 1  # status of scipy's milp
 
@@ -45,6 +46,7 @@ class Problem:
     predicted_kl: FloatArray  # [groups, options], nats per prediction; infinite: not allowed
     cost: FloatArray  # [groups, options], bits of the group's weights
     together: IntArray  # [groups]: groups of equal numbers get the same option
+    interactions: Interactions | None = None  # of the same groups and options; None: KL adds up
 
     def __post_init__(self) -> None:
         if not (self.predicted_kl.shape == self.cost.shape and self.together.shape == self.predicted_kl.shape[:1]):
@@ -53,9 +55,16 @@ class Problem:
         if np.isnan(self.predicted_kl).any() or (self.predicted_kl < 0).any() or not np.isfinite(self.cost).all():
             raise ValueError("predicted_kl must be 0 or more, and cost finite")
 
+    def kl(self, choice: IntArray) -> float:
+        """Predicted KL of a mix, nats per prediction. Args: choice: [groups], an option each."""
+        alone = total(self.predicted_kl, choice)
+        return alone if self.interactions is None or not np.isfinite(alone) else self.interactions.kl(choice)
+
 
 def solve(problem: Problem, budget: float) -> IntArray:
-    """The choice of least summed predicted KL that costs no more than the budget; of equal ones any.
+    """The choice of least predicted KL that costs no more than the budget; of equal ones any.
+
+    Of a sum it is the optimum; with interactions the best that exchanges find from there.
 
     Args:
         problem: predicted KL and cost of every option.
@@ -64,13 +73,48 @@ def solve(problem: Problem, budget: float) -> IntArray:
     Returns: [groups], the option of each.
     Raises: Infeasible: not even the cheapest choices fit.
     """
+    joint, of_group = _apart(problem)
+    choice = _solve_apart(joint, budget)
+    if joint.interactions is not None:
+        choice = improved(_form(joint, joint.interactions, budget), choice)
+    return choice[of_group]
+
+
+def gap(problem: Problem, budget: float, choice: IntArray) -> float:
+    """By how much of its predicted KL a choice may be above the least at most, 0 to 1; 0 where KL adds up.
+
+    Args:
+        problem: with the choice's options.
+        budget: that it was found under.
+        choice: [groups].
+    """
+    joint, of_group = _apart(problem)
+    if joint.interactions is None:
+        return 0.0
+    of_block = np.zeros(len(joint.together), dtype=np.int64)
+    of_block[of_group] = choice
+    form = _form(joint, joint.interactions, budget)
+    value = form.value(of_block)
+    return max(0.0, 1 - least_value(form, of_block) / value) if value > 0 else 0.0
+
+
+def _apart(problem: Problem) -> tuple[Problem, IntArray]:
+    """The problem of blocks of groups that get the same option, and the block of each group."""
     blocks, of_group = np.unique(problem.together, return_inverse=True)
+    interactions = problem.interactions
+    if interactions is not None and len(blocks) < len(of_group):
+        interactions = interactions.joined(of_group, len(blocks))
     joint = Problem(
         predicted_kl=_summed(problem.predicted_kl, of_group, len(blocks)),
         cost=_summed(problem.cost, of_group, len(blocks)),
         together=np.arange(len(blocks)),
+        interactions=interactions,
     )
-    return _solve_apart(joint, budget)[of_group]
+    return joint, of_group
+
+
+def _form(joint: Problem, interactions: Interactions, budget: float) -> Form:
+    return Form.of(joint.predicted_kl, joint.cost, interactions, budget * (1 + _ROUNDING))
 
 
 def front(problem: Problem, n_budgets: int) -> Iterator[tuple[float, IntArray]]:
@@ -84,9 +128,9 @@ def front(problem: Problem, n_budgets: int) -> Iterator[tuple[float, IntArray]]:
     last: IntArray | None = None
     for budget in np.linspace(low, high, n_budgets):
         choice = solve(problem, float(budget))
-        if last is None or total(problem.predicted_kl, choice) < total(problem.predicted_kl, last):
+        if last is None or problem.kl(choice) < problem.kl(last):
             yield float(budget), choice
-        last = choice
+            last = choice
 
 
 def cost_range(problem: Problem) -> tuple[float, float]:
@@ -99,11 +143,6 @@ def cost_range(problem: Problem) -> tuple[float, float]:
     best = kl.min(axis=1, keepdims=True)
     high = np.where(kl <= best, cost, np.inf).min(axis=1).sum()
     return float(low), float(high)
-
-
-def total(values: FloatArray, choice: IntArray) -> float:
-    """Sum of each group's value under its choice. Args: values: [groups, options]; choice: [groups]."""
-    return float(values[np.arange(len(choice)), choice].sum())
 
 
 def useful_options(kl: FloatArray, cost: FloatArray) -> IntArray:
@@ -128,16 +167,18 @@ def _solve_apart(problem: Problem, budget: float) -> IntArray:
         raise Infeasible(low)
     if high <= room:
         return np.lexsort((problem.cost, problem.predicted_kl), axis=1)[:, 0]
-    price, choice = _priced(problem.predicted_kl, problem.cost / room)
+    price, choice = priced(problem.predicted_kl, problem.cost / room)
     choice = _filled(problem, choice, room)
     options = [useful_options(kl, cost) for kl, cost in zip(problem.predicted_kl, problem.cost, strict=True)]
     groups = np.repeat(np.arange(len(options)), [len(some) for some in options])
     flat = np.concatenate(options)
     kl, cost = problem.predicted_kl[groups, flat], problem.cost[groups, flat]
     # An option that raises the bound above what is already reached is in no better choice: few are left.
-    priced = kl + price * cost / room
-    bound, reached = float(_least(priced, groups).sum()) - price, total(problem.predicted_kl, choice)
-    left = (priced - _least(priced, groups)[groups] <= reached - bound + _GAP * reached) | (flat == choice[groups])
+    with_price = kl + price * cost / room
+    bound, reached = float(_least(with_price, groups).sum()) - price, total(problem.predicted_kl, choice)
+    left = (with_price - _least(with_price, groups)[groups] <= reached - bound + _GAP * reached) | (
+        flat == choice[groups]
+    )
     better = _exact(kl[left], cost[left], groups[left], room, reached)
     candidate = choice.copy()
     candidate[groups[left][better]] = flat[left][better]
@@ -159,35 +200,6 @@ def _filled(problem: Problem, choice: IntArray, room: float) -> IntArray:
         if saved[group, option] <= 0 or total(problem.cost, choice) > room:  # the latter by rounding
             choice[group] = before
             return choice
-
-
-def _priced(kl: FloatArray, share: FloatArray) -> tuple[float, IntArray]:
-    """Lagrange's relaxation: the least price of the whole budget at which the best choice of each group alone fits.
-
-    Args:
-        kl: [groups, options], nats per prediction.
-        share: [groups, options], cost as a share of the budget; the cheapest options fit.
-
-    Returns: the price, in nats per prediction, and the choices at that price.
-    """
-
-    def choice_at(price: float) -> IntArray:
-        return np.argmin(kl + price * share, axis=1)
-
-    cheapest = np.lexsort((kl, np.where(np.isfinite(kl), share, np.inf)), axis=1)[:, 0]
-    low, high, chosen = 0.0, total(kl, cheapest), cheapest
-    for _ in range(_DOUBLINGS):
-        if total(share, choice := choice_at(high)) <= 1:
-            chosen = choice
-            break
-        low, high = high, 2 * high
-    for _ in range(_HALVINGS):
-        price = (low + high) / 2
-        if total(share, choice := choice_at(price)) <= 1:
-            high, chosen = price, choice
-        else:
-            low = price
-    return high, chosen
 
 
 def _exact(kl: FloatArray, cost: FloatArray, groups: IntArray, room: float, reached: float) -> npt.NDArray[np.bool_]:

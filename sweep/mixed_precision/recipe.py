@@ -15,8 +15,11 @@ from sweep.formats.format import GroupFormat
 from sweep.formats.mixed import GroupChoice, MixedRecipe, Value, is_called
 from sweep.formats.quantizer import UNQUANTIZED_BITS
 from sweep.mixed_precision.candidates import Candidates
-from sweep.mixed_precision.knapsack import Infeasible, Problem, cost_range, solve, total
+from sweep.mixed_precision.interactions import Interactions
+from sweep.mixed_precision.knapsack import Infeasible, Problem, cost_range, solve
+from sweep.mixed_precision.pricing import total
 from sweep.report.analysis import FloatArray, IntArray, bootstrap_interval
+from sweep.report.interactions import Float32Array, joint_samples
 
 SIXTEEN = "16"  # label of the choice to leave a group unquantized
 
@@ -80,12 +83,13 @@ def problem_of(candidates: Candidates, rules: Rules, predicted_kl: FloatArray | 
     Args:
         candidates: scored formats.
         rules: constraints on the choices.
-        predicted_kl: [groups, formats], nats per prediction, in the place of the candidates' own.
+        predicted_kl: [groups, formats], nats per prediction, in the place of the candidates' own; it adds up.
 
     Raises: SweepError: a pattern that matches nothing, an unknown label, or rules that leave a group without a choice.
     """
-    n = len(candidates.groups)
+    n, interactions = len(candidates.groups), None
     if predicted_kl is None:
+        interactions = _interactions(candidates)
         predicted_kl = np.stack([candidate.predicted_kl for candidate in candidates.formats], axis=1)
     table = np.concatenate([predicted_kl, np.zeros((n, 1))], axis=1)
     bits = np.array([*(candidate.format.effective_bits for candidate in candidates.formats), UNQUANTIZED_BITS])
@@ -117,7 +121,24 @@ def problem_of(candidates: Candidates, rules: Rules, predicted_kl: FloatArray | 
     together = np.array(
         [n + layer if rules.uniform_layer and layer is not None else index for index, layer in enumerate(layers)]
     )
-    return Problem(predicted_kl=table, cost=candidates.weights[:, None] * bits[None, :], together=together)
+    cost = candidates.weights[:, None] * bits[None, :]
+    return Problem(predicted_kl=table, cost=cost, together=together, interactions=interactions)
+
+
+def _interactions(candidates: Candidates) -> Interactions | None:
+    """Of the candidates, and of 16 bits as the last option; None: they are not known, or not asked for."""
+    if candidates.interaction_weight is None:
+        return None
+    found = [each.projections for each in candidates.formats if each.projections is not None]
+    stacked = np.stack([*found, np.zeros_like(found[0])], axis=1)
+    return Interactions(projections=stacked, weight=candidates.interaction_weight, n_predictions=_counts(candidates))
+
+
+def _counts(candidates: Candidates) -> FloatArray:
+    """[samples], predictions of each, where interactions are known."""
+    counts = candidates.formats[0].sample_predictions
+    assert counts is not None
+    return counts
 
 
 def solved(candidates: Candidates, problem: Problem, budget: Budget, rules: Rules) -> IntArray:
@@ -196,8 +217,10 @@ def recipe_of_choice(
                 predicted_kl=kl,
             )
         )
+    samples = mix_samples(candidates, choice) if predicted_kl is None else None
     return MixedRecipe(
         name=name,
+        joint_kl=None if samples is None else float(samples.sum()),
         model=row.model,
         model_revision=row.model_revision,
         model_path=config.model.path,
@@ -230,24 +253,39 @@ def weights_gb(candidates: Candidates, made: MixedRecipe) -> float:
     return candidates.gb(made.effective_bits * float(candidates.weights.sum()))
 
 
+def mix_samples(candidates: Candidates, choice: IntArray) -> FloatArray | None:
+    """Predicted KL of a mix with the interactions of its groups, by sample.
+
+    Returns: [samples], nats per prediction of all samples; they add up to it. None: interactions are not known.
+    """
+    if candidates.interaction_weight is None:
+        return None
+    counts, mixed = _counts(candidates), list[Float32Array]()
+    for index, chosen in enumerate(choice.tolist()):
+        if chosen < len(candidates.formats) and (own := candidates.formats[chosen].projections) is not None:
+            mixed.append(own[index])
+    return joint_samples(mixed, candidates.interaction_weight, counts) if mixed else np.zeros(len(counts))
+
+
 def interval(candidates: Candidates, choice: IntArray) -> tuple[float, float] | None:
-    """90 % bootstrap interval, over samples, of a choice's summed predicted KL.
+    """90 % bootstrap interval, over samples, of a mix's predicted KL.
 
     Returns: low and high, nats per prediction; None if some cell kept no scores of single samples.
     """
-    samples: list[FloatArray] = []
-    counts: FloatArray | None = None  # of all formats, as they were scored on the same samples
-    for index, chosen in enumerate(choice.tolist()):
-        if chosen < len(candidates.formats):
-            own = candidates.formats[chosen].sample_kl
-            if own is None:
-                return None
-            samples.append(own[index])
-            counts = candidates.formats[chosen].sample_predictions
-    if not samples:
-        return 0.0, 0.0
-    drawn = 1 if counts is None else counts / counts.sum()  # sample_kl is per prediction of all samples
-    low, high = bootstrap_interval(np.sum(samples, axis=0)[None], drawn, candidates.trial.dataset_revision)[:, 0]
+    samples, counts = mix_samples(candidates, choice), candidates.formats[0].sample_predictions
+    if samples is None:
+        chosen_samples: list[FloatArray] = []
+        for index, chosen in enumerate(choice.tolist()):
+            if chosen < len(candidates.formats):
+                own = candidates.formats[chosen].sample_kl
+                if own is None:
+                    return None
+                chosen_samples.append(own[index])
+        if not chosen_samples:
+            return 0.0, 0.0
+        samples = np.sum(chosen_samples, axis=0)
+    drawn = 1 if counts is None else counts / counts.sum()  # `samples` are per prediction of all samples
+    low, high = bootstrap_interval(samples[None], drawn, candidates.trial.dataset_revision)[:, 0]
     return float(low), float(high)
 
 
@@ -260,7 +298,7 @@ def uniform_choices(candidates: Candidates, problem: Problem) -> dict[str, tuple
     for index, candidate in enumerate(candidates.formats):
         choice = np.full(len(candidates.groups), index, dtype=np.int64)
         if np.isfinite(total(problem.predicted_kl, choice)):
-            found[candidate.format.label] = total(problem.cost, choice), total(problem.predicted_kl, choice)
+            found[candidate.format.label] = total(problem.cost, choice), problem.kl(choice)
     return found
 
 

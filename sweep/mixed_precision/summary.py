@@ -8,7 +8,8 @@ from sweep.core.coverage import ModelCoverage
 from sweep.core.errors import SweepError
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision.candidates import Candidates
-from sweep.mixed_precision.knapsack import Problem, cost_range, front, total
+from sweep.mixed_precision.knapsack import Problem, cost_range, front, gap
+from sweep.mixed_precision.pricing import total
 from sweep.mixed_precision.recipe import SIXTEEN, interval, uniform_choices, weights_gb
 from sweep.report.analysis import IntArray
 from sweep.report.plots import Point
@@ -24,6 +25,14 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     gb_rest: float | None = None
 
 
+class Joint(msgspec.Struct, frozen=True, kw_only=True):
+    """What interactions between layer groups have to do with a recipe's predicted KL."""
+
+    weight: float  # of the interactions, 0 to 1: as far as they agree between samples
+    linear_kl: float  # predicted KL without them: the sum of each group's alone
+    gap: float  # by so much of the predicted KL at most it is above the least of all mixes, 0 to 1
+
+
 class Figures(Sizes, frozen=True, kw_only=True):
     """Size and KL of a recipe, and its formats."""
 
@@ -35,6 +44,7 @@ class Figures(Sizes, frozen=True, kw_only=True):
     lm_head: str | None  # what becomes of it
     predicted_kl: float  # nats per prediction
     predicted_kl_interval: tuple[float, float] | None  # 90 %, over samples
+    joint: Joint | None  # None: interactions are not known, or not asked for, and KL adds up
     formats: dict[str, int]  # number of layer groups, by label
     most_bits: list[str]  # names of the groups in the most bits
     tokens: tuple[str, ...]  # kinds that predicted_kl counts; empty: all
@@ -87,12 +97,20 @@ def figures_of(candidates: Candidates, problem: Problem, choice: IntArray, made:
         checkpoint_bits=candidates.checkpoint_bits(made.effective_bits * float(candidates.weights.sum())),
         coverage=candidates.coverage,
         lm_head=head,
-        predicted_kl=total(problem.predicted_kl, choice),
+        predicted_kl=made.predicted_kl,
+        joint=_joint(candidates, problem, choice, made),
         predicted_kl_interval=interval(candidates, choice),
         formats=dict(sorted(counts.items(), key=lambda item: -item[1])),
         tokens=made.tokens,
         most_bits=[each.group.short_name for each in made.groups if made.bits_of(each) == highest],
     )
+
+
+def _joint(candidates: Candidates, problem: Problem, choice: IntArray, made: MixedRecipe) -> Joint | None:
+    if problem.interactions is None:
+        return None
+    cost = made.effective_bits * float(candidates.weights.sum())
+    return Joint(weight=problem.interactions.weight, linear_kl=made.linear_kl, gap=gap(problem, cost, choice))
 
 
 def sizes_gb(candidates: Candidates, made: MixedRecipe) -> Sizes:
@@ -141,8 +159,7 @@ def front_points(candidates: Candidates, problem: Problem, n_budgets: int) -> li
     if high <= low:
         raise SweepError("One recipe is the smallest and the best: there is no front. Score more formats.")
     return [
-        _point(candidates, total(problem.cost, choice), total(problem.predicted_kl, choice))
-        for _, choice in front(problem, n_budgets)
+        _point(candidates, total(problem.cost, choice), problem.kl(choice)) for _, choice in front(problem, n_budgets)
     ]
 
 

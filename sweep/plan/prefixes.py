@@ -120,8 +120,9 @@ def prefix_rows(scores: pa.Table, cell_id: str, predictions: Sequence[int], meth
             n_draws = len(row["projections"]) // len(row["sample_scores"])
             row["projections"] = row["projections"][: n_samples * n_draws]
         row["sample_scores"] = row["sample_scores"][:n_samples]
-        score = float(np.sum(row["sample_scores"], dtype=np.float64))
-        row |= per_prediction(score, n_predictions, method) | _kinds(row, score, n_samples)
+        samples = np.array(row["sample_scores"], dtype=np.float64)
+        score = float(samples.sum())
+        row |= per_prediction(score, samples, predictions, method) | _kinds(row, score, n_samples)
     return pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)
 
 

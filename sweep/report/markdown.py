@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 
-from sweep.report.rows import CoveredGroup, Report, ScoredGroup, ratio
+from sweep.core.sample_kl import TRUSTED_KL
+from sweep.report.rows import CoveredGroup, Interactions, Report, ScoredGroup, ratio
 from sweep.store.records import UNKNOWN
 
 _FORMATS = {"fp16": "not quantized"}
@@ -79,9 +80,11 @@ def sentences(report: Report) -> list[str]:
     sentences = [f"**Total predicted KL: {total:.3g} nats per prediction**{interval}. {meaning}"]
     if report.weights is not None and (left := report.weights.warning) is not None:
         sentences.append(f"**Not the whole model**: {left}.")
-    if total > 1 and report.trial.method != "kl_div":
+    if report.interactions is not None:
+        sentences.append(_joint_sentence(report.interactions))
+    if total > TRUSTED_KL and report.trial.method != "kl_div":
         sentences.append(
-            "A total above 1 nat is outside the range of a small-perturbation estimate: "
+            f"A total above {TRUSTED_KL:g} nats is outside the range of a small-perturbation estimate: "
             "trust the ranking, not the size."
         )
     if half := summary.n_groups_half:
@@ -94,6 +97,29 @@ def sentences(report: Report) -> list[str]:
         sentences.append("No group changes the loss: the recipe reproduces every output.")
     sentences.append(_stability_sentence(report))
     return sentences
+
+
+def _joint_sentence(found: Interactions) -> str:
+    return (
+        f"**All groups quantized at once: {found.predicted_kl:.3g} nats per prediction**, interactions between groups "
+        f"counted by {found.weight:.0%}, as far as samples agree on them."
+    )
+
+
+def pairs_text(found: Interactions) -> str:
+    """The pairs of layer groups whose errors have most to do with each other, as a table."""
+    if not found.pairs:
+        return "No pair of layer groups stands out of the noise of these samples: their errors add up one by one."
+    meaning = (
+        "KL of two groups quantized at once beyond the sum of each alone, in nats per prediction, with its standard "
+        "error over samples: below 0 the errors of one undo those of the other. Shown are pairs that differ from 0 by "
+        "four standard errors and more."
+    )
+    lines = ["| layer group | and | predicted KL | standard error | correlation |", "|---|---|---:|---:|---:|"]
+    for pair in found.pairs:
+        figures = f"{pair.predicted_kl:+.3g} | {pair.standard_error:.2g} | {pair.correlation:+.2f}"
+        lines.append(f"| `{pair.names[0]}` | `{pair.names[1]}` | {figures} |")
+    return "\n".join([meaning, "", *lines])
 
 
 def _stability_sentence(report: Report) -> str:

@@ -16,6 +16,7 @@ from sweep.report.markdown import (
     facts_table,
     groups_table,
     kinds_table,
+    pairs_text,
     sentences,
     tokens_table,
     tokens_text,
@@ -43,6 +44,8 @@ def render_markdown(report: Report) -> str:
             columns_text(trial.method),
             groups_table(report),
         ]
+    if report.interactions is not None:
+        parts += ["## Pairs of layer groups", pairs_text(report.interactions)]
     if report.token_shares is not None:
         parts += ["## By kind of token", tokens_text(report), tokens_table(report)]
     if report.not_measured:
@@ -115,6 +118,7 @@ def render_json(report: Report) -> str:
         }
         if stability
         else None,
+        **({} if report.interactions is None else {"interactions": report.interactions}),
         "layer_sensitivity": report.rows,
         "not_measured": report.not_measured,
     }

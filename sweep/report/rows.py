@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 
 from sweep.config.targets import served_as
 from sweep.core.batches import TOKEN_KINDS
@@ -27,7 +29,16 @@ from sweep.report.analysis import (
     split_half_stability,
     summarize,
 )
+from sweep.report.interactions import (
+    Float32Array,
+    counted_projections,
+    interaction_weight,
+    joint_samples,
+    strongest_pairs,
+)
 from sweep.store.records import FinishedTrial, TrialRow
+
+_PAIRS: Final = 10  # of groups, in a report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +78,25 @@ class ScoredGroup(CoveredGroup):
     top_token_share: float | None = None  # of the single position with the largest part
 
 
+class GroupPair(msgspec.Struct, frozen=True, kw_only=True):
+    """Two layer groups whose errors add up or undo each other."""
+
+    first: str  # first module of the group
+    second: str
+    names: tuple[str, str]  # short
+    predicted_kl: float  # of both together beyond the sum of each alone, nats per prediction
+    standard_error: float  # of it, over samples
+    correlation: float  # of their projections
+
+
+class Interactions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the errors of all layer groups have to do with each other under one recipe."""
+
+    predicted_kl: float  # of all groups quantized at once, nats per prediction
+    weight: float  # of interactions in it, 0 to 1: as far as they agree between samples
+    pairs: list[GroupPair]  # those that stand out of the samples' noise, strongest first
+
+
 class Pair(msgspec.Struct, frozen=True):
     """Number formats of a quant pair, as a trial's config names them."""
 
@@ -93,6 +123,7 @@ class Report:
     summary: Summary
     weights: ModelCoverage | None  # what the cell covers of the model; None: the store does not know
     total_interval: list[float] | None
+    interactions: Interactions | None  # None: the method does not know them
     token_shares: dict[str, float] | None  # of the trial's total score, as of each group's
     stability: RankStability | None
 
@@ -108,17 +139,17 @@ def analyse(finished: FinishedTrial) -> Report:
     score = float_column(scores, "score")
     summary = summarize(scores)
     samples = sample_matrix(scores)
-    interval, total_interval = None, None
+    projections = counted_projections(scores)
+    interval, kl_interval = None, np.empty(0)
     if samples is not None and summary.n_predictions > 0:
-        with_total = np.vstack([samples, np.nansum(samples, axis=0)])
-        counts = sample_predictions(scores)
-        interval = bootstrap_interval(
-            with_total, summary.n_predictions if counts is None else counts, trial.cell_id or ""
-        )
-        kl_per_sensitivity = ratio(
-            np.nansum(float_column(scores, "predicted_kl")), np.nansum(float_column(scores, "sensitivity"))
-        )
-        total_interval = _rounded(interval[:, -1] * kl_per_sensitivity)
+        interval = _intervals(finished, samples, summary.n_predictions)
+        if projections is None:
+            kl_interval = interval * ratio(
+                np.nansum(float_column(scores, "predicted_kl")), np.nansum(float_column(scores, "sensitivity"))
+            )
+        else:
+            counted = np.square(projections, dtype=np.float64).sum(2) * summary.n_predictions
+            kl_interval = _intervals(finished, counted, summary.n_predictions)
     shares = score_shares(score)
     kinds, by_kind = occurring(scores), kind_scores(scores)
     rows: list[ScoredGroup] = []
@@ -138,8 +169,7 @@ def analyse(finished: FinishedTrial) -> Report:
             top = None if row["score_top_token"] is None else row["score_top_token"] / group.score
             group = replace(group, token_shares=_token_shares(by_kind[i], kinds), top_token_share=top)
         if interval is not None:
-            to_kl = ratio(group.predicted_kl, group.sensitivity)
-            ends, kl_ends = _rounded(interval[:, i]), _rounded(interval[:, i] * to_kl)
+            ends, kl_ends = _rounded(interval[:, i]), _rounded(kl_interval[:, i])
             group = replace(group, sensitivity_interval=ends, predicted_kl_interval=kl_ends)
         rows.append(group)
     return Report(
@@ -152,10 +182,42 @@ def analyse(finished: FinishedTrial) -> Report:
         not_measured=not_measured,
         summary=summary,
         weights=finished.weights,
-        total_interval=total_interval,
+        total_interval=None if interval is None else _rounded(kl_interval[:, -1]),
+        interactions=None if projections is None else _interactions(scores, projections),
         token_shares=None if by_kind is None or not kinds else _token_shares(np.nansum(by_kind, axis=0), kinds),
         stability=None if samples is None else split_half_stability(samples),
     )
+
+
+def _intervals(finished: FinishedTrial, samples: FloatArray, n_predictions: int) -> FloatArray:
+    """[2, groups + 1], per prediction; the last is of their sum. Args: samples: [groups, samples]."""
+    with_total = np.vstack([samples, np.nansum(samples, axis=0)])
+    counts = sample_predictions(finished.scores)
+    seed = finished.trial.cell_id or ""
+    return bootstrap_interval(with_total, n_predictions if counts is None else counts, seed)
+
+
+def _interactions(scores: pa.Table, projections: Float32Array) -> Interactions:
+    counts = sample_predictions(scores)
+    assert counts is not None
+    weight = interaction_weight([projections])
+    groups: list[str] = scores["group"].to_pylist()
+    modules: list[list[str]] = scores["modules"].to_pylist()
+    pairs: list[GroupPair] = []
+    for pair in strongest_pairs(projections, _PAIRS):
+        first, second = groups[pair.first], groups[pair.second]
+        pairs.append(
+            GroupPair(
+                first=first,
+                second=second,
+                names=(short_group(first, modules[pair.first]), short_group(second, modules[pair.second])),
+                predicted_kl=pair.kl,
+                standard_error=pair.standard_error,
+                correlation=pair.correlation,
+            )
+        )
+    joint = joint_samples([*projections], weight, counts)
+    return Interactions(predicted_kl=float(joint.sum()), weight=weight, pairs=pairs)
 
 
 def served_as_of(trial: TrialRow) -> dict[str, dict[str, str | None]]:

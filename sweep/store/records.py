@@ -1,15 +1,18 @@
 """The rows that the store keeps: their columns, their types, their versions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal, get_args, get_type_hints
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from sweep.core.batches import TOKEN_KINDS
 from sweep.core.coverage import ModelCoverage, coverage_of
+from sweep.core.sample_kl import counted_kl
 
 # Each schema names its version. A reader refuses a newer one and upgrades an older one.
 SCHEMA_VERSION = 1  # of validations and answers; 1: first layout
@@ -37,7 +40,8 @@ SCORES_SCHEMA = pa.schema(
         # their projections; NULL: never called.
         pa.field("score", pa.float64()),
         pa.field("sensitivity", pa.float64()),  # score / n_predictions
-        pa.field("predicted_kl", pa.float64()),  # score / (2 n_predictions), nats per prediction
+        # score / (2 n_predictions), nats per prediction; of method=fisher what counts of it, see sweep.core.sample_kl.
+        pa.field("predicted_kl", pa.float64()),
         pa.field("n_predictions", pa.int64(), nullable=False),  # positions whose next token is valid
         pa.field("n_samples", pa.int32(), nullable=False),
         pa.field("weight_elements", pa.int64(), nullable=False),
@@ -64,20 +68,25 @@ SCORES_SCHEMA = pa.schema(
 )
 
 
-def per_prediction(score: float | None, n_predictions: int, method: str) -> dict[str, float | None]:
+def per_prediction(
+    score: float | None, samples: npt.NDArray[np.float64] | None, n_predictions: Sequence[int], method: str
+) -> dict[str, float | None]:
     """The columns `score`, `sensitivity` and `predicted_kl` of a row of SCORES_SCHEMA.
 
     Args:
         score: None: never called.
-        n_predictions: of all samples.
+        samples: [samples], which add up to it; None: not known, or never called.
+        n_predictions: of each sample.
         method: gradient, fisher or kl_div.
     """
-    divisor = n_predictions if method == "kl_div" else 2 * n_predictions
-    return {
-        "score": score,
-        "sensitivity": None if score is None else score / n_predictions,
-        "predicted_kl": None if score is None else score / divisor,
-    }
+    if score is None:
+        return {"score": None, "sensitivity": None, "predicted_kl": None}
+    n = sum(n_predictions)
+    predicted_kl = score / (n if method == "kl_div" else 2 * n)
+    if method == "fisher" and samples is not None:
+        beyond = samples / 2 - counted_kl(samples / 2, np.array(n_predictions, dtype=np.float64))
+        predicted_kl -= float(beyond.sum()) / n
+    return {"score": score, "sensitivity": score / n, "predicted_kl": predicted_kl}
 
 
 # One row a sample of one validation: `<store>/validations/<id>.parquet`.

@@ -61,15 +61,15 @@ class TaskWriter:
 
     def _row(self, size: str, group: ShapedGroup, found: GroupScore | float | None) -> dict[str, _Cell]:
         """A row of SCORES_SCHEMA; the measured columns are NULL for a group that was never called."""
-        n_predictions = int(self._sample_predictions[size].sum())
-        score = found.score if isinstance(found, GroupScore) else found
+        counts: list[int] = self._sample_predictions[size].tolist()
+        score, samples = (found.score, found.sample_scores) if isinstance(found, GroupScore) else (found, None)
         row: dict[str, _Cell] = {
             "cell_id": self.task.cells[size],
             "group": group.name,
             "modules": list(group.modules),
             "layer_index": group.layer_index,
-            **per_prediction(score, n_predictions, self.task.method),
-            "n_predictions": n_predictions,
+            **per_prediction(score, samples, counts, self.task.method),
+            "n_predictions": sum(counts),
             "n_samples": n_samples_of(size),
             "sample_predictions": self._sample_predictions[size],
             "weight_elements": group.weight_elements,

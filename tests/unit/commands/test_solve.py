@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -145,6 +146,78 @@ def test_kinds_of_token_that_cannot_decide_are_refused(
     assert solve(store, "--bits", "5", *words) == 2
     assert message in capsys.readouterr().err
     assert not Path("outputs").exists()
+
+
+def interacting_store(path: Path) -> Store:
+    """One format by projections; the errors of the third group undo those of all others."""
+    store = Store(str(path))
+    fisher = {"draws": 1, "versions": '{"score": "1+fisher.1"}'}
+    overrides = ("sensitivity.method=fisher", "sensitivity.draws=1")
+    add(store, INT4, [0.01, 0.01, 0.012, 0.01, 0.02], *overrides, signs=[1, 1, -1, 1, 1], **fisher)
+    return store
+
+
+def test_a_mix_is_chosen_with_the_interactions_of_its_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but one group of 1,000 weights fit: the one that stays in 16 bits is not the one that undoes others' errors.
+
+    sqrt(KL): 0.1, 0.1, -0.1095, 0.1, 0.1414. All interactions count: two samples agree on every sign.
+    """
+    monkeypatch.chdir(tmp_path)
+    store = interacting_store(tmp_path / "store")
+    fits = str((9_000 * 4.125 + 1_000 * 16) / 10_000)
+    figures = solved(store, capsys, "--bits", fits)
+    assert figures["joint"]["weight"] == pytest.approx(1.0)
+    recipe = MixedRecipe.from_yaml(Path(figures["recipe"]).read_text(encoding="utf-8"), "recipe")
+    assert [choice.format for choice in recipe.groups] == [None, INT4, INT4, INT4, INT4]
+    together = (0.1 - math.sqrt(0.012) + 0.1 + math.sqrt(0.02)) ** 2
+    assert figures["predicted_kl"] == pytest.approx(together, rel=1e-5)
+    assert (recipe.joint_kl, recipe.predicted_kl) == (figures["predicted_kl"], figures["predicted_kl"])
+    assert figures["joint"]["linear_kl"] == pytest.approx(0.052)
+    assert 0 <= figures["joint"]["gap"] <= 1
+    low, high = figures["predicted_kl_interval"]
+    assert low <= figures["predicted_kl"] <= high
+    assert "as the sum of each layer group alone; interactions count 100%" in " ".join(shown(figures))
+
+
+def test_without_interactions_a_mix_has_the_sum_of_its_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = interacting_store(tmp_path / "store")
+    fits = str((9_000 * 4.125 + 1_000 * 16) / 10_000)
+    figures = solved(store, capsys, "--bits", fits, "--linear")
+    text = Path(figures["recipe"]).read_text(encoding="utf-8")
+    recipe = MixedRecipe.from_yaml(text, "recipe")
+    assert [choice.format for choice in recipe.groups] == [INT4, INT4, None, INT4, INT4]
+    assert (figures["joint"], recipe.joint_kl, "joint_kl" in text) == (None, None, False)
+    assert figures["predicted_kl"] == pytest.approx(0.05)
+
+
+def test_the_front_and_its_formats_count_interactions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    figures = solved(interacting_store(tmp_path / "store"), capsys, "--front", "6")
+    everywhere = (0.3 + math.sqrt(0.02) - math.sqrt(0.012)) ** 2
+    assert figures["uniform"][0]["predicted_kl"] == pytest.approx(everywhere, rel=1e-5)
+    kl = [point["predicted_kl"] for point in figures["front"]]
+    assert kl == sorted(kl, reverse=True)
+    assert (kl[0], kl[-1]) == (pytest.approx(everywhere, rel=1e-5), 0.0)
+
+
+def test_kinds_of_token_are_summed_without_interactions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = Store(str(tmp_path / "store"))
+    parts = {"image": (0.5,) * 5, "prompt": (0.5,) * 5}
+    fisher = ("sensitivity.method=fisher", "sensitivity.draws=1")
+    versions = '{"score": "1+fisher.1"}'
+    add(store, INT4, [0.01] * 5, *fisher, signs=[1] * 5, by_kind=parts, draws=1, versions=versions)
+    figures = solved(store, capsys, "--bits", "4.125", "--tokens", "image")
+    assert (figures["joint"], figures["predicted_kl"]) == (None, pytest.approx(0.025))
 
 
 def test_projections_are_not_mixed_with_scores_around_a_recipe(

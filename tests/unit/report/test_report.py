@@ -1,6 +1,7 @@
 """A report says what the scores say, in Markdown and in JSON."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -317,13 +318,59 @@ def test_negative_shares_are_explained() -> None:
     assert json.loads(render_json(analyse(drawn)))["scheme"]["draws"] == 8
 
 
-def test_a_report_and_its_published_scores_leave_projections_out() -> None:
-    scores = SMALL.scores.drop_columns(["projections"]).append_column(
-        SCORES_SCHEMA.field("projections"), pa.array([[1.0, 2.0]] * len(SMALL.scores), pa.list_(pa.float32()))
-    )
-    drawn = replace(SMALL, scores=scores)
-    assert "projections" not in published_scores(drawn).column_names
-    assert render_json(analyse(drawn)) == render_json(analyse(SMALL))
+def by_projections(values: Sequence[Sequence[float]]) -> FinishedTrial:
+    """A trial of method=fisher with one draw a sample. Args: values: of each layer, one a sample."""
+    names = [f"{LAYERS}.{layer}.mlp.down_proj" for layer in range(len(values))]
+    squares = {name: [value**2 for value in each] for name, each in zip(names, values, strict=True)}
+    plain = finished(squares, n_predictions=25 * len(values[0]))
+    columns = {
+        "projections": pa.array(values, pa.list_(pa.float32())),
+        "sample_predictions": pa.array([[25] * len(values[0])] * len(values), pa.list_(pa.int32())),
+    }
+    scores = plain.scores
+    for name, column in columns.items():
+        scores = scores.set_column(scores.schema.get_field_index(name), SCORES_SCHEMA.field(name), column)
+    return replace(plain, scores=scores, trial=replace(plain.trial, method="fisher", draws=1))
+
+
+def test_published_scores_leave_projections_out() -> None:
+    assert "projections" not in published_scores(by_projections([[1.0, 2.0], [1.0, 2.0]])).column_names
+
+
+def test_a_report_has_all_groups_at_once_and_the_pairs_that_stand_out() -> None:
+    """Of three groups the second undoes half of what the first does, on every sample; the third has no part in it."""
+    first = [1.0, -2.0, 1.5, -1.0] * 8
+    third = [0.1, 0.1, -0.1, -0.1] * 8
+    report = analyse(by_projections([first, [-each / 2 for each in first], third]))
+    document = json.loads(render_json(report))["interactions"]
+    (pair,) = document["pairs"]
+    assert pair["names"] == ["layers.0.mlp.down_proj", "layers.1.mlp.down_proj"]
+    squares = sum(each**2 for each in first)
+    assert pair["predicted_kl"] == pytest.approx(-squares / (2 * 25 * 32))
+    assert pair["correlation"] == pytest.approx(-1.0)
+    text = render_markdown(report)
+    assert "## Pairs of layer groups" in text
+    line = next(line for line in text.splitlines() if line.startswith("| `layers.0.mlp.down_proj` | `layers.1"))
+    assert line.endswith("| -1.00 |")
+    assert f"**All groups quantized at once: {document['predicted_kl']:.3g} nats per prediction**" in text
+    assert document["predicted_kl"] < sum(row.predicted_kl for row in report.rows)
+
+
+def test_a_report_says_that_no_pair_stands_out() -> None:
+    alike = [[1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]]
+    assert "No pair of layer groups stands out of the noise" in render_markdown(analyse(by_projections(alike)))
+    assert "Pairs of layer groups" not in render_markdown(analyse(SMALL))
+    assert "interactions" not in json.loads(render_json(analyse(SMALL)))
+
+
+def test_intervals_of_predicted_kl_are_of_what_counts() -> None:
+    """A sample that is beyond the estimate's range counts one nat a prediction, in the figure and in its interval."""
+    report = analyse(by_projections([[1.0, 1.0, 1.0, 1000.0], [1.0, 1.0, 1.0, 1.0]]))
+    largest_kl = report.rows[0].predicted_kl_interval
+    assert largest_kl is not None
+    assert largest_kl[1] <= 1.0
+    assert report.rows[0].sensitivity_interval is not None
+    assert report.rows[0].sensitivity_interval[1] > 1000
 
 
 def test_the_table_tells_methods_apart_where_there_are_several() -> None:
