@@ -10,7 +10,7 @@ _COLUMNS: Final = 8192  # entries of the vocabulary held in float32 at once
 _LARGEST_EXPONENT: Final = 80.0  # exp() of more overflows in float32
 
 
-def divergence(log_probs_TV: Tensor, change_TV: Tensor) -> Tensor:
+def divergence(log_probs_TV: Tensor, change_TV: Tensor, mean_T: Tensor | None = None) -> Tensor:
     """KL(base || changed) of each row, in nats.
 
     Two almost equal log-softmaxes would cancel. With x = change - E[change] under the base's probabilities, the
@@ -26,7 +26,8 @@ def divergence(log_probs_TV: Tensor, change_TV: Tensor) -> Tensor:
     if change_TV.is_cuda:
         from workers.scoring import divergence_triton
 
-        return torch.log1p(divergence_triton.excess(log_probs_TV, change_TV, _LARGEST_EXPONENT).double())
+        drift, excess = divergence_triton.moments(log_probs_TV, change_TV, mean_T, _LARGEST_EXPONENT).double()
+        return (torch.log1p(drift + excess) - drift).clamp_(min=0.0)
     total, moved, excess = (torch.zeros(len(change_TV), dtype=torch.float64) for _ in range(3))
     for log_probs, change in _blocks(log_probs_TV, change_TV):
         probs = log_probs.exp()
