@@ -78,10 +78,14 @@ def joined(batches: Sequence[Batch]) -> Batch:
     first, *others = batches
     if not others:
         return first
+
+    def row(name: str) -> Int64Array:
+        return np.concatenate([batch.tensors[name] for batch in batches], axis=-1)
+
     return Batch(
         order=tuple(chain.from_iterable(batch.order for batch in batches)),
         lengths=tuple(chain.from_iterable(batch.lengths for batch in batches)),
-        tensors={key: np.concatenate([batch.tensors[key] for batch in batches], axis=-1) for key in first.tensors},
+        tensors={name: row(name) for name in first.tensors},
         kinds=np.concatenate([batch.kinds for batch in batches]),
         predicts=np.concatenate([batch.predicts for batch in batches]),
         pictures=tuple(chain.from_iterable(batch.pictures for batch in batches)),

@@ -84,7 +84,7 @@ def _rotated_kernel(
     _turned(k + k_row, k_to + k_row, k_weight, cos, sin, eps, KEY_HEADS, HALF, BLOCK, HAS_NORM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _attention_kernel(
     q,
     k,
