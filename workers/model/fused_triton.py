@@ -31,11 +31,20 @@ def _add_norm_kernel(x, added, weight, total, normed, n, eps, HAS_ADDED: tl.cons
 
 @triton.jit
 def _turned(
-    x, to, weight, cos, sin, eps, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr
+    x,
+    to,
+    weight,
+    cos,
+    sin,
+    eps,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_NORM: tl.constexpr,
 ):
-    """One row's heads, from `x` to `to`; BLOCK is a power of two of at least HALF."""
+    """One row's heads, from `x` to `to`; blocks are powers of two, of at least HEADS and HALF."""
     dtype = to.dtype.element_ty
-    HEADS_BLOCK: tl.constexpr = triton.next_power_of_2(HEADS)
     head = tl.arange(0, HEADS_BLOCK)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
     inside_half = d < HALF
@@ -71,7 +80,9 @@ def _rotated_kernel(
     sin,
     eps,
     HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
     KEY_HEADS: tl.constexpr,
+    KEY_HEADS_BLOCK: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -80,8 +91,8 @@ def _rotated_kernel(
     q_row, k_row = row * (HEADS * 2 * HALF), row * (KEY_HEADS * 2 * HALF)
     cos += row * (2 * HALF)
     sin += row * (2 * HALF)
-    _turned(q + q_row, q_to + q_row, q_weight, cos, sin, eps, HEADS, HALF, BLOCK, HAS_NORM)
-    _turned(k + k_row, k_to + k_row, k_weight, cos, sin, eps, KEY_HEADS, HALF, BLOCK, HAS_NORM)
+    _turned(q + q_row, q_to + q_row, q_weight, cos, sin, eps, HEADS, HEADS_BLOCK, HALF, BLOCK, HAS_NORM)
+    _turned(k + k_row, k_to + k_row, k_weight, cos, sin, eps, KEY_HEADS, KEY_HEADS_BLOCK, HALF, BLOCK, HAS_NORM)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -168,6 +179,7 @@ def rotated(
     q_TN, k_TN, cos_TD, sin_TD = (each.contiguous() for each in (q_TN, k_TN, cos_TD, sin_TD))
     q_weight, k_weight, eps = norms or (cos_TD, cos_TD, 0.0)  # never read
     (n_rows, head_dim), q, k = cos_TD.shape, torch.empty_like(q_TN), torch.empty_like(k_TN)
+    heads, key_heads = (each.shape[1] // head_dim for each in (q_TN, k_TN))
     _rotated_kernel[(n_rows,)](
         q_TN,
         k_TN,
@@ -178,8 +190,10 @@ def rotated(
         cos_TD,
         sin_TD,
         eps,
-        HEADS=q_TN.shape[1] // head_dim,
-        KEY_HEADS=k_TN.shape[1] // head_dim,
+        HEADS=heads,
+        HEADS_BLOCK=triton.next_power_of_2(heads),
+        KEY_HEADS=key_heads,
+        KEY_HEADS_BLOCK=triton.next_power_of_2(key_heads),
         HALF=head_dim // 2,
         BLOCK=triton.next_power_of_2(head_dim // 2),
         HAS_NORM=norms is not None,
