@@ -326,9 +326,11 @@ def test_a_divergence_that_is_not_finite_fails_the_recipe_alone(monkeypatch: pyt
     alone, original = score(engine, group, job("fp8", "small"))[0], baseline.divergence
     n_calls: list[int] = []
 
-    def broken(log_probs: Tensor, change: Tensor) -> Tensor:
+    def broken(log_probs: Tensor, change: Tensor, mean: Tensor | None) -> Tensor:
         n_calls.append(1)
-        return original(log_probs, change).index_fill_(0, torch.tensor([0, 1]), torch.nan if len(n_calls) == 1 else 0)
+        return original(log_probs, change, mean).index_fill_(
+            0, torch.tensor([0, 1]), torch.nan if len(n_calls) == 1 else 0
+        )
 
     monkeypatch.setattr(baseline, "divergence", broken)
     found = engine.score_group(group, [job("int8_static", "small"), job("fp8", "small")])()
