@@ -423,7 +423,8 @@ def _of_one_revision(rows: Sequence[TrialRow], configs: Mapping[str, SweepConfig
     if not found:
         raise SweepError(
             f"The store holds no trial of {rows[0].model} that this version scored: it rounds the scales of integer "
-            "weights as runtimes hold them, or draws labels otherwise, which those trials did not. "
+            "weights as runtimes hold them, draws labels otherwise, or measures KL with other kernels, which those "
+            "trials did not. "
             "Type the same `sweep run` again."
         )
     return found

@@ -39,6 +39,9 @@ ROUNDED_SCALES_VERSION: Final = 1
 # Of method=fisher, beside those: how labels are drawn and projections summed (workers.scoring.labels).
 # 1: Philox numbers by sample, draw and position; softmax in fp32, in steps of 2^-46.
 DRAWING_VERSION: Final = 1
+# Of method=kl_div, beside those. 1: layers in few kernels on a GPU (workers.model.fused), batches of a segment in one
+# pass; until then transformers' layers, with other roundings. A CPU's scores stay, but a cell does not name its device.
+KL_VERSION: Final = 1
 
 _NVFP4_CAPABILITY: Final = (8, 9)  # of ModelOpt's kernel
 
@@ -138,13 +141,14 @@ def version(package: str) -> str:
 
 
 def score_version(chosen: Format, method: str) -> str:
-    """The version of the arithmetic of a format's scores: ``1``, ``1+bf16_scales.1``, ``1+fisher.1``.
+    """The version of the arithmetic of a format's scores: ``1``, ``1+bf16_scales.1``, ``1+fisher.1``, ``1+kl_div.1``.
 
     What stands before the plus is every format's: scores that differ there are never mixed
     (sweep.store.integrity.revisions). What follows is that of the formats and the method concerned, alone.
     """
     own = [f"bf16_scales.{ROUNDED_SCALES_VERSION}"] if chosen.rounds_scales else []
     own += [f"fisher.{DRAWING_VERSION}"] if method == "fisher" else []
+    own += [f"kl_div.{KL_VERSION}"] if method == "kl_div" else []
     return "+".join([str(SCORE_VERSION), *own])
 
 

@@ -5,6 +5,7 @@ the last bit; batches are bounded in tokens and never padded.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -52,6 +53,49 @@ def _chunks(samples: Sequence[Sample], indices: Sequence[int], *, packed: bool) 
 def _shape(sample: Sample) -> tuple[int, bool]:
     """Samples of a batch have one length, and all have pictures or none has."""
     return len(sample.token_ids), bool(sample.pictures)
+
+
+def in_rows(batches: Sequence[Batch], n_tokens: int) -> list[list[Batch]]:
+    """Neighbouring batches that fit one row together, as `joined` makes it; any other is alone.
+
+    Args:
+        batches: of one segment.
+        n_tokens: the most of a row; a batch of more is alone.
+    """
+    found: list[list[Batch]] = []
+    for batch in batches:
+        last = found[-1] if found else []
+        total = sum(sum(each.lengths) for each in [*last, batch])
+        if last and total <= n_tokens and _row(batch) is not None and _row(batch) == _row(last[0]):
+            last.append(batch)
+        else:
+            found.append([batch])
+    return found
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of all samples, in order. Args: batches: of `in_rows`."""
+    first, *others = batches
+    if not others:
+        return first
+
+    def row(name: str) -> Int64Array:
+        return np.concatenate([batch.tensors[name] for batch in batches], axis=-1)
+
+    return Batch(
+        order=tuple(chain.from_iterable(batch.order for batch in batches)),
+        lengths=tuple(chain.from_iterable(batch.lengths for batch in batches)),
+        tensors={name: row(name) for name in first.tensors},
+        kinds=np.concatenate([batch.kinds for batch in batches]),
+        predicts=np.concatenate([batch.predicts for batch in batches]),
+        pictures=tuple(chain.from_iterable(batch.pictures for batch in batches)),
+    )
+
+
+def _row(batch: Batch) -> dict[str, tuple[int, ...]] | None:
+    """The tensors of a batch that is one row, with their axes before its tokens; None: positions keep nothing apart."""
+    has_positions = len(batch.tensors["input_ids"]) == 1 and "position_ids" in batch.tensors
+    return {key: values.shape[:-1] for key, values in batch.tensors.items()} if has_positions else None
 
 
 def _with_pictures(sample: Sample) -> dict[str, Int64Array]:

@@ -33,8 +33,8 @@ def inputs_seen(model: nn.Module, modules: Iterable[str], see: Callable[[str, Te
 
 
 @contextmanager
-def replaced_forwards(model: nn.Module, forwards: Mapping[str, Callable[[Tensor], Tensor]]) -> Generator[None]:
-    """Have modules of these names compute other functions of their inputs, until the block ends.
+def replaced_forwards(model: nn.Module, forwards: Mapping[str, Callable[..., Tensor]]) -> Generator[None]:
+    """Have modules of these names compute other functions of their arguments, until the block ends.
 
     Their weights stay, and their hooks get what they would have got.
     """

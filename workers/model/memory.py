@@ -102,14 +102,14 @@ def fixed_bytes(groups: Sequence[ShapedGroup], work: Workload, *, reserve: float
 
 
 def divergence_bytes(work: Workload, n_predictions: int, hidden: int) -> int:
-    """Bytes of method=kl_div: the model, two hidden states a token, log-probabilities, and those of one batch twice.
+    """Bytes of method=kl_div: the model, three hidden states a token, log-probabilities, and those of one batch twice.
 
     Args:
         work: of scoring.
         n_predictions: over all samples.
         hidden: values of a hidden state.
     """
-    kept = 2 * work.n_tokens * hidden + n_predictions * work.vocabulary
+    kept = 3 * work.n_tokens * hidden + n_predictions * work.vocabulary
     batch = min(n_predictions, work.batch_tokens) * work.vocabulary * (work.itemsize + 2 * 4)
     return work.model_bytes + kept * work.itemsize + batch
 

@@ -1,9 +1,9 @@
 """method=kl_div: the KL divergence, in nats, of the model with one layer group quantized from the unquantized model.
 
 The unquantized model runs once. For a group in a decoder layer each batch then starts again at the kept input of that
-layer, so half the model runs on average. The change of the logits is computed from the change of the final hidden
-state: the difference of two outputs of the head would cancel, and bf16 logits would round away most of a mild recipe's
-effect.
+layer, so half the model runs on average; on a GPU in few kernels (workers.model.fused), the unquantized model too. The
+change of the logits is computed from the change of the final hidden state: the difference of two outputs of the head
+would cancel, and bf16 logits would round away most of a mild recipe's effect.
 """
 
 from bisect import bisect_left
@@ -39,6 +39,11 @@ class KlEngine:
         self._model = model
         self._base = Baseline(model, segments, modules, sizes)
         self._weights, self._input_quantizers = Weights(), dict[int, Quantizers]()
+
+    @property
+    def shapes(self) -> list[tuple[int, list[int]]]:
+        """Of each pass through the layers: its rows, and the predictions that the head is called on at a time."""
+        return self._base.shapes
 
     @torch.no_grad()
     def score_group(self, modules: Sequence[str], jobs: Sequence[Job]) -> Callable[[], list[Scores] | None]:
@@ -129,18 +134,18 @@ class KlEngine:
             n_calibration: number of those that find the ranges of the inputs.
         """
         base = self._base
-        batches = base.batches(base.layout.leading(n_samples).n_segments)
+        runs = base.runs(base.layout.leading(n_samples).n_segments)
         inputs = self._shared_inputs(weights, job, n_calibration)
         if base.decoder is not None and base.decoder.head_name in weights:
             ((name, weight),) = weights.items()
-            rows = [base.divergence_in_head(number, _change(weight, inputs.get(name))) for number in batches]
+            rows = [base.divergence_in_head(number, _change(weight, inputs.get(name))) for number in runs]
         else:
             layer = self._first_layer(weights)
             if layer is not None:
                 base.start_at(layer)
             forwards = {name: self._forward(name, weight, inputs.get(name)) for name, weight in weights.items()}
             with replaced_forwards(self._model, forwards):  # Q(x) Q(W)^T
-                rows = [base.divergence_after(number, layer) for number in batches]
+                rows = [base.divergence_after(number, layer) for number in runs]
         return torch.cat(rows)
 
     def _first_layer(self, modules: Iterable[str]) -> int | None:

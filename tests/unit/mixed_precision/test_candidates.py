@@ -186,7 +186,11 @@ def test_only_formats_with_rounded_scales_must_be_of_todays_rounding(tmp_path: P
         (("model.name=other",), {}, r"model=other .* or model=qwen3_vl_tiny .*Type the one you mean"),
         ((), {"model_revision": "r2"}, r"model=qwen3_vl_tiny \(r1\) or model=qwen3_vl_tiny \(r2\)"),
         (("dataset=scenes",), {}, r"dataset=scenes or dataset=wordnet_glosses"),
-        (("sensitivity.method=kl_div",), {}, r"sensitivity.method=gradient or sensitivity.method=kl_div"),
+        (
+            ("sensitivity.method=kl_div",),
+            {"versions": '{"score": "1+kl_div.1"}'},
+            r"sensitivity.method=gradient or sensitivity.method=kl_div",
+        ),
         (("sensitivity.scales=fused",), {}, r"sensitivity.scales=fused or sensitivity.scales=private"),
         (
             ("dataset.max_tokens=64",),

@@ -100,6 +100,16 @@ def test_formats_whose_scales_runtimes_round_have_a_score_version_and_cells_of_t
     assert versions(fused["wint8_afp16"].score_version)["score"] == "1+bf16_scales.1"
 
 
+def test_the_kernels_of_kl_div_are_part_of_its_cells_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(method: str) -> PlannedTrial:
+        return by_name("quant_pair=wint8_aint8", f"sensitivity.method={method}")["wint8_aint8/default/small"]
+
+    before = {method: of(method) for method in ("gradient", "fisher", "kl_div")}
+    assert before["kl_div"].score_version == "1+kl_div.1"
+    monkeypatch.setattr(trials, "KL_VERSION", 2)
+    assert [method for method, trial in before.items() if of(method).cell_id != trial.cell_id] == ["kl_div"]
+
+
 def test_draws_and_the_way_they_are_drawn_are_part_of_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that go without saying are the ones typed."""
 

@@ -17,6 +17,7 @@ from tests.models import random_model, random_samples
 from workers.data.batches import make_plan
 from workers.data.samples import with_scenes
 from workers.model.forward import batch_to
+from workers.model.fused import FusedDecoder, fused_decoder
 from workers.quant.modelopt import Quantizers, layer_groups
 from workers.scoring import baseline
 from workers.scoring.gradient import Job
@@ -168,6 +169,48 @@ def test_groups_of_every_kind_equal_a_full_forward_of_a_quantized_copy(
             assert scores[size].sample_scores.min() >= 0
 
 
+@pytest.fixture(params=[True, False], ids=["images", "text"])
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[KlEngine, Reference]:
+    """An engine that runs as on a GPU: fused layers, and batches in rows."""
+
+    def made(self: Any, segments: Segments) -> FusedDecoder | None:
+        batch = segments[0][0]
+        inputs = batch_to(batch, torch.device("cpu"), torch.float32)
+        return fused_decoder(self.decoder, inputs, batch.lengths, max(batch.lengths))
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr(baseline.Baseline, "_fused_decoder", made)
+    monkeypatch.setattr("workers.data.batches.MAX_BATCH_TOKENS", 300)
+    model, segments = random_model("qwen3_vl", num_hidden_layers=N_LAYERS), segments_of(images=request.param)
+    engine = KlEngine(model, segments, linears(model))
+    assert engine._base._fused is not None
+    assert (len(engine.shapes) < sum(map(len, segments))) != request.param  # samples with pictures keep their batches
+    return engine, Reference(model, segments, linears(model))
+
+
+def test_fused_layers_give_the_scores_of_the_model_s_own(fused: tuple[KlEngine, Reference]) -> None:
+    engine, reference = fused
+    groups = layer_groups(linears(reference.model))
+    chosen = [name for name in groups if ".layers.1." in name or "visual.blocks.0.mlp.linear_fc1" in name]
+    for group in [name for name in chosen if name in reference.amaxes] + ["lm_head"]:
+        asked = job("int8_static", "small", "medium")
+        (scores,) = score(engine, groups[group], asked)
+        for size in asked.sizes:
+            expected = reference.scores(groups[group], asked, size)
+            assert scores[size].score == pytest.approx(expected.sum(), rel=1e-3), (group, size)
+            np.testing.assert_allclose(scores[size].sample_scores, expected, rtol=1e-2, atol=1e-5 * expected.max())
+
+
+def test_an_unquantized_group_has_no_divergence_under_fused_layers(fused: tuple[KlEngine, Reference]) -> None:
+    """To the bit: the unquantized model's pass, reruns of layers and whole passes are the same arithmetic."""
+    engine, reference = fused
+    groups = layer_groups(linears(reference.model))
+    chosen = [name for name in groups if ".layers." in name or "visual" in name]
+    for group in [name for name in chosen if name in reference.amaxes]:
+        (scores,) = score(engine, groups[group], job_of("none", None, None, ["small", "medium"]))
+        assert scores["medium"].score == 0.0, group
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_rows_are_the_same_whichever_sizes_groups_and_jobs_are_asked(
     both: tuple[KlEngine, Reference], recipe: str
@@ -283,9 +326,11 @@ def test_a_divergence_that_is_not_finite_fails_the_recipe_alone(monkeypatch: pyt
     alone, original = score(engine, group, job("fp8", "small"))[0], baseline.divergence
     n_calls: list[int] = []
 
-    def broken(log_probs: Tensor, change: Tensor) -> Tensor:
+    def broken(log_probs: Tensor, change: Tensor, mean: Tensor | None) -> Tensor:
         n_calls.append(1)
-        return original(log_probs, change).index_fill_(0, torch.tensor([0, 1]), torch.nan if len(n_calls) == 1 else 0)
+        return original(log_probs, change, mean).index_fill_(
+            0, torch.tensor([0, 1]), torch.nan if len(n_calls) == 1 else 0
+        )
 
     monkeypatch.setattr(baseline, "divergence", broken)
     found = engine.score_group(group, [job("int8_static", "small"), job("fp8", "small")])()
