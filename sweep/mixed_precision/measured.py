@@ -97,8 +97,6 @@ def random_mixes(candidates: Candidates, n_mixes: int) -> list[MixedRecipe]:
 def validate(context: RecipeContext, recipes: Sequence[tuple[str, MixedRecipe]], device: Device) -> list[Measured]:
     """Measure recipes of one model on samples that none of them has seen.
 
-    Rows that the store has from an earlier validation are read from there.
-
     Args:
         context: the model, its samples and the store.
         recipes: with their kinds; all of the context's model, data set and size.
@@ -106,31 +104,53 @@ def validate(context: RecipeContext, recipes: Sequence[tuple[str, MixedRecipe]],
 
     Returns: a row for each data set of the first recipe, then of the second...
     """
+    found: list[list[Measured]] = []
+    for held, tables in measured_samples(context, [recipe for _, recipe in recipes], device):
+        found.append([_row(table, *of, held) for table, of in zip(tables, recipes, strict=True)])
+    return [row for rows in zip(*found, strict=True) for row in rows]
+
+
+def measured_samples(
+    context: RecipeContext, recipes: Sequence[MixedRecipe], device: Device
+) -> list[tuple[HeldOut, list[pa.Table]]]:
+    """What `validate` measures, sample by sample.
+
+    Rows that the store has from an earlier validation are read from there.
+
+    Args:
+        context: the model, its samples and the store.
+        recipes: all of the context's model, data set and size.
+        device: that the model runs on.
+
+    Returns: each data set, with a table of VALIDATIONS_SCHEMA for each recipe.
+    """
     store, dtype = Store(context.config.store.uri), context.config.model.dtype_on(device)
     on_each: list[tuple[HeldOut, Plan, str, list[str]]] = []
     for held in held_out(context):
         plan = context.model.plan(held.samples)
         digest = plan.digest(plan.size)
-        on_each.append((held, plan, digest, [_identity(recipe, digest, dtype, device) for _, recipe in recipes]))
+        on_each.append((held, plan, digest, [_identity(recipe, digest, dtype, device) for recipe in recipes]))
     known = {key: store.validation(key) for *_, keys in on_each for key in keys}
-    fresh: dict[int, MixedRecipe] = {}
-    for number, (_, recipe) in enumerate(recipes):
-        if None in [known[keys[number]] for *_, keys in on_each]:
-            fresh[number] = recipe
+    missing = {key for key, table in known.items() if table is None}
+    keys_of = zip(*(keys for *_, keys in on_each), strict=True)
+    fresh = {
+        number: recipe
+        for number, (recipe, keys) in enumerate(zip(recipes, keys_of, strict=True))
+        if not missing.isdisjoint(keys)
+    }
     for recipe in fresh.values():
         check_recipe(recipe, context.model)
     measure = _measurer(context, list(fresh.values()), device) if fresh else None
-    found: list[list[Measured]] = []
+    found: list[tuple[HeldOut, list[pa.Table]]] = []
     for held, plan, digest, keys in on_each:
-        if measure is not None and (missing := [number for number in fresh if known[keys[number]] is None]):
+        if measure is not None and not missing.isdisjoint(keys):
             on_these = measure(plan)
-            for number in missing:
+            for number in [number for number in fresh if keys[number] in missing]:
                 table = _table(on_these(fresh[number]), fresh[number], digest, dtype)
                 store.write_validation(keys[number], table)
                 known[keys[number]] = table
-        tables = [table for key in keys if (table := known[key]) is not None]
-        found.append([_row(table, *of, held) for table, of in zip(tables, recipes, strict=True)])
-    return [row for rows in zip(*found, strict=True) for row in rows]
+        found.append((held, [table for key in keys if (table := known[key]) is not None]))
+    return found
 
 
 def held_out(context: RecipeContext) -> list[HeldOut]:

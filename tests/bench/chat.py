@@ -110,30 +110,40 @@ def questions() -> list[Conversation]:
 
 
 @torch.no_grad()
+def continued(model: Any, prompts: list[torch.Tensor], n_tokens: int) -> np.ndarray:
+    """What the model writes after each prompt at temperature 1: [prompts, tokens], with the one that ends a text."""
+    width = max(map(len, prompts))
+    tokens = torch.stack([nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
+    written = model.generate(
+        input_ids=tokens.to(model.device),
+        attention_mask=mask.to(model.device),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=n_tokens,
+    )
+    return written[:, width:].cpu().numpy()
+
+
+def until_end(model: Any, written: np.ndarray) -> tuple[list[int], bool]:
+    """The tokens before the one that ends the text, and whether the text was cut before there was one."""
+    ends = np.isin(written, np.ravel(model.generation_config.eos_token_id))
+    is_cut = not ends.any()
+    return (written if is_cut else written[: int(ends.argmax())]).tolist(), is_cut
+
+
 def answered(model: Any, processor: Processor, asked: list[Conversation]) -> list[Sample]:
     """The chats with the model's own answers, of which the tokens are predicted."""
     torch.manual_seed(0)
-    ends = np.ravel(model.generation_config.eos_token_id)
     found: list[Sample] = []
     for start in range(0, len(asked), ROWS):
         some = asked[start : start + ROWS]
         prompts = [torch.from_numpy(processor.prompt(each, [], max_tokens=1024).token_ids) for each in some]
-        width = max(map(len, prompts))
-        tokens = torch.stack([nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
-        mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
-        written = model.generate(
-            input_ids=tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=ANSWER_TOKENS,
-        )
-        for conversation, answer in zip(some, written[:, width:].cpu().numpy(), strict=True):
-            is_cut = not np.isin(answer, ends).any()
-            length = len(answer) if is_cut else int(np.isin(answer, ends).argmax())
-            reply = Message(role="assistant", parts=(processor.decode(answer[:length]),))
+        for conversation, written in zip(some, continued(model, prompts, ANSWER_TOKENS), strict=True):
+            answer, is_cut = until_end(model, written)
+            reply = Message(role="assistant", parts=(processor.decode(answer),))
             chat = Conversation(messages=(*conversation.messages, reply), origin=conversation.origin)
             found.append(processor.sample(chat, [], loss="answers", max_tokens=1024, is_cut=is_cut))
     return found

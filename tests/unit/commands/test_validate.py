@@ -24,7 +24,14 @@ from sweep.formats.format import Format
 from sweep.formats.mixed import MixedRecipe
 from sweep.mixed_precision import measured
 from sweep.mixed_precision.candidates import Candidate, Candidates
-from sweep.mixed_precision.measured import _identity, held_out, random_mixes, uniform_recipes, validate
+from sweep.mixed_precision.measured import (
+    _identity,
+    held_out,
+    measured_samples,
+    random_mixes,
+    uniform_recipes,
+    validate,
+)
 from sweep.mixed_precision.recapture import recaptured_kl
 from sweep.mixed_precision.recipe_context import RecipeContext, config_of, context_of
 from sweep.plan.model import Model
@@ -417,6 +424,18 @@ def test_formats_are_calibrated_once_for_recipes_that_are_measured_together(
     )
     alone = validate(context_at(recipe, tmp_path / "b"), [("random", mixes[1])], "cpu")
     assert together[2] == alone[0]
+
+
+def test_samples_that_are_measured_add_up_to_the_rows(
+    tmp_path: Path, recipe: MixedRecipe, candidates: Candidates
+) -> None:
+    context, recipes = context_at(recipe, tmp_path), [recipe, *random_mixes(candidates, 1)]
+    [(held, tables)] = measured_samples(context, recipes, "cpu")
+    rows = validate(context, [("recipe", each) for each in recipes], "cpu")
+    for table, row in zip(tables, rows, strict=True):
+        kl, counts = (table[name].to_numpy() for name in ("kl", "n_predictions"))
+        assert (held.name, len(kl), int(counts.sum())) == (row.dataset, row.n_samples, row.n_predictions)
+        assert kl.sum() / counts.sum() == row.measured_kl
 
 
 def test_recaptured_kl_has_the_shape_of_the_options(
