@@ -9,6 +9,7 @@ Needs a store with finished cells of one model in one size, of method=fisher and
 prints a JSON line for each budget and way, whose recipes are all measured as `sweep validate` measures. Ways:
 
 ours                  `sweep solve` on the scores of method=fisher
+linear                the same with --linear: without the interactions of layer groups
 gradient              `sweep solve` on those of method=gradient
 uniform               the best of the recipes of one format that fit the budget, by measured KL
 modelopt              `mtq.auto_quantize`, all formats in one call, with our sizes of formats
@@ -52,6 +53,7 @@ from workers.quant.block_formats import register
 
 WAYS = (
     "ours",
+    "linear",
     "gradient",
     "uniform",
     "modelopt",
@@ -71,6 +73,7 @@ class Bench:
         self.bits = [float(each) for each in args.bits.split(",")]
         self.typed = [f"store.uri={args.store}", *args.overrides]
         self.stored = {method: self._read(method) for method in ("fisher", "gradient")}
+        self.stored["linear"] = replace(self.stored["fisher"], interaction_weight=None)
         self.groups = self.stored["fisher"].groups
         layers = [group.layer_index for group in self.groups]
         is_free = [args.layers is None or (layer is not None and layer < args.layers) for layer in layers]
@@ -86,7 +89,8 @@ class Bench:
 
     def _read(self, method: str) -> Candidates:
         """The store's cells of a method, in the order of the formats' labels."""
-        found = read_candidates(Store(self.args.store), [*self.typed, f"sensitivity.method={method}"])
+        others = [each for each in self.typed if method == "fisher" or not each.startswith("sensitivity.draws=")]
+        found = read_candidates(Store(self.args.store), [*others, f"sensitivity.method={method}"])
         by_label = {each.format.label: each for each in found.formats}
         return replace(found, formats=tuple(by_label[label] for label in peers.labelled(self.args.formats)))
 
@@ -172,6 +176,7 @@ def choices(bench: Bench, way: str) -> peers.Choices:
     problem = problem_of(bench.stored["fisher"], bench.rules)
     ways: Mapping[str, Callable[[], peers.Choices]] = {
         "ours": partial(own, bench, "fisher"),
+        "linear": partial(own, bench, "linear"),
         "gradient": partial(own, bench, "gradient"),
         "uniform": partial(uniform, bench),
         "modelopt": lambda: peers.auto_quantize(subject(bench), bench.bits),
@@ -231,6 +236,7 @@ def lines(bench: Bench, way: str, made: peers.Choices) -> None:
                 "way": way,
                 "bits": real,
                 "predicted_kl": bench.recipe(choice, way).predicted_kl,
+                "interaction_weight": stored.interaction_weight,
                 "kl": mean_kl(table),
                 "kl_low": float(low),
                 "kl_high": float(high),
