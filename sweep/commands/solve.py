@@ -203,8 +203,8 @@ def _lines(figures: Figures, scored: Scored) -> Iterator[str]:
         yield f"  counting {counted(figures.tokens)}"
     if figures.joint is not None:
         joint = figures.joint
-        yield f"  {joint.linear_kl:.4g} as the sum of each layer group alone; interactions count {joint.weight:.0%},"
-        yield f"  as far as samples agree on them; no mix of this size is better by more than {joint.gap:.1%}"
+        yield f"  {joint.linear_kl:.4g} as the sum of each layer group alone; in the choice interactions count"
+        yield f"  {joint.weight:.0%}, as far as samples agree on them; no mix of this size is better by {joint.gap:.1%}"
     if figures.predicted_kl > TRUSTED_KL:
         yield f"  above {TRUSTED_KL:g} nats an estimate of small changes ends: trust the order, not the size"
     for label, n in figures.formats.items():

@@ -63,8 +63,8 @@ class Candidates:
     # Kinds of token whose scores alone are in predicted_kl; empty: all are.
     tokens: tuple[str, ...] = ()
     other_ranks: tuple[str, ...] = ()  # labels of formats that were scored on other numbers of ranks than the target's
-    # Of the interactions of groups, 0 to 1, see sweep.report.interactions.interaction_weight; None: they are not known,
-    # or not asked for, and a mix has the sum of its groups' KL.
+    # Of the interactions of groups in a choice, 0 to 1, see sweep.report.interactions.interaction_weight; None: they
+    # are not known, or not asked for, and a mix has the sum of its groups' KL.
     interaction_weight: float | None = None
 
     @property

@@ -1,8 +1,9 @@
 """The best mix where the errors of layer groups interact: predicted KL is a quadratic form in the choice.
 
-Its linear part, the sum of the groups' own KL, has an optimum that is found exactly (sweep.mixed_precision.knapsack).
-From there on options are exchanged, one group's or two groups' at a time, as long as the form falls. How far from the
-least it may be at most is known from its convex relaxation, by Frank and Wolfe's method.
+A choice is made by that form with its interactions shrunk, as sweep.report.interactions says. Its linear part, the sum
+of the groups' own KL, has an optimum that is found exactly (sweep.mixed_precision.knapsack). From there on options are
+exchanged, one group's or two groups' at a time, as long as the form falls. How far from the least it may be at most is
+known from its convex relaxation, by Frank and Wolfe's method.
 """
 
 from dataclasses import dataclass
@@ -22,16 +23,16 @@ _CLOSE: Final = 1e-3  # relative gap at which they end
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interactions:
-    """Projections of each layer group under each option, and how much their products count."""
+    """Projections of each layer group under each option, and how much their products count in a choice."""
 
     projections: Float32Array  # [groups, options, samples, draws], root nats; 0 where an option is 16 bits or not known
-    weight: float  # above 0, at most 1: see sweep.report.interactions
+    weight: float  # 0 to 1: see sweep.report.interactions.interaction_weight
     n_predictions: FloatArray  # [samples]
 
     def kl(self, choice: IntArray) -> float:
         """Predicted KL of a mix, nats per prediction. Args: choice: [groups], an option each."""
         chosen = [*self.projections[np.arange(len(choice)), choice]]
-        return float(joint_samples(chosen, self.weight, self.n_predictions).sum())
+        return float(joint_samples(chosen, self.n_predictions).sum())
 
     def joined(self, of_group: IntArray, n_blocks: int) -> "Interactions":
         """Of blocks of groups that get the same option. Args: of_group: [groups], its block."""

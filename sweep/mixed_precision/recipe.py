@@ -264,7 +264,7 @@ def mix_samples(candidates: Candidates, choice: IntArray) -> FloatArray | None:
     for index, chosen in enumerate(choice.tolist()):
         if chosen < len(candidates.formats) and (own := candidates.formats[chosen].projections) is not None:
             mixed.append(own[index])
-    return joint_samples(mixed, candidates.interaction_weight, counts) if mixed else np.zeros(len(counts))
+    return joint_samples(mixed, counts) if mixed else np.zeros(len(counts))
 
 
 def interval(candidates: Candidates, choice: IntArray) -> tuple[float, float] | None:

@@ -28,9 +28,9 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 class Joint(msgspec.Struct, frozen=True, kw_only=True):
     """What interactions between layer groups have to do with a recipe's predicted KL."""
 
-    weight: float  # of the interactions, 0 to 1: as far as they agree between samples
+    weight: float  # of the interactions in the choice, 0 to 1: as far as they agree between samples
     linear_kl: float  # predicted KL without them: the sum of each group's alone
-    gap: float  # by so much of the predicted KL at most it is above the least of all mixes, 0 to 1
+    gap: float  # by so much at most a mix of this size is better by what the choice is made by, 0 to 1
 
 
 class Figures(Sizes, frozen=True, kw_only=True):

@@ -1,11 +1,12 @@
 """How the errors of layer groups add up or undo each other, from their projections (method=fisher).
 
 The KL that errors of several groups cause together is the mean square of the sum of their projections. What it has
-beyond the sum of the groups' own KLs are the products of two groups' projections, a term a pair. Such a term is small
-beside the noise of the samples and labels that it is estimated from, and there are thousands of them: a mix chosen by
-all of them as they are is worse than one chosen without (tests/bench/RESULTS.md). So they count as far as they agree
-between samples: they are shrunk towards none by the intensity that Schaefer and Strimmer (2005, "A shrinkage approach
-to large-scale covariance matrix estimation") give for correlations.
+beyond the sum of the groups' own KLs are the products of two groups' projections, a term a pair. All of them together
+are known well: to a few per cent of the KL. A single one is small beside the noise of the samples and labels that it is
+estimated from, and there are thousands: a mix that is chosen by all of them as they are is worse than one that is
+chosen without (tests/bench/RESULTS.md). So in a choice they count as far as they agree between samples: they are shrunk
+towards none by the intensity that Schaefer and Strimmer (2005, "A shrinkage approach to large-scale covariance matrix
+estimation") give for correlations.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from sweep.report.analysis import FloatArray, float_column, sample_predictions
 
 Float32Array = npt.NDArray[np.float32]
 
-_ROUNDS: Final = 8  # of formats against each other: each has every pair of groups once
+_ROUNDS: Final = 8  # mixes of formats, each with all pairs of groups
 _ERRORS: Final = 4.0  # standard errors from which on a pair stands out: of 10,000 pairs less than one does by chance
 
 
@@ -62,26 +63,24 @@ def counted_projections(scores: pa.Table) -> Float32Array | None:
     return whole
 
 
-def joint_samples(projections: Sequence[Float32Array], weight: float, n_predictions: FloatArray) -> FloatArray:
+def joint_samples(projections: Sequence[Float32Array], n_predictions: FloatArray) -> FloatArray:
     """KL of each sample where several groups are quantized at once; adds up to what is predicted.
 
     Args:
         projections: of each of the groups, [samples, draws].
-        weight: of the interactions, 0 to 1, see `interaction_weight`.
         n_predictions: of each sample.
 
     Returns: [samples], nats per prediction of all samples; what counts of them.
     """
-    alone, together = np.zeros(len(n_predictions)), np.zeros(projections[0].shape)
+    together = np.zeros(projections[0].shape)
     for each in projections:
-        alone += np.square(each, dtype=np.float64).sum(1)
         together += each
-    kl = (1 - weight) * alone + weight * np.square(together).sum(1)
+    kl = np.square(together).sum(1)
     return counted_kl(kl * n_predictions.sum(), n_predictions) / n_predictions.sum()
 
 
 def interaction_weight(projections: Sequence[Float32Array]) -> float:
-    """How much of the interactions of groups counts: the share of their squares that is not the samples' noise.
+    """How much interactions count in a choice: the share of their squares that is not the samples' noise.
 
     Args:
         projections: of formats on the same samples, [groups, samples, draws] each.
@@ -91,9 +90,10 @@ def interaction_weight(projections: Sequence[Float32Array]) -> float:
     n_groups, n_samples, _ = projections[0].shape
     if n_groups < 2 or n_samples < 2:
         return 0.0
-    squares, within = 0.0, 0.0
-    for shift in range(min(_ROUNDS, len(projections))):
-        mix = np.stack([projections[(group + shift) % len(projections)][group] for group in range(n_groups)])
+    squares, within, rng = 0.0, 0.0, np.random.default_rng(0)
+    for _ in range(_ROUNDS if len(projections) > 1 else 1):
+        formats = rng.integers(0, len(projections), n_groups).tolist()
+        mix = np.stack([projections[number][group] for group, number in enumerate(formats)])
         norms = np.linalg.norm(mix, axis=(1, 2), keepdims=True)
         mix = np.divide(mix, norms, out=np.zeros_like(mix), where=norms > 0)
         correlations = np.tensordot(mix, mix, axes=((1, 2), (1, 2)))

@@ -101,8 +101,8 @@ def sentences(report: Report) -> list[str]:
 
 def _joint_sentence(found: Interactions) -> str:
     return (
-        f"**All groups quantized at once: {found.predicted_kl:.3g} nats per prediction**, interactions between groups "
-        f"counted by {found.weight:.0%}, as far as samples agree on them."
+        f"**All groups quantized at once: {found.predicted_kl:.3g} nats per prediction.** Interactions between groups, "
+        "whose errors partly undo each other or add up, are in it."
     )
 
 

@@ -32,7 +32,6 @@ from sweep.report.analysis import (
 from sweep.report.interactions import (
     Float32Array,
     counted_projections,
-    interaction_weight,
     joint_samples,
     strongest_pairs,
 )
@@ -93,7 +92,6 @@ class Interactions(msgspec.Struct, frozen=True, kw_only=True):
     """What the errors of all layer groups have to do with each other under one recipe."""
 
     predicted_kl: float  # of all groups quantized at once, nats per prediction
-    weight: float  # of interactions in it, 0 to 1: as far as they agree between samples
     pairs: list[GroupPair]  # those that stand out of the samples' noise, strongest first
 
 
@@ -200,7 +198,6 @@ def _intervals(finished: FinishedTrial, samples: FloatArray, n_predictions: int)
 def _interactions(scores: pa.Table, projections: Float32Array) -> Interactions:
     counts = sample_predictions(scores)
     assert counts is not None
-    weight = interaction_weight([projections])
     groups: list[str] = scores["group"].to_pylist()
     modules: list[list[str]] = scores["modules"].to_pylist()
     pairs: list[GroupPair] = []
@@ -216,8 +213,7 @@ def _interactions(scores: pa.Table, projections: Float32Array) -> Interactions:
                 correlation=pair.correlation,
             )
         )
-    joint = joint_samples([*projections], weight, counts)
-    return Interactions(predicted_kl=float(joint.sum()), weight=weight, pairs=pairs)
+    return Interactions(predicted_kl=float(joint_samples([*projections], counts).sum()), pairs=pairs)
 
 
 def served_as_of(trial: TrialRow) -> dict[str, dict[str, str | None]]:

@@ -72,6 +72,8 @@ class Bench:
         self.args, self.device = args, args.device
         self.bits = [float(each) for each in args.bits.split(",")]
         self.typed = [f"store.uri={args.store}", *args.overrides]
+        # What selects trials of method=fisher is no part of the configuration of a recipe of either.
+        self.shared = [each for each in self.typed if not each.startswith("sensitivity.draws=")]
         self.stored = {method: self._read(method) for method in ("fisher", "gradient")}
         self.stored["linear"] = replace(self.stored["fisher"], interaction_weight=None)
         self.groups = self.stored["fisher"].groups
@@ -83,14 +85,14 @@ class Bench:
         )
         nothing = self.recipe(np.full(len(self.groups), len(self.stored["fisher"].formats)), "16 bits")
         self.context: RecipeContext = context_of(
-            nothing, config_of(nothing, [*self.typed, f"cluster.device={self.device}"])
+            nothing, config_of(nothing, [*self.shared, f"cluster.device={self.device}"])
         )
         self._tables: dict[tuple[int, ...], list[tuple[str, pa.Table]]] = {}
 
     def _read(self, method: str) -> Candidates:
         """The store's cells of a method, in the order of the formats' labels."""
-        others = [each for each in self.typed if method == "fisher" or not each.startswith("sensitivity.draws=")]
-        found = read_candidates(Store(self.args.store), [*others, f"sensitivity.method={method}"])
+        typed = self.typed if method == "fisher" else self.shared
+        found = read_candidates(Store(self.args.store), [*typed, f"sensitivity.method={method}"])
         by_label = {each.format.label: each for each in found.formats}
         return replace(found, formats=tuple(by_label[label] for label in peers.labelled(self.args.formats)))
 

@@ -352,7 +352,7 @@ def test_a_report_has_all_groups_at_once_and_the_pairs_that_stand_out() -> None:
     assert "## Pairs of layer groups" in text
     line = next(line for line in text.splitlines() if line.startswith("| `layers.0.mlp.down_proj` | `layers.1"))
     assert line.endswith("| -1.00 |")
-    assert f"**All groups quantized at once: {document['predicted_kl']:.3g} nats per prediction**" in text
+    assert f"**All groups quantized at once: {document['predicted_kl']:.3g} nats per prediction.**" in text
     assert document["predicted_kl"] < sum(row.predicted_kl for row in report.rows)
 
 
