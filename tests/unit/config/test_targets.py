@@ -277,6 +277,13 @@ def test_the_deployable_grid_is_what_the_target_runs_and_nothing_else(name: str)
     assert len({resolved(*point).id for point in found}) == len(found)  # each recipe once
 
 
+def test_the_deployable_grid_scores_by_projections_unless_a_method_is_typed() -> None:
+    for typed, method in (([], "fisher"), (["sensitivity.method=gradient"], "gradient")):
+        points = expand(["grid=deployable", *typed], multirun=True).points
+        assert {point.sensitivity.method for point in points} == {method}
+    assert expand(["grid=origin"], multirun=True).points[0].sensitivity.method == "gradient"
+
+
 def test_lists_narrow_the_deployable_grid() -> None:
     lists = [
         "quant_pair=wfp8_afp8,wfp8_aint8,wint4_afp16",
