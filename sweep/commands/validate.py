@@ -13,6 +13,7 @@ from rich.console import Console
 from sweep.config.targets import LIKELIEST, target_called
 from sweep.core.errors import SweepError
 from sweep.core.exits import EXIT_DONE
+from sweep.core.sample_kl import TRUSTED_KL
 from sweep.core.screen import say, show_table
 from sweep.formats.mixed import MixedRecipe, counted, is_called
 from sweep.mixed_precision.candidates import Candidates, read_candidates
@@ -177,10 +178,17 @@ def render(context: RecipeContext, rows: Sequence[Measured], dtype: str, served:
 
 
 def remarks(context: RecipeContext, rows: Sequence[Measured]) -> list[str]:
-    """What to know of the figures: of weights that were FP8, predicted of some tokens, measured on what calibrated."""
+    """What to know of the figures.
+
+    Of weights that were FP8, predicted of some tokens or beyond the estimate's range, measured on what calibrated.
+    """
     tokens = context.recipe.tokens
     of_some = f"Predicted KL counts {counted(tokens)}; measured KL counts all." if tokens else None
-    return [line for line in (context.model.source_note, of_some, warning(rows)) if line is not None]
+    is_large = any(row.predicted_kl > TRUSTED_KL for row in rows)
+    beyond = (
+        f"Predicted KL above {TRUSTED_KL:g} is beyond what an estimate of small changes tells." if is_large else None
+    )
+    return [line for line in (context.model.source_note, of_some, beyond, warning(rows)) if line is not None]
 
 
 def _candidates_of(context: RecipeContext) -> Candidates:

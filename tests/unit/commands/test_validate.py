@@ -320,6 +320,17 @@ def test_a_recipe_that_counts_some_tokens_says_so(
     assert words in (tmp_path / "mixed.validation.md").read_text()
 
 
+def test_a_recipe_whose_predicted_kl_is_beyond_an_estimates_range_says_so(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its predicted KL is that of the whole mix where the file has one."""
+    assert run(edited=lambda text: text.replace("target: ", "joint_kl: 0.75\ntarget: ", 1)) == 0
+    words = "Predicted KL above 0.5 is beyond what an estimate of small changes tells."
+    assert words in " ".join(capsys.readouterr().out.split())
+    assert words in (tmp_path / "mixed.validation.md").read_text()
+    assert json.loads((tmp_path / "mixed.validation.json").read_text())[0]["predicted_kl"] == 0.75
+
+
 @pytest.mark.parametrize(
     ("rest", "words"),
     [
