@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -136,7 +136,7 @@ def wanted(context: RecipeContext, request: Request) -> list[tuple[str, MixedRec
         )
     if not (request.uniform or request.n_random or alone):
         return found
-    candidates = _candidates_of(context)
+    candidates = _candidates_of(context, request.overrides)
     if request.uniform:
         found += [
             ("uniform", each)
@@ -191,8 +191,15 @@ def remarks(context: RecipeContext, rows: Sequence[Measured]) -> list[str]:
     return [line for line in (context.model.source_note, of_some, beyond, warning(rows)) if line is not None]
 
 
-def _candidates_of(context: RecipeContext) -> Candidates:
-    """The store's candidates for the recipe's model and samples. Raises: SweepError: there are none."""
+def _candidates_of(context: RecipeContext, overrides: Sequence[str]) -> Candidates:
+    """The store's candidates for the recipe's model and samples, predicted as the recipe is.
+
+    Args:
+        context: of the recipe.
+        overrides: that were typed; those about the method of the scores select, where no cell is the recipe's own.
+
+    Raises: SweepError: there are none.
+    """
     config, recipe, target = context.config, context.recipe, target_called(context.recipe.target)
     typed = [
         f"store.uri={config.store.uri}",
@@ -203,4 +210,6 @@ def _candidates_of(context: RecipeContext) -> Candidates:
         *{f"sensitivity.scales={each.scales}" for each in recipe.formats.values()},  # of one kind: one store's cells
         f"target.tp={target.tp if target is not None else 1}",
     ]
-    return read_candidates(Store(config.store.uri), typed, tokens=recipe.tokens, beside=recipe)
+    typed += [each for each in overrides if each.startswith(("sensitivity.method=", "sensitivity.draws="))]
+    found = read_candidates(Store(config.store.uri), typed, tokens=recipe.tokens, beside=recipe)
+    return found if recipe.joint_kl is not None else replace(found, interaction_weight=None)

@@ -3,10 +3,11 @@
 `solve` and `recommend` write it, `validate` and `export` read it.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any, Final, Self
 
@@ -25,9 +26,11 @@ from sweep.formats.quantizer import COST_HINT, UNQUANTIZED_BITS, Attributes, Qua
 
 RECIPE_VERSION: Final = 1  # of the file's layout
 RECIPE_BEGINS: Final = re.compile(rb"recipe_version: \d+\nname: ")  # by which such a file is known again
-# Keys that may be missing: `tp` is left out where it is 1, `tokens` where all count, `joint_kl` where it is not known;
-# files of earlier programs lack the others.
-_OPTIONAL: Final = frozenset({"tp", "tokens", "joint_kl", "samples", "calibration_samples", "dtype", "store"})
+# Keys that may be missing: `tp` is left out where it is 1, `tokens` where all count, `joint_kl` and `joint_of` where
+# interactions are not known; files of earlier programs lack the others.
+_OPTIONAL: Final = frozenset(
+    {"tp", "tokens", "joint_kl", "joint_of", "samples", "calibration_samples", "dtype", "store"}
+)
 _NESTED: Final = frozenset({"formats", "groups"})  # keys whose values are looked at one by one
 Value = str | int | float | bool | None  # of a key that a user may type
 
@@ -70,6 +73,7 @@ class _RecipeNode(msgspec.Struct, kw_only=True):
     target: str | None
     tokens: tuple[str, ...] = ()
     joint_kl: float | None = None
+    joint_of: str | None = None  # `MixedRecipe.formats_digest` that it is of: an edited file has another mix
     samples: dict[str, Value] | None = None
     calibration_samples: int | None = None
     dtype: str | None = None
@@ -130,6 +134,12 @@ class MixedRecipe:
         return self.linear_kl if self.joint_kl is None else self.joint_kl
 
     @property
+    def formats_digest(self) -> str:
+        """Hash of which group has which format from which cell."""
+        chosen = [(choice.group.name, choice.format, choice.cell_id) for choice in self.groups]
+        return hashlib.sha256(repr(chosen).encode()).hexdigest()[:12]
+
+    @property
     def linear_kl(self) -> float:
         """Sum of the KL of each group alone, nats per prediction."""
         return sum(choice.predicted_kl for choice in self.groups)
@@ -153,11 +163,13 @@ class MixedRecipe:
         own = {name: getattr(self, name) for name in self.__slots__ if name not in _NESTED}
         node = _RecipeNode(
             **own,
+            joint_of=self.formats_digest,
             formats={label: _format_node(each) for label, each in self.formats.items()},
             groups=tuple(map(_group_node, self.groups)),
         )
         document = {"recipe_version": RECIPE_VERSION, **msgspec.to_builtins(node)}
-        for name, is_known in (("tokens", bool(self.tokens)), ("joint_kl", self.joint_kl is not None)):
+        has_joint = self.joint_kl is not None
+        for name, is_known in (("tokens", bool(self.tokens)), ("joint_kl", has_joint), ("joint_of", has_joint)):
             if not is_known:
                 del document[name]
         document["totals"] = {"effective_bits": self.effective_bits, "predicted_kl": self.predicted_kl}
@@ -209,8 +221,9 @@ class MixedRecipe:
             )
         if node.joint_kl is not None:
             _check_kl(node.joint_kl, f"{where}: joint_kl")
-        own = {name: getattr(node, name) for name in node.__struct_fields__ if name not in _NESTED}
-        return cls(**own, formats=formats, groups=groups)
+        own = {name: getattr(node, name) for name in node.__struct_fields__ if name not in {*_NESTED, "joint_of"}}
+        recipe = cls(**own, formats=formats, groups=groups)
+        return recipe if node.joint_of == recipe.formats_digest else replace(recipe, joint_kl=None)
 
 
 def yaml_text(document: Mapping[str, Plain]) -> str:

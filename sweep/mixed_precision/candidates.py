@@ -30,7 +30,13 @@ from sweep.report.analysis import (
     sample_matrix,
     sample_predictions,
 )
-from sweep.report.interactions import Float32Array, counted_projections, interaction_weight
+from sweep.report.interactions import (
+    Float32Array,
+    counted_projections,
+    group_samples,
+    interaction_weight,
+    projections_of,
+)
 from sweep.store.records import TrialRow
 from sweep.store.select import finished_trials
 from sweep.store.store import Store
@@ -176,7 +182,11 @@ def read_candidates(
     if tokens:
         _check_occurring(tokens, rows[0], tables.values())
     formats = tuple(candidates.values())
-    projections = [each.projections for each in formats if each.projections is not None]
+    projections = [
+        counted_projections(each.projections, each.sample_predictions)
+        for each in formats
+        if each.projections is not None and each.sample_predictions is not None
+    ]
     return Candidates(
         trial=rows[0],
         config=_shared([configs[row.trial_id] for row in rows], store.uri),
@@ -282,8 +292,8 @@ def _candidate(row: TrialRow, config: SweepConfig, table: pa.Table, tokens: tupl
     kl, counts, projections = float_column(table, "predicted_kl"), sample_predictions(table), None
     if tokens:
         kl, samples = _of_kinds(row, config.store.uri, table, tokens)
-    elif (projections := counted_projections(table)) is not None:
-        samples = np.square(projections, dtype=np.float64).sum(2)
+    elif (projections := projections_of(table)) is not None and counts is not None:
+        samples = group_samples(projections, counts)
     else:
         samples = _scaled(sample_matrix(table), kl, float_column(table, "score"))
     return Candidate(

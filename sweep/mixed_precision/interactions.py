@@ -6,7 +6,7 @@ exchanged, one group's or two groups' at a time, as long as the form falls. How 
 known from its convex relaxation, by Frank and Wolfe's method.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -26,6 +26,7 @@ class Interactions:
     """Projections of each layer group under each option, and how much their products count in a choice."""
 
     projections: Float32Array  # [groups, options, samples, draws], root nats; 0 where an option is 16 bits or not known
+    counted: Float32Array  # the same, as they count in a choice: see sweep.report.interactions.counted_projections
     weight: float  # 0 to 1: see sweep.report.interactions.interaction_weight
     n_predictions: FloatArray  # [samples]
 
@@ -36,9 +37,11 @@ class Interactions:
 
     def joined(self, of_group: IntArray, n_blocks: int) -> "Interactions":
         """Of blocks of groups that get the same option. Args: of_group: [groups], its block."""
-        sums = np.zeros((n_blocks, *self.projections.shape[1:]), dtype=np.float32)
-        np.add.at(sums, of_group, self.projections)
-        return Interactions(projections=sums, weight=self.weight, n_predictions=self.n_predictions)
+        shape = (n_blocks, *self.projections.shape[1:])
+        sums = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
+        for into, each in zip(sums, (self.projections, self.counted), strict=True):
+            np.add.at(into, of_group, each)
+        return replace(self, projections=sums[0], counted=sums[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +56,7 @@ class Form:
     @classmethod
     def of(cls, kl: FloatArray, cost: FloatArray, interactions: Interactions, room: float) -> "Form":
         """Args: kl, cost: [groups, options]; room: bits that the chosen options may cost together."""
-        terms = interactions.projections.reshape(*kl.shape, -1)
+        terms = interactions.counted.reshape(*kl.shape, -1)
         return cls(kl=kl, share=cost / room, terms=terms, weight=interactions.weight)
 
     def chosen(self, choice: IntArray) -> Float32Array:
@@ -89,14 +92,17 @@ def improved(form: Form, choice: IntArray) -> IntArray:
         gain = (1 - form.weight) * (kl - kl[groups, choice][:, None]) + form.weight * moved
         gain[~allowed] = np.inf
         more = form.share - form.share[groups, choice][:, None]
-        left, least = 1 - total(form.share, choice), -_LEAST_GAIN * form.value(choice)
+        left, value = 1 - total(form.share, choice), form.value(choice)
         fits = np.where(more <= left, gain, np.inf)
         best = np.unravel_index(int(np.argmin(fits)), fits.shape)
         pair, by_pair = _best_pair(form, choice, gain, more, left)
-        if min(by_pair, float(fits[best])) >= least:
-            return choice
+        other = choice.copy()
         for group, option in pair if by_pair < fits[best] else [(int(best[0]), int(best[1]))]:
-            choice[group] = option
+            other[group] = option
+        # Gains are of float32 products; where errors cancel, only the value itself tells a gain from their rounding.
+        if form.value(other) >= (1 - _LEAST_GAIN) * value:
+            return choice
+        choice = other
 
 
 def _best_pair(

@@ -19,7 +19,7 @@ from sweep.mixed_precision.interactions import Interactions
 from sweep.mixed_precision.knapsack import Infeasible, Problem, cost_range, solve
 from sweep.mixed_precision.pricing import total
 from sweep.report.analysis import FloatArray, IntArray, bootstrap_interval
-from sweep.report.interactions import Float32Array, joint_samples
+from sweep.report.interactions import Float32Array, counted_projections, joint_samples
 
 SIXTEEN = "16"  # label of the choice to leave a group unquantized
 
@@ -129,9 +129,15 @@ def _interactions(candidates: Candidates) -> Interactions | None:
     """Of the candidates, and of 16 bits as the last option; None: they are not known, or not asked for."""
     if candidates.interaction_weight is None:
         return None
+    counts = _counts(candidates)
     found = [each.projections for each in candidates.formats if each.projections is not None]
-    stacked = np.stack([*found, np.zeros_like(found[0])], axis=1)
-    return Interactions(projections=stacked, weight=candidates.interaction_weight, n_predictions=_counts(candidates))
+    sixteen = np.zeros_like(found[0])
+    return Interactions(
+        projections=np.stack([*found, sixteen], axis=1),
+        counted=np.stack([*(counted_projections(each, counts) for each in found), sixteen], axis=1),
+        weight=candidates.interaction_weight,
+        n_predictions=counts,
+    )
 
 
 def _counts(candidates: Candidates) -> FloatArray:

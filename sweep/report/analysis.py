@@ -47,7 +47,7 @@ class Summary:
 
 def summarize(scores: pa.Table) -> Summary:
     """The key figures of one cell's scores (SCORES_SCHEMA)."""
-    score = float_column(scores, "score")
+    score = ranked_scores(scores)
     n_measured = int(np.isfinite(score).sum())
     top = ranking(score)[: min(10, n_measured)]
     groups: list[str] = scores["group"].to_pylist()
@@ -64,6 +64,14 @@ def summarize(scores: pa.Table) -> Summary:
         top_modules=tuple(scores["modules"][int(top[0])].as_py()) if len(top) else (),
         top_shares=tuple(float(shares[i]) for i in top),
     )
+
+
+def ranked_scores(scores: pa.Table) -> FloatArray:
+    """The score of each group, as far as it counts: of method=fisher predicted KL is less where one sample has most."""
+    score = float_column(scores, "score")
+    if "projections" not in scores.column_names or scores["projections"].null_count == len(scores):
+        return score
+    return float_column(scores, "predicted_kl") * 2 * float_column(scores, "n_predictions")
 
 
 def float_column(scores: pa.Table, name: str) -> FloatArray:

@@ -37,16 +37,14 @@ class Pair:
     correlation: float  # of their projections
 
 
-def counted_projections(scores: pa.Table) -> Float32Array | None:
-    """Projections of a cell, in the unit in which their squares add up to its groups' predicted KL.
-
-    Those of samples that count less (`sweep.core.sample_kl`) are smaller by as much.
+def projections_of(scores: pa.Table) -> Float32Array | None:
+    """Projections of a cell, in the unit in which their squares add up to KL.
 
     Args:
         scores: of one cell (SCORES_SCHEMA).
 
-    Returns: [groups, samples, draws], root nats; 0 for a group that was never called. None: another method, or nothing
-        was measured.
+    Returns: [groups, samples, draws], root nats per prediction of all samples; 0 for a group that was never called.
+        None: another method, or nothing was measured.
     """
     column, counts = scores["projections"].combine_chunks(), sample_predictions(scores)
     measured = np.isfinite(float_column(scores, "score"))
@@ -54,13 +52,33 @@ def counted_projections(scores: pa.Table) -> Float32Array | None:
         return None
     flat = column.filter(pa.array(measured)).flatten().to_numpy().astype(np.float64)
     found = flat.reshape(int(measured.sum()), len(counts), -1) / np.sqrt(2 * counts.sum())
-    found /= np.sqrt(found.shape[2])
-    kl = np.square(found).sum(2) * counts.sum()
-    with np.errstate(invalid="ignore"):
-        found *= np.sqrt(np.where(kl > 0, counted_kl(kl, counts) / kl, 0.0))[:, :, None]
     whole = np.zeros((len(measured), *found.shape[1:]), dtype=np.float32)
-    whole[measured] = found
+    whole[measured] = found / np.sqrt(found.shape[2])
     return whole
+
+
+def group_samples(projections: Float32Array, n_predictions: FloatArray) -> FloatArray:
+    """KL of each sample with one group alone quantized; adds up to the group's predicted KL.
+
+    Args:
+        projections: [groups, samples, draws].
+        n_predictions: of each sample.
+
+    Returns: [groups, samples], nats per prediction of all samples; what counts of them.
+    """
+    kl = np.square(projections, dtype=np.float64).sum(2)
+    return counted_kl(kl * n_predictions.sum(), n_predictions) / n_predictions.sum()
+
+
+def counted_projections(projections: Float32Array, n_predictions: FloatArray) -> Float32Array:
+    """The same projections, of samples that count less (`sweep.core.sample_kl`) smaller by as much.
+
+    Their squares add up to each group's predicted KL.
+    """
+    whole = np.square(projections, dtype=np.float64).sum(2)
+    counted = group_samples(projections, n_predictions)
+    shares = np.sqrt(np.divide(counted, whole, out=np.zeros_like(whole), where=whole > 0))
+    return (projections * shares[:, :, None]).astype(np.float32)
 
 
 def joint_samples(projections: Sequence[Float32Array], n_predictions: FloatArray) -> FloatArray:

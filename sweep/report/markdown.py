@@ -68,8 +68,9 @@ def sentences(report: Report) -> list[str]:
         return ["**Nothing was measured**: no covered module was called on these samples."]
     ends = report.total_interval
     interval = f" (90% interval {ends[0]:.3g} to {ends[1]:.3g})" if ends else ""
+    counting = "what counts of " if report.trial.method == "fisher" else ""
     meaning = (
-        "The sum over groups of score / (2 x predictions): the second-order estimate of the KL divergence "
+        f"The sum over groups of {counting}score / (2 x predictions): the second-order estimate of the KL divergence "
         "that quantizing one group alone causes. Interactions between groups are not in it."
     )
     if report.trial.method == "kl_div":
@@ -82,7 +83,8 @@ def sentences(report: Report) -> list[str]:
         sentences.append(f"**Not the whole model**: {left}.")
     if report.interactions is not None:
         sentences.append(_joint_sentence(report.interactions))
-    if total > TRUSTED_KL and report.trial.method != "kl_div":
+    joint = total if report.interactions is None else report.interactions.predicted_kl
+    if max(total, joint) > TRUSTED_KL and report.trial.method != "kl_div":
         sentences.append(
             f"A total above {TRUSTED_KL:g} nats is outside the range of a small-perturbation estimate: "
             "trust the ranking, not the size."
@@ -109,7 +111,7 @@ def _joint_sentence(found: Interactions) -> str:
 def pairs_text(found: Interactions) -> str:
     """The pairs of layer groups whose errors have most to do with each other, as a table."""
     if not found.pairs:
-        return "No pair of layer groups stands out of the noise of these samples: their errors add up one by one."
+        return "No pair of layer groups stands out of the noise of these samples."
     meaning = (
         "KL of two groups quantized at once beyond the sum of each alone, in nats per prediction, with its standard "
         "error over samples: below 0 the errors of one undo those of the other. Shown are pairs that differ from 0 by "

@@ -22,6 +22,7 @@ from sweep.report.analysis import (
     float_column,
     kind_scores,
     occurring,
+    ranked_scores,
     ranking,
     sample_matrix,
     sample_predictions,
@@ -32,7 +33,9 @@ from sweep.report.analysis import (
 from sweep.report.interactions import (
     Float32Array,
     counted_projections,
+    group_samples,
     joint_samples,
+    projections_of,
     strongest_pairs,
 )
 from sweep.store.records import FinishedTrial, TrialRow
@@ -134,20 +137,22 @@ class Report:
 def analyse(finished: FinishedTrial) -> Report:
     """Rank a finished trial's rows, with intervals and stability where per-sample scores were kept."""
     scores, trial = finished.scores, finished.trial
-    score = float_column(scores, "score")
+    score = ranked_scores(scores)
     summary = summarize(scores)
     samples = sample_matrix(scores)
-    projections = counted_projections(scores)
+    projections, counts = projections_of(scores), sample_predictions(scores)
+    counted = None if projections is None or counts is None else group_samples(projections, counts)
+    if counted is not None:
+        counted[~np.isfinite(score)] = np.nan  # never called
     interval, kl_interval = None, np.empty(0)
     if samples is not None and summary.n_predictions > 0:
         interval = _intervals(finished, samples, summary.n_predictions)
-        if projections is None:
+        if counted is None:
             kl_interval = interval * ratio(
                 np.nansum(float_column(scores, "predicted_kl")), np.nansum(float_column(scores, "sensitivity"))
             )
         else:
-            counted = np.square(projections, dtype=np.float64).sum(2) * summary.n_predictions
-            kl_interval = _intervals(finished, counted, summary.n_predictions)
+            kl_interval = _intervals(finished, counted * summary.n_predictions, summary.n_predictions)
     shares = score_shares(score)
     kinds, by_kind = occurring(scores), kind_scores(scores)
     rows: list[ScoredGroup] = []
@@ -183,7 +188,7 @@ def analyse(finished: FinishedTrial) -> Report:
         total_interval=None if interval is None else _rounded(kl_interval[:, -1]),
         interactions=None if projections is None else _interactions(scores, projections),
         token_shares=None if by_kind is None or not kinds else _token_shares(np.nansum(by_kind, axis=0), kinds),
-        stability=None if samples is None else split_half_stability(samples),
+        stability=None if samples is None else split_half_stability(samples if counted is None else counted),
     )
 
 
@@ -201,7 +206,7 @@ def _interactions(scores: pa.Table, projections: Float32Array) -> Interactions:
     groups: list[str] = scores["group"].to_pylist()
     modules: list[list[str]] = scores["modules"].to_pylist()
     pairs: list[GroupPair] = []
-    for pair in strongest_pairs(projections, _PAIRS):
+    for pair in strongest_pairs(counted_projections(projections, counts), _PAIRS):
         first, second = groups[pair.first], groups[pair.second]
         pairs.append(
             GroupPair(

@@ -323,12 +323,10 @@ def test_a_recipe_that_counts_some_tokens_says_so(
 def test_a_recipe_whose_predicted_kl_is_beyond_an_estimates_range_says_so(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its predicted KL is that of the whole mix where the file has one."""
-    assert run(edited=lambda text: text.replace("target: ", "joint_kl: 0.75\ntarget: ", 1)) == 0
+    assert run(edited=lambda text: re.sub("predicted_kl: .*", "predicted_kl: 0.75", text, count=1)) == 0
     words = "Predicted KL above 0.5 is beyond what an estimate of small changes tells."
     assert words in " ".join(capsys.readouterr().out.split())
     assert words in (tmp_path / "mixed.validation.md").read_text()
-    assert json.loads((tmp_path / "mixed.validation.json").read_text())[0]["predicted_kl"] == 0.75
 
 
 @pytest.mark.parametrize(
@@ -478,9 +476,28 @@ def test_uniform_recipes_are_those_of_the_recipes_own_kind(
     capsys.readouterr()
     recipe = MixedRecipe.from_yaml(Path("mix.yaml").read_text(), "mix.yaml")
     context: Any = SimpleNamespace(recipe=recipe, config=config_of(recipe, []))
-    request: Any = SimpleNamespace(n_random=0, uniform=True, groups=None)
+    request: Any = SimpleNamespace(n_random=0, uniform=True, groups=None, overrides=[])
     found = [each.predicted_kl for kind, each in wanted(context, request) if kind == "uniform"]
     assert sorted(found) == pytest.approx([0.02, 0.1])  # not those of private scales, 0.012 and 0.0155
     context.recipe = replace(recipe, dataset_revision="unknown")
     with pytest.raises(SweepError, match=r"or of other samples, than the recipe's\. Type store\.uri=DIR\."):
         wanted(context, request)
+
+
+@pytest.mark.parametrize(("linear", "everywhere"), [(True, 5 * 0.01), (False, 0.01)], ids=["sum", "joint"])
+def test_recipes_beside_one_are_predicted_as_it_is(
+    linear: bool, everywhere: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five groups with a root KL of 0.1, of which two undo two others."""
+    monkeypatch.chdir(tmp_path)
+    store, fisher = Store(str(tmp_path / "store")), ("sensitivity.method=fisher", "sensitivity.draws=1")
+    versions = '{"score": "1+fisher.1"}'
+    add(store, FP8, [0.01] * 5, *fisher, signs=[1, -1, 1, -1, 1], draws=1, versions=versions)
+    typed = ["solve", "--bits", "8", f"store.uri={store.uri}", "--out", "mix.yaml"]
+    assert main(typed + ["--linear"] * linear) == 0
+    recipe = MixedRecipe.from_yaml(Path("mix.yaml").read_text(), "mix.yaml")
+    context: Any = SimpleNamespace(recipe=recipe, config=config_of(recipe, []))
+    request: Any = SimpleNamespace(n_random=0, uniform=True, groups=None, overrides=[])
+    (uniform,) = (each for kind, each in wanted(context, request) if kind == "uniform")
+    assert uniform.predicted_kl == pytest.approx(everywhere, rel=1e-5)
+    assert recipe.predicted_kl == pytest.approx(everywhere, rel=1e-5)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,6 +58,19 @@ def put(document: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str
 
 def test_a_recipe_comes_back(recipe: MixedRecipe) -> None:
     assert read(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_the_kl_of_a_whole_mix_comes_back_unless_the_mix_was_edited(recipe: MixedRecipe) -> None:
+    joint = replace(recipe, joint_kl=0.25)
+    text = joint.to_yaml()
+    assert MixedRecipe.from_yaml(text, "f") == joint
+    assert joint.predicted_kl == 0.25
+    label = next(choice.format for choice in recipe.groups if choice.format is not None)
+    edited = MixedRecipe.from_yaml(text.replace(f"  format: {label}\n", "  format: null\n", 1), "f")
+    assert (edited.joint_kl, edited.predicted_kl) == (None, edited.linear_kl)
+    for value in ("-1", ".nan", "text"):
+        with pytest.raises(SweepError, match="joint_kl"):
+            MixedRecipe.from_yaml(text.replace("joint_kl: 0.25", f"joint_kl: {value}"), "f")
 
 
 def test_a_format_for_several_ranks_says_so_and_others_say_nothing() -> None:

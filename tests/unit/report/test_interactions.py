@@ -7,8 +7,10 @@ import pytest
 from sweep.report.interactions import (
     Float32Array,
     counted_projections,
+    group_samples,
     interaction_weight,
     joint_samples,
+    projections_of,
     strongest_pairs,
 )
 from sweep.store.records import SCORES_SCHEMA
@@ -38,7 +40,7 @@ def drawn(n_groups: int, n_samples: int, n_draws: int, shared: float, seed: int 
 def test_squares_add_up_to_predicted_kl() -> None:
     """Two samples of 2 and 3 predictions, two draws: half the mean square over draws, per prediction of both."""
     values = np.array([[[1.0, 0.5], [0.25, 1.0]], [[9.0, 9.0], [9.0, 9.0]]])
-    found = counted_projections(table(values, [2, 3], (True, False)))
+    found = projections_of(table(values, [2, 3], (True, False)))
     assert found is not None
     expected = (1 + 0.25 + 0.0625 + 1) / 2 / (2 * 5)
     assert np.square(found).sum((1, 2)).tolist() == pytest.approx([expected, 0.0])
@@ -46,9 +48,11 @@ def test_squares_add_up_to_predicted_kl() -> None:
 
 
 def test_a_sample_beyond_the_estimates_range_is_made_smaller_with_its_sign() -> None:
-    values = np.array([[[-100.0, -100.0], [0.5, 0.5]]])
-    found = counted_projections(table(values, [2, 2], (True,)))
-    assert found is not None
+    values, counts = np.array([[[-100.0, -100.0], [0.5, 0.5]]]), np.array([2.0, 2.0])
+    whole = projections_of(table(values, [2, 2], (True,)))
+    assert whole is not None
+    found = counted_projections(whole, counts)
+    np.testing.assert_allclose(np.square(found).sum(2), group_samples(whole, counts), rtol=1e-6)
     np.testing.assert_allclose(np.square(found[0, 0]).sum(), 1.0 * 2 / 4, rtol=1e-6)  # one nat a prediction
     assert (found[0, 0] < 0).all()
 
@@ -58,13 +62,36 @@ def test_scores_without_projections_have_none() -> None:
     without = empty.set_column(
         empty.schema.get_field_index("projections"), "projections", pa.nulls(1, pa.list_(pa.float32()))
     )
-    assert counted_projections(without) is None
-    assert counted_projections(table(np.zeros((1, 2, 2)), [1, 1], (False,))) is None
+    assert projections_of(without) is None
+    assert projections_of(table(np.zeros((1, 2, 2)), [1, 1], (False,))) is None
 
 
 def test_a_mix_has_the_square_of_the_sum() -> None:
     one, two = np.array([[0.1, 0.2], [0.3, 0.0]], np.float32), np.array([[0.1, -0.2], [0.1, 0.1]], np.float32)
     np.testing.assert_allclose(joint_samples([one, two], np.array([4.0, 6.0])), [0.04, 0.16 + 0.01], rtol=1e-6)
+
+
+def test_a_mix_of_one_group_has_its_predicted_kl_whatever_a_sample_has() -> None:
+    """511 samples of 1e-4 nats a prediction and one of 0.9, which counts less, once."""
+    counts = np.full(512, 10.0)
+    kl = np.append(np.full(511, 1e-4), 0.9) * counts / counts.sum()
+    projections = np.sqrt(kl).astype(np.float32)[None, :, None]
+    alone = group_samples(projections, counts)
+    np.testing.assert_allclose(joint_samples([projections[0]], counts), alone[0], rtol=1e-6)
+    assert alone.sum() < 0.5 * kl.sum()
+
+
+def test_the_weight_is_one_minus_the_variance_of_correlations_over_their_squares() -> None:
+    """By loops over pairs, on few samples, where a variance is no mean square."""
+    values = drawn(5, 6, 3, shared=0.8).astype(np.float64)
+    values /= np.linalg.norm(values, axis=(1, 2), keepdims=True)
+    squares, variance = 0.0, 0.0
+    for i in range(5):
+        for j in range(i):
+            by_sample = (values[i] * values[j]).sum(1)
+            squares += by_sample.sum() ** 2
+            variance += 6 * by_sample.var(ddof=1)
+    assert interaction_weight([values.astype(np.float32)]) == pytest.approx(max(0.0, 1 - variance / squares), abs=1e-5)
 
 
 def test_noise_has_no_weight_and_what_samples_agree_on_has_much() -> None:
