@@ -37,6 +37,7 @@ from sweep.mixed_precision.recipe_context import RecipeContext, config_of, conte
 from sweep.plan.model import Model
 from sweep.plan.samples import samples_of
 from sweep.store.records import TrialRow
+from sweep.store.store import Store
 from tests.exports import FORMATS, apply, recipe_of
 from tests.floors import sample_logits
 from tests.formats import group_format
