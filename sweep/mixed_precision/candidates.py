@@ -187,12 +187,13 @@ def read_candidates(
         for each in formats
         if each.projections is not None and each.sample_predictions is not None
     ]
+    n_measured = sum(bool(np.isfinite(each.predicted_kl).any()) for each in formats)
     return Candidates(
         trial=rows[0],
         config=_shared([configs[row.trial_id] for row in rows], store.uri),
         groups=groups,
         formats=formats,
-        interaction_weight=interaction_weight(projections) if len(projections) == len(formats) else None,
+        interaction_weight=interaction_weight(projections) if projections and len(projections) == n_measured else None,
         elements=store.models().get(rows[0].model_revision),
         tokens=tokens,
         other_ranks=tuple(sorted({format_of(configs[row.trial_id]).label for row in others} - candidates.keys())),

@@ -130,11 +130,12 @@ def _interactions(candidates: Candidates) -> Interactions | None:
     if candidates.interaction_weight is None:
         return None
     counts = _counts(candidates)
-    found = [each.projections for each in candidates.formats if each.projections is not None]
-    sixteen = np.zeros_like(found[0])
+    known = [each.projections for each in candidates.formats]
+    none = np.zeros_like(next(each for each in known if each is not None))
+    found = [none if each is None else each for each in (*known, none)]  # a format that measured no group is not chosen
     return Interactions(
-        projections=np.stack([*found, sixteen], axis=1),
-        counted=np.stack([*(counted_projections(each, counts) for each in found), sixteen], axis=1),
+        projections=np.stack(found, axis=1),
+        counted=np.stack([counted_projections(each, counts) for each in found], axis=1),
         weight=candidates.interaction_weight,
         n_predictions=counts,
     )

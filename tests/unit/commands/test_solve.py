@@ -183,6 +183,17 @@ def test_a_mix_is_chosen_with_the_interactions_of_its_groups(
     )
 
 
+def test_a_format_that_measured_nothing_leaves_interactions_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = interacting_store(tmp_path / "store")
+    overrides, versions = ("sensitivity.method=fisher", "sensitivity.draws=1"), '{"score": "1+fisher.1"}'
+    add(store, FP8, [None] * 5, *overrides, minute=1, signs=[1] * 5, draws=1, versions=versions)
+    figures = solved(store, capsys, "--bits", "4.125")
+    assert (figures["formats"], figures["joint"]["weight"]) == ({INT4: 5}, pytest.approx(0.75))
+
+
 def test_without_interactions_a_mix_has_the_sum_of_its_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
