@@ -6,7 +6,7 @@ exchanged, one group's or two groups' at a time, as long as the form falls. How 
 known from its convex relaxation, by Frank and Wolfe's method.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -35,14 +35,6 @@ class Interactions:
         chosen = [*self.projections[np.arange(len(choice)), choice]]
         return float(joint_samples(chosen, self.n_predictions).sum())
 
-    def joined(self, of_group: IntArray, n_blocks: int) -> "Interactions":
-        """Of blocks of groups that get the same option. Args: of_group: [groups], its block."""
-        shape = (n_blocks, *self.projections.shape[1:])
-        sums = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-        for into, each in zip(sums, (self.projections, self.counted), strict=True):
-            np.add.at(into, of_group, each)
-        return replace(self, projections=sums[0], counted=sums[1])
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
@@ -54,10 +46,17 @@ class Form:
     weight: float
 
     @classmethod
-    def of(cls, kl: FloatArray, cost: FloatArray, interactions: Interactions, room: float) -> "Form":
-        """Args: kl, cost: [groups, options]; room: bits that the chosen options may cost together."""
-        terms = interactions.counted.reshape(*kl.shape, -1)
-        return cls(kl=kl, share=cost / room, terms=terms, weight=interactions.weight)
+    def of(cls, kl: FloatArray, cost: FloatArray, counted: Float32Array, weight: float, room: float) -> "Form":
+        """The form of some groups, or of blocks of them, whose rows are sums of their groups'.
+
+        Args:
+            kl: [groups, options].
+            cost: [groups, options], bits.
+            counted: [groups, options, samples, draws], see Interactions, as `weight`.
+            weight: of the interactions.
+            room: bits that the chosen options may cost together.
+        """
+        return cls(kl=kl, share=cost / room, terms=counted.reshape(*kl.shape, -1), weight=weight)
 
     def chosen(self, choice: IntArray) -> Float32Array:
         """Terms of each group's choice, [groups, terms]."""

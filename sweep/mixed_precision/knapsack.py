@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ _SECONDS: Final = 20.0  # then the best choice so far counts, and its gap is sai
 _TIME_IS_UP: Final = 1  # status of scipy's milp
 
 _log = logging.getLogger(__name__)
+_Float = TypeVar("_Float", np.float32, np.float64)
 
 
 class Infeasible(ValueError):
@@ -75,8 +76,8 @@ def solve(problem: Problem, budget: float) -> IntArray:
     """
     joint, of_group = _apart(problem)
     choice = _solve_apart(joint, budget)
-    if joint.interactions is not None:
-        choice = improved(_form(joint, joint.interactions, budget), choice)
+    if problem.interactions is not None:
+        choice = improved(_form(joint, of_group, problem.interactions, budget), choice)
     return choice[of_group]
 
 
@@ -89,32 +90,32 @@ def gap(problem: Problem, budget: float, choice: IntArray) -> float:
         choice: [groups].
     """
     joint, of_group = _apart(problem)
-    if joint.interactions is None:
+    if problem.interactions is None:
         return 0.0
     of_block = np.zeros(len(joint.together), dtype=np.int64)
     of_block[of_group] = choice
-    form = _form(joint, joint.interactions, budget)
+    form = _form(joint, of_group, problem.interactions, budget)
     value = form.value(of_block)
     return max(0.0, 1 - least_value(form, of_block) / value) if value > 0 else 0.0
 
 
 def _apart(problem: Problem) -> tuple[Problem, IntArray]:
-    """The problem of blocks of groups that get the same option, and the block of each group."""
+    """The problem of blocks of groups that get the same option, as a sum, and the block of each group."""
     blocks, of_group = np.unique(problem.together, return_inverse=True)
-    interactions = problem.interactions
-    if interactions is not None and len(blocks) < len(of_group):
-        interactions = interactions.joined(of_group, len(blocks))
     joint = Problem(
         predicted_kl=_summed(problem.predicted_kl, of_group, len(blocks)),
         cost=_summed(problem.cost, of_group, len(blocks)),
         together=np.arange(len(blocks)),
-        interactions=interactions,
     )
     return joint, of_group
 
 
-def _form(joint: Problem, interactions: Interactions, budget: float) -> Form:
-    return Form.of(joint.predicted_kl, joint.cost, interactions, budget * (1 + _ROUNDING))
+def _form(joint: Problem, of_group: IntArray, interactions: Interactions, budget: float) -> Form:
+    """The form of the blocks of `_apart`, from the interactions of the groups."""
+    counted, n_blocks = interactions.counted, len(joint.together)
+    if n_blocks < len(of_group):
+        counted = _summed(counted, of_group, n_blocks)
+    return Form.of(joint.predicted_kl, joint.cost, counted, interactions.weight, budget * (1 + _ROUNDING))
 
 
 def front(problem: Problem, n_budgets: int) -> Iterator[tuple[float, IntArray]]:
@@ -154,8 +155,9 @@ def useful_options(kl: FloatArray, cost: FloatArray) -> IntArray:
     return np.array(kept, dtype=np.int64)
 
 
-def _summed(values: FloatArray, of_group: npt.NDArray[np.intp], n_blocks: int) -> FloatArray:
-    result = np.zeros((n_blocks, values.shape[1]))
+def _summed(values: npt.NDArray[_Float], of_group: npt.NDArray[np.intp], n_blocks: int) -> npt.NDArray[_Float]:
+    """Sums over the groups of each block. Args: values: [groups, ...]. Returns: [blocks, ...]."""
+    result = np.zeros((n_blocks, *values.shape[1:]), dtype=values.dtype)
     np.add.at(result, of_group, values)
     return result
 

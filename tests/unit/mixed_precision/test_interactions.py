@@ -28,7 +28,9 @@ def interacting(seed: int, n_groups: int, n_formats: int, weight: float, *, shar
 
 def form_of(problem: Problem, budget: float) -> Form:
     assert problem.interactions is not None
-    return Form.of(problem.predicted_kl, problem.cost, problem.interactions, budget)
+    return Form.of(
+        problem.predicted_kl, problem.cost, problem.interactions.counted, problem.interactions.weight, budget
+    )
 
 
 def every_choice(problem: Problem, budget: float) -> list[np.ndarray]:
